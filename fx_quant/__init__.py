@@ -1,0 +1,58 @@
+"""fx_quant: every quantized matmul of a ``torch.compile`` graph, rewritten to the fastest fused kernel or explained.
+
+Public names load on first use; importing the package loads neither Inductor nor Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fx_quant.backend import inductor_pass
+    from fx_quant.check import CheckReport, check
+    from fx_quant.explain import explain
+    from fx_quant.kernels.packing import clear_packed_weights
+    from fx_quant.report import Report
+    from fx_quant.selection import select
+    from fx_quant.target import Target, detect_target, named_target
+
+_HOMES = {
+    "CheckReport": "check",
+    "Report": "report",
+    "Target": "target",
+    "check": "check",
+    "clear_packed_weights": "kernels.packing",
+    "detect_target": "target",
+    "explain": "explain",
+    "inductor_pass": "backend",
+    "named_target": "target",
+    "select": "selection",
+}
+
+__all__ = [
+    "CheckReport",
+    "Report",
+    "Target",
+    "check",
+    "clear_packed_weights",
+    "detect_target",
+    "explain",
+    "inductor_pass",
+    "named_target",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fx_quant' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"fx_quant.{_HOMES[name]}"), name)
+    globals()[name] = value  # over the submodule of the same name, which the import has just set
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,238 @@
+"""The ``torch.compile`` backend: Inductor with our passes, scoped to one compile."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+import fx_quant.lowerings  # noqa: F401  (cached artifacts need ops and lowerings before any pass runs)
+from fx_quant.compat import decompositions_without_matmul, restore_matmul_decompositions, static_input_indices
+from fx_quant.config import Options, option_names
+from fx_quant.errors import FxQuantError, MissError, unknown_name
+from fx_quant.kernels.base import kernels
+from fx_quant.passes.nodes import tensor
+from fx_quant.passes.pipeline import rewrite_graph
+from fx_quant.report import MissReport, Report
+from fx_quant.target import Target, detect_target
+
+log = logging.getLogger("fx_quant")
+
+HOOK = "joint_custom_pre_pass"
+
+
+class RewritePass(CustomGraphPass):
+    """The passes of fx_quant as one Inductor pass.
+
+    Args:
+        options: what the user asked for.
+        target: the machine to choose kernels for; None detects it from the graph's device.
+        on_report: called with the report of each graph.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        target: Target | None = None,
+        on_report: Callable[[Report], None] | None = None,
+    ) -> None:
+        self.options = options
+        self.target = target
+        self.on_report = on_report
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite ``graph`` in place; on an exception it stays as it is, unless ``strict``."""
+        target = self.target or detect_target(_device(graph))
+        try:
+            report = rewrite_graph(graph, target, self.options, static_input_indices())
+        except FxQuantError:
+            raise
+        except Exception as error:
+            if self.options.strict:
+                raise MissError(f"strict=True and a pass of fx_quant failed: {error!r}") from error
+            warnings.warn(
+                f"fx_quant: a pass failed with {error!r}; the graph compiles as it was. "
+                "Set options={'strict': True} to get the traceback.",
+                stacklevel=2,
+            )
+            log.debug("pass failed", exc_info=True)
+            miss = MissReport("", "", "graph", "", f"a pass failed with {error!r}")
+            report = Report(str(target), (), (miss,))
+        _record(report)
+        if self.on_report is not None:
+            self.on_report(report)
+        restore_matmul_decompositions(graph)
+
+    def uuid(self) -> object:
+        """Key of Inductor's caches: our sources, the options, the target and the kernels with their versions."""
+        target = self.target or detect_target(_first_device())
+        return (
+            source_digest(),
+            repr(self.options),
+            repr((target.platform, target.arch, sorted(target.features), sorted(target.packages.items()))),
+            tuple(map(repr, kernels())),
+            torch.__version__,
+        )
+
+
+def _device(graph: Graph) -> torch.device:
+    for node in graph.nodes:
+        value = tensor(node)
+        if value is not None and value.device.type != "cpu":
+            return value.device
+    return torch.device("cpu")
+
+
+def _first_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _record(report: Report) -> None:
+    counters["fx_quant"]["rewritten"] += len(report.sites)
+    counters["fx_quant"]["missed"] += len(report.misses)
+    if report.sites or report.misses:
+        log.info("%s", report.summary())
+    for miss in report.misses:
+        log.warning(
+            "%s left as it is at %s: %s", miss.op, miss.module or miss.source or miss.node, miss.reason
+        )
+
+
+@functools.cache
+def source_digest() -> str:
+    """Hash over every source file of the package and of the installed kernel providers."""
+    digest = hashlib.sha256()
+    root = pathlib.Path(__file__).parent
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".h", ".cpp")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    for entry_point in sorted(importlib.metadata.entry_points(group="fx_quant.kernels"), key=str):
+        version = entry_point.dist.version if entry_point.dist else ""
+        digest.update(f"{entry_point}{version}".encode())
+    return digest.hexdigest()
+
+
+class Chain(CustomGraphPass):
+    """Passes one after another. Its uuid is None, which bypasses caches, when that of any pass is."""
+
+    def __init__(self, passes: Sequence[Callable[[Graph], None]]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: Graph) -> None:
+        """Run each pass on ``graph``."""
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> object:
+        """The uuids of all passes, or None."""
+        uuids = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in uuids else tuple(uuids)
+
+
+def inductor_pass(
+    chain: Callable[[Graph], None] | Sequence[Callable[[Graph], None]] | None = None, **options: Any
+) -> CustomGraphPass:
+    """The passes for someone else's Inductor set-up, to be set as ``joint_custom_pre_pass``.
+
+    Args:
+        chain: passes that were there already; they run first.
+        options: as for the backend.
+    """
+    ours = RewritePass(Options.parse(options))
+    if chain is None:
+        return ours
+    first = list(chain) if isinstance(chain, Sequence) else [chain]
+    return Chain([*first, ours])
+
+
+def split_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """``(our options, Inductor's)``.
+
+    Raises:
+        UnknownNameError: an option that neither knows.
+    """
+    ours, inductors = {}, {}
+    known = inductor_config.get_config_copy()
+    for name, value in (given or {}).items():
+        key = name.replace("-", "_")
+        if key in option_names():
+            ours[key] = value
+        elif key in known:
+            inductors[key] = value
+        else:
+            raise unknown_name("option", name, [*option_names(), *known]) if _is_near(name, known) else unknown_name(
+                "option", name, option_names()
+            )
+    return Options.parse(ours), inductors
+
+
+def _is_near(name: str, known: Mapping[str, Any]) -> bool:
+    import difflib
+
+    return bool(difflib.get_close_matches(name, list(known), n=1, cutoff=0.8))
+
+
+def config_patches(
+    mode: str | None, inductor_options: Mapping[str, Any], ours: Callable[[Graph], None]
+) -> dict[str, Any]:
+    """Inductor's configuration for one compile: the mode's, the user's, and our pass after the user's own."""
+    patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    patches.update(inductor_options)
+    previous = patches.get(HOOK, getattr(inductor_config, HOOK))
+    if previous is not None:
+        first = list(previous) if isinstance(previous, Sequence) else [previous]
+        ours = Chain([*first, ours])
+    return {**patches, HOOK: ours}
+
+
+def fx_quant(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """The backend of ``torch.compile(model, backend="fx_quant", options={...})``.
+
+    Args:
+        mode: one of ``torch.compile``'s modes, with Inductor's meaning.
+        options: those of ``fx_quant.config.Options``, and any of ``torch._inductor.config``.
+
+    Raises:
+        UnknownNameError: an unknown option, numerics class or kernel.
+        NoKernelError: a forced kernel cannot run a site.
+        MissError: ``strict`` and a quantized matmul was missed.
+    """
+    ours, inductors = split_options(options)
+    return compile_with(gm, example_inputs, RewritePass(ours), mode, inductors)
+
+
+def compile_with(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    rewrite: Callable[[Graph], None],
+    mode: str | None = None,
+    inductor_options: Mapping[str, Any] | None = None,
+    **compile_arguments: Any,
+) -> Any:
+    """Inductor on ``gm`` with ``rewrite`` run on its joint graph, nothing global changed."""
+    return compile_fx(
+        gm,
+        example_inputs,
+        config_patches=config_patches(mode, inductor_options or {}, rewrite),
+        decompositions=decompositions_without_matmul(),
+        **compile_arguments,
+    )

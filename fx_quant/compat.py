@@ -1,0 +1,96 @@
+"""Every torch-version quirk, each with the version that ends it. Private torch API that passes need is reached here."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.graph import _Namespace
+
+
+def common_subexpressions_merged(graph: Graph) -> Graph:
+    """A copy of ``graph`` in which equal pure computations are one node. Inference graphs are not CSE'd by AOT."""
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    return fx_graph_cse(graph)
+
+
+def replace_contents(graph: Graph, replacement: Graph) -> dict[Node, Node]:
+    """Make ``graph``, in place, a copy of ``replacement``; returns the new node of each node of ``replacement``.
+
+    Later passes hold ``graph`` itself, so it cannot be swapped for another object.
+    """
+    for node in reversed(list(graph.nodes)):
+        graph.erase_node(node)
+    graph._graph_namespace = _Namespace()
+    copied: dict[Node, Node] = {}
+    for node in replacement.nodes:
+        copied[node] = graph.node_copy(node, lambda n: copied[n])
+    return copied
+
+
+def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A copy of ``graph`` with the same names, and the new node of each node."""
+    copy = Graph(graph.owning_module)
+    return copy, replace_contents(copy, graph)
+
+
+def static_input_indices() -> frozenset[int] | None:
+    """Positions of the graph inputs that are parameters or buffers; None outside an AOT compile."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fw_metadata is None:
+        return None
+    return frozenset(context.fw_metadata.static_input_indices or ())
+
+
+_MATMULS = ("mm", "addmm", "bmm")
+
+
+def decompositions_without_matmul() -> dict:
+    """Inductor's decompositions without those that turn a matmul into broadcast and sum (m = 1, k = 1, tiny sizes)."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = dict(select_decomp_table())
+    for name in _MATMULS:
+        table.pop(getattr(torch.ops.aten, name).default, None)
+    return table
+
+
+def restore_matmul_decompositions(graph: Graph) -> None:
+    """Apply the decompositions that ``decompositions_without_matmul`` held back to the matmuls still in ``graph``.
+
+    A matmul that we did not rewrite then compiles as it does without us.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    table = select_decomp_table()
+    overloads = {getattr(torch.ops.aten, name).default for name in _MATMULS} & set(table)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in overloads:
+            continue
+        values = torch.fx.node.map_arg(node.args, lambda n: n.meta["val"])
+        fake_mode = node.meta["val"].fake_mode
+        with fake_mode, torch.no_grad():
+            if table[node.target](*values, **node.kwargs) is NotImplemented:
+                continue
+            traced = make_fx(
+                lambda *tensors, node=node: table[node.target](*tensors, **node.kwargs),
+                decomposition_table=dict(table),
+                tracing_mode="real",
+            )(*values)
+        _inline(graph, node, traced.graph)
+
+
+def _inline(graph: Graph, node: Node, body: Graph) -> None:
+    """Replace ``node`` by ``body``, whose placeholders are ``node``'s arguments."""
+    copied: dict[Node, object] = dict(zip(body.find_nodes(op="placeholder"), node.args, strict=True))
+    with graph.inserting_before(node):
+        for inner in body.nodes:
+            if inner.op == "placeholder":
+                continue
+            if inner.op == "output":
+                result = copied[inner.args[0]]
+                continue
+            copied[inner] = graph.node_copy(inner, lambda n: copied[n])
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)

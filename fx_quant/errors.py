@@ -1,0 +1,36 @@
+"""The exceptions of fx_quant: each says what must hold, what was found and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxQuantError(Exception):
+    """Base of every error that fx_quant raises on purpose."""
+
+
+class UnknownNameError(FxQuantError, ValueError):
+    """A name (option, target, kernel, numerics class, ...) that is not one of the known names."""
+
+
+class MissError(FxQuantError):
+    """``strict=True`` and a quantized matmul was not rewritten, or a pass failed."""
+
+
+class NoKernelError(FxQuantError, ValueError):
+    """No kernel can run a problem on a target, or a forced kernel cannot. Carries every reason."""
+
+
+class ToleranceError(FxQuantError, AssertionError):
+    """``check()`` found a site whose error is larger than the caller allows."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """The error for ``name`` not being in ``known``: near matches first, then all known names, sorted."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return UnknownNameError(
+        f"unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}."
+    )

@@ -1,0 +1,232 @@
+"""What a kernel is: a registered custom op, what it requires, and how its weight is prepared. All of it data."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from packaging.version import Version
+
+from fx_quant.errors import FxQuantError, unknown_name
+from fx_quant.problem import Problem
+from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, dtype_name
+from fx_quant.target import Target
+
+ENTRY_POINT_GROUP = "fx_quant.kernels"
+PLATFORM_REASON = "needs platform"
+
+
+@dataclass(frozen=True)
+class Requires:
+    """Everything that must hold for a kernel to run; ``unmet`` names each thing that does not.
+
+    An empty set or None means no requirement.
+
+    Args:
+        platforms: platforms it runs on.
+        min_capability: smallest NVIDIA compute capability (``90``), checked on ``cuda`` only.
+        features: target features that must all be present.
+        packages: least version of each package that must be installed.
+        codes: ``(activation dtype, weight dtype)`` pairs of codes.
+        granularities: ``(activation, weight)`` granularity pairs.
+        out_dtypes: dtypes it can return.
+        bias_dtypes: dtypes of the bias it can add (a missing bias is always fine).
+        align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
+        m: smallest number of rows it accepts.
+        max_k: largest ``k`` it accepts.
+        constant_weight: the weight must be a parameter or constant, because it is packed once.
+    """
+
+    platforms: frozenset[str] = frozenset()
+    min_capability: int | None = None
+    features: frozenset[str] = frozenset()
+    packages: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    codes: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
+    granularities: frozenset[tuple[Granularity, Granularity]] = frozenset()
+    out_dtypes: frozenset[torch.dtype] = frozenset()
+    bias_dtypes: frozenset[torch.dtype] = frozenset()
+    align: int = 1
+    paddable: bool = True
+    m: int = 0
+    max_k: int | None = None
+    constant_weight: bool = False
+
+    def unmet_by_target(self, target: Target) -> list[str]:
+        """Reasons why ``target`` cannot run the kernel at all; empty when it can."""
+        reasons = []
+        if self.platforms and target.platform not in self.platforms:
+            reasons.append(
+                f"{PLATFORM_REASON} {_one_of(self.platforms)}, target is {target.platform}"
+            )
+        if (
+            self.min_capability is not None
+            and target.capability is not None
+            and target.capability < self.min_capability
+        ):
+            reasons.append(
+                f"needs sm{self.min_capability} or newer, target is {target.arch}"
+            )
+        reasons += [
+            f"needs {feature}, which {target.arch} has not"
+            for feature in sorted(self.features - target.features)
+        ]
+        for package, least in self.packages.items():
+            found = target.version(package)
+            if found is None:
+                reasons.append(f"needs {package}>={least}, which is not installed")
+            elif found < Version(least):
+                reasons.append(f"needs {package}>={least}, found {found}")
+        return reasons
+
+    def unmet_by_problem(self, problem: Problem) -> list[str]:
+        """Reasons why the kernel cannot run ``problem`` on any target; empty when it can."""
+        activation, weight = problem.scheme.activation, problem.scheme.weight
+        reasons = []
+        if self.codes and (activation.dtype, weight.dtype) not in self.codes:
+            reasons.append(
+                f"has no {dtype_name(activation.dtype)} x {dtype_name(weight.dtype)} matmul"
+            )
+        pair = (activation.granularity, weight.granularity)
+        # A missing scale is the scalar 1, so a kernel with per-tensor scales can take it.
+        as_scaled = tuple(Granularity.PER_TENSOR if g is Granularity.UNSCALED else g for g in pair)
+        if self.granularities and as_scaled not in self.granularities:
+            reasons.append(f"has no {pair[0]} x {pair[1]} scales")
+        if self.out_dtypes and problem.out_dtype not in self.out_dtypes:
+            reasons.append(
+                f"returns {_one_of(map(dtype_name, self.out_dtypes))}, asked for {dtype_name(problem.out_dtype)}"
+            )
+        if (
+            self.bias_dtypes
+            and problem.bias is not None
+            and problem.bias not in self.bias_dtypes
+        ):
+            reasons.append(
+                f"adds a bias of {_one_of(map(dtype_name, self.bias_dtypes))}, got {dtype_name(problem.bias)}"
+            )
+        if not self.paddable and (problem.n % self.align or problem.k % self.align):
+            reasons.append(
+                f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}"
+            )
+        if problem.m.low < self.m:
+            reasons.append(f"needs m >= {self.m}, m may be {problem.m}")
+        if self.max_k is not None and problem.k > self.max_k:
+            reasons.append(f"needs k <= {self.max_k}, got k={problem.k}")
+        if self.constant_weight and not problem.constant_weight:
+            reasons.append(
+                "packs its weight once, so the weight must be a parameter, buffer or constant"
+            )
+        return reasons
+
+    def unmet(self, problem: Problem, target: Target) -> list[str]:
+        """All unmet requirements, those of the target first."""
+        return self.unmet_by_target(target) + self.unmet_by_problem(problem)
+
+
+def _one_of(names) -> str:
+    return " or ".join(sorted(names))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One provider's way to run one kind of quantized linear.
+
+    Every kernel op has the same signature::
+
+        op(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype) -> Tensor
+
+    ``a`` is ``[m, k]`` codes (cast to ``a_dtype`` first when that is set), ``b`` the weight in ``layout`` or as
+    ``[k, n]`` codes when ``layout`` is None; scales, bias and result are those of ``fx_quant::scaled_mm``.
+
+    Args:
+        name: unique; ``<provider>_<what>``.
+        provider: where it comes from.
+        op: the op's name in the ``fx_quant`` namespace.
+        requires: what must hold.
+        numerics: how its result relates to the canonical op's on the same codes.
+        note: one line for the reader of a report.
+        layout: name of the packed weight layout (``kernels/packing.py``), or None.
+        a_dtype: dtype that codes of ``a`` are widened to, exactly, before the call, or None.
+    """
+
+    name: str
+    provider: str
+    op: str
+    requires: Requires
+    numerics: Numerics
+    note: str
+    layout: str | None = None
+    a_dtype: torch.dtype | None = None
+
+    def overload(self) -> torch._ops.OpOverload:
+        """The registered op."""
+        return getattr(torch.ops.fx_quant, self.op).default
+
+
+KERNEL_SCHEMA = (
+    "(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype) -> Tensor"
+)
+
+_KERNELS: dict[str, Kernel] = {}
+_PRIORITY: dict[str, int] = {}
+
+
+def register_kernel(kernel: Kernel, *, priority: int) -> Kernel:
+    """Add ``kernel`` to the registry; among kernels that can run, the highest ``priority`` is chosen.
+
+    Raises:
+        FxQuantError: another kernel has the same name.
+    """
+    if _KERNELS.get(kernel.name, kernel) != kernel:
+        raise FxQuantError(
+            f"kernel name {kernel.name!r} must be unique, it is registered already; choose another"
+        )
+    _KERNELS[kernel.name] = kernel
+    _PRIORITY[kernel.name] = priority
+    return kernel
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """All kernels, best first: those of this folder and those of the entry points ``fx_quant.kernels``."""
+    _load_providers()
+    return tuple(
+        sorted(_KERNELS.values(), key=lambda kernel: (-_PRIORITY[kernel.name], kernel.name))
+    )
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel called ``name``.
+
+    Raises:
+        UnknownNameError: no kernel has that name.
+    """
+    _load_providers()
+    if name not in _KERNELS:
+        raise unknown_name("kernel", name, _KERNELS)
+    return _KERNELS[name]
+
+
+_loaded: list[str] = []
+
+
+def _load_providers() -> None:
+    """Import every provider file beside this one, then the installed ones, once."""
+    if _loaded:
+        return
+    import fx_quant.kernels as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in ("base", "packing"):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+            _loaded.append(module.name)
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        entry_point.load()
+        _loaded.append(entry_point.name)
+
+
+INT8_PAIRS = frozenset({(torch.int8, torch.int8)})
+FLOAT8_PAIRS = frozenset((a, b) for a in FLOAT8_DTYPES for b in FLOAT8_DTYPES)

@@ -1,0 +1,197 @@
+"""Kernels of PyTorch itself: ``torch._int_mm`` and ``torch._scaled_mm``."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from fx_quant.kernels.base import (
+    INT8_PAIRS,
+    KERNEL_SCHEMA,
+    Kernel,
+    Requires,
+    register_kernel,
+)
+from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
+from fx_quant.scheme import Granularity, Numerics
+
+_HALF = frozenset({torch.bfloat16, torch.float16})
+_E4M3 = frozenset({(torch.float8_e4m3fn, torch.float8_e4m3fn)})
+_FNUZ = frozenset({(torch.float8_e4m3fnuz, torch.float8_e4m3fnuz)})
+_MIXED_E5M2 = frozenset(
+    {
+        (torch.float8_e5m2, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.float8_e5m2),
+    }
+)
+_TENSOR, _TOKEN, _CHANNEL = (
+    Granularity.PER_TENSOR,
+    Granularity.PER_TOKEN,
+    Granularity.PER_CHANNEL,
+)
+_ANY_GRANULARITY = frozenset(
+    itertools.product((_TENSOR, _TOKEN), (_TENSOR, _CHANNEL))
+)
+
+
+def fake_kernel(name: str):
+    """The fake function of a kernel op: ``[m, n]`` of ``out_dtype``."""
+
+    def fake(a, b, a_scale, b_scale, bias, n, out_dtype):
+        check_scaled_mm(a.shape[0], a.dtype, n, a_scale, b_scale, bias, out_dtype, name)
+        return a.new_empty((a.shape[0], n), dtype=out_dtype)
+
+    return fake
+
+
+CUDA_INT_MM_ROWS = 17  # cuBLASLt's int8 matmul asserts more than 16 rows
+
+
+def _int_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
+    """``torch._int_mm`` and the canonical epilogue; on CUDA short inputs get zero rows that are cut off after it."""
+    missing = CUDA_INT_MM_ROWS - a.shape[0] if a.is_cuda else 0
+    if missing > 0:
+        acc = torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, missing)), b)[: a.shape[0]]
+    else:
+        acc = torch._int_mm(a, b)
+    return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
+
+
+def scale_operands(
+    a_scale: Tensor | None, b_scale: Tensor | None, m, n: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scales as ``torch._scaled_mm`` wants them: both ``[]``, or both row-wise ``[m, 1]`` and ``[1, n]``."""
+    one = like.new_ones((), dtype=torch.float32)
+    a_scale = one if a_scale is None else a_scale.float()
+    b_scale = one if b_scale is None else b_scale.float()
+    a_single = a_scale.dim() == 0 or a_scale.shape[0] == 1
+    if a_single and b_scale.numel() == 1:
+        return a_scale.reshape(()), b_scale.reshape(())
+    a_rows = a_scale.reshape(-1, 1).expand(m, 1).contiguous()
+    return a_rows, b_scale.reshape(1, -1).expand(1, n).contiguous()
+
+
+def _scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
+    """``torch._scaled_mm`` with its own scales and bias."""
+    scale_a, scale_b = scale_operands(a_scale, b_scale, a.shape[0], n, a)
+    return torch._scaled_mm(
+        a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=out_dtype
+    )
+
+
+def _channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
+    """``torch._scaled_mm`` with unit scales to float32, then the canonical epilogue."""
+    one = torch.ones((), dtype=torch.float32, device=a.device)
+    acc = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return dequantize(acc, a_scale, b_scale, bias, out_dtype)
+
+
+for _name, _body in (
+    ("pytorch_int_mm", _int_mm),
+    ("pytorch_scaled_mm", _scaled_mm),
+    ("pytorch_channelwise", _channelwise),
+):
+    register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
+
+register_kernel(
+    Kernel(
+        name="pytorch_int_mm",
+        provider="pytorch",
+        op="pytorch_int_mm",
+        requires=Requires(platforms=frozenset({"cpu"}), codes=INT8_PAIRS),
+        numerics=Numerics.EXACT,
+        note="torch._int_mm, epilogue fused by Inductor",
+    ),
+    priority=10,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_int_mm_cuda",
+        provider="pytorch",
+        op="pytorch_int_mm",
+        # cuBLASLt wants n and k in multiples of 8; the op itself sees to m.
+        requires=Requires(
+            platforms=frozenset({"cuda"}),
+            min_capability=80,
+            codes=INT8_PAIRS,
+            align=8,
+        ),
+        numerics=Numerics.EXACT,
+        note="torch._int_mm through cuBLASLt, epilogue fused by Inductor",
+    ),
+    priority=10,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_scaled_mm",
+        provider="pytorch",
+        op="pytorch_scaled_mm",
+        requires=Requires(
+            platforms=frozenset({"cuda"}),
+            min_capability=89,
+            codes=_E4M3 | _MIXED_E5M2,
+            granularities=frozenset({(_TENSOR, _TENSOR)}),
+            out_dtypes=_HALF,
+            bias_dtypes=_HALF,
+            align=16,
+        ),
+        numerics=Numerics.SAME_ACCUM,
+        note="torch._scaled_mm, tensor-wise scales, through cuBLASLt",
+    ),
+    priority=20,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_scaled_mm_rowwise",
+        provider="pytorch",
+        op="pytorch_scaled_mm",
+        requires=Requires(
+            platforms=frozenset({"cuda"}),
+            min_capability=90,
+            codes=_E4M3,
+            granularities=_ANY_GRANULARITY - {(_TENSOR, _TENSOR)},
+            out_dtypes=frozenset({torch.bfloat16}),
+            bias_dtypes=_HALF,
+            align=16,
+        ),
+        numerics=Numerics.SAME_ACCUM,
+        note="torch._scaled_mm, row-wise scales, through CUTLASS in PyTorch",
+    ),
+    priority=20,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_scaled_mm_rocm",
+        provider="pytorch",
+        op="pytorch_scaled_mm",
+        requires=Requires(
+            platforms=frozenset({"rocm"}),
+            codes=_FNUZ,
+            granularities=_ANY_GRANULARITY,
+            out_dtypes=_HALF,
+            bias_dtypes=_HALF,
+            align=16,
+        ),
+        numerics=Numerics.SAME_ACCUM,
+        note="torch._scaled_mm through hipBLASLt",
+    ),
+    priority=20,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_channelwise",
+        provider="pytorch",
+        op="pytorch_channelwise",
+        requires=Requires(
+            platforms=frozenset({"cuda"}),
+            min_capability=89,
+            codes=_E4M3 | _MIXED_E5M2,
+            align=16,
+        ),
+        numerics=Numerics.SAME_ACCUM,
+        note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
+    ),
+    priority=10,
+)

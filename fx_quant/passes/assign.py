@@ -1,0 +1,100 @@
+"""Canonical ops to kernel ops: padding, exact casts of the codes, and weights packed once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch.fx import Graph, Node
+
+from fx_quant.passes.annotate import matrix_base
+from fx_quant.passes.emit import Emitter
+from fx_quant.passes.nodes import aten, is_single, shape
+from fx_quant.passes.values import Codes
+from fx_quant.selection import Selection
+
+
+def assign(graph: Graph, selections: Mapping[Node, Selection]) -> dict[Node, Node]:
+    """Replace each canonical op by its selected kernel's op; returns the new result of each.
+
+    All weights that want packing are packed by one call at the head of the graph.
+    """
+    emitter = Emitter(graph)
+    packed = _pack(emitter, selections)
+    casts: dict[tuple[Node, torch.dtype], Node] = {}
+    results = {}
+    for node, selection in selections.items():
+        results[node] = _assign(emitter, node, selection, packed.get(node), casts)
+        node.replace_all_uses_with(results[node])
+        graph.erase_node(node)
+    return results
+
+
+def _assign(
+    emitter: Emitter,
+    node: Node,
+    selection: Selection,
+    packed: Node | None,
+    casts: dict[tuple[Node, torch.dtype], Node],
+) -> Node:
+    a, b, a_scale, b_scale, bias, out_dtype = node.args
+    kernel, problem, padding = selection.kernel, selection.problem, selection.padding
+    assert isinstance(a, Node) and isinstance(b, Node)
+    pad_n, pad_k = padding.n - problem.n, padding.k - problem.k
+    with emitter.graph.inserting_before(node):
+        if pad_k:
+            a = emitter.call(aten.constant_pad_nd.default, a, [0, pad_k], like=node)
+        if kernel.a_dtype is not None:
+            key = (a, kernel.a_dtype)
+            if key not in casts:
+                casts[key] = emitter.cast(a, kernel.a_dtype, like=node)
+            a = casts[key]
+        if packed is not None:
+            b = packed
+        elif pad_n or pad_k:
+            b = emitter.call(aten.constant_pad_nd.default, b, [0, pad_n, 0, pad_k], like=node)
+        if pad_n:
+            b_scale = _padded_vector(emitter, b_scale, pad_n, 1.0, node)
+            bias = _padded_vector(emitter, bias, pad_n, 0.0, node)
+        out = emitter.call(
+            kernel.overload(), a, b, a_scale, b_scale, bias, padding.n, out_dtype, like=node
+        )
+        if pad_n:
+            out = emitter.call(aten.slice.Tensor, out, 1, 0, problem.n, like=node)
+            out = emitter.call(aten.clone.default, out, memory_format=torch.contiguous_format, like=node)
+    return out
+
+
+def _padded_vector(emitter: Emitter, vector: object, pad: int, fill: float, like: Node) -> object:
+    if not isinstance(vector, Node) or (is_single(vector) and len(shape(vector)) == 0):
+        return vector
+    return emitter.call(aten.constant_pad_nd.default, vector, [0, pad], fill, like=like)
+
+
+def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, Node]:
+    wanted = {node: s.kernel.layout for node, s in selections.items() if s.kernel.layout is not None}
+    if not wanted:
+        return {}
+    graph = emitter.graph
+    head = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    weights: list[Node] = []
+    layouts: list[str] = []
+    index: dict[Node, int] = {}
+    with graph.inserting_before(head):
+        for node, layout in wanted.items():
+            base, transposed = matrix_base(Codes(node.args[1]))  # proven constant by selection
+            if not transposed:
+                base = emitter.call(aten.permute.default, base, [1, 0], like=node)
+            pairs = list(zip(weights, layouts, strict=True))
+            if (base, layout) not in pairs:
+                weights.append(base)
+                layouts.append(layout)
+                pairs.append((base, layout))
+            index[node] = pairs.index((base, layout))
+        like = next(iter(wanted))
+        call = emitter.call(torch.ops.fx_quant.prepack.default, weights, layouts, like=like)
+
+
+        outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(weights))]
+    return {node: outs[i] for node, i in index.items()}

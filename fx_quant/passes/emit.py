@@ -1,0 +1,78 @@
+"""Adding nodes to a graph with their fake values and provenance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from fx_quant.passes.nodes import aten, prims, same_shape, shape
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
+
+
+class Emitter:
+    """Makes call nodes whose ``meta`` is as complete as that of traced ones."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._fake_mode = _fake_mode(graph)
+
+    def call(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
+        """A call of ``target`` at the graph's insertion point, with the provenance of ``like``."""
+        node = self.graph.call_function(target, args, kwargs)
+        values = map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self._fake_mode, torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        for key in _PROVENANCE:
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        return node
+
+    def cast(self, node: Node, to: torch.dtype, *, like: Node) -> Node:
+        """``node`` in dtype ``to``."""
+        if node.meta["val"].dtype == to:
+            return node
+        return self.call(prims.convert_element_type.default, node, to, like=like)
+
+    def reshape(self, node: Node, sizes: list, *, like: Node) -> Node:
+        """``node`` with shape ``sizes`` (ints, one ``-1``, or size nodes)."""
+        if all(isinstance(s, int) and s >= 0 for s in sizes) and same_shape(shape(node), sizes):
+            return node
+        return self.call(aten.reshape.default, node, sizes, like=like)
+
+    def size_args(self, sizes: tuple, before: Node, *, like: Node) -> list:
+        """``sizes`` as arguments of a view: ints, one ``-1``, and existing nodes for further symbolic sizes.
+
+        Raises:
+            LookupError: a symbolic size has no node before ``before``.
+        """
+        args: list = []
+        for size in sizes:
+            if isinstance(size, int):
+                args.append(size)
+            elif -1 not in args:
+                args.append(-1)
+            else:
+                args.append(self.size_node(size, before))
+        return args
+
+    def size_node(self, size: torch.SymInt, before: Node) -> Node:
+        """An existing node before ``before`` that holds the symbolic ``size``; raises LookupError when none does."""
+        for node in self.graph.nodes:
+            if node is before:
+                break
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+                return node
+        raise LookupError(f"no node holds the symbolic size {size}")
+
+
+def _fake_mode(graph: Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    raise ValueError("the graph must carry fake tensors in node.meta['val'], found none; trace it with fake inputs")

@@ -1,0 +1,153 @@
+"""Predicates over FX nodes that the passes share. None adds a guard: symbolic sizes are only compared where known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+COPIES = frozenset(
+    {aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+)
+RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    }
+)
+PERMUTES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
+EXPANDS = frozenset({aten.expand.default})
+VIEWS = RESHAPES | PERMUTES | EXPANDS | COPIES
+
+Size = int | torch.SymInt
+
+
+def is_op(node: object, *targets: object) -> TypeGuard[Node]:
+    """Whether ``node`` is a call of one of ``targets``."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def tensor(node: object) -> torch.Tensor | None:
+    """The fake tensor that ``node`` produces, or None when it is not one tensor."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def dtype(node: object) -> torch.dtype | None:
+    """The dtype of ``node``'s tensor, or None."""
+    value = tensor(node)
+    return None if value is None else value.dtype
+
+
+def shape(node: object) -> tuple[Size, ...]:
+    """The sizes of ``node``'s tensor; ``()`` when it has none."""
+    value = tensor(node)
+    return () if value is None else tuple(value.shape)
+
+
+def same_size(left: Size, right: Size) -> bool:
+    """Whether two sizes are known to be equal, without a new guard."""
+    return bool(statically_known_true(left == right))
+
+
+def same_shape(left: Sequence[Size], right: Sequence[Size]) -> bool:
+    """Whether two shapes are known to be equal, without a new guard."""
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def is_one(size: Size) -> bool:
+    """Whether a size is known to be 1."""
+    return same_size(size, 1)
+
+
+def is_single(node: object) -> bool:
+    """Whether ``node`` is a tensor known to have one element."""
+    return tensor(node) is not None and all(map(is_one, shape(node)))
+
+
+def constant(value: object) -> float | int | None:
+    """``value`` as a Python number, or None when it is not one."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def is_widening(source: torch.dtype, to: torch.dtype) -> bool:
+    """Whether every value of float dtype ``source`` is exact in float dtype ``to``."""
+    if source == to:
+        return True
+    return to in (torch.float32, torch.float64) and source in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    )
+
+
+def through(node: Node, targets: frozenset) -> Node:
+    """Walk up first arguments while ``node`` is one of ``targets``."""
+    while is_op(node, *targets) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def through_widening(node: Node) -> Node:
+    """Walk up exact float casts."""
+    while is_op(node, *CASTS):
+        source, to = dtype(node.args[0]), dtype(node)
+        if source is None or to is None or not is_widening(source, to):
+            break
+        node = node.args[0]
+    return node
+
+
+def uniform_value(node: object) -> float | int | None:
+    """The number that every element of ``node`` equals, or None when that is not known."""
+    if constant(node) is not None:
+        return constant(node)
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    if is_op(node, aten.full.default):
+        return _cast_number(constant(node.args[1]), dtype(node))
+    if is_op(node, aten.scalar_tensor.default):
+        return _cast_number(constant(node.args[0]), dtype(node))
+    if node.target in VIEWS or node.target in CASTS:
+        return _cast_number(uniform_value(node.args[0]), dtype(node))
+    return None
+
+
+def _cast_number(value: float | int | None, to: torch.dtype | None) -> float | int | None:
+    if value is None or to is None:
+        return None
+    return torch.tensor(value, dtype=to).item()
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module that ``node`` came from, or ``""``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    for root in ("L['self']", "L['fn']", "L['mod']"):
+        path = path.removeprefix(root)
+    path = path.replace("._modules['", ".").replace("']", "").replace("['", ".").replace("[", ".").replace("]", "")
+    return path.strip(".")
+
+
+def source_line(node: Node) -> str:
+    """``file:line`` of the user's code that ``node`` came from, or ``""``."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    parts = lines[-1].split(",")
+    return f"{parts[0].removeprefix('File ').strip(chr(34))}:{parts[1].removeprefix(' line ')}"

@@ -1,0 +1,162 @@
+"""The passes in order, as one transaction: a graph is rewritten whole or left as it was."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from fx_quant.compat import common_subexpressions_merged, copy_graph, replace_contents
+from fx_quant.config import Options
+from fx_quant.errors import MissError, NoKernelError
+from fx_quant.passes.annotate import Annotation
+from fx_quant.passes.assign import assign
+from fx_quant.passes.nodes import dtype, module_path, source_line
+from fx_quant.passes.quantizers import Quantizer
+from fx_quant.passes.rewrite import canonicalize, quantizers_of, remove_identities, rewrite_quantizers
+from fx_quant.passes.sites import Miss, Site, classify_inputs, find_sites
+from fx_quant.passes.verify import verify
+from fx_quant.report import MissReport, Report, SiteReport
+from fx_quant.scheme import CODE_DTYPES, dtype_name
+from fx_quant.selection import Selection, check_kernel_names, select
+from fx_quant.target import Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Rewriting:
+    """One graph on its way through the passes.
+
+    Args:
+        before: the normalised source graph.
+        graph: the graph being rewritten.
+        selections: the kernel of each site.
+        misses: what is left as it is.
+        canonical: each site's op in ``graph``, canonical first and then its kernel's.
+        quantizers: what was recognised of the quantize behind each site.
+    """
+
+    before: Graph
+    graph: Graph
+    selections: dict[Site, Selection] = field(default_factory=dict)
+    misses: list[Miss] = field(default_factory=list)
+    canonical: dict[Site, Node] = field(default_factory=dict)
+    quantizers: dict[Site, Quantizer | str] = field(default_factory=dict)
+
+
+def holds_codes(graph: Graph) -> bool:
+    """Whether any node of ``graph`` has a low-bit dtype: without one there is nothing quantized."""
+    return any(dtype(node) in CODE_DTYPES for node in graph.nodes)
+
+
+def to_canonical(
+    graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None
+) -> Rewriting:
+    """Find the sites of ``graph``, select a kernel for each and rewrite a copy to canonical ops.
+
+    ``graph`` itself is not touched. A site that no kernel can run is a miss.
+
+    Raises:
+        NoKernelError: the forced kernel cannot run a site.
+    """
+    check_kernel_names(options.disabled_kernels)
+    work = common_subexpressions_merged(graph)
+    remove_identities(work)
+    before, _ = copy_graph(work)
+    state = Rewriting(before, work)
+    inputs = classify_inputs(work, static_indices)
+    sites, state.misses = find_sites(work, Annotation(work), inputs, options.numerics)
+    for site in sites:
+        try:
+            state.selections[site] = select(
+                site.problem, target, force_kernel=options.force_kernel, disabled=options.disabled_kernels
+            )
+        except NoKernelError as error:
+            if options.force_kernel is not None:
+                raise
+            state.misses.append(Miss(site.gemm, site.gemm, str(error)))
+    recognised = quantizers_of(state.selections)
+    for site in list(state.selections):
+        try:
+            state.canonical[site] = canonicalize(work, site)
+            state.quantizers[site] = recognised[site.product.a.node]
+        except LookupError as error:
+            del state.selections[site]
+            state.misses.append(Miss(site.gemm, site.gemm, str(error)))
+    rewrite_quantizers(work, state.quantizers.values())
+    work.eliminate_dead_code()
+    return state
+
+
+def to_kernels(state: Rewriting) -> None:
+    """Replace the canonical ops of ``state`` by their kernels' ops, and verify the result."""
+    selections = {node: state.selections[site] for site, node in state.canonical.items()}
+    results = assign(state.graph, selections)
+    state.canonical = {site: results[node] for site, node in state.canonical.items()}
+    state.graph.eliminate_dead_code()
+    verify(state.graph, state.before)
+
+
+def rewrite_graph(
+    graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None
+) -> Report:
+    """Rewrite ``graph`` in place to the kernels of ``target`` and report on it.
+
+    A graph without a site is left byte for byte as it was. On an exception the graph is untouched.
+
+    Raises:
+        MissError: ``options.strict`` and a quantized matmul was missed.
+        NoKernelError: the forced kernel cannot run a site.
+    """
+    if not holds_codes(graph):
+        return Report(str(target), (), ())
+    state = to_canonical(graph, target, options, static_indices)
+    report = report_on(state, target)
+    if options.strict and report.misses:
+        raise MissError(f"strict=True and {len(report.misses)} quantized matmuls were missed.\n{report}")
+    if state.selections:
+        to_kernels(state)
+        replace_contents(graph, state.graph)
+    return report
+
+
+def report_on(state: Rewriting, target: Target) -> Report:
+    """Sites and misses of ``state``, in words."""
+    sites = tuple(_site_report(site, selection, state) for site, selection in state.selections.items())
+    misses = tuple(
+        MissReport(
+            module=module_path(miss.gemm),
+            source=source_line(miss.gemm),
+            op=str(miss.gemm.target).removesuffix(".default"),
+            node=miss.node.name,
+            reason=miss.rule,
+        )
+        for miss in state.misses
+    )
+    return Report(str(target), sites, misses)
+
+
+def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteReport:
+    problem = site.problem
+    losers = {
+        verdict.kernel: list(verdict.reasons) or ["can run, lower priority"]
+        for verdict in selection.verdicts
+        if verdict.kernel != selection.kernel.name
+    }
+    return SiteReport(
+        module=module_path(site.gemm),
+        source=source_line(site.gemm),
+        op=str(site.gemm.target).removesuffix(".default"),
+        scheme=str(problem.scheme),
+        m=str(problem.m),
+        n=problem.n,
+        k=problem.k,
+        out_dtype=dtype_name(problem.out_dtype),
+        kernel=selection.kernel.name,
+        padding=selection.padding.describe(problem),
+        numerics=str(max(site.product.numerics, selection.kernel.numerics)),
+        quantize=str(state.quantizers.get(site, "")),
+        losers=losers,
+    )

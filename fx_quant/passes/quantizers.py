@@ -1,0 +1,280 @@
+"""Recognising how codes were computed: the quantize formula as data, or why it is none that an op states.
+
+Needed only to compute the quantize by an op of its own; the matmul is rewritten without it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fx_quant.passes.nodes import (
+    CASTS,
+    RESHAPES,
+    aten,
+    constant,
+    dtype,
+    is_one,
+    is_op,
+    is_single,
+    is_widening,
+    same_shape,
+    shape,
+    through,
+    through_widening,
+    uniform_value,
+)
+from fx_quant.scheme import CODE_DTYPES
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Codes that are exactly ``fx_quant::quantize`` of ``x``.
+
+    Args:
+        codes: the node that holds them.
+        x: what was quantized.
+        scale: the float32 node that ``x`` was divided by.
+        arguments: keyword arguments of ``quantize``.
+        dynamic: keyword arguments that ``quantize.dynamic`` takes beside them, when the scale is computed from ``x``
+            by a formula that it states; else None.
+    """
+
+    codes: Node
+    x: Node
+    scale: Node
+    arguments: dict[str, Any]
+    dynamic: dict[str, Any] | None
+
+    def __str__(self) -> str:
+        by = "* 1/scale" if self.arguments["reciprocal"] else "/ scale"
+        bounds = f"[{self.arguments['lo']:g}, {self.arguments['hi']:g}]"
+        if self.dynamic is None:
+            return f"x {by}, clamp {bounds}, given scale"
+        return f"x {by}, clamp {bounds}, scale = amax / {self.dynamic['divisor']:g} {self.dynamic['granularity']}"
+
+
+def recognise_quantizer(codes: Node) -> Quantizer | str:
+    """The quantize formula of ``codes``, or why it is not one that ``quantize`` states."""
+    codes = through(codes, RESHAPES)
+    to = dtype(codes)
+    if not is_op(codes, *CASTS) or to not in CODE_DTYPES:
+        return "the codes are not the result of a cast"
+    clamped = _Clamp.of(codes.args[0])
+    if clamped is None:
+        return "the codes are not clamped on both sides by constants"
+    integer = not to.is_floating_point
+    node, rounds = clamped.x, clamped.rounds
+    if integer and not rounds:
+        return "integer codes are cut off, not rounded"
+    if not integer and rounds:
+        return "float8 codes are rounded to integers"
+    if integer and not (clamped.lo == int(clamped.lo) and clamped.hi == int(clamped.hi)):
+        return "the clamp bounds of integer codes are not integers"
+    if dtype(node) is not torch.float32:
+        return f"x is scaled in {dtype(node)}, not in float32"
+    scaled = _scaled(node)
+    if scaled is None:
+        return "x is not divided by a scale per token or per tensor"
+    x, scale, reciprocal = scaled
+    arguments = {"dtype": to, "reciprocal": reciprocal, "lo": clamped.lo, "hi": clamped.hi}
+    return Quantizer(codes, x, scale, arguments, _scale_formula(scale, x))
+
+
+@dataclass(frozen=True)
+class _Clamp:
+    x: Node
+    lo: float
+    hi: float
+    rounds: bool
+
+    @classmethod
+    def of(cls, node: object) -> _Clamp | None:
+        """``clamp`` and ``round`` in either order: they commute, as the bounds of integer codes are integers."""
+        lo = hi = None
+        rounds = False
+        while True:
+            if is_op(node, aten.round.default) and not rounds:
+                rounds, node = True, node.args[0]
+            elif is_op(node, aten.clamp_min.default) and lo is None and constant(node.args[1]) is not None:
+                lo, node = constant(node.args[1]), node.args[0]
+            elif is_op(node, aten.clamp_max.default) and hi is None and constant(node.args[1]) is not None:
+                hi, node = constant(node.args[1]), node.args[0]
+            elif is_op(node, aten.clamp.default) and lo is None and hi is None:
+                bounds = [*node.args[1:3], None, None]
+                lo = constant(node.kwargs.get("min", bounds[0]))
+                hi = constant(node.kwargs.get("max", bounds[1]))
+                if lo is None or hi is None:
+                    return None
+                node = node.args[0]
+            else:
+                break
+        if lo is None or hi is None or not isinstance(node, Node):
+            return None
+        return cls(node, float(lo), float(hi), rounds)
+
+
+def _scaled(node: Node) -> tuple[Node, Node, bool] | None:
+    """``(x, scale, reciprocal)`` of ``x / scale`` or ``x * (1 / scale)``."""
+    if is_op(node, aten.div.Tensor):
+        return _with_scale(node, node.args[0], node.args[1], reciprocal=False)
+    if is_op(node, aten.mul.Tensor):
+        for x, other in (node.args[:2], node.args[1::-1]):
+            if is_op(other, aten.reciprocal.default):
+                return _with_scale(node, x, other.args[0], reciprocal=True)
+    return None
+
+
+def _with_scale(
+    node: Node, x: object, scale: object, *, reciprocal: bool
+) -> tuple[Node, Node, bool] | None:
+    if not isinstance(x, Node) or not isinstance(scale, Node) or dtype(scale) is not torch.float32:
+        return None
+    if not same_shape(shape(x), shape(node)):
+        return None
+    per_token = len(shape(scale)) == len(shape(node)) and is_one(shape(scale)[-1])
+    if per_token:
+        per_token = same_shape(shape(scale)[:-1], shape(node)[:-1])
+    if not per_token and not is_single(scale):
+        return None
+    x = through_widening(x)
+    return (x, scale, reciprocal) if dtype(x) in _FLOATS else None
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _scale_formula(scale: Node, x: Node) -> dict[str, Any] | None:
+    """Arguments of ``choose_scale`` that give exactly ``scale`` from ``x``, or None."""
+    steps = []
+    node = scale
+    while True:
+        if is_op(node, *CASTS):
+            steps.append(("cast", dtype(node)))
+        elif is_op(node, aten.div.Tensor, aten.div.Scalar) and constant(node.args[1]) is not None:
+            steps.append(("divide", float(node.args[1])))
+        elif is_op(node, aten.clamp_min.default) and constant(node.args[1]) is not None:
+            steps.append(("floor", float(node.args[1])))
+        elif not is_op(node, *RESHAPES):
+            break
+        node = node.args[0]
+    found = _amax(node, x)
+    if found is None:
+        return None
+    granularity, of = found
+    if not _fits(granularity, scale, x):
+        return None
+    return _formula(reversed(steps), dtype(of), granularity)
+
+
+def _fits(granularity: str, scale: Node, x: Node) -> bool:
+    if granularity == "per_tensor":
+        return is_single(scale)
+    return same_shape(shape(scale), (*shape(x)[:-1], 1))
+
+
+def _formula(steps, current: torch.dtype | None, granularity: str) -> dict[str, Any] | None:
+    """Replay the steps from amax to scale; None unless they are the steps of ``choose_scale`` in its order."""
+    result: dict[str, Any] = {
+        "granularity": granularity,
+        "divisor": None,
+        "divide_dtype": torch.float32,
+        "floor": 0.0,
+        "floor_on": "none",
+        "scale_dtype": torch.float32,
+    }
+    for kind, argument in steps:
+        if kind == "cast":
+            if is_widening(current, argument):
+                current = argument
+            elif result["divisor"] is not None and result["scale_dtype"] is torch.float32 and argument in _FLOATS:
+                result["scale_dtype"] = current = argument
+            else:
+                return None
+        elif result["floor_on"] == "scale" or result["scale_dtype"] is not torch.float32:
+            return None
+        elif kind == "divide":
+            if result["divisor"] is not None:
+                return None
+            result["divisor"], result["divide_dtype"] = argument, current
+        else:
+            rounded = torch.tensor(argument, dtype=current).item()
+            if current is not torch.float32 and rounded != argument:
+                return None
+            if result["floor_on"] != "none":
+                return None
+            result["floor"] = argument
+            result["floor_on"] = "amax" if result["divisor"] is None else "scale"
+    if current is not torch.float32 or result["divisor"] is None:
+        return None
+    return result
+
+
+def _amax(node: Node, x: Node) -> tuple[str, Node] | None:
+    """``("per_token" | "per_tensor", the node whose magnitudes were reduced)`` when ``node`` is amax of ``|x|``."""
+    if is_op(node, aten.maximum.default):
+        return _amax_of_extrema(node, x)
+    if is_op(node, operator.getitem) and node.args[1] == 0 and is_op(node.args[0], aten.max.dim):
+        reduced, dims = node.args[0].args[0], [node.args[0].args[1]]
+    elif is_op(node, aten.amax.default):
+        reduced, dims = node.args[0], list(node.args[1]) if len(node.args) > 1 else []
+    elif is_op(node, aten.max.default):
+        reduced, dims = node.args[0], []
+    else:
+        return None
+    # A widening cast commutes with abs and amax, which do not round.
+    inner = through_widening(reduced)
+    if not is_op(inner, aten.abs.default):
+        return None
+    of = through_widening(inner.args[0])
+    granularity = _reduction(dims, of, x)
+    return None if granularity is None else (granularity, reduced)
+
+
+def _amax_of_extrema(node: Node, x: Node) -> tuple[str, Node] | None:
+    """``max(-min(amin(x), 0), max(amax(x), 0))`` is amax of ``|x|``."""
+    for negated, positive in (node.args[:2], node.args[1::-1]):
+        if not is_op(negated, aten.neg.default):
+            continue
+        low = _bounded_by_zero(negated.args[0], aten.minimum.default)
+        high = _bounded_by_zero(positive, aten.maximum.default)
+        if not is_op(low, aten.amin.default) or not is_op(high, aten.amax.default):
+            continue
+        of_low, of_high = through_widening(low.args[0]), through_widening(high.args[0])
+        dims = [list(n.args[1]) if len(n.args) > 1 else [] for n in (low, high)]
+        if of_low is not of_high or dims[0] != dims[1]:
+            continue
+        granularity = _reduction(dims[0], of_low, x)
+        if granularity is not None:
+            return granularity, high
+    return None
+
+
+def _bounded_by_zero(node: object, target) -> object:
+    if is_op(node, target):
+        for value, bound in (node.args[:2], node.args[1::-1]):
+            if uniform_value(bound) == 0:
+                return value
+    return None
+
+
+def _reduction(dims: list, of: Node, x: Node) -> str | None:
+    """Granularity of a reduction of ``of`` over ``dims``, when ``of`` holds the values of ``x``."""
+    rank = len(shape(of))
+    reduced = {d % rank for d in dims} if dims and rank else set(range(rank))
+    if reduced == set(range(rank)) and rank != 1:
+        granularity = "per_tensor"
+    elif reduced == {rank - 1}:
+        granularity = "per_token"
+    else:
+        return None
+    if of is x:
+        return granularity
+    # The same values under another view: any for per_tensor, one that keeps rows for per_token.
+    same_base = through(of, RESHAPES) is through(x, RESHAPES)
+    keeps_rows = granularity == "per_tensor" or same_shape(shape(of)[-1:], shape(x)[-1:])
+    return granularity if same_base and keeps_rows else None

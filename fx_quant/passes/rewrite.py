@@ -1,0 +1,168 @@
+"""Sites to canonical ops: the matmul and its scales first, the quantize formula second."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Graph, Node
+
+from fx_quant.passes.annotate import axis_of
+from fx_quant.passes.emit import Emitter
+from fx_quant.passes.nodes import COPIES, EXPANDS, RESHAPES, aten, is_op, same_shape, shape, uniform_value
+from fx_quant.passes.quantizers import Quantizer, recognise_quantizer
+from fx_quant.passes.sites import Site
+from fx_quant.passes.values import Axis, Codes, Factor
+
+
+def remove_identities(graph: Graph) -> None:
+    """Drop views, casts and ``+ 0`` / ``* 1`` that change nothing, which libraries leave between the steps."""
+    for node in list(graph.nodes):
+        source = _identity_source(node)
+        if source is not None:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _identity_source(node: Node) -> Node | None:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return None
+    source = node.args[0]
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return None
+    if before.dtype != after.dtype or not same_shape(before.shape, after.shape):
+        return None
+    if node.target in (RESHAPES | EXPANDS) - COPIES:
+        return source
+    if is_op(node, aten.mul.Tensor) and uniform_value(node.args[1]) == 1:
+        return source
+    if is_op(node, aten.add.Tensor) and uniform_value(node.args[1]) == 0 and not _may_be_negative_zero(source):
+        return source
+    return None
+
+
+def _may_be_negative_zero(node: Node) -> bool:
+    """``-0.0 + 0`` is ``0.0``. After ``round`` the sign of a zero is lost in the cast to integer codes anyway."""
+    return not is_op(node, aten.round.default) and node.meta["val"].dtype.is_floating_point
+
+
+def canonicalize(graph: Graph, site: Site) -> Node:
+    """Replace the site's root by ``fx_quant::scaled_mm``; returns the new op.
+
+    Raises:
+        LookupError: a symbolic size that the new nodes need has no node in the graph.
+    """
+    emitter = Emitter(graph)
+    product, root = site.product, site.root
+    with emitter.graph.inserting_before(root):
+        a = _matrix(emitter, product.a, root)
+        b = _matrix(emitter, product.b, root)
+        a_scale = _scale(emitter, product.rows, root, [-1, 1])
+        b_scale = _scale(emitter, product.columns, root, [-1])
+        bias = None if product.bias is None else _bias(emitter, product.bias, site)
+        out = emitter.call(
+            torch.ops.fx_quant.scaled_mm.default, a, b, a_scale, b_scale, bias, product.dtype, like=root
+        )
+        result = out
+        if len(shape(root)) != 2:
+            sizes = emitter.size_args(shape(root), root, like=root)
+            result = emitter.reshape(out, sizes, like=root)
+    root.replace_all_uses_with(result)
+    return out
+
+
+def _matrix(emitter: Emitter, codes: Codes, like: Node) -> Node:
+    """``codes`` as a 2-D tensor of their low-bit dtype; an offset is left out, as its correction is."""
+    node = codes.node
+    for view in codes.views:
+        node = emitter.call(view.target, node, *view.args[1:], like=like, **view.kwargs)
+    if len(shape(node)) != 2:
+        node = emitter.reshape(node, [-1, shape(node)[-1]], like=like)
+    return node
+
+
+def _scale(emitter: Emitter, factors: tuple[Factor, ...], like: Node, sizes: list[int]) -> Node | None:
+    """The product of ``factors`` in float32: ``[]`` when all are scalars, else of shape ``sizes``."""
+    scale = None
+    for factor in factors:
+        vector = _vector(emitter, factor, like)
+        if factor.axis is not Axis.SCALAR:
+            vector = emitter.reshape(vector, sizes, like=like)
+        scale = vector if scale is None else emitter.call(aten.mul.Tensor, scale, vector, like=like)
+    return scale
+
+
+def _vector(emitter: Emitter, factor: Factor, like: Node) -> Node:
+    """``factor`` in float32, flattened over the axis along which it varies; ``[]`` for a scalar."""
+    source = factor.source
+    if not isinstance(source, Node):
+        number = 1.0 / source if factor.inverse else source
+        device = like.meta["val"].device
+        return emitter.call(aten.full.default, [], number, dtype=torch.float32, device=device, like=like)
+    node = emitter.cast(source, torch.float32, like=like)
+    if factor.inverse:
+        node = emitter.call(aten.reciprocal.default, node, like=like)
+    if factor.axis is Axis.SCALAR:
+        return emitter.reshape(node, [], like=like)
+    # The factor may have met the value before a transpose: flatten it as it stood there.
+    if axis_of(source, factor.like) is Axis.ROW:
+        lead = shape(factor.like)[:-1]
+        if not same_shape(shape(node)[:-1], lead) and len(lead) > 1:
+            sizes = [size if isinstance(size, int) else emitter.size_node(size, like) for size in lead]
+            node = emitter.call(aten.expand.default, node, [*sizes, 1], like=like)
+    return node
+
+
+def _bias(emitter: Emitter, bias: Factor, site: Site) -> Node:
+    """``bias`` as ``[n]`` in its own dtype."""
+    n, root = site.problem.n, site.root
+    if not isinstance(bias.source, Node):
+        device = root.meta["val"].device
+        return emitter.call(aten.full.default, [n], bias.source, dtype=torch.float32, device=device, like=root)
+    node = emitter.reshape(bias.source, [-1], like=root)
+    if bias.axis is Axis.SCALAR and n != 1:
+        node = emitter.call(aten.expand.default, node, [n], like=root)
+    return node
+
+
+def quantizers_of(sites: Iterable[Site]) -> dict[Node, Quantizer | str]:
+    """What is recognised of the quantize behind each site's activation, by the node of its codes."""
+    return {site.product.a.node: recognise_quantizer(site.product.a.node) for site in sites}
+
+
+def rewrite_quantizers(graph: Graph, found: Iterable[Quantizer | str]) -> None:
+    """Replace each recognised quantize by ``fx_quant::quantize``, codes and scale, for all of their users."""
+    emitter = Emitter(graph)
+    done: set[Node] = set()
+    for quantizer in found:
+        if not isinstance(quantizer, Quantizer) or quantizer.codes in done:
+            continue
+        done.add(quantizer.codes)
+        _rewrite_quantizer(emitter, quantizer)
+
+
+def _rewrite_quantizer(emitter: Emitter, quantizer: Quantizer) -> None:
+    codes, scale, op = quantizer.codes, quantizer.scale, torch.ops.fx_quant.quantize
+    if quantizer.dynamic is None:
+        with emitter.graph.inserting_before(codes):
+            out = emitter.call(op.default, quantizer.x, scale, like=codes, **quantizer.arguments)
+            out = _reshaped_like(emitter, out, codes)
+        codes.replace_all_uses_with(out)
+        return
+    with emitter.graph.inserting_before(scale):
+        arguments = {**quantizer.arguments, **quantizer.dynamic}
+        pair = emitter.call(op.dynamic, quantizer.x, like=codes, **arguments)
+        new_codes = emitter.call(operator.getitem, pair, 0, like=codes)
+        new_scale = emitter.call(operator.getitem, pair, 1, like=codes)
+        new_codes = _reshaped_like(emitter, new_codes, codes)
+        new_scale = _reshaped_like(emitter, new_scale, scale)
+    codes.replace_all_uses_with(new_codes)
+    scale.replace_all_uses_with(new_scale)
+
+
+def _reshaped_like(emitter: Emitter, node: Node, like: Node) -> Node:
+    if same_shape(shape(node), shape(like)):
+        return node
+    return emitter.reshape(node, emitter.size_args(shape(like), like, like=like), like=like)

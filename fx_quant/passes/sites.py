@@ -1,0 +1,190 @@
+"""Sites and misses: every matmul with a quantized operand ends as one or the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from fx_quant.passes.annotate import EPILOGUE_DTYPES, MATMULS, Annotation, matrix_base
+from fx_quant.passes.nodes import dtype, shape, tensor
+from fx_quant.passes.values import Axis, Codes, Factor, Product, Unknown
+from fx_quant.problem import Problem, SizeRange
+from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantized matmul that can be rewritten.
+
+    Args:
+        gemm: the matmul node.
+        root: the node that the canonical op replaces, at or below ``gemm``.
+        product: what is proven of ``root``.
+        problem: the GEMM as data.
+    """
+
+    gemm: Node
+    root: Node
+    product: Product
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class Miss:
+    """One quantized matmul that is left as it is: ``rule`` failed at ``node``."""
+
+    gemm: Node
+    node: Node
+    rule: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Which nodes hold the same value in every call of the compiled graph.
+
+    Args:
+        constant: parameters, buffers and constants of the graph.
+        runtime: nodes that depend on anything else.
+    """
+
+    constant: frozenset[Node]
+    runtime: frozenset[Node]
+
+
+def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inputs:
+    """Split nodes by whether they can change from call to call.
+
+    Args:
+        static_indices: positions of the placeholders that are parameters or buffers; None (a bare graph) takes those
+            that hold codes or float vectors for such.
+    """
+    constant, runtime = set(), set()
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        static = _looks_static(node) if static_indices is None else index in static_indices
+        (constant if static else runtime).add(node)
+    constant.update(graph.find_nodes(op="get_attr"))
+    for node in graph.nodes:
+        if any(source in runtime for source in node.all_input_nodes) and tensor(node) is not None:
+            runtime.add(node)
+    return Inputs(frozenset(constant), frozenset(runtime))
+
+
+def _looks_static(node: Node) -> bool:
+    return dtype(node) in CODE_DTYPES or (tensor(node) is not None and len(shape(node)) < 2)
+
+
+def find_sites(
+    graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics
+) -> tuple[list[Site], list[Miss]]:
+    """All sites and misses of ``graph``, in graph order; rewrites past ``cap`` are not proposed."""
+    sites, misses = [], []
+    for gemm in graph.nodes:
+        if gemm.op != "call_function" or gemm.target not in MATMULS:
+            continue
+        value = annotation.value(gemm)
+        if isinstance(value, Unknown):
+            misses.append(Miss(gemm, value.node, value.rule))
+        elif isinstance(value, Product):
+            found = _site(gemm, value, annotation, inputs, cap)
+            (sites if isinstance(found, Site) else misses).append(found)
+    return sites, misses
+
+
+def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Site | Miss:
+    chain = _chain(gemm, annotation)
+    allowed = [(node, value) for node, value in chain if _can_end(value)]
+    if not allowed:
+        return Miss(
+            gemm, chain[-1][0], f"the codes carry an offset of {product.offset} that nothing corrects after the matmul"
+        )
+    capped = [(node, value) for node, value in allowed if value.numerics <= cap]
+    if not capped:
+        least = min(value.numerics for _, value in allowed)
+        return Miss(gemm, gemm, f"the rewrite is of class {least}, and numerics={cap} does not allow that")
+    root, product = capped[-1]
+    n, k = shape(gemm)[-1], shape(gemm.args[-1] if gemm.target not in _SCALED else gemm.args[1])[-2]
+    if not isinstance(n, int) or not isinstance(k, int):
+        return Miss(gemm, gemm, f"n and k must be static, got n={n} k={k}")
+    rows = _size_range(shape(gemm)[:-1])
+    return Site(gemm, root, product, _problem(product, rows, n, k, inputs))
+
+
+_SCALED = frozenset({torch.ops.aten._scaled_mm.default})
+
+
+def _chain(gemm: Node, annotation: Annotation) -> list[tuple[Node, Product]]:
+    """``gemm`` and the products below it, as long as each has the next as its only user."""
+    chain = []
+    node: Node | None = gemm
+    while node is not None:
+        value = annotation.value(node)
+        if not isinstance(value, Product) or value.gemm is not gemm:
+            break
+        chain.append((node, value))
+        node = next(iter(node.users)) if len(node.users) == 1 else None
+    return chain
+
+
+def _can_end(product: Product) -> bool:
+    if product.offset != 0:
+        return False
+    if product.dtype is torch.int32:
+        return not product.rows and not product.columns and product.bias is None
+    return product.dtype in EPILOGUE_DTYPES
+
+
+def _size_range(sizes: tuple[int | torch.SymInt, ...]) -> SizeRange:
+    """Range of the product of ``sizes``, from facts already known; no guard is added."""
+    low, high = 1, 1
+    for size in sizes:
+        if isinstance(size, int):
+            bounds = (size, size)
+        else:
+            bound = size.node.shape_env.bound_sympy(size.node.expr)
+            # Unbounded is a sympy infinity or the huge integer that stands for one.
+            lower = int(bound.lower) if bound.lower.is_Integer else 0
+            upper = int(bound.upper) if bound.upper.is_Integer and bound.upper < 2**48 else None
+            bounds = (lower, upper)
+        low *= bounds[0]
+        high = None if high is None or bounds[1] is None else high * bounds[1]
+    return SizeRange(low, high)
+
+
+def _problem(product: Product, rows: SizeRange, n: int, k: int, inputs: Inputs) -> Problem:
+    a_dtype, b_dtype = dtype(product.a.node), dtype(product.b.node)
+    assert a_dtype is not None and b_dtype is not None
+    return Problem(
+        scheme=Scheme(
+            OperandSpec(
+                a_dtype,
+                _granularity(product.rows, Axis.ROW, Granularity.PER_TOKEN),
+                dynamic=any(f.source in inputs.runtime for f in product.rows),
+            ),
+            OperandSpec(b_dtype, _granularity(product.columns, Axis.COLUMN, Granularity.PER_CHANNEL)),
+        ),
+        m=rows,
+        n=n,
+        k=k,
+        out_dtype=product.dtype,
+        bias=None if product.bias is None else _bias_dtype(product.bias),
+        constant_weight=is_constant(product.b, inputs),
+    )
+
+
+def is_constant(codes: Codes, inputs: Inputs) -> bool:
+    """Whether ``codes`` are a view of a parameter, buffer or constant."""
+    base = matrix_base(codes)
+    return base is not None and base[0] in inputs.constant
+
+
+def _granularity(factors: tuple[Factor, ...], axis: Axis, named: Granularity) -> Granularity:
+    if not factors:
+        return Granularity.UNSCALED
+    return named if any(f.axis is axis for f in factors) else Granularity.PER_TENSOR
+
+
+def _bias_dtype(bias: Factor) -> torch.dtype:
+    found = dtype(bias.source)
+    return torch.float32 if found is None else found

@@ -1,0 +1,46 @@
+"""What must hold of a graph after the passes; a violation is a bug in them, and the original graph compiles instead."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from fx_quant.passes.nodes import is_op, same_shape
+
+
+class VerificationError(AssertionError):
+    """A rewritten graph breaks an invariant."""
+
+
+def verify(graph: Graph, before: Graph) -> None:
+    """Raise unless ``graph`` is well-formed, canonical ops are gone and its outputs look like those of ``before``."""
+    graph.lint()
+    leftover = [n for n in graph.nodes if is_op(n, torch.ops.fx_quant.scaled_mm.default)]
+    if leftover:
+        raise VerificationError(f"canonical ops must all be assigned a kernel, found {leftover}")
+    for old, new in zip(_outputs(before), _outputs(graph), strict=True):
+        _same_metadata(old, new)
+
+
+def _outputs(graph: Graph) -> list[Node | None]:
+    (output,) = graph.find_nodes(op="output")
+    flat = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
+    return [n if isinstance(n, Node) else None for n in flat]
+
+
+def _same_metadata(old: Node | None, new: Node | None) -> None:
+    if (old is None) != (new is None):
+        raise VerificationError(f"output {old} became {new}")
+    if old is None or new is None:
+        return
+    was, now = old.meta.get("val"), new.meta.get("val")
+    if isinstance(was, torch.Tensor) != isinstance(now, torch.Tensor):
+        raise VerificationError(f"output {old} became {new}")
+    if not isinstance(was, torch.Tensor):
+        return
+    if was.dtype != now.dtype or not same_shape(was.shape, now.shape) or was.device != now.device:
+        raise VerificationError(f"output {old} was {_text(was)}, became {_text(now)}")
+
+
+def _text(value: torch.Tensor) -> str:
+    return f"{value.dtype}{list(value.shape)} on {value.device}"

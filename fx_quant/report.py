@@ -1,0 +1,150 @@
+"""What became of each quantized matmul: data first, then text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One quantized matmul that was rewritten.
+
+    Args:
+        module: dotted path of the module it came from, ``""`` when unknown.
+        source: ``file:line`` of the user's code, ``""`` when unknown.
+        op: the matmul in the source graph.
+        scheme: how the operands are quantized.
+        m: range of the rows, such as ``32`` or ``2..``.
+        n, k: sizes of the weight.
+        out_dtype: dtype of the result.
+        kernel: the kernel that runs it.
+        padding: the padding plan, or ``none``.
+        numerics: class of the rewrite.
+        quantize: the recognised quantize formula, or why it was left as it is.
+        losers: kernels that were not chosen, each with its reasons (``lower priority`` when it could have run).
+    """
+
+    module: str
+    source: str
+    op: str
+    scheme: str
+    m: str
+    n: int
+    k: int
+    out_dtype: str
+    kernel: str
+    padding: str
+    numerics: str
+    quantize: str
+    losers: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class MissReport:
+    """One quantized matmul that was left as it was.
+
+    Args:
+        module, source, op: where it is, as in ``SiteReport``.
+        node: the graph node at which the rule failed.
+        reason: the rule, in words.
+    """
+
+    module: str
+    source: str
+    op: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sites and misses of a model on a target; prints as a table."""
+
+    target: str
+    sites: tuple[SiteReport, ...]
+    misses: tuple[MissReport, ...]
+    graphs: int = 1
+    graph_breaks: int = 0
+
+    def to_json(self) -> str:
+        """The whole report as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def merged(self, other: Report) -> Report:
+        """This report and ``other``'s sites and misses, in order."""
+        return dataclasses.replace(
+            self,
+            sites=self.sites + other.sites,
+            misses=self.misses + other.misses,
+            graphs=self.graphs + other.graphs,
+            graph_breaks=self.graph_breaks + other.graph_breaks,
+        )
+
+    def summary(self) -> str:
+        """One line: how many were rewritten, and how many were missed."""
+        total = len(self.sites) + len(self.misses)
+        if not total:
+            return f"no quantized matmul found ({self._graphs()}); the model compiles unchanged"
+        return f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}, {len(self.misses)} missed"
+
+    def _graphs(self) -> str:
+        breaks = f", {self.graph_breaks} graph breaks" if self.graph_breaks else ""
+        return f"{self.graphs} graph{'s' if self.graphs != 1 else ''}{breaks}"
+
+    def __str__(self) -> str:
+        parts = [f"fx_quant: {self.summary()}"]
+        if self.sites:
+            parts.append(self._site_table())
+            parts.append(self._losers())
+        if self.misses:
+            parts.append(self._miss_table())
+        if self.graph_breaks and (self.sites or self.misses):
+            parts.append(f"The model was captured in {self._graphs()}; matmuls outside the graphs are not seen.")
+        return "\n\n".join(part for part in parts if part)
+
+    def _site_table(self) -> str:
+        rows = [
+            (s.module or s.source or "?", s.scheme, s.m, s.n, s.k, s.kernel, s.padding, s.numerics)
+            for s in self.sites
+        ]
+        headers = ("module", "scheme", "m", "n", "k", "kernel", "padding", "numerics")
+        return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+
+    def _losers(self) -> str:
+        """Why each kernel of the target's platform was not chosen, once per distinct reason."""
+        seen: dict[str, list[str]] = {}
+        for site in self.sites:
+            for kernel, reasons in site.losers.items():
+                if any(reason.startswith("needs platform") for reason in reasons):
+                    continue
+                text = "; ".join(reasons)
+                seen.setdefault(kernel, [])
+                if text not in seen[kernel]:
+                    seen[kernel].append(text)
+        if not seen:
+            return ""
+        lines = ["not chosen:"]
+        for kernel, texts in seen.items():
+            body = " | ".join(texts)
+            lines.append(textwrap.fill(f"{kernel}: {body}", 118, initial_indent="  ", subsequent_indent="      "))
+        return "\n".join(lines)
+
+    def _miss_table(self) -> str:
+        lines = ["missed:"]
+        for miss in self.misses:
+            where = miss.module or miss.source or miss.op
+            source = f" ({miss.source})" if miss.source and miss.module else ""
+            lines.append(
+                textwrap.fill(
+                    f"{where}{source}: {miss.op} left as it is, at {miss.node}: {miss.reason}",
+                    118,
+                    initial_indent="  ",
+                    subsequent_indent="      ",
+                )
+            )
+        return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""Which kernel runs a problem: one function, whose losers' reasons are kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fx_quant.errors import NoKernelError, unknown_name
+from fx_quant.kernels.base import PLATFORM_REASON, Kernel, kernel, kernels
+from fx_quant.padding import Padding, plan_padding
+from fx_quant.problem import Problem
+from fx_quant.target import Target
+
+DISABLED_VARIABLE = "FX_QUANT_DISABLED_KERNELS"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What selection found of one kernel: no reasons means that it can run."""
+
+    kernel: str
+    reasons: tuple[str, ...]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether nothing stands against the kernel."""
+        return not self.reasons
+
+    @property
+    def for_platform(self) -> bool:
+        """Whether the kernel is for the target's platform at all."""
+        return not any(reason.startswith(PLATFORM_REASON) for reason in self.reasons)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A kernel and its padding plan for a problem on a target, with the verdict of every candidate."""
+
+    problem: Problem
+    target: Target
+    kernel: Kernel
+    padding: Padding
+    verdicts: tuple[Verdict, ...]
+
+
+def disabled_kernels() -> frozenset[str]:
+    """Kernels and providers that ``FX_QUANT_DISABLED_KERNELS`` (comma-separated) switches off.
+
+    Raises:
+        UnknownNameError: the variable names neither a kernel nor a provider.
+    """
+    names = frozenset(
+        name.strip()
+        for name in os.environ.get(DISABLED_VARIABLE, "").split(",")
+        if name.strip()
+    )
+    check_kernel_names(names)
+    return names
+
+
+def check_kernel_names(names: Collection[str]) -> None:
+    """Raise ``UnknownNameError`` unless each name is a kernel or a provider."""
+    known = {k.name for k in kernels()} | {k.provider for k in kernels()}
+    for name in sorted(names):
+        if name not in known:
+            raise unknown_name("kernel or provider", name, known)
+
+
+def select(
+    problem: Problem,
+    target: Target,
+    *,
+    force_kernel: str | None = None,
+    disabled: Collection[str] = (),
+) -> Selection:
+    """The best kernel that can run ``problem`` on ``target``.
+
+    Args:
+        force_kernel: use this kernel or raise.
+        disabled: names of kernels or providers not to use, beside those of ``FX_QUANT_DISABLED_KERNELS``.
+
+    Raises:
+        NoKernelError: no kernel can run it, or the forced one cannot; the message holds every reason.
+        UnknownNameError: a kernel name is not known.
+    """
+    check_kernel_names(disabled)
+    off = frozenset(disabled) | disabled_kernels()
+    verdicts = tuple(
+        Verdict(candidate.name, _reasons(candidate, problem, target, off))
+        for candidate in kernels()
+    )
+    if force_kernel is not None:
+        kernel(force_kernel)  # an unknown name raises here
+        reasons = next(v.reasons for v in verdicts if v.kernel == force_kernel)
+        if reasons:
+            raise NoKernelError(
+                f"forced kernel {force_kernel!r} cannot run {problem} on {target}: {'; '.join(reasons)}. "
+                "Remove force_kernel to let fx_quant choose."
+            )
+    for candidate, verdict in zip(kernels(), verdicts, strict=True):
+        if verdict.can_run and force_kernel in (None, candidate.name):
+            padding = plan_padding(problem, candidate.requires.align)
+            return Selection(problem, target, candidate, padding, verdicts)
+    near = [v for v in verdicts if v.for_platform]
+    losers = "; ".join(f"{v.kernel}: {', '.join(v.reasons)}" for v in near) or f"none is for {target.platform}"
+    raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}")
+
+
+def _reasons(
+    candidate: Kernel, problem: Problem, target: Target, off: Collection[str]
+) -> tuple[str, ...]:
+    reasons = candidate.requires.unmet(problem, target)
+    if candidate.name in off or candidate.provider in off:
+        reasons.insert(0, "is disabled")
+    return tuple(reasons)

@@ -1,0 +1,147 @@
+"""The machine as data: detected on request, or named, so that every choice can be asked for anywhere."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from packaging.version import Version
+
+from fx_quant.errors import unknown_name
+
+_X86_VNNI = frozenset({"avx2", "avx512", "avx512_vnni", "avx512_bf16"})
+
+# name -> (platform, arch, features)
+_NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
+    {
+        "sm80": ("cuda", "sm80", frozenset()),
+        "sm89": ("cuda", "sm89", frozenset({"float8"})),
+        "sm90": ("cuda", "sm90", frozenset({"float8", "tma"})),
+        "sm100": ("cuda", "sm100", frozenset({"float8", "tma"})),
+        "gfx942": ("rocm", "gfx942", frozenset({"float8"})),
+        "x86_vnni": ("cpu", "x86_vnni", _X86_VNNI),
+        "x86": ("cpu", "x86", frozenset({"avx2"})),
+    }
+)
+
+# Kernel libraries whose presence a requirement may ask for; found by metadata, never imported here.
+_PACKAGES = ("torch", "triton", "vllm", "flashinfer-python", "aiter")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What selection needs to know of a machine.
+
+    Args:
+        platform: ``cpu``, ``cuda`` or ``rocm``.
+        arch: ``sm90``, ``gfx942``, ``x86_vnni``, ``x86``, ``arm64``, ...
+        features: instruction sets and abilities, such as ``avx512_vnni`` or ``float8``.
+        packages: version of each kernel library that is installed there.
+    """
+
+    platform: str
+    arch: str
+    features: frozenset[str] = frozenset()
+    packages: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __hash__(self) -> int:
+        return hash(
+            (
+                self.platform,
+                self.arch,
+                self.features,
+                tuple(sorted(self.packages.items())),
+            )
+        )
+
+    @property
+    def capability(self) -> int | None:
+        """Compute capability of an NVIDIA GPU (``90`` for ``sm90``), else None."""
+        return int(self.arch[2:]) if self.platform == "cuda" else None
+
+    def version(self, package: str) -> Version | None:
+        """Version of ``package`` on this machine, or None when it is not installed."""
+        found = self.packages.get(package)
+        return None if found is None else Version(found)
+
+    def __str__(self) -> str:
+        return self.arch
+
+
+def installed_packages() -> Mapping[str, str]:
+    """Versions of the kernel libraries installed here. Nothing is imported."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return MappingProxyType(found)
+
+
+def named_target(name: str, packages: Mapping[str, str] | None = None) -> Target:
+    """The machine called ``name`` (``sm90``, ``x86_vnni``, ...), with the torch installed here unless told.
+
+    Raises:
+        UnknownNameError: ``name`` is not a known target.
+    """
+    if name not in _NAMED:
+        raise unknown_name("target", name, _NAMED)
+    platform, arch, features = _NAMED[name]
+    if packages is None:
+        packages = MappingProxyType({"torch": torch.__version__})
+    return Target(platform, arch, features, packages)
+
+
+def named_targets() -> tuple[str, ...]:
+    """Names that ``named_target`` knows, in order."""
+    return tuple(_NAMED)
+
+
+def detect_target(device: torch.device | str = "cpu") -> Target:
+    """The machine that tensors on ``device`` run on, as it is now."""
+    device = torch.device(device)
+    packages = installed_packages()
+    if device.type == "cuda":
+        if torch.version.hip:
+            arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+            return Target("rocm", arch, frozenset({"float8"}), packages)
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = major * 10 + minor
+        features = {"float8"} if capability >= 89 else set()
+        features |= {"tma"} if capability >= 90 else set()
+        return Target("cuda", f"sm{capability}", frozenset(features), packages)
+    return Target("cpu", *_cpu_arch(), packages)
+
+
+def _cpu_arch() -> tuple[str, frozenset[str]]:
+    import platform
+
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        return machine, frozenset()
+    probes = {
+        "avx2": "_is_avx2_supported",
+        "avx512": "_is_avx512_supported",
+        "avx512_vnni": "_is_vnni_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx": "_is_amx_tile_supported",
+    }
+    features = frozenset(
+        feature
+        for feature, probe in probes.items()
+        if getattr(torch.cpu, probe, lambda: False)()
+    )
+    return ("x86_vnni" if "avx512_vnni" in features else "x86"), features
+
+
+def resolve_target(
+    target: Target | str | None, device: torch.device | str = "cpu"
+) -> Target:
+    """``target`` as a ``Target``: itself, looked up by name, or detected for ``device`` when None."""
+    if target is None:
+        return detect_target(device)
+    return named_target(target) if isinstance(target, str) else target
