@@ -36,6 +36,7 @@ class Requires:
         granularities: ``(activation, weight)`` granularity pairs.
         out_dtypes: dtypes it can return.
         bias_dtypes: dtypes of the bias it can add (a missing bias is always fine).
+        bias_as_out: a bias must have the dtype of the result.
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
         m: smallest number of rows it accepts.
         max_k: largest ``k`` it accepts.
@@ -50,6 +51,7 @@ class Requires:
     granularities: frozenset[tuple[Granularity, Granularity]] = frozenset()
     out_dtypes: frozenset[torch.dtype] = frozenset()
     bias_dtypes: frozenset[torch.dtype] = frozenset()
+    bias_as_out: bool = False
     align: int = 1
     paddable: bool = True
     m: int = 0
@@ -60,20 +62,15 @@ class Requires:
         """Reasons why ``target`` cannot run the kernel at all; empty when it can."""
         reasons = []
         if self.platforms and target.platform not in self.platforms:
-            reasons.append(
-                f"{PLATFORM_REASON} {_one_of(self.platforms)}, target is {target.platform}"
-            )
+            reasons.append(f"{PLATFORM_REASON} {_one_of(self.platforms)}, target is {target.platform}")
         if (
             self.min_capability is not None
             and target.capability is not None
             and target.capability < self.min_capability
         ):
-            reasons.append(
-                f"needs sm{self.min_capability} or newer, target is {target.arch}"
-            )
+            reasons.append(f"needs sm{self.min_capability} or newer, target is {target.arch}")
         reasons += [
-            f"needs {feature}, which {target.arch} has not"
-            for feature in sorted(self.features - target.features)
+            f"needs {feature}, which {target.arch} has not" for feature in sorted(self.features - target.features)
         ]
         for package, least in self.packages.items():
             found = target.version(package)
@@ -88,9 +85,7 @@ class Requires:
         activation, weight = problem.scheme.activation, problem.scheme.weight
         reasons = []
         if self.codes and (activation.dtype, weight.dtype) not in self.codes:
-            reasons.append(
-                f"has no {dtype_name(activation.dtype)} x {dtype_name(weight.dtype)} matmul"
-            )
+            reasons.append(f"has no {dtype_name(activation.dtype)} x {dtype_name(weight.dtype)} matmul")
         pair = (activation.granularity, weight.granularity)
         # A missing scale is the scalar 1, so a kernel with per-tensor scales can take it.
         as_scaled = tuple(Granularity.PER_TENSOR if g is Granularity.UNSCALED else g for g in pair)
@@ -100,26 +95,22 @@ class Requires:
             reasons.append(
                 f"returns {_one_of(map(dtype_name, self.out_dtypes))}, asked for {dtype_name(problem.out_dtype)}"
             )
-        if (
-            self.bias_dtypes
-            and problem.bias is not None
-            and problem.bias not in self.bias_dtypes
-        ):
+        if self.bias_dtypes and problem.bias is not None and problem.bias not in self.bias_dtypes:
             reasons.append(
                 f"adds a bias of {_one_of(map(dtype_name, self.bias_dtypes))}, got {dtype_name(problem.bias)}"
             )
-        if not self.paddable and (problem.n % self.align or problem.k % self.align):
+        elif self.bias_as_out and problem.bias not in (None, problem.out_dtype):
             reasons.append(
-                f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}"
+                f"adds a bias of the result's dtype, got {dtype_name(problem.bias)} for {dtype_name(problem.out_dtype)}"
             )
+        if not self.paddable and (problem.n % self.align or problem.k % self.align):
+            reasons.append(f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}")
         if problem.m.low < self.m:
             reasons.append(f"needs m >= {self.m}, m may be {problem.m}")
         if self.max_k is not None and problem.k > self.max_k:
             reasons.append(f"needs k <= {self.max_k}, got k={problem.k}")
         if self.constant_weight and not problem.constant_weight:
-            reasons.append(
-                "packs its weight once, so the weight must be a parameter, buffer or constant"
-            )
+            reasons.append("packs its weight once, so the weight must be a parameter, buffer or constant")
         return reasons
 
     def unmet(self, problem: Problem, target: Target) -> list[str]:
@@ -182,9 +173,7 @@ def register_kernel(kernel: Kernel, *, priority: int) -> Kernel:
         FxQuantError: another kernel has the same name.
     """
     if _KERNELS.get(kernel.name, kernel) != kernel:
-        raise FxQuantError(
-            f"kernel name {kernel.name!r} must be unique, it is registered already; choose another"
-        )
+        raise FxQuantError(f"kernel name {kernel.name!r} must be unique, it is registered already; choose another")
     _KERNELS[kernel.name] = kernel
     _PRIORITY[kernel.name] = priority
     return kernel
@@ -193,9 +182,7 @@ def register_kernel(kernel: Kernel, *, priority: int) -> Kernel:
 def kernels() -> tuple[Kernel, ...]:
     """All kernels, best first: those of this folder and those of the entry points ``fx_quant.kernels``."""
     _load_providers()
-    return tuple(
-        sorted(_KERNELS.values(), key=lambda kernel: (-_PRIORITY[kernel.name], kernel.name))
-    )
+    return tuple(sorted(_KERNELS.values(), key=lambda kernel: (-_PRIORITY[kernel.name], kernel.name)))
 
 
 def kernel(name: str) -> Kernel:

@@ -18,6 +18,7 @@ from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
 from fx_quant.scheme import Granularity, Numerics
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
+_FLOATS = _HALF | {torch.float32}
 _E4M3 = frozenset({(torch.float8_e4m3fn, torch.float8_e4m3fn)})
 _FNUZ = frozenset({(torch.float8_e4m3fnuz, torch.float8_e4m3fnuz)})
 _MIXED_E5M2 = frozenset(
@@ -31,9 +32,7 @@ _TENSOR, _TOKEN, _CHANNEL = (
     Granularity.PER_TOKEN,
     Granularity.PER_CHANNEL,
 )
-_ANY_GRANULARITY = frozenset(
-    itertools.product((_TENSOR, _TOKEN), (_TENSOR, _CHANNEL))
-)
+_ANY_GRANULARITY = frozenset(itertools.product((_TENSOR, _TOKEN), (_TENSOR, _CHANNEL)))
 
 
 def fake_kernel(name: str):
@@ -59,9 +58,12 @@ def _int_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
     return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
 
 
-def scale_operands(
-    a_scale: Tensor | None, b_scale: Tensor | None, m, n: int, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def column_major(b: Tensor) -> Tensor:
+    """``b [k, n]`` with each column contiguous, the only layout that ``torch._scaled_mm`` takes on every GPU."""
+    return b.t().contiguous().t()
+
+
+def scale_operands(a_scale: Tensor | None, b_scale: Tensor | None, m, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Scales as ``torch._scaled_mm`` wants them: both ``[]``, or both row-wise ``[m, 1]`` and ``[1, n]``."""
     one = like.new_ones((), dtype=torch.float32)
     a_scale = one if a_scale is None else a_scale.float()
@@ -76,15 +78,14 @@ def scale_operands(
 def _scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
     """``torch._scaled_mm`` with its own scales and bias."""
     scale_a, scale_b = scale_operands(a_scale, b_scale, a.shape[0], n, a)
-    return torch._scaled_mm(
-        a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=out_dtype
-    )
+    a, b = a.contiguous(), column_major(b)
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=out_dtype)
 
 
 def _channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
     """``torch._scaled_mm`` with unit scales to float32, then the canonical epilogue."""
     one = torch.ones((), dtype=torch.float32, device=a.device)
-    acc = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    acc = torch._scaled_mm(a.contiguous(), column_major(b), scale_a=one, scale_b=one, out_dtype=torch.float32)
     return dequantize(acc, a_scale, b_scale, bias, out_dtype)
 
 
@@ -135,6 +136,7 @@ register_kernel(
             granularities=frozenset({(_TENSOR, _TENSOR)}),
             out_dtypes=_HALF,
             bias_dtypes=_HALF,
+            bias_as_out=True,
             align=16,
         ),
         numerics=Numerics.SAME_ACCUM,
@@ -149,15 +151,16 @@ register_kernel(
         op="pytorch_scaled_mm",
         requires=Requires(
             platforms=frozenset({"cuda"}),
-            min_capability=90,
+            min_capability=89,
             codes=_E4M3,
             granularities=_ANY_GRANULARITY - {(_TENSOR, _TENSOR)},
             out_dtypes=frozenset({torch.bfloat16}),
-            bias_dtypes=_HALF,
+            bias_dtypes=frozenset({torch.bfloat16}),
             align=16,
         ),
         numerics=Numerics.SAME_ACCUM,
-        note="torch._scaled_mm, row-wise scales, through CUTLASS in PyTorch",
+        # cuBLASLt scales rows on sm90 from CUDA 12.9 on; elsewhere PyTorch brings a CUTLASS kernel.
+        note="torch._scaled_mm, row-wise scales, through cuBLASLt or CUTLASS",
     ),
     priority=20,
 )
@@ -169,13 +172,32 @@ register_kernel(
         requires=Requires(
             platforms=frozenset({"rocm"}),
             codes=_FNUZ,
-            granularities=_ANY_GRANULARITY,
+            granularities=frozenset({(_TENSOR, _TENSOR)}),
             out_dtypes=_HALF,
             bias_dtypes=_HALF,
+            bias_as_out=True,
             align=16,
         ),
         numerics=Numerics.SAME_ACCUM,
-        note="torch._scaled_mm through hipBLASLt",
+        note="torch._scaled_mm, tensor-wise scales, through hipBLASLt",
+    ),
+    priority=20,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_scaled_mm_rowwise_rocm",
+        provider="pytorch",
+        op="pytorch_scaled_mm",
+        requires=Requires(
+            platforms=frozenset({"rocm"}),
+            codes=_FNUZ,
+            granularities=_ANY_GRANULARITY - {(_TENSOR, _TENSOR)},
+            out_dtypes=frozenset({torch.bfloat16}),
+            bias_dtypes=frozenset({torch.bfloat16}),
+            align=16,
+        ),
+        numerics=Numerics.SAME_ACCUM,
+        note="torch._scaled_mm, row-wise scales, through hipBLASLt",
     ),
     priority=20,
 )
@@ -188,8 +210,20 @@ register_kernel(
             platforms=frozenset({"cuda"}),
             min_capability=89,
             codes=_E4M3 | _MIXED_E5M2,
+            out_dtypes=_FLOATS,
             align=16,
         ),
+        numerics=Numerics.SAME_ACCUM,
+        note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
+    ),
+    priority=10,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_channelwise_rocm",
+        provider="pytorch",
+        op="pytorch_channelwise",
+        requires=Requires(platforms=frozenset({"rocm"}), codes=_FNUZ, out_dtypes=_FLOATS, align=16),
         numerics=Numerics.SAME_ACCUM,
         note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
     ),
