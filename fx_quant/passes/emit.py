@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fx_quant.passes.nodes import aten, prims, same_shape, shape
+from fx_quant.passes.nodes import aten, prims, same_size, shape
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
 
@@ -40,7 +40,12 @@ class Emitter:
 
     def reshape(self, node: Node, sizes: list, *, like: Node) -> Node:
         """``node`` with shape ``sizes`` (ints, one ``-1``, or size nodes)."""
-        if all(isinstance(s, int) and s >= 0 for s in sizes) and same_shape(shape(node), sizes):
+        current = shape(node)
+        # One free size is given by the number of elements, so agreement of the others is identity.
+        if len(sizes) == len(current) and all(
+            size == -1 or (isinstance(size, int) and same_size(size, now))
+            for size, now in zip(sizes, current, strict=True)
+        ):
             return node
         return self.call(aten.reshape.default, node, sizes, like=like)
 

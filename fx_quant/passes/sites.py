@@ -103,7 +103,7 @@ def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, 
     if not capped:
         least = min(value.numerics for _, value in allowed)
         return Miss(gemm, gemm, f"the rewrite is of class {least}, and numerics={cap} does not allow that")
-    root, product = capped[-1]
+    root, product = _choose_root(capped)
     n, k = shape(gemm)[-1], shape(gemm.args[-1] if gemm.target not in _SCALED else gemm.args[1])[-2]
     if not isinstance(n, int) or not isinstance(k, int):
         return Miss(gemm, gemm, f"n and k must be static, got n={n} k={k}")
@@ -125,6 +125,19 @@ def _chain(gemm: Node, annotation: Annotation) -> list[tuple[Node, Product]]:
         chain.append((node, value))
         node = next(iter(node.users)) if len(node.users) == 1 else None
     return chain
+
+
+def _choose_root(candidates: list[tuple[Node, Product]]) -> tuple[Node, Product]:
+    """The last node that brings a scale, then on as long as a step costs no numerics class.
+
+    Steps without a scale (bias, cast) fuse into the epilogue of any kernel, so they are never worth a rounding.
+    """
+    chosen = candidates[0]
+    for node, product in candidates:
+        brings_scale = (product.rows, product.columns) != (chosen[1].rows, chosen[1].columns)
+        if brings_scale or product.numerics <= chosen[1].numerics:
+            chosen = (node, product)
+    return chosen
 
 
 def _can_end(product: Product) -> bool:
