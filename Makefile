@@ -1,0 +1,63 @@
+# make demo | test | lint | bench | setup. Each does all the set-up it needs; the second time there is nothing to do.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Extra arguments of pytest, of the demo and of the benchmark: make test ARGS="-k ops"
+ARGS ?=
+
+# The environment is up to date when the stamp of these two files' content is there. Its name is their checksum, so a
+# fresh checkout, a touched file or a switched branch does not install again, and an edit does.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+help:
+	@echo "make demo    a real sentence encoder, quantized twice and compiled by fx_quant (about two minutes)"
+	@echo "make test    the tests"
+	@echo "make lint    formatting, lint and types"
+	@echo "make bench   the demo's models, timed"
+	@echo "make setup   only install, into $(VENV)"
+	@echo "make clean   remove $(VENV) and what tools left behind"
+
+setup: $(STAMP)
+
+$(STAMP): | pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) was not found; name a Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "setup: constraints.txt pins versions that need Python 3.11 or newer, got $$($(PYTHON) -V); name another: make PYTHON=..." >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || \
+	  echo "setup: no C++ compiler was found; torch.compile needs one (package g++ or clang)" >&2
+	@echo "setup: installing into $(VENV) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and by its exact version, which lets pip take a CPU build where one is offered.
+	@echo "setup: 1/2 $$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	@echo "setup: 2/2 fx_quant and what the demo and the tests need"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+	@echo "setup: done"
+
+demo: $(STAMP)
+	@$(BIN)/python examples/01_minilm.py $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyrefly check
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/minilm.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build

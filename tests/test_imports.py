@@ -1,0 +1,101 @@
+"""Who may import what: a lean package, and rooms that keep to their side of the house."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fx_quant
+
+PACKAGE = Path(fx_quant.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+LEAVES = ("config", "errors", "scheme", "target", "problem")
+PROVIDERS = [
+    f"fx_quant.kernels.{path.stem}"
+    for path in sorted((PACKAGE / "kernels").glob("*.py"))
+    if path.stem not in ("__init__", "base", "packing")
+]
+# Private Inductor API changes with every release: these rooms hold all of it.
+MAY_USE_INDUCTOR = ("fx_quant.lowerings", "fx_quant.backend", "fx_quant.compat")
+SAYS_NOTHING = {"utils", "common", "helpers", "misc", "manager"}
+
+
+def imports(path):
+    """The full names that a file imports anywhere, each ``from x import y`` as both ``x`` and ``x.y``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name, *rooms):
+    """Whether the dotted ``name`` is one of ``rooms`` or inside one."""
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
+def crossings(importer, *rooms):
+    """``module imports name`` for every import by ``importer``'s modules that reaches into ``rooms``."""
+    return sorted(
+        f"{module} imports {name}"
+        for module, path in MODULES.items()
+        if within(module, importer)
+        for name in imports(path)
+        if within(name, *rooms)
+    )
+
+
+def loaded_by(statement):
+    """Top-level and Inductor modules that a fresh process holds after ``statement``."""
+    code = f"import sys; {statement}; print(*sorted(m for m in sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return {name for name in out.stdout.split() if within(name, "torch._inductor", "triton")}
+
+
+def test_importing_fx_quant_loads_neither_inductor_nor_triton():
+    # torch itself is the baseline: a build of torch that loads one of the two is not our doing.
+    assert loaded_by("import fx_quant") - loaded_by("import torch") == set()
+
+
+def test_every_public_name_is_there_and_lean_to_list():
+    assert loaded_by("import fx_quant; dir(fx_quant)") - loaded_by("import torch") == set()
+    assert all(hasattr(fx_quant, name) for name in fx_quant.__all__)
+
+
+def test_passes_import_no_lowering():
+    assert crossings("fx_quant.passes", "fx_quant.lowerings") == []
+
+
+def test_passes_name_no_kernel_provider():
+    assert crossings("fx_quant.passes", *PROVIDERS) == []
+
+
+def test_kernels_import_no_pass_and_no_lowering():
+    assert crossings("fx_quant.kernels", "fx_quant.passes", "fx_quant.lowerings") == []
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if f"fx_quant.{leaf}" in MODULES])
+def test_leaves_import_leaves_and_torch_only(leaf):
+    own = {name for name in imports(MODULES[f"fx_quant.{leaf}"]) if within(name, "fx_quant")}
+    assert sorted(name for name in own if not within(name, *(f"fx_quant.{leaf}" for leaf in LEAVES))) == []
+    third_party = {name.split(".")[0] for name in imports(MODULES[f"fx_quant.{leaf}"])}
+    assert third_party - set(sys.stdlib_module_names) - {"fx_quant"} <= {"torch", "packaging"}
+
+
+def test_private_inductor_api_stays_in_its_rooms():
+    users = [m for m, path in MODULES.items() if any(within(name, "torch._inductor") for name in imports(path))]
+    assert sorted(m for m in users if not within(m, *MAY_USE_INDUCTOR)) == []
+
+
+def test_no_file_name_says_nothing():
+    assert [str(path) for path in MODULES.values() if path.stem in SAYS_NOTHING] == []
