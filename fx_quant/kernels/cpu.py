@@ -1,0 +1,97 @@
+"""Kernels for x86 CPUs, over weights that are packed once.
+
+The op bodies are plain PyTorch, for eager use and as test oracle; ``lowerings/`` turns the ops into native code with a
+fused epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fx_quant.kernels.base import FLOAT8_PAIRS, INT8_PAIRS, KERNEL_SCHEMA, Kernel, Requires, register_kernel
+from fx_quant.kernels.packing import packed_layout
+from fx_quant.kernels.pytorch import fake_kernel
+from fx_quant.ops import MATMUL_TAGS, accumulate, dequantize, register
+from fx_quant.scheme import Numerics
+
+_CPU = frozenset({"cpu"})
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def _body(layout: str, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
+    """Unpack ``b``, sum the products, and apply the canonical epilogue."""
+
+    def body(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
+        weight = packed_layout(layout).unpack(b, n, a.shape[1])
+        acc = sum_of_products(a, weight.t())
+        return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
+
+    return body
+
+
+def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
+    return a.float() @ b.float()
+
+
+for _name, _layout, _sum in (
+    ("cpu_int8_vnni", "vnni", accumulate),
+    ("cpu_float8_bf16", "bf16_pairs", _float32_mm),
+    ("cpu_float8_float32", "float32", _float32_mm),
+):
+    register(f"{_name}{KERNEL_SCHEMA}", _body(_layout, _sum), fake_kernel(_name), MATMUL_TAGS)
+
+register_kernel(
+    Kernel(
+        name="cpu_int8_vnni",
+        provider="cpu",
+        op="cpu_int8_vnni",
+        requires=Requires(
+            platforms=_CPU,
+            features=frozenset({"avx512", "avx512_vnni"}),
+            codes=INT8_PAIRS,
+            out_dtypes=_FLOATS | {torch.int32},
+            # 128 * 128 * k must be below 2**31.
+            max_k=131071,
+            constant_weight=True,
+        ),
+        numerics=Numerics.EXACT,
+        note="our vpdpbusd tiles over packed panels, epilogue fused",
+        layout="vnni",
+    ),
+    priority=30,
+)
+register_kernel(
+    Kernel(
+        name="cpu_float8_bf16",
+        provider="cpu",
+        op="cpu_float8_bf16",
+        requires=Requires(
+            platforms=_CPU,
+            features=frozenset({"avx512", "avx512_bf16"}),
+            codes=FLOAT8_PAIRS,
+            out_dtypes=_FLOATS,
+            constant_weight=True,
+        ),
+        numerics=Numerics.SAME_ACCUM,
+        note="float8 codes widened to bfloat16, our vdpbf16ps tiles over packed panels, epilogue fused",
+        layout="bf16_pairs",
+        a_dtype=torch.bfloat16,
+    ),
+    priority=30,
+)
+register_kernel(
+    Kernel(
+        name="cpu_float8_float32",
+        provider="cpu",
+        op="cpu_float8_float32",
+        requires=Requires(platforms=_CPU, codes=FLOAT8_PAIRS, out_dtypes=_FLOATS, constant_weight=True),
+        numerics=Numerics.SAME_ACCUM,
+        note="float8 codes widened to float32, float matmul, epilogue fused by Inductor",
+        layout="float32",
+        a_dtype=torch.float32,
+    ),
+    priority=20,
+)

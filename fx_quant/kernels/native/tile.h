@@ -1,0 +1,131 @@
+// A register tile over packed panels of 64 columns, and how threads share the work.
+//
+// DOT, defined by the header of one kind of codes, says what one instruction does:
+//   A, B, Acc   element types of the activation, the packed weight and the accumulator
+//   GROUP       elements along k that one 32-bit lane holds
+//   Vec         a register of 16 accumulators, with splat, dot and store
+//   row_start   what the accumulators of a row start from
+//
+// The packed weight is [ceil(n/64)][ceil(k/GROUP)][64][GROUP]; the tile never reads past the end of a row of a.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t FXQ_PANEL = 64;
+constexpr int64_t FXQ_TILE_ROWS = 6;    // 6 x 4 accumulators + 4 of b + 1 of a <= 32 registers
+constexpr int64_t FXQ_CHUNK_ROWS = 384; // rows that stream past a panel while it is in cache
+
+// out[ROWS][64] = start[r] + a[ROWS][k] x panel
+template <typename DOT, int ROWS>
+FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
+    const typename DOT::A* a,
+    int64_t lda,
+    const typename DOT::B* panel,
+    int64_t k,
+    const typename DOT::Acc* start,
+    typename DOT::Acc* out) {
+  constexpr int64_t GROUP = DOT::GROUP;
+  typename DOT::Vec acc[ROWS][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      acc[r][j] = DOT::splat(start[r]);
+    }
+  }
+  const int64_t whole = k / GROUP;
+  const char* b = reinterpret_cast<const char*>(panel);
+  for (int64_t g = 0; g < whole; g++, b += 256) {
+    __m512i columns[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      columns[j] = _mm512_loadu_si512(b + j * 64);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
+      int32_t lane;
+      std::memcpy(&lane, a + r * lda + g * GROUP, sizeof(lane));
+      const __m512i row = _mm512_set1_epi32(lane);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        acc[r][j] = DOT::dot(acc[r][j], columns[j], row);
+      }
+    }
+  }
+  const int64_t rest = k - whole * GROUP;
+  if (rest) {
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
+      int32_t lane = 0;
+      std::memcpy(&lane, a + r * lda + whole * GROUP, rest * sizeof(typename DOT::A));
+      const __m512i row = _mm512_set1_epi32(lane);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        acc[r][j] = DOT::dot(acc[r][j], _mm512_loadu_si512(b + j * 64), row);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      DOT::store(out + r * FXQ_PANEL + j * 16, acc[r][j]);
+    }
+  }
+}
+
+template <typename DOT>
+inline void fxq_tile(
+    int64_t rows,
+    const typename DOT::A* a,
+    int64_t lda,
+    const typename DOT::B* panel,
+    int64_t k,
+    const typename DOT::Acc* start,
+    typename DOT::Acc* out) {
+  switch (rows) {
+    case 1: return fxq_tile_rows<DOT, 1>(a, lda, panel, k, start, out);
+    case 2: return fxq_tile_rows<DOT, 2>(a, lda, panel, k, start, out);
+    case 3: return fxq_tile_rows<DOT, 3>(a, lda, panel, k, start, out);
+    case 4: return fxq_tile_rows<DOT, 4>(a, lda, panel, k, start, out);
+    case 5: return fxq_tile_rows<DOT, 5>(a, lda, panel, k, start, out);
+    default: return fxq_tile_rows<DOT, 6>(a, lda, panel, k, start, out);
+  }
+}
+
+// One thread's part of the output: rows x panels.
+struct FxqShare {
+  int64_t row_begin, row_end, panel_begin, panel_end;
+};
+
+// Threads form a grid of row parts x panel parts, the one whose largest part is smallest; ties go to fewer row parts,
+// because each row part reads the whole weight.
+inline FxqShare fxq_share(int64_t rows, int64_t panels, int64_t threads, int64_t thread) {
+  const int64_t blocks = (rows + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+  int64_t row_parts = 1, least = blocks * ((panels + threads - 1) / threads);
+  for (int64_t parts = 2; parts <= std::min(threads, blocks); parts++) {
+    const int64_t across = threads / parts;
+    const int64_t work = ((blocks + parts - 1) / parts) * ((panels + across - 1) / across);
+    if (work < least) {
+      least = work;
+      row_parts = parts;
+    }
+  }
+  const int64_t panel_parts = threads / row_parts;
+  if (thread >= row_parts * panel_parts) {
+    return {0, 0, 0, 0};
+  }
+  const int64_t i = thread / panel_parts, j = thread % panel_parts;
+  return {
+      std::min(rows, blocks * i / row_parts * FXQ_TILE_ROWS),
+      std::min(rows, blocks * (i + 1) / row_parts * FXQ_TILE_ROWS),
+      panels * j / panel_parts,
+      panels * (j + 1) / panel_parts};
+}
+
+} // namespace

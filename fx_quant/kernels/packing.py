@@ -1,0 +1,221 @@
+"""Packed weights: the layouts that kernels read, and the op that packs each weight once.
+
+``fx_quant::prepack`` is one call for all weights of a graph. Its body keeps what it packed:
+
+- a *group* is one call site's list of weights; a repeated call compares identities, addresses and versions, and hands
+  out the same tensors;
+- a *packed weight* is kept by storage, offset, shape and strides, so tied weights and views are packed once.
+
+An in-place update of a weight raises its version and it is packed again. Inference tensors have no version and are
+taken to be constant; writes through ``weight.data`` do not raise the version: call ``clear_packed_weights()`` after
+either. What was packed is dropped when its weight's storage dies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fx_quant.errors import unknown_name
+from fx_quant.ops import MATMUL_TAGS, register
+from fx_quant.scheme import FLOAT8_DTYPES, dtype_name
+
+PANEL = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A packed form of a weight ``[n, k]``.
+
+    Args:
+        name: as kernels and the op spell it.
+        weights: dtypes of the codes that it packs.
+        dtype: dtype of the packed tensor.
+        shape: ``(n, k)`` to the shape of the packed tensor.
+        pack: weight of any strides to a new contiguous tensor of that shape and dtype; never an alias.
+        unpack: the packed tensor, ``n`` and ``k`` to the weight ``[n, k]``, int8 or the packed dtype.
+    """
+
+    name: str
+    weights: frozenset[torch.dtype]
+    dtype: torch.dtype
+    shape: Callable[[int, int], tuple[int, ...]]
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, int, int], Tensor]
+
+
+def _to_panels(weight: Tensor, group: int) -> Tensor:
+    """``[n, k]`` -> contiguous ``[ceil(n/64), ceil(k/group), 64, group]``, zeros where there is no weight."""
+    n, k = weight.shape
+    padded = F.pad(weight, (0, -k % group, 0, -n % PANEL))
+    panels = padded.reshape(-(-n // PANEL), PANEL, -(-k // group), group).permute(0, 2, 1, 3)
+    return panels.clone(memory_format=torch.contiguous_format)
+
+
+def _from_panels(packed: Tensor, n: int, k: int) -> Tensor:
+    panels, groups, _, group = packed.shape
+    return packed.permute(0, 2, 1, 3).reshape(panels * PANEL, groups * group)[:n, :k]
+
+
+def _panel_shape(group: int) -> Callable[[int, int], tuple[int, ...]]:
+    return lambda n, k: (-(-n // PANEL), -(-k // group), PANEL, group)
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        # vpdpbusd multiplies unsigned by signed bytes. The weight is made the unsigned one (weight + 128), so that
+        # activation codes are read as they are; the kernel takes 128 * sum_k a[m, k] off again.
+        Layout(
+            name="vnni",
+            weights=frozenset({torch.int8}),
+            dtype=torch.uint8,
+            shape=_panel_shape(4),
+            pack=lambda weight: _to_panels(weight, 4).view(torch.uint8).bitwise_xor_(0x80),
+            unpack=lambda packed, n, k: _from_panels(packed.bitwise_xor(0x80).view(torch.int8), n, k),
+        ),
+        # Every float8 value is exact in bfloat16; vdpbf16ps multiplies pairs along k.
+        Layout(
+            name="bf16_pairs",
+            weights=FLOAT8_DTYPES,
+            dtype=torch.bfloat16,
+            shape=_panel_shape(2),
+            pack=lambda weight: _to_panels(weight.to(torch.bfloat16), 2),
+            unpack=_from_panels,
+        ),
+        Layout(
+            name="float32",
+            weights=FLOAT8_DTYPES,
+            dtype=torch.float32,
+            shape=lambda n, k: (k, n),
+            pack=lambda weight: weight.float().t().contiguous(),
+            unpack=lambda packed, n, k: packed.t(),
+        ),
+    )
+}
+
+
+def packed_layout(name: str) -> Layout:
+    """The layout called ``name``.
+
+    Raises:
+        UnknownNameError: no layout has that name.
+    """
+    if name not in LAYOUTS:
+        raise unknown_name("layout", name, LAYOUTS)
+    return LAYOUTS[name]
+
+
+def _check_weight(weight: Tensor, layout: Layout) -> None:
+    torch._check(weight.dim() == 2, lambda: f"prepack: a weight must be [n, k], got {list(weight.shape)}")
+    torch._check(
+        weight.dtype in layout.weights,
+        lambda: (
+            f"prepack: layout {layout.name!r} packs {' or '.join(sorted(map(dtype_name, layout.weights)))}, "
+            f"got {dtype_name(weight.dtype)}"
+        ),
+    )
+
+
+def pack_weight(weight: Tensor, layout: str) -> Tensor:
+    """``weight [n, k]`` in ``layout``, as a new tensor; nothing is remembered."""
+    _check_weight(weight, packed_layout(layout))
+    with torch.no_grad():
+        return packed_layout(layout).pack(weight.detach())
+
+
+# --- what was packed --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """One packed weight: valid while its storage lives and the version is the one that was packed."""
+
+    storage: StorageWeakRef
+    death: weakref.ref
+    version: int | None
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One call site: how each of its weights looked, and what they were packed to."""
+
+    marks: tuple[tuple[weakref.ref, int, int | None], ...]
+    tensors: tuple[Tensor, ...]
+
+
+_groups: dict[tuple, _Group] = {}
+_packed: dict[tuple, _Packed] = {}
+
+
+def clear_packed_weights() -> None:
+    """Forget every packed weight; each is packed again when it is next used."""
+    _groups.clear()
+    _packed.clear()
+
+
+def _version(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version
+
+
+def _is_current(group: _Group, weights: Sequence[Tensor]) -> bool:
+    for weight, (reference, address, version) in zip(weights, group.marks, strict=True):
+        if reference() is not weight or weight.data_ptr() != address:
+            return False
+        if version is not None and weight._version != version:
+            return False
+    return True
+
+
+def _packed_once(weight: Tensor, name: str) -> Tensor:
+    storage = weight.untyped_storage()
+    key = (storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, name)
+    found, version = _packed.get(key), _version(weight)
+    if found is not None and not found.storage.expired() and found.version == version:
+        return found.tensor
+    tensor = pack_weight(weight, name)
+    death = weakref.ref(storage, lambda _: _packed.pop(key, None))
+    _packed[key] = _Packed(StorageWeakRef(storage), death, version, tensor)
+    return tensor
+
+
+def prepack(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
+    """Weights ``[n, k]``, any strides, packed: ``result[i]`` is ``weights[i]`` in ``layouts[i]``.
+
+    The results are kept and handed out again: do not write to them. They never alias an input; equal inputs give the
+    same tensor.
+    """
+    key = (*map(id, weights), *layouts)
+    group = _groups.get(key)
+    if group is not None and _is_current(group, weights):
+        return list(group.tensors)
+    tensors = tuple(_packed_once(weight, layout) for weight, layout in zip(weights, layouts, strict=True))
+    marks = tuple(
+        (weakref.ref(weight, lambda _: _groups.pop(key, None)), weight.data_ptr(), _version(weight))
+        for weight in weights
+    )
+    _groups[key] = _Group(marks, tensors)
+    return list(tensors)
+
+
+def _prepack_fake(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
+    torch._check(
+        len(weights) == len(layouts),
+        lambda: f"prepack: one layout for each weight, got {len(weights)} weights and {len(layouts)} layouts",
+    )
+    results = []
+    for weight, name in zip(weights, layouts, strict=True):
+        layout = packed_layout(name)
+        _check_weight(weight, layout)
+        results.append(weight.new_empty(layout.shape(*weight.shape), dtype=layout.dtype))
+    return results
+
+
+register("prepack(Tensor[] weights, str[] layouts) -> Tensor[]", prepack, _prepack_fake, MATMUL_TAGS)

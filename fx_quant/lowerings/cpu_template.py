@@ -1,0 +1,232 @@
+"""A C++ template around our micro-kernels: it yields the accumulator; the epilogue is fused by the scheduler.
+
+``out[m, n] = sum_k a[m, k] * b[k, n]`` with ``b`` in packed panels of 64 columns, ``m`` dynamic, ``k`` and ``n`` static
+and otherwise free. The native code (``kernels/native``) is pasted into the rendered source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from importlib import resources
+from unittest.mock import patch
+
+import sympy
+import torch
+from torch._inductor import config, ir
+from torch._inductor.codegen.cpp import get_export_declaration
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V, ops
+from torch.utils._ordered_set import OrderedSet
+
+from fx_quant.kernels.packing import PANEL
+
+
+def _native(*names: str) -> str:
+    folder = resources.files("fx_quant.kernels") / "native"
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One kind of codes: how the native code calls it, and what the machine must have.
+
+    Args:
+        name: of the rendered kernel.
+        struct: the C++ struct that the tile is instantiated with.
+        source: the native code.
+        acc_dtype: dtype of the accumulator.
+        probe: name of the function in ``torch.cpu`` that says whether the instruction exists.
+    """
+
+    name: str
+    struct: str
+    source: str
+    acc_dtype: torch.dtype
+    probe: str
+
+
+INT8_VNNI = Dot(
+    name="fxq_int8_vnni",
+    struct="FxqInt8",
+    source=_native("int8_vnni.h", "tile.h"),
+    acc_dtype=torch.int32,
+    probe="_is_vnni_supported",
+)
+FLOAT8_BF16 = Dot(
+    name="fxq_float8_bf16",
+    struct="FxqFloat8",
+    source=_native("float8_bf16.h", "tile.h"),
+    acc_dtype=torch.float32,
+    probe="_is_avx512_bf16_supported",
+)
+
+
+def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
+    """Whether ``n`` and ``k`` are static, Inductor compiles for AVX-512 and the machine has the instruction."""
+    isa = pick_vec_isa()
+    has_instruction = bool(isa) and isa.bit_width() == 512 and getattr(torch.cpu, dot.probe, lambda: False)()
+    return has_instruction and all(isinstance(size, (int, sympy.Integer)) for size in (n, a.get_size()[1]))
+
+
+_TEMPLATE = r"""
+{{template.header().getvalue()}}
+{{dot.source}}
+extern "C" {{export_declaration}}
+{{kernel.def_kernel(inputs={"A": A, "B": B}, outputs={"Y": Y}, aliases=aliases)}}
+{
+    {{kernel.maybe_codegen_profile()}}
+    const int64_t M = {{kernel.size(acc_node, 0)}};
+    constexpr int64_t N = {{n}}, K = {{k}};
+    constexpr int64_t panels = {{panels}}, panel_size = {{panel_size}};
+    const int64_t lda = {{kernel.stride(A, 0)}};
+    const auto a = reinterpret_cast<const {{dot.struct}}::A*>(&{{kernel.index(A, [0, 0])}});
+    const auto b = reinterpret_cast<const {{dot.struct}}::B*>(B);
+{%- if num_threads > 1 %}
+    #pragma omp parallel{% if not dynamic_threads %} num_threads({{num_threads}}){% endif %}
+{%- endif %}
+    {
+{%- if num_threads > 1 %}
+        const FxqShare share = fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num());
+{%- else %}
+        const FxqShare share = fxq_share(M, panels, 1, 0);
+{%- endif %}
+        alignas(64) {{dot.struct}}::Acc start[FXQ_CHUNK_ROWS];
+        {{kernel.define_stack_allocated_buffer("acc", [6, 64], dot.acc_dtype)}}
+        for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
+            const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
+            for (int64_t r = 0; r < rows; r++) {
+                start[r] = {{dot.struct}}::row_start(a + (chunk + r) * lda, K);
+            }
+            // Blocks of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
+            const int64_t blocks = (rows + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+            for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
+                const int64_t n_start = panel * FXQ_PANEL;
+{%- if n % 64 %}
+                const int64_t n_end = std::min(N, n_start + FXQ_PANEL);
+{%- endif %}
+                for (int64_t block = 0; block < blocks; block++) {
+                    const int64_t m_start = chunk + rows * block / blocks;
+                    const int64_t m_end = chunk + rows * (block + 1) / blocks;
+                    fxq_tile<{{dot.struct}}>(
+                        m_end - m_start, a + m_start * lda, lda, b + panel * panel_size, K, start + (m_start - chunk),
+                        acc);
+{%- set acc = kernel.local_buffers["acc"] %}
+{%- set n_end = "n_end" if n % 64 else "n_start + 64" %}
+{%- set width = "n_end - n_start" if n % 64 else "64" %}
+{%- set tile_acc = kernel.slice_nd(acc, [("0", "m_end - m_start"), ("0", width)]) %}
+{%- set tile_Y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", n_end)]) %}
+                    {{kernel.store_output(
+                        tile_Y, tile_acc, acc_node, epilogue_nodes,
+                        offsets=("m_start", "n_start"), reindexers=reindexers
+                    )|indent(20)}}
+                }
+            }
+        }
+    }
+}
+"""
+
+
+class TileTemplate(CppTemplate):
+    """Renders one packed matmul, together with the epilogue nodes that the scheduler fused into it."""
+
+    def __init__(self, dot: Dot, a: ir.IRNode, b: ir.IRNode, layout: ir.Layout, n: int, k: int) -> None:
+        super().__init__(dot.name, [a, b], layout, parallel_num_threads())
+        self.dot, self.n, self.k = dot, n, k
+
+    @staticmethod
+    def _fake_get_dtype(fake: ir.Buffer):
+        known = V.graph.get_dtype
+        return lambda name: fake.get_dtype() if name == fake.get_name() else known(name)
+
+    def render(
+        self,
+        kernel: CppTemplateKernel,
+        template_buffer_node: ir.CppTemplateBuffer | None = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[ir.IRNode] | None = None,
+        **kwargs,
+    ) -> str:
+        """The C++ source of the kernel."""
+        a, b = self.input_nodes
+        template_buffer = self.output_node if template_buffer_node is None else template_buffer_node
+        # The accumulator of a tile is local; `acc_node` is the buffer whose reads it replaces in the epilogue.
+        acc_node, Y, Y_2d = template_buffer, template_buffer, template_buffer
+        nodes: list[ir.IRNode] = []
+        reindexers: list = []
+        aliases: OrderedSet[str] = OrderedSet()
+        with contextlib.ExitStack() as stack:
+            if epilogue_nodes:
+                if flag_template_buffer_has_other_users:
+                    # Others read the accumulator, so it is stored too, as a first epilogue.
+                    acc_node = ir.Buffer(name=f"{template_buffer.get_name()}_acc", layout=template_buffer.layout)
+                    stack.enter_context(patch.object(V.graph, "get_dtype", self._fake_get_dtype(acc_node)))
+                    aliases.add(acc_node.get_name())
+                    nodes.append(_copy(acc_node, template_buffer))
+                    reindexers.append(None)
+                else:
+                    aliases.add(template_buffer.get_name())
+                nodes.extend(epilogue_nodes)
+                Y = epilogue_nodes[-1]
+                Y_2d, reindexers = gen_2d_view_of_epilogue_buf(
+                    Y, template_buffer, epilogue_nodes, reindexers, default_reindexers=[None] * len(epilogue_nodes)
+                )
+            shape = {"panels": b.get_size()[0], "panel_size": b.get_size()[1] * PANEL * b.get_size()[3]}
+            return self._template_from_string(_TEMPLATE).render(
+                template=self,
+                kernel=kernel,
+                dot=self.dot,
+                A=a,
+                B=b,
+                Y=Y,
+                Y_2d=Y_2d,
+                acc_node=acc_node,
+                aliases={alias: Y.get_name() for alias in aliases},
+                epilogue_nodes=nodes,
+                reindexers=reindexers,
+                n=self.n,
+                k=self.k,
+                num_threads=self.num_threads,
+                dynamic_threads=_threads_are_dynamic(self.num_threads),
+                export_declaration=get_export_declaration(),
+                **shape,
+            )
+
+
+def _threads_are_dynamic(num_threads: int) -> bool:
+    """Whether OpenMP picks the number of threads at run time, as in Inductor's own GEMM template."""
+    return config.cpp.dynamic_threads or (config.cpp.threads < 1 and num_threads == os.cpu_count())
+
+
+def _copy(source: ir.Buffer, target: ir.Buffer) -> ir.ComputedBuffer:
+    load = source.make_loader()
+    data = ir.Pointwise(
+        device=target.get_device(),
+        dtype=target.get_dtype(),
+        inner_fn=lambda index: ops.to_dtype(load(index), target.get_dtype()),
+        ranges=target.get_size(),
+    )
+    return ir.ComputedBuffer(name=target.get_name(), layout=target.layout, data=data)
+
+
+def _with_contiguous_rows(x: ir.TensorBox) -> ir.IRNode:
+    """``x`` in memory; copied only where the elements of a row are not adjacent."""
+    x = ir.ExternKernel.realize_input(x)
+    if isinstance(x.get_layout(), ir.FixedLayout) and V.graph.sizevars.statically_known_equals(x.get_stride()[-1], 1):
+        return x
+    return ir.ExternKernel.require_contiguous(x)
+
+
+def tile_matmul(dot: Dot, a: ir.TensorBox, b: ir.TensorBox, n: int) -> ir.TensorBox:
+    """``[m, n]`` accumulator of ``a [m, k]`` and packed ``b``, in ``dot.acc_dtype``."""
+    a = _with_contiguous_rows(a)
+    b = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(b))
+    m, k = a.get_size()
+    layout = ir.FixedLayout(a.get_device(), dot.acc_dtype, [m, n])
+    return TileTemplate(dot, a, b, layout, int(n), int(k)).generate().output_node()

@@ -1,0 +1,136 @@
+"""Scaled matrix products: something that yields the accumulator, then the epilogue as ordinary lowerings.
+
+The epilogue ``cast(float32(acc) * a_scale * b_scale + bias)`` is left to the scheduler, which fuses it, and whatever
+pointwise follows, into the template that made the accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._inductor.ir import TensorBox
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
+from torch._inductor.lowering import view as reshape
+
+import fx_quant.kernels.cpu
+import fx_quant.kernels.pytorch  # noqa: F401  (registers the ops)
+from fx_quant.lowerings.cpu_template import FLOAT8_BF16, INT8_VNNI, can_render, tile_matmul
+from fx_quant.lowerings.quantize import quantize_dynamic
+
+aten = torch.ops.aten
+fxq = torch.ops.fx_quant
+
+
+def _dequantize(
+    acc: TensorBox,
+    a_scale: TensorBox | None,
+    b_scale: TensorBox | None,
+    bias: TensorBox | None,
+    out_dtype: torch.dtype,
+) -> TensorBox:
+    """The canonical epilogue of ``fx_quant.ops.dequantize``, step for step."""
+    if out_dtype is torch.int32:
+        return acc
+    y = to_dtype(acc, torch.float32)
+    for scale in (a_scale, b_scale):
+        if scale is not None:
+            y = lowerings[aten.mul.Tensor](y, scale)
+    if bias is not None:
+        y = lowerings[aten.add.Tensor](y, to_dtype(bias, torch.float32))
+    return to_dtype(y, out_dtype)
+
+
+def _extern(op: torch._ops.OpOverload) -> Callable:
+    return fallback_handler(op, add_to_fallback_set=False)
+
+
+# --- kernels of the CPU provider ------------------------------------------------------------------------------
+
+
+@register_lowering(fxq.cpu_int8_vnni.default, type_promotion_kind=None)
+def cpu_int8_vnni(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
+    """Our vpdpbusd tiles, epilogue fused."""
+    if not can_render(INT8_VNNI, a, n):
+        return _extern(fxq.cpu_int8_vnni.default)(a, b, a_scale, b_scale, bias, n, out_dtype)
+    return _dequantize(tile_matmul(INT8_VNNI, a, b, n), a_scale, b_scale, bias, out_dtype)
+
+
+@register_lowering(fxq.cpu_float8_bf16.default, type_promotion_kind=None)
+def cpu_float8_bf16(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
+    """Our vdpbf16ps tiles, epilogue fused."""
+    if not can_render(FLOAT8_BF16, a, n):
+        return _extern(fxq.cpu_float8_bf16.default)(a, b, a_scale, b_scale, bias, n, out_dtype)
+    return _dequantize(tile_matmul(FLOAT8_BF16, a, b, n), a_scale, b_scale, bias, out_dtype)
+
+
+@register_lowering(fxq.cpu_float8_float32.default, type_promotion_kind=None)
+def cpu_float8_float32(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
+    """Float matmul of widened codes, epilogue fused by Inductor."""
+    return _dequantize(lowerings[aten.mm.default](a, b), a_scale, b_scale, bias, out_dtype)
+
+
+# --- kernels of PyTorch ---------------------------------------------------------------------------------------
+
+
+@register_lowering(fxq.pytorch_int_mm.default, type_promotion_kind=None)
+def pytorch_int_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
+    """``torch._int_mm``, epilogue fused by Inductor."""
+    return _dequantize(lowerings[aten._int_mm.default](a, b), a_scale, b_scale, bias, out_dtype)
+
+
+def _one(like: TensorBox) -> TensorBox:
+    return lowerings[aten.full.default]([], 1.0, dtype=torch.float32, device=like.get_device())
+
+
+def _is_single(scale: TensorBox | None) -> bool:
+    return scale is None or all(size == 1 for size in scale.get_size())
+
+
+def _rows(scale: TensorBox | None, like: TensorBox, shape: list) -> TensorBox:
+    """``scale`` as contiguous float32 of ``shape``, which is ``[m, 1]`` or ``[1, n]``."""
+    if _is_single(scale):
+        scale = _one(like) if scale is None else reshape(scale, [1, 1])
+    else:
+        scale = reshape(scale, shape)
+    return lowerings[aten.clone.default](
+        lowerings[aten.expand.default](scale, shape), memory_format=torch.contiguous_format
+    )
+
+
+@register_lowering(fxq.pytorch_scaled_mm.default, type_promotion_kind=None)
+def pytorch_scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
+    """``torch._scaled_mm`` with its own scales and bias."""
+    m = a.get_size()[0]
+    if _is_single(a_scale) and _is_single(b_scale):
+        scales = [_one(a) if scale is None else reshape(scale, []) for scale in (a_scale, b_scale)]
+    else:
+        scales = [_rows(a_scale, a, [m, 1]), _rows(b_scale, a, [1, n])]
+    return lowerings[aten._scaled_mm.default](a, b, *scales, bias=bias, out_dtype=out_dtype)
+
+
+@register_lowering(fxq.pytorch_channelwise.default, type_promotion_kind=None)
+def pytorch_channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
+    """``torch._scaled_mm`` with unit scales to float32, epilogue fused by Inductor."""
+    acc = lowerings[aten._scaled_mm.default](a, b, _one(a), _one(a), out_dtype=torch.float32)
+    return _dequantize(acc, a_scale, b_scale, bias, out_dtype)
+
+
+# --- canonical ops that no kernel was assigned to -----------------------------------------------------------------
+
+
+@register_lowering(fxq.scaled_mm.default, type_promotion_kind=None)
+def scaled_mm(a, b, a_scale, b_scale, bias, out_dtype) -> TensorBox:
+    """``torch._int_mm`` and the epilogue for int8 on CPU, which takes every shape; the op's own body elsewhere."""
+    if a.get_device().type == "cpu" and a.get_dtype() == b.get_dtype() == torch.int8:
+        return pytorch_int_mm(a, b, a_scale, b_scale, bias, b.get_size()[1], out_dtype)
+    return _extern(fxq.scaled_mm.default)(a, b, a_scale, b_scale, bias, out_dtype)
+
+
+@register_lowering(fxq.quantized_linear.default, type_promotion_kind=None)
+def quantized_linear(x, b, b_scale, bias, out_dtype, **quantize_args) -> TensorBox:
+    """``quantize`` and ``scaled_mm`` over the last dim of ``x``."""
+    *batch, k = x.get_size()
+    codes, scale = quantize_dynamic(reshape(x, [-1, k]), **quantize_args)
+    out = scaled_mm(codes, b, scale, b_scale, bias, out_dtype)
+    return reshape(out, [*batch, b.get_size()[1]])
