@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import pkgutil
@@ -197,22 +198,16 @@ def kernel(name: str) -> Kernel:
     return _KERNELS[name]
 
 
-_loaded: list[str] = []
-
-
+@functools.cache
 def _load_providers() -> None:
-    """Import every provider file beside this one, then the installed ones, once."""
-    if _loaded:
-        return
+    """Import every provider file beside this one, then the installed ones, once; an error is raised each time."""
     import fx_quant.kernels as package
 
     for module in pkgutil.iter_modules(package.__path__):
         if module.name not in ("base", "packing"):
             importlib.import_module(f"{package.__name__}.{module.name}")
-            _loaded.append(module.name)
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         entry_point.load()
-        _loaded.append(entry_point.name)
 
 
 INT8_PAIRS = frozenset({(torch.int8, torch.int8)})
