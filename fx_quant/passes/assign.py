@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from fx_quant.passes.annotate import matrix_base
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.nodes import aten, is_single, shape
+from fx_quant.passes.nodes import aten, is_single
 from fx_quant.passes.values import Codes
 from fx_quant.selection import Selection
 
@@ -53,23 +53,20 @@ def _assign(
         if packed is not None:
             b = packed
         elif pad_n or pad_k:
-            b = emitter.call(aten.constant_pad_nd.default, b, [0, pad_n, 0, pad_k], like=node)
+            # Padded as [n, k]: padding makes its result row-major, and GPU kernels read b column by column.
+            b = emitter.call(aten.permute.default, b, [1, 0], like=node)
+            b = emitter.call(aten.constant_pad_nd.default, b, [0, pad_k, 0, pad_n], like=node)
+            b = emitter.call(aten.permute.default, b, [1, 0], like=node)
         if pad_n:
-            b_scale = _padded_vector(emitter, b_scale, pad_n, 1.0, node)
-            bias = _padded_vector(emitter, bias, pad_n, 0.0, node)
-        out = emitter.call(
-            kernel.overload(), a, b, a_scale, b_scale, bias, padding.n, out_dtype, like=node
-        )
+            if isinstance(b_scale, Node) and not is_single(b_scale):
+                b_scale = emitter.call(aten.constant_pad_nd.default, b_scale, [0, pad_n], 1.0, like=node)
+            if isinstance(bias, Node):
+                bias = emitter.call(aten.constant_pad_nd.default, bias, [0, pad_n], 0.0, like=node)
+        out = emitter.call(kernel.overload(), a, b, a_scale, b_scale, bias, padding.n, out_dtype, like=node)
         if pad_n:
             out = emitter.call(aten.slice.Tensor, out, 1, 0, problem.n, like=node)
             out = emitter.call(aten.clone.default, out, memory_format=torch.contiguous_format, like=node)
     return out
-
-
-def _padded_vector(emitter: Emitter, vector: object, pad: int, fill: float, like: Node) -> object:
-    if not isinstance(vector, Node) or (is_single(vector) and len(shape(vector)) == 0):
-        return vector
-    return emitter.call(aten.constant_pad_nd.default, vector, [0, pad], fill, like=like)
 
 
 def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, Node]:
@@ -94,7 +91,6 @@ def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, 
             index[node] = pairs.index((base, layout))
         like = next(iter(wanted))
         call = emitter.call(torch.ops.fx_quant.prepack.default, weights, layouts, like=like)
-
 
         outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(weights))]
     return {node: outs[i] for node, i in index.items()}

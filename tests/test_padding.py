@@ -1,0 +1,155 @@
+"""Padding plans, and that what a plan pads does not change the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_within
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fx_quant.ops  # noqa: F401  (registers the ops)
+from fx_quant.kernels.base import kernel
+from fx_quant.padding import Padding, plan_padding
+from fx_quant.passes.assign import assign
+from fx_quant.problem import Problem, SizeRange
+from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
+from fx_quant.selection import Selection
+from fx_quant.target import named_target
+
+ops = torch.ops.fx_quant
+E4M3 = torch.float8_e4m3fn
+SCHEME = Scheme(OperandSpec(torch.int8, Granularity.PER_TOKEN), OperandSpec(torch.int8, Granularity.PER_CHANNEL))
+PROBLEM = Problem(SCHEME, SizeRange(1, None), 30, 60, torch.bfloat16, None, constant_weight=True)
+
+sizes = st.integers(1, 10_000)
+alignments = st.sampled_from([1, 4, 8, 16, 32, 128])
+
+
+def sized(n: int, k: int) -> Problem:
+    return replace(PROBLEM, n=n, k=k)
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------
+
+
+@given(n=sizes, k=sizes, align=alignments)
+def test_a_plan_pads_to_the_least_multiple(n, k, align):
+    padding = plan_padding(sized(n, k), align)
+    for size, padded in ((n, padding.n), (k, padding.k)):
+        assert padded % align == 0
+        assert 0 <= padded - size < align
+
+
+@given(n=sizes, k=sizes, align=alignments)
+def test_a_padded_problem_needs_no_more_padding(n, k, align):
+    padding = plan_padding(sized(n, k), align)
+    assert not plan_padding(sized(padding.n, padding.k), align).changes(sized(padding.n, padding.k))
+
+
+@given(n=sizes, k=sizes, align=alignments)
+def test_a_plan_changes_a_problem_exactly_when_a_size_is_unaligned(n, k, align):
+    assert plan_padding(sized(n, k), align).changes(sized(n, k)) == bool(n % align or k % align)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "text"),
+    [(32, 64, "none"), (30, 64, "n 30->32"), (32, 60, "k 60->64"), (30, 60, "n 30->32, k 60->64")],
+)
+def test_a_plan_says_what_it_pads(n, k, text):
+    assert plan_padding(sized(n, k), 16).describe(sized(n, k)) == text
+
+
+# --- padded operands --------------------------------------------------------------------------------------------
+
+
+def operands(m: int, n: int, k: int, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``a [m, k]``, ``b [k, n]``, their scales and a bias; m may be 0."""
+    generator = torch.Generator().manual_seed(n * 10_007 + k * 101 + m)
+    a, b = (torch.randint(-128, 128, shape, generator=generator) for shape in ((m, k), (n, k)))
+    return (
+        a.to(dtype),
+        b.to(dtype).t(),
+        torch.rand(m, 1, generator=generator) + 0.01,
+        torch.rand(n, generator=generator) + 0.01,
+        torch.randn(n, generator=generator),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(0, 19),
+    n=st.integers(1, 40),
+    k=st.integers(1, 70),
+    align=st.sampled_from([8, 16]),
+    dtype=st.sampled_from([torch.int8, E4M3]),
+)
+def test_zero_codes_one_scales_and_zero_bias_leave_the_result_alone(m, n, k, align, dtype):
+    a, b, a_scale, b_scale, bias = operands(m, n, k, dtype)
+    plan = plan_padding(sized(n, k), align)
+    pad_n, pad_k = plan.n - n, plan.k - k
+    padded = ops.scaled_mm(
+        F.pad(a, (0, pad_k)),
+        F.pad(b, (0, pad_n, 0, pad_k)),
+        a_scale,
+        F.pad(b_scale, (0, pad_n), value=1.0),
+        F.pad(bias, (0, pad_n)),
+        torch.bfloat16,
+    )
+    # Zeros change no product, but a float32 sum of float8 products may be cut into other pieces.
+    numerics = Numerics.EXACT if dtype is torch.int8 else Numerics.SAME_ACCUM
+    expected = ops.scaled_mm(a, b, a_scale, b_scale, bias, torch.bfloat16)
+    assert padded.isfinite().all()
+    assert_within(padded[:, :n], expected, numerics)
+
+
+def padded_graph(padding: Padding, arguments: tuple, n: int, k: int) -> GraphModule:
+    """The graph of ``scaled_mm(*arguments)`` after its op was assigned a kernel with ``padding``."""
+
+    def call(*tensors: Tensor | None) -> Tensor:
+        return ops.scaled_mm(*tensors, torch.float32)
+
+    traced = make_fx(call, tracing_mode="fake")(*arguments)
+    (node,) = traced.graph.find_nodes(op="call_function", target=ops.scaled_mm.default)
+    selection = Selection(sized(n, k), named_target("x86"), kernel("pytorch_int_mm"), padding, ())
+    assign(traced.graph, {node: selection})
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+B_SCALES = {"none": None, "0-d": torch.tensor(0.5), "[1]": torch.tensor([0.5]), "[n]": ..., "[1, n]": ...}
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("b_scale", B_SCALES)
+@pytest.mark.parametrize("n", [1, 30, 32])
+@pytest.mark.parametrize("k", [60, 64])
+def test_a_padded_kernel_gives_the_result_of_the_unpadded_op(n, k, b_scale, with_bias):
+    a, b, a_scale, per_column, bias = operands(5, n, k)
+    given_scale = {"[n]": per_column, "[1, n]": per_column[None]}.get(b_scale, B_SCALES[b_scale])
+    arguments = (a, b, a_scale, given_scale, bias if with_bias else None)
+    graph = padded_graph(plan_padding(sized(n, k), 16), arguments, n, k)
+    assert_within(graph(*arguments), ops.scaled_mm(*arguments, torch.float32), Numerics.EXACT)
+
+
+def test_the_padded_result_is_contiguous():
+    arguments = operands(5, 30, 60)
+    assert padded_graph(plan_padding(sized(30, 60), 16), arguments, 30, 60)(*arguments).is_contiguous()
+
+
+@pytest.mark.parametrize("layout", ["column-major", "row-major"])
+def test_a_padded_weight_is_column_major(layout):
+    """GPU kernels take no other layout."""
+    a, b, *rest = operands(5, 30, 60)
+    arguments = (a, b if layout == "column-major" else b.contiguous(), *rest)
+    graph = padded_graph(plan_padding(sized(30, 60), 16), arguments, 30, 60).graph
+    (node,) = graph.find_nodes(op="call_function", target=ops.pytorch_int_mm.default)
+    padded = node.args[1].meta["val"]
+    assert (tuple(padded.shape), padded.stride()) == ((64, 32), (1, 64))
