@@ -1,0 +1,109 @@
+"""Targets: named, detected, compared."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from packaging.version import Version
+
+from fx_quant.errors import UnknownNameError
+from fx_quant.target import Target, detect_target, installed_packages, named_target, named_targets, resolve_target
+
+
+def test_named_targets_are_those_of_the_documentation():
+    assert named_targets() == ("sm80", "sm89", "sm90", "sm100", "gfx942", "x86_vnni", "x86")
+
+
+@pytest.mark.parametrize("name", named_targets())
+def test_a_named_target_prints_as_its_name(name):
+    assert str(named_target(name)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [("sm80", 80), ("sm89", 89), ("sm90", 90), ("sm100", 100), ("gfx942", None), ("x86_vnni", None), ("x86", None)],
+)
+def test_only_nvidia_targets_have_a_compute_capability(name, capability):
+    assert named_target(name).capability == capability
+
+
+def test_an_unknown_target_is_an_error_with_the_nearest_names():
+    with pytest.raises(UnknownNameError) as error:
+        named_target("sm_90")
+    assert str(error.value) == (
+        "unknown target 'sm_90'. Did you mean 'sm90' or 'sm89' or 'sm80'? "
+        "Known: gfx942, sm100, sm80, sm89, sm90, x86, x86_vnni."
+    )
+
+
+def test_a_named_target_has_the_torch_of_this_machine_unless_told():
+    assert named_target("sm90").version("torch") == Version(torch.__version__)
+    assert named_target("sm90", packages={"torch": "2.11.0"}).version("torch") == Version("2.11.0")
+
+
+def test_a_package_that_is_not_there_has_no_version():
+    assert named_target("sm90", packages={}).version("vllm") is None
+
+
+def test_equal_targets_hash_equal_whatever_mapping_holds_their_packages():
+    one, other = named_target("x86"), named_target("x86", packages={"torch": str(torch.__version__)})
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Target("cpu", "x86", frozenset({"avx2"}), {"torch": "2.12"}),
+        Target("cpu", "x86", frozenset(), {"torch": "2.11"}),
+        Target("cpu", "x86_vnni", frozenset({"avx2"}), {"torch": "2.11"}),
+        Target("cuda", "x86", frozenset({"avx2"}), {"torch": "2.11"}),
+    ],
+    ids=["package", "features", "arch", "platform"],
+)
+def test_targets_that_differ_in_anything_are_different(other):
+    assert other != Target("cpu", "x86", frozenset({"avx2"}), {"torch": "2.11"})
+
+
+def test_the_detected_cpu_has_the_packages_installed_here():
+    target = detect_target("cpu")
+    assert target.platform == "cpu"
+    assert target.packages == installed_packages()
+    assert target.version("torch") == Version(torch.__version__)
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="an x86 CPU")
+def test_the_detected_x86_cpu_is_vnni_exactly_when_it_has_the_instructions():
+    target = detect_target()
+    assert target.arch == ("x86_vnni" if "avx512_vnni" in target.features else "x86")
+    assert ("avx2" in target.features) == (
+        "AVX2" in torch.backends.cpu.get_cpu_capability() or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    )
+
+
+def test_a_cpu_that_is_not_x86_has_its_own_arch_and_no_x86_features(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    target = detect_target()
+    assert (target.arch, target.features) == ("aarch64", frozenset())
+
+
+def test_resolve_takes_a_target_a_name_or_nothing():
+    given = Target("cuda", "sm120")
+    assert resolve_target(given) is given
+    assert resolve_target("sm90") == named_target("sm90")
+    assert resolve_target(None) == detect_target("cpu")
+
+
+def test_finding_packages_imports_none_of_them():
+    script = (
+        "import sys\n"
+        "from fx_quant.target import installed_packages\n"
+        "installed_packages()\n"
+        "print([m for m in ('triton', 'vllm', 'flashinfer', 'aiter', 'torch._inductor') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
