@@ -2,7 +2,7 @@
 
 ``fx_quant::prepack`` is one call for all weights of a graph. Its body keeps what it packed:
 
-- a *group* is one call site's list of weights; a repeated call compares identities, addresses and versions, and hands
+- a *group* is one call site's list of weights; a repeated call compares addresses, identities and versions, and hands
   out the same tensors;
 - a *packed weight* is kept by storage, offset, shape and strides, so tied weights and views are packed once.
 
@@ -143,11 +143,22 @@ class _Packed:
     tensor: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """How one weight of a group looked: the object itself, or, where that was a passing view, what it viewed."""
+
+    weight: weakref.ref
+    version: int | None
+    storage: StorageWeakRef
+    death: weakref.ref
+    view: tuple
+
+
 @dataclass(frozen=True)
 class _Group:
     """One call site: how each of its weights looked, and what they were packed to."""
 
-    marks: tuple[tuple[weakref.ref, int, int | None], ...]
+    marks: tuple[_Mark, ...]
     tensors: tuple[Tensor, ...]
 
 
@@ -165,24 +176,34 @@ def _version(weight: Tensor) -> int | None:
     return None if weight.is_inference() else weight._version
 
 
+def _view(weight: Tensor) -> tuple:
+    """What a tensor shows of the memory at its address."""
+    return weight.shape, weight.stride(), weight.dtype
+
+
+def _at_death(storage: torch.UntypedStorage, entries: dict[tuple, object], key: tuple) -> weakref.ref:
+    return weakref.ref(storage, lambda _: entries.pop(key, None))
+
+
 def _is_current(group: _Group, weights: Sequence[Tensor]) -> bool:
-    for weight, (reference, address, version) in zip(weights, group.marks, strict=True):
-        if reference() is not weight or weight.data_ptr() != address:
-            return False
-        if version is not None and weight._version != version:
+    # Runs at each call of a compiled graph.
+    for weight, mark in zip(weights, group.marks, strict=True):
+        if mark.weight() is weight:
+            if mark.version is not None and mark.version != weight._version:
+                return False
+        elif mark.storage.expired() or mark.version != _version(weight) or mark.view != _view(weight):
             return False
     return True
 
 
 def _packed_once(weight: Tensor, name: str) -> Tensor:
     storage = weight.untyped_storage()
-    key = (storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, name)
+    key = (storage._cdata, weight.storage_offset(), _view(weight), name)
     found, version = _packed.get(key), _version(weight)
     if found is not None and not found.storage.expired() and found.version == version:
         return found.tensor
     tensor = pack_weight(weight, name)
-    death = weakref.ref(storage, lambda _: _packed.pop(key, None))
-    _packed[key] = _Packed(StorageWeakRef(storage), death, version, tensor)
+    _packed[key] = _Packed(StorageWeakRef(storage), _at_death(storage, _packed, key), version, tensor)
     return tensor
 
 
@@ -192,17 +213,24 @@ def prepack(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
     The results are kept and handed out again: do not write to them. They never alias an input; equal inputs give the
     same tensor.
     """
-    key = (*map(id, weights), *layouts)
+    key = (*[weight.data_ptr() for weight in weights], *layouts)
     group = _groups.get(key)
     if group is not None and _is_current(group, weights):
         return list(group.tensors)
     tensors = tuple(_packed_once(weight, layout) for weight, layout in zip(weights, layouts, strict=True))
-    marks = tuple(
-        (weakref.ref(weight, lambda _: _groups.pop(key, None)), weight.data_ptr(), _version(weight))
-        for weight in weights
-    )
-    _groups[key] = _Group(marks, tensors)
+    _groups[key] = _Group(tuple(_mark(weight, key) for weight in weights), tensors)
     return list(tensors)
+
+
+def _mark(weight: Tensor, key: tuple) -> _Mark:
+    storage = weight.untyped_storage()
+    return _Mark(
+        weakref.ref(weight),
+        _version(weight),
+        StorageWeakRef(storage),
+        _at_death(storage, _groups, key),
+        _view(weight),
+    )
 
 
 def _prepack_fake(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:

@@ -1,0 +1,112 @@
+"""The bodies of the CPU kernel ops, and on which machines they are chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fx_quant.kernels.base import kernel
+from fx_quant.kernels.packing import pack_weight
+from fx_quant.problem import Problem, SizeRange
+from fx_quant.scheme import FLOAT8_DTYPES, Granularity, OperandSpec, Scheme
+from fx_quant.selection import select
+from fx_quant.target import named_target
+
+fxq = torch.ops.fx_quant
+NAMES = ("cpu_int8_vnni", "cpu_float8_bf16", "cpu_float8_float32")
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def codes(rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    if dtype is torch.int8:
+        return torch.randint(-128, 128, (rows, k), dtype=torch.int8)
+    return torch.randn(rows, k).to(dtype)
+
+
+def call(name: str, a: Tensor, w: Tensor, *epilogue: object) -> Tensor:
+    """The kernel op on codes ``a`` and weight ``w [n, k]``."""
+    k = kernel(name)
+    if k.a_dtype is not None:
+        a = a.to(k.a_dtype)
+    return k.overload()(a, pack_weight(w, k.layout), *epilogue[:3], w.shape[0], epilogue[3])
+
+
+def code_dtype(name: str) -> torch.dtype:
+    return torch.int8 if "int8" in name else E4M3
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_body_is_the_canonical_op(name, bias, out_dtype):
+    m, n, k = 5, 70, 9
+    a, w = codes(m, k, code_dtype(name)), codes(n, k, code_dtype(name))
+    epilogue = (torch.rand(m, 1), torch.rand(n), None if bias is None else torch.randn(n, dtype=bias), out_dtype)
+    expected = fxq.scaled_mm(a, w.t(), *epilogue)
+    assert torch.equal(call(name, a, w, *epilogue), expected)
+
+
+def test_int32_is_the_accumulator():
+    a, w = codes(3, 200, torch.int8), torch.full((70, 200), -128, dtype=torch.int8)
+    out = call("cpu_int8_vnni", a, w, None, None, None, torch.int32)
+    assert torch.equal(out, (a.long() @ w.t().long()).int())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("strided", [False, True])
+def test_opcheck(name, strided):
+    k = kernel(name)
+    a = codes(6, 10, code_dtype(name)).to(k.a_dtype or torch.int8)
+    a = a.t().contiguous().t() if strided else a
+    b = pack_weight(codes(70, 10, code_dtype(name)), k.layout)
+    scale = torch.rand(12, 1)[::2] if strided else torch.rand(6, 1)
+    for m, arguments in ((6, (a, b, scale, torch.rand(70), torch.randn(70))), (0, (a[:0], b, None, None, None))):
+        torch.library.opcheck(k.overload(), (*arguments, 70, torch.bfloat16))
+        assert k.overload()(*arguments, 70, torch.bfloat16).shape == (m, 70)
+
+
+# --- selection ------------------------------------------------------------------------------------------------
+
+
+def problem(dtype: torch.dtype, **changes: object) -> Problem:
+    activation = OperandSpec(dtype, Granularity.PER_TOKEN, dynamic=True)
+    arguments = {
+        "scheme": Scheme(activation, OperandSpec(dtype, Granularity.PER_CHANNEL)),
+        "m": SizeRange(0, None),
+        "n": 64,
+        "k": 64,
+        "out_dtype": torch.bfloat16,
+        "bias": torch.bfloat16,
+        "constant_weight": True,
+    }
+    return Problem(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "changes", "chosen"),
+    [
+        (torch.int8, "x86_vnni", {}, "cpu_int8_vnni"),
+        (torch.int8, "x86", {}, "pytorch_int_mm"),
+        (torch.int8, "x86_vnni", {"constant_weight": False}, "pytorch_int_mm"),
+        (torch.int8, "x86_vnni", {"k": 131071}, "cpu_int8_vnni"),
+        (torch.int8, "x86_vnni", {"k": 131072}, "pytorch_int_mm"),
+        (torch.int8, "x86_vnni", {"out_dtype": torch.int32, "bias": None}, "cpu_int8_vnni"),
+        (torch.int8, "x86_vnni", {"n": 1, "k": 1}, "cpu_int8_vnni"),
+        *((dtype, "x86_vnni", {}, "cpu_float8_bf16") for dtype in sorted(FLOAT8_DTYPES, key=str)),
+        (E5M2, "x86", {}, "cpu_float8_float32"),
+    ],
+)
+def test_which_kernel_a_cpu_gets(dtype, target, changes, chosen):
+    assert select(problem(dtype, **changes), named_target(target)).kernel.name == chosen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gpu_gets_a_cpu_kernel(name):
+    reasons = kernel(name).requires.unmet(problem(code_dtype(name)), named_target("sm90"))
+    assert any("needs platform cpu" in reason for reason in reasons)

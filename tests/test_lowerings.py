@@ -1,0 +1,414 @@
+"""The Inductor lowerings: what they compute, against the ops' bodies, and that what should be one kernel is one."""
+
+from __future__ import annotations
+
+import re
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
+from fx_quant.kernels.base import kernel
+from fx_quant.kernels.packing import clear_packed_weights
+
+fxq = torch.ops.fx_quant
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+ROWS = [7, 2, 5, 6, 13, 64]  # one dynamic compile; 0 and 1 are compiled for themselves
+INF, NAN = float("inf"), float("nan")
+
+
+def has(probe: str) -> bool:
+    return getattr(torch.cpu, probe, lambda: False)()
+
+
+needs_vnni = pytest.mark.skipif(not has("_is_vnni_supported"), reason="needs AVX512-VNNI")
+needs_bf16 = pytest.mark.skipif(not has("_is_avx512_bf16_supported"), reason="needs AVX512-BF16")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    clear_packed_weights()
+    # Inductor's cache does not know our lowerings: it would hand out yesterday's code.
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+def codes(rows: int, k: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    if dtype is torch.int8:
+        return torch.randint(-128, 128, (rows, k), dtype=torch.int8)
+    return torch.randn(rows, k).to(dtype)
+
+
+def linear(name: str, w: Tensor):
+    """``f(a, a_scale, b_scale, bias, out_dtype)`` through a kernel op, its weight packed in the graph."""
+    k = kernel(name)
+
+    def run(a, a_scale, b_scale, bias, out_dtype):
+        a = a if k.a_dtype is None else a.to(k.a_dtype)
+        packed = w.t() if k.layout is None else fxq.prepack([w], [k.layout])[0]
+        return k.overload()(a, packed, a_scale, b_scale, bias, w.shape[0], out_dtype)
+
+    return run
+
+
+def dynamic_rows(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        torch._dynamo.mark_dynamic(tensor, 0)
+
+
+def kernels_of(code: list[str]) -> list[str]:
+    """Names of the C++ kernels that the generated code calls, in order."""
+    (source,) = code
+    call = source[source.index("def call") :]
+    return re.findall(
+        r"^ +(?:\w+ = )?(cpp_\w+|extern_kernels\.\w+|torch\.ops\.(?!fx_quant\.prepack)[\w.]+)\(", call, re.MULTILINE
+    )
+
+
+# --- the int8 template is the canonical op, bit for bit -----------------------------------------------------------
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    ("n", "k", "rows"),
+    [(1, 1, ROWS), (15, 3, ROWS), (64, 4, ROWS), (65, 7, [*ROWS, 0, 1]), (200, 129, ROWS), (128, 64, [7, 400])],
+)
+def test_int8_accumulator_is_exact(n, k, rows):
+    w = codes(n, k)
+    run = torch.compile(linear("cpu_int8_vnni", w))
+    for m in rows:
+        a = codes(m, k)
+        if m > 1:
+            dynamic_rows(a)
+        out = run(a, None, None, None, torch.int32)
+        assert torch.equal(out, (a.long() @ w.t().long()).int()), m
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    ("out_dtype", "bias"),
+    [
+        (torch.float32, None),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_int8_epilogue_is_the_canonical_op(out_dtype, bias):
+    w = codes(70, 129)
+    bias = None if bias is None else torch.randn(70, dtype=bias)
+    run = torch.compile(linear("cpu_int8_vnni", w))
+    for m in (7, 13):
+        a, a_scale, b_scale = codes(m, 129), torch.rand(m, 1) * 1e-3, torch.rand(70)
+        dynamic_rows(a, a_scale)
+        expected = fxq.scaled_mm(a, w.t(), a_scale, b_scale, bias, out_dtype)
+        assert torch.equal(run(a, a_scale, b_scale, bias, out_dtype), expected), m
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    ("a_scale", "b_scale"), [((), ()), ((1,), (1, 70)), ((7, 1), ()), (None, (70,)), ((7, 1), None)], ids=str
+)
+def test_int8_scales_of_every_shape(a_scale, b_scale):
+    w, a = codes(70, 9), codes(7, 9)
+    scales = [None if shape is None else torch.rand(shape) for shape in (a_scale, b_scale)]
+    expected = fxq.scaled_mm(a, w.t(), *scales, None, torch.float32)
+    assert torch.equal(torch.compile(linear("cpu_int8_vnni", w))(a, *scales, None, torch.float32), expected)
+
+
+@needs_vnni
+def test_int8_extreme_codes_and_scales():
+    k = 131071
+    w, a = torch.full((65, k), -128, dtype=torch.int8), torch.full((7, k), -128, dtype=torch.int8)
+    a[1], a[2, ::2] = 127, 127
+    a_scale = torch.tensor([1.0, 1e-30, 0.0, NAN, INF, -INF, 1e30]).unsqueeze(1)
+    b_scale = torch.rand(65)
+    b_scale[:4] = torch.tensor([0.0, NAN, INF, 1e30])
+    expected = fxq.scaled_mm(a, w.t(), a_scale, b_scale, None, torch.float32)
+    out = torch.compile(linear("cpu_int8_vnni", w))(a, a_scale, b_scale, None, torch.float32)
+    assert torch.equal(out.nan_to_num(nan=-12345.0), expected.nan_to_num(nan=-12345.0))
+    assert out.isnan().any()
+    assert out.isinf().any()
+
+
+@needs_vnni
+@pytest.mark.parametrize("layout", ["offset", "columns", "transposed", "every other"])
+def test_int8_activation_of_any_strides(layout):
+    w, big = codes(70, 10), codes(14, 20)
+    a = {
+        "offset": big[3:10, 5:15],
+        "columns": big[:7, :10],
+        "transposed": codes(10, 7).t(),
+        "every other": big[::2, ::2],
+    }[layout]
+    run = torch.compile(linear("cpu_int8_vnni", w))
+    assert torch.equal(run(a, None, None, None, torch.int32), (a.long() @ w.t().long()).int())
+
+
+@needs_vnni
+def test_int8_activation_is_a_view_made_in_the_graph():
+    w, x = codes(70, 10), codes(14, 20)
+    run = linear("cpu_int8_vnni", w)
+
+    def sliced(x):
+        return run((x + 1)[3:10, 5:15], None, None, None, torch.int32)
+
+    assert torch.equal(torch.compile(sliced)(x), sliced(x))
+
+
+@needs_vnni
+@pytest.mark.parametrize(("threads", "m", "n"), [(1, 40, 65), (2, 1, 65), (3, 40, 65), (3, 40, 640), (8, 40, 65)])
+def test_int8_with_any_number_of_threads(threads, m, n):
+    w, a = codes(n, 9), codes(m, 9)
+    with torch._inductor.config.patch({"cpp.threads": threads}):
+        out = torch.compile(linear("cpu_int8_vnni", w))(a, None, None, None, torch.int32)
+    assert torch.equal(out, (a.long() @ w.t().long()).int())
+
+
+# --- float8 against float64 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("cpu_float8_bf16", marks=needs_bf16), pytest.param("cpu_float8_float32")]
+)
+@pytest.mark.parametrize(
+    ("a_dtype", "w_dtype", "n", "k"),
+    [(E4M3, E4M3, 200, 129), (E5M2, E4M3, 65, 7), (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, 15, 64)],
+)
+def test_float8_is_within_float32_summation_of_float64(name, a_dtype, w_dtype, n, k):
+    w, b_scale, bias = codes(n, k, w_dtype), torch.rand(n), torch.randn(n)
+    run = torch.compile(linear(name, w))
+    for m in (7, 64):
+        a, a_scale = codes(m, k, a_dtype), torch.rand(m, 1)
+        dynamic_rows(a, a_scale)
+        out = run(a, a_scale, b_scale, bias, torch.float32)
+        exact = (a.double() @ w.double().t()) * a_scale * b_scale + bias
+        # k + 4 roundings, each of at most 2**-24 of the sum of magnitudes.
+        magnitude = (a.double().abs() @ w.double().abs().t()) * a_scale * b_scale + bias.abs()
+        assert ((out - exact).abs() <= magnitude * (k + 4) * 2.0**-24).all()
+
+
+@needs_bf16
+def test_float8_extreme_codes():
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(E5M2)
+    every = every[every.float().isfinite()]
+    w = torch.eye(len(every)).to(E5M2)
+    out = torch.compile(linear("cpu_float8_bf16", w))(every[None], None, None, None, torch.float32)
+    assert torch.equal(out[0], every.float())
+
+
+# --- fusion -------------------------------------------------------------------------------------------------------
+
+
+@needs_vnni
+def test_scales_bias_cast_and_what_follows_are_one_kernel():
+    w = codes(200, 64)
+    run = linear("cpu_int8_vnni", w)
+
+    def block(a, a_scale, b_scale, bias, residual):
+        return F.gelu(run(a, a_scale, b_scale, bias, torch.float32)) + residual
+
+    arguments = (codes(7, 64), torch.rand(7, 1) * 1e-3, torch.rand(200), torch.randn(200), torch.randn(7, 200))
+    out, code = run_and_get_code(torch.compile(block), *arguments)
+    torch.testing.assert_close(out, block(*arguments))
+    (name,) = kernels_of(code)
+    assert "cpu_int8_vnni" in name
+    assert "gelu" in name
+
+
+@needs_vnni
+def test_a_three_dimensional_output_is_still_one_kernel():
+    w = codes(128, 64)
+    run = linear("cpu_int8_vnni", w)
+
+    def block(a, a_scale, residual):
+        y = run(a.view(-1, 64), a_scale.view(-1, 1), None, None, torch.bfloat16)
+        return y.view(2, 5, 128) + residual
+
+    arguments = (codes(10, 64).view(2, 5, 64), torch.rand(2, 5, 1), torch.randn(2, 5, 128))
+    out, code = run_and_get_code(torch.compile(block), *arguments)
+    # bfloat16 between the product and the sum is a rounding that Inductor may skip.
+    torch.testing.assert_close(out, block(*arguments), rtol=2**-7, atol=1e-2)
+    assert len(kernels_of(code)) == 1
+
+
+@needs_vnni
+def test_an_accumulator_with_two_uses_is_right_in_both():
+    w = codes(70, 64)
+    run = linear("cpu_int8_vnni", w)
+
+    def both(a):
+        acc = run(a, None, None, None, torch.int32)
+        return acc, acc.float() * 0.5, acc.amax(-1)
+
+    a = codes(7, 64)
+    for compiled, eager in zip(torch.compile(both)(a), both(a), strict=True):
+        assert torch.equal(compiled, eager)
+
+
+@needs_vnni
+def test_rms_norm_and_quantize_are_one_kernel_and_the_matmul_another():
+    w, norm = codes(128, 64), torch.rand(64)
+    run = linear("cpu_int8_vnni", w)
+
+    def block(x, residual):
+        x = x + residual
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * norm
+        q, scale = fxq.quantize.dynamic(x, **formula())
+        return run(q, scale, None, None, torch.float32) + 1, q, scale
+
+    x, residual = torch.randn(7, 64), torch.randn(7, 64)
+    (out, q, scale), code = run_and_get_code(torch.compile(block), x, residual)
+    assert len(kernels_of(code)) == 2
+    assert torch.equal(out, fxq.scaled_mm(q, w.t(), scale, None, None, torch.float32) + 1)
+    torch.testing.assert_close(scale, block(x, residual)[2])
+
+
+@needs_bf16
+def test_float8_epilogue_is_one_kernel():
+    w = codes(200, 64, E4M3)
+    run = linear("cpu_float8_bf16", w)
+
+    def block(a, a_scale):
+        return run(a, a_scale, None, None, torch.float32).relu()
+
+    arguments = (codes(7, 64, torch.int8).to(torch.bfloat16), torch.rand(7, 1))
+    out, code = run_and_get_code(torch.compile(block), *arguments)
+    torch.testing.assert_close(out, block(*arguments))
+    assert len(kernels_of(code)) == 1
+
+
+# --- quantize -----------------------------------------------------------------------------------------------------
+
+
+def formula(dtype: torch.dtype = torch.int8, **changes: object) -> dict[str, object]:
+    high = 127.0 if dtype is torch.int8 else 255.0 if dtype is torch.uint8 else torch.finfo(dtype).max
+    low = 0.0 if dtype is torch.uint8 else -high
+    arguments = {
+        "dtype": dtype,
+        "granularity": "per_token",
+        "divisor": high,
+        "divide_dtype": torch.float32,
+        "floor": 1e-5,
+        "floor_on": "scale",
+        "scale_dtype": torch.float32,
+        "reciprocal": False,
+        "lo": low,
+        "hi": high,
+    }
+    return {**arguments, **changes}
+
+
+FORMULAS = {
+    "int8": formula(),
+    "int8, as torchao": formula(divisor=127.5, lo=-128.0, scale_dtype=torch.bfloat16, reciprocal=True),
+    "int8, divided in bfloat16": formula(divide_dtype=torch.bfloat16),
+    "int8, no floor": formula(floor_on="none"),
+    "uint8 per tensor": formula(torch.uint8, granularity="per_tensor", floor_on="amax"),
+    "e4m3": formula(E4M3, floor=1e-12, floor_on="amax"),
+    "e5m2 per tensor": formula(E5M2, granularity="per_tensor", divide_dtype=torch.float16, reciprocal=True),
+    "e4m3fnuz": formula(torch.float8_e4m3fnuz),
+}
+
+
+def rows_of_all_sizes(dtype: torch.dtype) -> Tensor:
+    """Rows from 1e-3 to 1e3, one of them zero, of a width that is no multiple of a vector."""
+    x = torch.randn(17, 131) * torch.logspace(-3, 3, 17)[:, None]
+    x[3] = 0
+    return x.to(dtype)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.stride() == expected.stride()
+    assert torch.equal(actual[..., None].view(torch.uint8), expected[..., None].view(torch.uint8))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arguments", FORMULAS.values(), ids=FORMULAS)
+def test_quantize_is_the_op_bit_for_bit(arguments, x_dtype):
+    x = rows_of_all_sizes(x_dtype)
+    given = {name: arguments[name] for name in ("dtype", "reciprocal", "lo", "hi")}
+    static_scale = torch.rand(17, 1)
+
+    def both(x, scale):
+        return *fxq.quantize.dynamic(x, **arguments), fxq.quantize(x, scale, **given)
+
+    for compiled, eager in zip(torch.compile(both)(x, static_scale), both(x, static_scale), strict=True):
+        assert_same_bits(compiled, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+def test_quantize_of_nan_and_infinity_is_the_op(dtype):
+    x = rows_of_all_sizes(torch.float32)
+    x[5, 7], x[6, 9], x[7, 0] = NAN, INF, -INF
+    arguments = formula(dtype)
+
+    def quantize(x):
+        return fxq.quantize.dynamic(x, **arguments)
+
+    (q, scale), (q_eager, scale_eager) = torch.compile(quantize)(x), quantize(x)
+    assert_same_bits(scale.nan_to_num(), scale_eager.nan_to_num())
+    assert torch.equal(q.float().nan_to_num(nan=-1e6), q_eager.float().nan_to_num(nan=-1e6))
+
+
+def test_quantize_of_a_transposed_tensor_is_contiguous():
+    x = rows_of_all_sizes(torch.float32).t()
+    q, _ = torch.compile(lambda x: fxq.quantize.dynamic(x, **formula()))(x)
+    assert_same_bits(q, fxq.quantize.dynamic(x, **formula())[0])
+
+
+# --- the others ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["canonical", "pytorch_int_mm"])
+def test_int_mm_has_its_epilogue_fused_behind_it(name):
+    w, a, a_scale, b_scale, bias = codes(64, 32), codes(7, 32), torch.rand(7, 1), torch.rand(64), torch.randn(64)
+
+    def canonical(a, a_scale, b_scale, bias, out_dtype):
+        return fxq.scaled_mm(a, w.t(), a_scale, b_scale, bias, out_dtype)
+
+    run = canonical if name == "canonical" else linear(name, w)
+    arguments = (a, a_scale, b_scale, bias, torch.float32)
+    out, code = run_and_get_code(torch.compile(run), *arguments)
+    assert torch.equal(out, canonical(*arguments))
+    assert [name.partition("_")[0] for name in kernels_of(code)] == ["extern", "cpp"]
+
+
+def test_canonical_float8_runs_its_body():
+    w, a = codes(64, 32, E4M3), codes(7, 32, E4M3)
+
+    def run(a, w):
+        return fxq.scaled_mm(a, w.t(), None, None, None, torch.float32)
+
+    torch.testing.assert_close(torch.compile(run)(a, w), run(a, w))
+
+
+def test_quantized_linear_is_decomposed():
+    w, x, b_scale = codes(64, 32), torch.randn(2, 5, 32), torch.rand(64)
+
+    def run(x, w, b_scale):
+        return fxq.quantized_linear(x, w.t(), b_scale, None, torch.float32, **formula())
+
+    out, code = run_and_get_code(torch.compile(run), x, w, b_scale)
+    assert torch.equal(out, run(x, w, b_scale))
+    assert not any("fx_quant" in name and "torch.ops" in name for name in kernels_of(code))
+
+
+@pytest.mark.parametrize("name", ["cpu_int8_vnni", "cpu_float8_bf16"])
+def test_a_machine_without_the_instruction_runs_the_body(name):
+    dtype = torch.int8 if "int8" in name else E4M3
+    w, a = codes(70, 9, dtype), codes(7, 9, dtype)
+    with patch("fx_quant.lowerings.cpu_template.pick_vec_isa", return_value=False):
+        out, code = run_and_get_code(torch.compile(linear(name, w)), a, None, None, None, torch.float32)
+    torch.testing.assert_close(out, linear(name, w)(a, None, None, None, torch.float32))
+    assert f"torch.ops.fx_quant.{name}.default" in kernels_of(code)
