@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_within
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fx_quant.ops  # noqa: F401  (registers the ops)
@@ -153,3 +153,27 @@ def test_a_padded_weight_is_column_major(layout):
     (node,) = graph.find_nodes(op="call_function", target=ops.pytorch_int_mm.default)
     padded = node.args[1].meta["val"]
     assert (tuple(padded.shape), padded.stride()) == ((64, 32), (1, 64))
+
+
+class KernelOperands(Interpreter):
+    """Runs a graph and keeps what its kernel was called with."""
+
+    operands: tuple = ()
+
+    def call_function(self, target, args, kwargs):
+        if target is ops.pytorch_int_mm.default:
+            self.operands = args
+        return super().call_function(target, args, kwargs)
+
+
+def test_codes_are_padded_with_zero_scales_with_one_and_the_bias_with_zero():
+    arguments = operands(5, 30, 60)
+    interpreter = KernelOperands(padded_graph(plan_padding(sized(30, 60), 16), arguments, 30, 60))
+    interpreter.run(*arguments)
+    a, b, a_scale, b_scale, bias, *_ = interpreter.operands
+    assert not a[:, 60:].any()
+    assert not b[60:].any()
+    assert not b[:, 30:].any()
+    assert torch.equal(a_scale, arguments[2])
+    assert b_scale[30:].tolist() == [1.0, 1.0]
+    assert bias[30:].tolist() == [0.0, 0.0]
