@@ -74,6 +74,8 @@ PROBLEMS: Mapping[str, Problem] = MappingProxyType(
         "fp8 tensor, bias of another dtype": replace(FP8, out_dtype=F16, bias=BF16),
         "fp8 tensor, float32 bias": replace(FP8, bias=F32),
         "fp8 tensor, float32 result": replace(FP8, out_dtype=F32),
+        "fp8 tensor, ragged": replace(FP8, n=36, k=72),
+        "fp8 tensor, ragged, float32 result": replace(FP8, n=36, k=72, out_dtype=F32),
         "fp8 tensor, computed weight": replace(FP8, constant_weight=False),
         "fp8 row": FP8_ROW,
         "fp8 row, bias": replace(FP8_ROW, bias=BF16),
@@ -84,8 +86,10 @@ PROBLEMS: Mapping[str, Problem] = MappingProxyType(
         "e5m2 x e4m3 row": problem((E5M2, TOKEN), (E4M3, CHANNEL)),
         "e5m2 x e5m2": problem((E5M2, TENSOR), (E5M2, TENSOR)),
         "fnuz tensor, bias": problem((FNUZ, TENSOR), (FNUZ, TENSOR), bias=BF16),
+        "fnuz tensor, ragged": problem((FNUZ, TENSOR), (FNUZ, TENSOR), n=36, k=72),
         "fnuz row": FNUZ_ROW,
-        "fnuz row, float16": replace(FNUZ_ROW, out_dtype=F16),
+        "fnuz row, ragged": replace(FNUZ_ROW, n=36, k=72),
+        "fnuz row, ragged, float16": replace(FNUZ_ROW, n=36, k=72, out_dtype=F16),
     }
 )
 
