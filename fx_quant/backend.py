@@ -27,6 +27,7 @@ from fx_quant.kernels.base import kernels
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.report import MissReport, Report
+from fx_quant.selection import disabled_kernels
 from fx_quant.target import Target, detect_target
 
 log = logging.getLogger("fx_quant")
@@ -83,7 +84,8 @@ class RewritePass(CustomGraphPass):
             source_digest(),
             repr(self.options),
             repr((target.platform, target.arch, sorted(target.features), sorted(target.packages.items()))),
-            tuple(map(repr, kernels())),
+            tuple(kernel.name for kernel in kernels()),
+            tuple(sorted(disabled_kernels())),
             torch.__version__,
         )
 

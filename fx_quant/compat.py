@@ -45,11 +45,18 @@ def static_input_indices() -> frozenset[int] | None:
 _MATMULS = ("mm", "addmm", "bmm")
 
 
+class _DecompositionsWithoutMatmul(dict):
+    """Pickles by name: Inductor's FX-graph cache keys on the table, whose functions have no stable pickle of their own."""
+
+    def __reduce__(self):
+        return decompositions_without_matmul, ()
+
+
 def decompositions_without_matmul() -> dict:
     """Inductor's decompositions without those that turn a matmul into broadcast and sum (m = 1, k = 1, tiny sizes)."""
     from torch._inductor.decomposition import select_decomp_table
 
-    table = dict(select_decomp_table())
+    table = _DecompositionsWithoutMatmul(select_decomp_table())
     for name in _MATMULS:
         table.pop(getattr(torch.ops.aten, name).default, None)
     return table

@@ -1,0 +1,174 @@
+"""The command line: ``python -m fx_quant doctor | kernels | explain | check``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from fx_quant.errors import FxQuantError
+from fx_quant.target import detect_target, named_target, named_targets, resolve_target
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors of ours are one line on standard error and status 2."""
+    arguments = _parser().parse_args(argv)
+    sys.path.insert(0, os.getcwd())
+    try:
+        return arguments.run(arguments)
+    except FxQuantError as error:
+        print(f"fx_quant: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fx_quant", description=(__doc__ or "").split(":")[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    doctor = commands.add_parser("doctor", help="this machine: target, libraries, and which kernels can run here")
+    doctor.set_defaults(run=_doctor)
+
+    kernels = commands.add_parser("kernels", help="all kernels, and what keeps each from running on a target")
+    kernels.add_argument("--target", help=f"one of {', '.join(named_targets())}; this machine when left out")
+    kernels.set_defaults(run=_kernels)
+
+    for name, run, text in (
+        ("explain", _explain, "every quantized matmul of a model: its kernel, or why it would be missed"),
+        ("check", _check, "run a model compiled and uncompiled, and compare each quantized matmul"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument(
+            "model", help="module.path:callable, which returns a model and its inputs: (model, args) or (model, kwargs)"
+        )
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--dynamic", action="store_true", default=None, help="compile with dynamic shapes")
+        command.add_argument(
+            "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the backend; repeatable"
+        )
+        command.set_defaults(run=run)
+        if name == "explain":
+            command.add_argument("--target", help="what would happen on this machine, which need not be present")
+            command.add_argument("--strict", action="store_true", help="end with status 1 when anything is missed")
+        else:
+            command.add_argument("--max-rel-err", type=float, help="end with status 1 when a site is worse")
+            command.add_argument("--min-sqnr-db", type=float, help="end with status 1 when a site is worse")
+    return parser
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = detect_target(device)
+    facts = [
+        ("platform", target.platform),
+        ("arch", target.arch),
+        ("features", ", ".join(sorted(target.features)) or "none"),
+        ("threads", torch.get_num_threads()),
+        *((name, version) for name, version in sorted(target.packages.items())),
+        ("C++ compiler", _compiler()),
+    ]
+    print(tabulate(facts, tablefmt="plain"))
+    print()
+    return _print_kernels(target)
+
+
+def _compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "none found: install g++ or set CXX, without it CPU graphs cannot be compiled"
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    return _print_kernels(resolve_target(arguments.target, "cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _print_kernels(target: Any) -> int:
+    from fx_quant.kernels.base import kernels
+
+    rows = []
+    for kernel in kernels():
+        unmet = kernel.requires.unmet_by_target(target)
+        rows.append((kernel.name, kernel.provider, "; ".join(unmet) or "can run", kernel.note))
+    print(tabulate(rows, headers=("kernel", "provider", f"on {target}", "what it is"), maxcolwidths=[None, None, 44, 44]))
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from fx_quant.explain import explain
+
+    if arguments.target is not None:
+        named_target(arguments.target)  # a wrong name should not wait for a model to load
+    model, args, kwargs = _load(arguments.model)
+    report = explain(
+        model,
+        *args,
+        target=arguments.target,
+        dynamic=arguments.dynamic,
+        options=_options(arguments.option),
+        **kwargs,
+    )
+    print(report.to_json() if arguments.json else report)
+    return 1 if arguments.strict and report.misses else 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fx_quant.check import check
+    from fx_quant.errors import ToleranceError
+
+    model, args, kwargs = _load(arguments.model)
+    report = check(model, *args, dynamic=arguments.dynamic, options=_options(arguments.option), **kwargs)
+    print(report.to_json() if arguments.json else report)
+    try:
+        report.raise_if(max_rel_err=arguments.max_rel_err, min_sqnr_db=arguments.min_sqnr_db)
+    except ToleranceError as error:
+        print(f"fx_quant: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise FxQuantError(f"--option must be NAME=VALUE, got {pair!r}")
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
+
+
+def _load(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """``(model, args, kwargs)`` from ``module.path:callable``.
+
+    Raises:
+        FxQuantError: the path is malformed, cannot be imported or returns something else.
+    """
+    module_name, sign, name = path.partition(":")
+    if not sign:
+        raise FxQuantError(f"the model must be given as module.path:callable, got {path!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise FxQuantError(f"cannot import {module_name!r}: {error}. Run from the folder that holds it.") from error
+    build = getattr(module, name, None)
+    if not callable(build):
+        raise FxQuantError(f"{module_name!r} must have a callable {name!r} that returns (model, inputs), found {build!r}")
+    built = build()
+    if not isinstance(built, tuple) or len(built) != 2 or not callable(built[0]):
+        raise FxQuantError(f"{path} must return (model, args) or (model, kwargs), got {type(built).__name__}")
+    model, inputs = built
+    if isinstance(inputs, Mapping):
+        return model, (), dict(inputs)
+    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

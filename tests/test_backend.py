@@ -1,0 +1,280 @@
+"""The backend: options, scoping, chaining, caches and fallback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import models
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import fx_quant
+from fx_quant.backend import HOOK, Chain, RewritePass, config_patches, source_digest, split_options
+from fx_quant.config import Options
+from fx_quant.errors import FxQuantError, MissError, NoKernelError, UnknownNameError
+from fx_quant.passes import pipeline
+from fx_quant.scheme import Numerics
+from fx_quant.target import named_target
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters["fx_quant"].clear()
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        yield
+
+
+def int8_linear(dtype=torch.float32, bias=True):
+    return models.POSITIVE["int8_int_mm"].build(dtype, bias)
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="fx_quant", options=options or None)
+
+
+def cause(error: pytest.ExceptionInfo) -> BaseException:
+    return error.value.inner_exception
+
+
+def test_compiled_module_equals_eager_and_counts_its_rewrites():
+    model, x = int8_linear(), models.inputs(torch.float32, 3)
+    torch.testing.assert_close(compiled(model)(x), model(x))
+    assert counters["fx_quant"] == {"rewritten": 1, "missed": 0}
+
+
+def test_backend_is_found_by_name_with_nothing_imported():
+    script = (
+        "import torch\n"
+        "assert 'fx_quant' in torch._dynamo.list_backends()\n"
+        "f = torch.compile(lambda x: x + 1, backend='fx_quant')\n"
+        "assert f(torch.zeros(3)).sum() == 3\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
+
+
+def test_unknown_option_names_near_matches():
+    with pytest.raises(BackendCompilerFailed, match="unknown option 'numeric'.*Did you mean 'numerics'") as error:
+        compiled(int8_linear(), numeric="exact")(models.inputs(torch.float32))
+    assert isinstance(cause(error), UnknownNameError)
+
+
+def test_unknown_numerics_class_names_the_classes():
+    with pytest.raises(UnknownNameError, match="Known: approximate, exact, reassociated, same_accum"):
+        split_options({"numerics": "precise"})
+
+
+@pytest.mark.parametrize("options", [{"strict": "yes"}, {"force_kernel": 3}])
+def test_option_of_the_wrong_type_is_one_clear_line(options):
+    with pytest.raises(FxQuantError, match="must be .*, got"):
+        split_options(options)
+
+
+def test_inductor_options_pass_through():
+    ours, inductors = split_options({"numerics": "exact", "max_autotune": True})
+    assert ours == Options(numerics=Numerics.EXACT)
+    assert inductors == {"max_autotune": True}
+
+
+def test_unknown_kernel_names_near_matches():
+    with pytest.raises(BackendCompilerFailed, match="unknown kernel 'cpu_int8_vni'.*Did you mean 'cpu_int8_vnni'"):
+        compiled(int8_linear(), force_kernel="cpu_int8_vni")(models.inputs(torch.float32))
+
+
+def test_forced_kernel_that_cannot_run_raises_with_its_reasons():
+    with pytest.raises(BackendCompilerFailed, match="forced kernel 'pytorch_int_mm_cuda' cannot run.*platform cuda") as e:
+        compiled(int8_linear(), force_kernel="pytorch_int_mm_cuda")(models.inputs(torch.float32))
+    assert isinstance(cause(e), NoKernelError)
+
+
+def test_forced_kernel_runs():
+    model, x = int8_linear(), models.inputs(torch.float32)
+    report = fx_quant.explain(model, x, options={"force_kernel": "pytorch_int_mm"})
+    assert [site.kernel for site in report.sites] == ["pytorch_int_mm"]
+    torch.testing.assert_close(compiled(model, force_kernel="pytorch_int_mm")(x), model(x))
+
+
+def test_disabled_provider_is_not_chosen():
+    report = fx_quant.explain(int8_linear(), models.inputs(torch.float32), options={"disabled_kernels": "cpu"})
+    assert [site.kernel for site in report.sites] == ["pytorch_int_mm"]
+    assert report.sites[0].losers["cpu_int8_vnni"][0] == "is disabled"
+
+
+def test_nothing_global_is_changed():
+    before = inductor_config.save_config_portable()
+    compiled(int8_linear())(models.inputs(torch.float32))
+    assert inductor_config.save_config_portable() == before
+
+
+class Marker(CustomGraphPass):
+    """A user's pass that counts its calls."""
+
+    def __init__(self, key):
+        self.key, self.calls = key, 0
+
+    def __call__(self, graph):
+        self.calls += 1
+
+    def uuid(self):
+        return self.key
+
+
+def test_a_users_own_pass_is_chained_not_replaced():
+    marker = Marker("mine")
+    with inductor_config.patch({HOOK: marker}):
+        compiled(int8_linear())(models.inputs(torch.float32))
+    assert marker.calls == 1
+    assert counters["fx_quant"]["rewritten"] == 1
+
+
+def test_inductor_pass_works_inside_someone_elses_setup():
+    marker, model, x = Marker("mine"), int8_linear(), models.inputs(torch.float32)
+    with inductor_config.patch({HOOK: fx_quant.inductor_pass(chain=marker)}):
+        y = torch.compile(model)(x)
+    torch.testing.assert_close(y, model(x))
+    assert (marker.calls, counters["fx_quant"]["rewritten"]) == (1, 1)
+
+
+def test_chain_without_a_uuid_bypasses_caches():
+    assert Chain([Marker(None), Marker("b")]).uuid() is None
+    assert Chain([Marker("a"), Marker("b")]).uuid() == ("a", "b")
+
+
+def test_uuid_tells_options_and_targets_apart():
+    base = RewritePass(Options(), named_target("x86"))
+    assert base.uuid() == RewritePass(Options(), named_target("x86")).uuid()
+    assert base.uuid() != RewritePass(Options(strict=True), named_target("x86")).uuid()
+    assert base.uuid() != RewritePass(Options(), named_target("x86_vnni")).uuid()
+    assert source_digest() in base.uuid()
+
+
+def test_disabling_a_kernel_by_environment_changes_the_uuid(monkeypatch):
+    base = RewritePass(Options(), named_target("x86"))
+    before = base.uuid()
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", "cpu")
+    assert base.uuid() != before
+
+
+def fail(*_):
+    raise RuntimeError("broken on purpose")
+
+
+def test_an_exception_in_a_pass_compiles_the_original_graph_with_one_warning(monkeypatch):
+    monkeypatch.setattr(pipeline, "to_kernels", fail)
+    model, x = int8_linear(), models.inputs(torch.float32)
+    with pytest.warns(UserWarning, match="a pass failed with RuntimeError") as caught:
+        y = compiled(model)(x)
+    torch.testing.assert_close(y, model(x))
+    assert len([w for w in caught if "fx_quant" in str(w.message)]) == 1
+    assert counters["fx_quant"] == {"rewritten": 0, "missed": 1}
+
+
+def test_an_exception_in_a_pass_is_an_error_when_strict(monkeypatch):
+    monkeypatch.setattr(pipeline, "to_kernels", fail)
+    with pytest.raises(BackendCompilerFailed, match="strict=True and a pass of fx_quant failed") as error:
+        compiled(int8_linear(), strict=True)(models.inputs(torch.float32))
+    assert isinstance(cause(error), MissError)
+
+
+class WeightOnly(torch.nn.Module):
+    """A miss: no kernel takes a float activation yet."""
+
+    def __init__(self):
+        super().__init__()
+        codes, scale = models.int8_rows(models.float_weight(48, 64, 0))
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return x @ (self.codes.float() * self.scale[:, None]).t()
+
+
+def test_a_miss_is_logged_and_compiles_as_it_was(caplog):
+    model, x = WeightOnly(), models.inputs(torch.float32)
+    with caplog.at_level(logging.WARNING, logger="fx_quant"):
+        torch.testing.assert_close(compiled(model)(x), model(x))
+    assert "weight-only" in caplog.text
+    assert counters["fx_quant"] == {"rewritten": 0, "missed": 1}
+
+
+def test_a_miss_is_an_error_when_strict():
+    with pytest.raises(BackendCompilerFailed, match="strict=True and 1 quantized matmul.*missed") as error:
+        compiled(WeightOnly(), strict=True)(models.inputs(torch.float32))
+    assert isinstance(cause(error), MissError)
+
+
+def test_model_without_quantized_matmul_compiles_and_explain_says_so():
+    model, x = torch.nn.Linear(8, 4), torch.randn(3, 8)
+    torch.testing.assert_close(compiled(model)(x), model(x))
+    assert "no quantized matmul found" in str(fx_quant.explain(model, x))
+
+
+def test_dynamic_rows_compile_once():
+    model = int8_linear()
+    run = torch.compile(model, backend="fx_quant", dynamic=True)
+    counters["stats"].clear()
+    for rows in (5, 9, 17, 64):
+        x = models.inputs(torch.float32, 2, rows)
+        torch.testing.assert_close(run(x), model(x))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows_equal_eager(rows):
+    linear = int8_linear()
+    x = models.inputs(torch.float32, 2, 1)[:rows]
+    torch.testing.assert_close(compiled(linear.rows)(x), linear.rows(x))
+    assert counters["fx_quant"]["rewritten"] == 1
+
+
+def test_in_place_update_of_a_weight_is_seen():
+    model, x = int8_linear(), models.inputs(torch.float32)
+    run = compiled(model)
+    run(x)
+    model.weight.neg_()
+    torch.testing.assert_close(run(x), model(x))
+
+
+def test_reduced_mode_is_honoured():
+    patches = config_patches("max-autotune-no-cudagraphs", {}, RewritePass(Options()))
+    assert patches["max_autotune"] is True
+
+
+def test_training_graph_keeps_its_gradients():
+    linear = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.enable_grad():
+        compiled(linear)(x).sum().backward()
+        expected = linear.weight.sum(0).expand(4, 8)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_cached_artifact_runs_in_a_new_process(tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(models.__file__.rsplit("/", 1)[0])!r})
+import torch, models
+from torch._dynamo.utils import counters
+model, x = models.POSITIVE["int8_int_mm"].build(torch.float32, True), models.inputs(torch.float32)
+with torch.no_grad():
+    y = torch.compile(model, backend="fx_quant")(x)
+    torch.testing.assert_close(y, model(x))
+print(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    hits = [
+        subprocess.run(
+            [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
+        ).stdout.split()[-1]
+        for _ in range(2)
+    ]
+    assert hits[0] == "0"
+    assert int(hits[1]) > 0
