@@ -12,21 +12,22 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fx_quant.backend import inductor_pass
-    from fx_quant.check import CheckReport, check
-    from fx_quant.explain import explain
+    from fx_quant.checker import CheckReport, check
+    from fx_quant.explainer import explain
     from fx_quant.kernels.packing import clear_packed_weights
     from fx_quant.report import Report
     from fx_quant.selection import select
     from fx_quant.target import Target, detect_target, named_target
 
+# No public name may be that of a submodule: importing the submodule would put the module in its place.
 _HOMES = {
-    "CheckReport": "check",
+    "CheckReport": "checker",
     "Report": "report",
     "Target": "target",
-    "check": "check",
+    "check": "checker",
     "clear_packed_weights": "kernels.packing",
     "detect_target": "target",
-    "explain": "explain",
+    "explain": "explainer",
     "inductor_pass": "backend",
     "named_target": "target",
     "select": "selection",
@@ -50,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fx_quant' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(f"fx_quant.{_HOMES[name]}"), name)
-    globals()[name] = value  # over the submodule of the same name, which the import has just set
+    globals()[name] = value
     return value
 
 

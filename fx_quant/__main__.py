@@ -103,7 +103,7 @@ def _print_kernels(target: Any) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from fx_quant.explain import explain
+    from fx_quant.explainer import explain
 
     if arguments.target is not None:
         named_target(arguments.target)  # a wrong name should not wait for a model to load
@@ -121,7 +121,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fx_quant.check import check
+    from fx_quant.checker import check
     from fx_quant.errors import ToleranceError
 
     model, args, kwargs = _load(arguments.model)

@@ -20,7 +20,12 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 import fx_quant.lowerings  # noqa: F401  (cached artifacts need ops and lowerings before any pass runs)
-from fx_quant.compat import decompositions_without_matmul, restore_matmul_decompositions, static_input_indices
+from fx_quant.compat import (
+    decompositions_without_matmul,
+    dump_graph,
+    restore_matmul_decompositions,
+    static_input_indices,
+)
 from fx_quant.config import Options, option_names
 from fx_quant.errors import FxQuantError, MissError, unknown_name
 from fx_quant.kernels.base import kernels
@@ -57,6 +62,7 @@ class RewritePass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; on an exception it stays as it is, unless ``strict``."""
         target = self.target or detect_target(_device(graph))
+        dump_graph("FX_QUANT_BEFORE", graph)
         try:
             report = rewrite_graph(graph, target, self.options, static_input_indices())
         except FxQuantError:
@@ -76,6 +82,7 @@ class RewritePass(CustomGraphPass):
         if self.on_report is not None:
             self.on_report(report)
         restore_matmul_decompositions(graph)
+        dump_graph("FX_QUANT_AFTER", graph)
 
     def uuid(self) -> object:
         """Key of Inductor's caches: our sources, the options, the target and the kernels with their versions."""

@@ -101,3 +101,23 @@ def _inline(graph: Graph, node: Node, body: Graph) -> None:
             copied[inner] = graph.node_copy(inner, lambda n: copied[n])
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def dump_graph(name: str, graph: Graph) -> None:
+    """Show ``graph`` to whoever listens: ``TORCH_TRACE`` gets an artifact, depyf a file ``*.<name>.*.py``."""
+    from torch._dynamo.utils import lazy_format_graph_code
+    from torch._logging import trace_structured
+
+    module = graph.owning_module
+    if module is None:
+        return
+
+    def text() -> str:
+        module.recompile()
+        return module.print_readable(print_output=False)
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name.lower(), "encoding": "string"}, payload_fn=text)
+    # depyf swaps the code of this function for one that writes the graph to its folder when called.
+    if lazy_format_graph_code.__code__.co_name != "lazy_format_graph_code":
+        module.recompile()
+        lazy_format_graph_code(name, module)

@@ -1,0 +1,253 @@
+"""What explain, check and the command line tell a user."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import models
+import pytest
+import torch
+
+import fx_quant
+from fx_quant.__main__ import main
+from fx_quant.checker import error_of
+from fx_quant.errors import NoKernelError, ToleranceError, UnknownNameError
+from fx_quant.report import MissReport, Report
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
+class TwoLayers(torch.nn.Module):
+    """A quantized layer that is rewritten and one that is missed."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        self.first = models.POSITIVE["int8_int_mm"].build(dtype, True)
+        codes, scale = models.int8_rows(models.float_weight(8, models.N, 0))
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale.to(dtype))
+
+    def forward(self, x):
+        return self.first(x) @ (self.codes.to(x.dtype) * self.scale[:, None]).t()
+
+
+def build_two_layers():
+    return TwoLayers(), (models.inputs(torch.bfloat16, 3),)
+
+
+def build_reordered_scales():
+    """Its rewrite rounds in another order, so it is not bit-equal."""
+    return models.POSITIVE["int8_int_mm_scales_first"].build(torch.float32, True), models.inputs(torch.float32)
+
+
+def build_named_inputs():
+    return TwoLayers(), {"x": models.inputs(torch.bfloat16, 3)}
+
+
+def test_explain_names_module_scheme_sizes_kernel_and_losers():
+    report = fx_quant.explain(*_model_and_input(), target="x86_vnni")
+    (site,) = report.sites
+    assert (site.module, site.n, site.k, site.m) == ("first", models.N, models.K, "48")
+    assert site.scheme == "int8 per_token (dynamic) x int8 per_channel"
+    assert (site.kernel, site.numerics, site.padding) == ("cpu_int8_vnni", "exact", "none")
+    assert site.losers["pytorch_int_mm"] == ["can run, lower priority"]
+    assert "amax / 127 per_token" in site.quantize
+
+
+def _model_and_input():
+    model, (x,) = build_two_layers()
+    return model, x
+
+
+def test_explain_says_why_a_matmul_was_missed_and_where():
+    (miss,) = fx_quant.explain(*_model_and_input()).misses
+    assert "weight-only" in miss.reason
+    assert miss.op == "aten.mm"
+    assert miss.node
+    assert "test_explain.py" in miss.source
+
+
+def test_explain_for_another_target_needs_no_such_machine():
+    report = fx_quant.explain(*_model_and_input(), target="sm90")
+    assert [site.kernel for site in report.sites] == ["pytorch_int_mm_cuda"]
+    assert report.target == "sm90"
+
+
+def test_explain_shows_the_padding_that_a_target_needs():
+    model = models.POSITIVE["fp8_scaled_mm_tensor"].build(torch.bfloat16, True, k=60, n=30)
+    (site,) = fx_quant.explain(model, models.inputs(torch.bfloat16, 2, k=60), target="sm90").sites
+    assert site.padding == "n 30->32, k 60->64"
+
+
+def test_explain_leaves_the_model_as_it_was():
+    model, x = _model_and_input()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model(x)
+    fx_quant.explain(model, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(x), expected)
+
+
+def test_explain_sees_through_a_compiled_model():
+    model, x = _model_and_input()
+    assert len(fx_quant.explain(torch.compile(model), x).sites) == 1
+
+
+def test_explain_counts_graph_breaks():
+    first = models.POSITIVE["int8_int_mm"].build(torch.float32, True)
+
+    def broken(x):
+        y = first(x)
+        torch._dynamo.graph_break()
+        return y + 1
+
+    report = fx_quant.explain(broken, models.inputs(torch.float32))
+    assert (report.graphs, report.graph_breaks, len(report.sites)) == (2, 1, 1)
+    assert "matmuls outside the graphs are not seen" in str(report)
+
+
+def test_explain_raises_our_own_errors_unwrapped():
+    model, x = _model_and_input()
+    with pytest.raises(UnknownNameError, match="unknown target 'sm9'.*Did you mean"):
+        fx_quant.explain(model, x, target="sm9")
+    with pytest.raises(NoKernelError, match="forced kernel"):
+        fx_quant.explain(model, x, options={"force_kernel": "cpu_float8_bf16"})
+
+
+def test_report_is_json_and_text():
+    report = fx_quant.explain(*_model_and_input())
+    data = json.loads(report.to_json())
+    assert [site["module"] for site in data["sites"]] == ["first"]
+    assert len(data["misses"]) == 1
+    text = str(report)
+    assert text.startswith("fx_quant: 1 of 2 quantized matmuls rewritten on ")
+    assert "missed:" in text
+
+
+def test_numerics_option_caps_what_explain_proposes():
+    model = models.POSITIVE["fp8_scaled_mm_row"].build(torch.bfloat16, True)
+    report = fx_quant.explain(model, models.inputs(torch.bfloat16), options={"numerics": "exact"})
+    assert not report.sites
+    assert "same_accum" in report.misses[0].reason
+
+
+def test_merged_reports_keep_order():
+    miss = MissReport("m", "", "aten.mm", "mm", "r")
+    merged = Report("x86", (), (miss,)).merged(Report("x86", (), ()))
+    assert (merged.misses, merged.graphs) == ((miss,), 2)
+
+
+def test_check_compares_each_site_with_the_source_graph():
+    report = fx_quant.check(*_model_and_input())
+    (site,) = report.sites
+    assert site.module == "first"
+    assert site.error.max_rel_err <= 2**-7
+    assert (site.error.new_nan, site.error.new_inf) == (0, 0)
+    assert 0 < site.saturated < 0.2
+    assert len(report.misses) == 1
+    assert report.raise_if(max_rel_err=2e-2) is report
+    assert "model output" in str(report)
+    assert json.loads(report.to_json())["sites"][0]["module"] == "first"
+
+
+def test_check_raises_for_the_worst_site():
+    with pytest.raises(ToleranceError, match="cpu_int8_vnni: SQNR must be >= 1000 dB, got"):
+        fx_quant.check(*build_reordered_scales()).raise_if(min_sqnr_db=1000)
+
+
+def test_check_of_a_model_without_sites_compares_its_output():
+    report = fx_quant.check(torch.nn.Linear(4, 4), torch.randn(2, 4))
+    assert not report.sites
+    assert report.outputs.max_rel_err == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "reference", "nan", "inf"),
+    [([1.0, torch.nan], [1.0, 2.0], 1, 0), ([torch.inf, 1.0], [1.0, 1.0], 0, 1), ([torch.nan], [torch.nan], 0, 0)],
+)
+def test_error_counts_what_the_reference_has_not(value, reference, nan, inf):
+    error = error_of(torch.tensor(value), torch.tensor(reference))
+    assert (error.new_nan, error.new_inf) == (nan, inf)
+
+
+def test_error_is_relative_to_the_peak_of_the_reference():
+    error = error_of(torch.tensor([10.5, 1.0]), torch.tensor([10.0, 1.0]))
+    assert error.max_rel_err == pytest.approx(0.05)
+    assert error.sqnr_db == pytest.approx(26.06, abs=0.01)
+
+
+def test_error_of_an_empty_tensor_is_none():
+    assert error_of(torch.empty(0), torch.empty(0)).max_rel_err == 0
+
+
+# --- the command line -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    monkeypatch.setitem(sys.modules, "two_layers", sys.modules[__name__])
+
+
+@pytest.mark.parametrize("builder", ["build_two_layers", "build_named_inputs"])
+def test_explain_command_prints_the_table(builder, importable, capsys):
+    assert main(["explain", f"two_layers:{builder}"]) == 0
+    assert "1 of 2 quantized matmuls rewritten" in capsys.readouterr().out
+
+
+def test_explain_command_prints_json_for_another_target(importable, capsys):
+    assert main(["explain", "two_layers:build_two_layers", "--target", "sm90", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["target"] == "sm90"
+
+
+def test_explain_command_strict_ends_with_one_on_a_miss(importable):
+    assert main(["explain", "two_layers:build_two_layers", "--strict"]) == 1
+
+
+def test_check_command_ends_with_one_when_a_site_is_worse(importable, capsys):
+    assert main(["check", "two_layers:build_reordered_scales", "--min-sqnr-db", "1000"]) == 1
+    assert "SQNR must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "two_layers"], "must be given as module.path:callable"),
+        (["explain", "no_such_module:build"], "cannot import 'no_such_module'"),
+        (["explain", "two_layers:nothing"], "must have a callable 'nothing'"),
+        (["explain", "two_layers:TwoLayers"], "must return (model, args) or (model, kwargs), got TwoLayers"),
+        (["explain", "two_layers:build_two_layers", "--target", "sm9"], "unknown target 'sm9'"),
+        (["explain", "two_layers:build_two_layers", "--option", "strict"], "must be NAME=VALUE"),
+        (["kernels", "--target", "h100"], "unknown target 'h100'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(arguments, message, importable, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["kernels"], ["kernels", "--target", "gfx942"]])
+def test_machine_commands_list_every_kernel(command, capsys):
+    from fx_quant.kernels.base import kernels
+
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert all(kernel.name in out for kernel in kernels())
+
+
+def test_depyf_dump_holds_our_graphs(tmp_path):
+    depyf = pytest.importorskip("depyf", reason="the debug extra is not installed")
+    model, x = models.POSITIVE["int8_int_mm"].build(torch.float32, True), models.inputs(torch.float32)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True), depyf.prepare_debug(str(tmp_path)):
+        torch.compile(model, backend="fx_quant")(x)
+    dumped = {path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix == ".py"}
+    assert any("fx_quant.scaled_mm" in text or "fx_quant.cpu_int8_vnni" in text for text in dumped.values())
+    before = next(text for name, text in dumped.items() if "FX_QUANT_BEFORE" in name)
+    after = next(text for name, text in dumped.items() if "FX_QUANT_AFTER" in name)
+    assert "_int_mm" in before
+    assert "fx_quant.cpu_int8_vnni" in after or "fx_quant.pytorch_int_mm" in after
