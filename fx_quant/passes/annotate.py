@@ -242,11 +242,10 @@ def _permute(env: Annotation, node: Node) -> Value | None:
     if isinstance(value, Affine):
         codes = _viewed(value.codes, node)
         if all(f.axis is Axis.SCALAR for f in value.factors):
-            return Affine(codes, value.factors)
+            return dataclasses.replace(value, codes=codes)
         if _is_transpose(node):
-            return Affine(
-                codes, tuple(dataclasses.replace(f, axis=f.axis.transposed()) for f in value.factors)
-            )
+            factors = tuple(dataclasses.replace(f, axis=f.axis.transposed()) for f in value.factors)
+            return dataclasses.replace(value, codes=codes, factors=factors)
         return Unknown(node, "a permutation mixes the rows along which the scale varies")
     return None
 
@@ -256,7 +255,7 @@ def _expand(env: Annotation, node: Node) -> Value | None:
     if same_shape(shape(node), shape(node.args[0])):
         return value
     if isinstance(value, Broadcast):
-        return value
+        return value if same_shape(shape(node)[-2:], shape(node.args[0])[-2:]) else None
     if isinstance(value, Codes):
         lead = len(shape(node)) - 2
         if lead > 0 and len(shape(node.args[0])) == 2 and same_shape(shape(node)[lead:], shape(node.args[0])):
@@ -298,7 +297,7 @@ def _cast(env: Annotation, node: Node) -> Value | None:
             return None
         return Unknown(node, f"a cast of the codes to {to} is not exact")
     if isinstance(value, Affine):
-        return value if to in EPILOGUE_DTYPES else None
+        return _rounded(value, to) if to in EPILOGUE_DTYPES else None
     if isinstance(value, ColumnSum):
         return value if to in (torch.int32, torch.int64) else None
     if isinstance(value, Product):
@@ -309,11 +308,15 @@ def _cast(env: Annotation, node: Node) -> Value | None:
         if value.dtype is torch.int32:
             stage = value.stage if to is torch.float32 else Stage.CAST
             return dataclasses.replace(value, dtype=to, stage=stage)
-        if is_widening(value.dtype, to):
-            # The value still holds the narrow rounding, which the canonical op would not make.
-            return _stepped(value, to, Stage.CAST, exact=False)
-        return dataclasses.replace(value, dtype=to, stage=Stage.CAST)
+        if value.dtype is torch.float32:
+            return dataclasses.replace(value, dtype=to, stage=Stage.CAST)
+        # The value still holds the narrow rounding, which the canonical op would not make.
+        return _stepped(value, to, Stage.CAST, exact=False)
     return None
+
+
+def _rounded(value: Affine, to: torch.dtype) -> Affine:
+    return dataclasses.replace(value, epsilon=max(value.epsilon, torch.finfo(to).eps))
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------
@@ -322,7 +325,8 @@ def _cast(env: Annotation, node: Node) -> Value | None:
 def _stepped(product: Product, to: torch.dtype, stage: Stage, *, exact: bool, **changes) -> Product:
     in_order = stage.value > product.stage.value
     numerics = product.numerics if exact and in_order else max(product.numerics, Numerics.SAME_ACCUM)
-    return dataclasses.replace(product, dtype=to, stage=stage, numerics=numerics, **changes)
+    skipped = product.skipped + (product.dtype in (torch.bfloat16, torch.float16))
+    return dataclasses.replace(product, dtype=to, stage=stage, numerics=numerics, skipped=skipped, **changes)
 
 
 def _in_float32(product: Product, node: Node, other: object) -> bool:
@@ -359,14 +363,17 @@ def _scale(env: Annotation, node: Node) -> Value | None:
     axis = axis_of(other, node)
     if isinstance(value, Product):
         return _scale_product(value, node, other, axis, divides)
-    if dtype(node) not in EPILOGUE_DTYPES:
-        return Unknown(node, "the codes are scaled in integer arithmetic")
+    to = dtype(node)
+    if to is None or to not in EPILOGUE_DTYPES:
+        return Unknown(node, f"the codes are scaled in {to}, which has no rule")
     if isinstance(env.value(other), Unknown):
         return None
     if axis is None:
         return Unknown(node, "the scale is neither scalar, per row nor per column (groups and blocks have no rule yet)")
-    codes, factors = (value, ()) if isinstance(value, Codes) else (value.codes, value.factors)
-    return Affine(codes, (*factors, Factor(_source(other), axis, node, divides)))
+    affine = _as_affine(value)
+    assert affine is not None
+    factors = (*affine.factors, Factor(_source(other), axis, node, divides))
+    return _rounded(dataclasses.replace(affine, factors=factors), to)
 
 
 def _source(operand: object) -> Node | float:
@@ -381,20 +388,38 @@ def _is_full(operand: object, node: Node) -> bool:
     return tensor(operand) is not None and same_shape(shape(operand), shape(node))
 
 
-def _scale_product(
-    product: Product, node: Node, other: object, axis: Axis | None, divides: bool
-) -> Product | None:
+def _scale_product(product: Product, node: Node, other: object, axis: Axis | None, divides: bool) -> Product | None:
     to = dtype(node)
-    if axis is None or to not in EPILOGUE_DTYPES or product.bias is not None:
+    if to not in EPILOGUE_DTYPES or product.bias is not None:
         return None
     if isinstance(other, Node) and dtype(other) not in EPILOGUE_DTYPES:
         return None
+    if axis is None:
+        return _scale_product_by_both(product, node, other, divides)
     on_rows = axis is Axis.ROW or (axis is Axis.SCALAR and not product.rows and product.stage is Stage.ACCUMULATOR)
     side, stage = ("rows", Stage.A_SCALE) if on_rows else ("columns", Stage.B_SCALE)
     factors = getattr(product, side)
     exact = _in_float32(product, node, other) and not divides and not factors
     changes = {side: (*factors, Factor(_source(other), axis, node, divides))}
     return _stepped(product, to, stage, exact=exact, **changes)
+
+
+def _scale_product_by_both(product: Product, node: Node, other: object, divides: bool) -> Product | None:
+    """``product * (row * column)``: the scales were multiplied with each other first."""
+    if not is_op(other, aten.mul.Tensor) or not same_shape(shape(other), shape(node)):
+        return None
+    factors: dict[Axis, Factor] = {}
+    for operand in other.args[:2]:
+        axis = axis_of(operand, other)
+        if axis is None or axis is Axis.SCALAR or dtype(operand) not in EPILOGUE_DTYPES:
+            return None
+        factors[axis] = Factor(_source(operand), axis, other, divides)
+    if len(factors) != 2:
+        return None
+    rows, columns = (*product.rows, factors[Axis.ROW]), (*product.columns, factors[Axis.COLUMN])
+    to = dtype(node)
+    assert to is not None
+    return _stepped(product, to, Stage.B_SCALE, exact=False, rows=rows, columns=columns)
 
 
 def _scaled_sum(env: Annotation, node: Node) -> Value | None:
@@ -445,12 +470,10 @@ def _same_kind(value: Value, node: Node) -> bool:
     return not isinstance(value, Codes) or holds_exactly(value, dtype(node) or torch.bool)
 
 
-def _shift_product(
-    env: Annotation, product: Product, node: Node, other: object, subtracts: bool
-) -> Product | None:
+def _shift_product(env: Annotation, product: Product, node: Node, other: object, subtracts: bool) -> Product | None:
     correction = env.value(other)
     if isinstance(correction, ColumnSum):
-        return _correct(product, node, correction, subtracts)
+        return _correct(product, node, other, correction, subtracts)
     to, axis = dtype(node), axis_of(other, node)
     if (
         subtracts
@@ -464,13 +487,14 @@ def _shift_product(
     return _stepped(product, to, Stage.BIAS, exact=_in_float32(product, node, other), bias=bias)
 
 
-def _correct(product: Product, node: Node, correction: ColumnSum, subtracts: bool) -> Product | None:
+def _correct(product: Product, node: Node, other: object, correction: ColumnSum, subtracts: bool) -> Product | None:
     """``sum (a + offset) b  -  offset * sum b``: the correction of codes that were shifted before the matmul."""
     base = matrix_base(product.b)
     if base is None or product.dtype is not torch.int32 or dtype(node) is not torch.int32:
         return None
     node_of_b, transposed = base
-    sums_k = correction.base is node_of_b and correction.dim == (1 if transposed else 0)
+    along_n = axis_of(other, node) in (Axis.COLUMN, Axis.SCALAR)
+    sums_k = along_n and correction.base is node_of_b and correction.dim == (1 if transposed else 0)
     multiplier = correction.multiplier if subtracts else -correction.multiplier
     if not sums_k or product.stage is not Stage.ACCUMULATOR or multiplier != product.offset:
         return None
@@ -552,10 +576,14 @@ def _start(node: Node, a: Affine, b: Affine) -> Value | None:
     if to is not torch.int32 or not integer:
         if to not in EPILOGUE_DTYPES:
             return Unknown(node, f"a matmul of codes that returns {to} has no rule")
-        numerics = Numerics.SAME_ACCUM if not integer else _float_sum_class(a.codes, b.codes, shape(node.args[-1])[-2], to)
+        numerics = (
+            Numerics.SAME_ACCUM if not integer else _float_sum_class(a.codes, b.codes, shape(node.args[-1])[-2], to)
+        )
         stage = Stage.ACCUMULATOR if to is torch.float32 else Stage.CAST
     if a.factors or b.factors:
-        numerics = Numerics.REASSOCIATED
+        # Operands that were rounded more coarsely than the result are another value, not another order.
+        coarse = max(a.epsilon, b.epsilon) > (0.0 if to is torch.int32 else torch.finfo(to).eps)
+        numerics = Numerics.APPROXIMATE if coarse else Numerics.REASSOCIATED
     product = Product(
         gemm=node,
         a=a.codes,

@@ -20,10 +20,25 @@ class Emitter:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._fake_mode = _fake_mode(graph)
+        self.emitted: set[Node] = set()
+        self._replaced: dict[Node, Node] = {}
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Give ``old``'s users to ``new``, and so with every later call that names ``old``."""
+        old.replace_all_uses_with(new)
+        self._replaced[old] = new
+
+    def current(self, node: Node) -> Node:
+        """The node that stands for ``node`` now."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
 
     def call(self, target: Any, *args: Any, like: Node, **kwargs: Any) -> Node:
         """A call of ``target`` at the graph's insertion point, with the provenance of ``like``."""
+        args, kwargs = map_arg((args, kwargs), self.current)
         node = self.graph.call_function(target, args, kwargs)
+        self.emitted.add(node)
         values = map_arg((args, kwargs), lambda n: n.meta["val"])
         with self._fake_mode, torch.no_grad():
             node.meta["val"] = target(*values[0], **values[1])

@@ -13,9 +13,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
-COPIES = frozenset(
-    {aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
-)
+COPIES = frozenset({aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
 RESHAPES = frozenset(
     {
         aten.view.default,

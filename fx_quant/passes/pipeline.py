@@ -12,9 +12,17 @@ from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import assign
+from fx_quant.passes.emit import Emitter
 from fx_quant.passes.nodes import dtype, module_path, source_line
 from fx_quant.passes.quantizers import Quantizer
-from fx_quant.passes.rewrite import canonicalize, quantizers_of, remove_identities, rewrite_quantizers
+from fx_quant.passes.rewrite import (
+    canonicalize,
+    collapse_reshapes,
+    merge_duplicates,
+    quantizers_of,
+    remove_identities,
+    rewrite_quantizers,
+)
 from fx_quant.passes.sites import Miss, Site, classify_inputs, find_sites
 from fx_quant.passes.verify import verify
 from fx_quant.report import MissReport, Report, SiteReport
@@ -51,9 +59,7 @@ def holds_codes(graph: Graph) -> bool:
     return any(dtype(node) in CODE_DTYPES for node in graph.nodes)
 
 
-def to_canonical(
-    graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None
-) -> Rewriting:
+def to_canonical(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Rewriting:
     """Find the sites of ``graph``, select a kernel for each and rewrite a copy to canonical ops.
 
     ``graph`` itself is not touched. A site that no kernel can run is a miss.
@@ -78,14 +84,19 @@ def to_canonical(
                 raise
             state.misses.append(Miss(site.gemm, site.gemm, str(error)))
     recognised = quantizers_of(state.selections)
+    if not state.selections:
+        return state
+    emitter = Emitter(work)
     for site in list(state.selections):
         try:
-            state.canonical[site] = canonicalize(work, site)
+            state.canonical[site] = canonicalize(emitter, site)
             state.quantizers[site] = recognised[site.product.a.node]
         except LookupError as error:
             del state.selections[site]
             state.misses.append(Miss(site.gemm, site.gemm, str(error)))
-    rewrite_quantizers(work, state.quantizers.values())
+    rewrite_quantizers(emitter, state.quantizers.values())
+    collapse_reshapes(emitter)
+    merge_duplicates(emitter)
     work.eliminate_dead_code()
     return state
 
@@ -99,9 +110,7 @@ def to_kernels(state: Rewriting) -> None:
     verify(state.graph, state.before)
 
 
-def rewrite_graph(
-    graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None
-) -> Report:
+def rewrite_graph(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Report:
     """Rewrite ``graph`` in place to the kernels of ``target`` and report on it.
 
     A graph without a site is left byte for byte as it was. On an exception the graph is untouched.

@@ -29,6 +29,8 @@ class _Printer:
     def text(self, graph: Graph) -> str:
         lines = []
         inputs = results = 0
+        for node in graph.find_nodes(op="placeholder"):
+            self._type(node.meta.get("val"))  # names the symbols in the order of all inputs, used or not
         for node in graph.nodes:
             if node.op == "output":
                 lines.append(f"return {self._argument(node.args[0])}")
@@ -40,9 +42,7 @@ class _Printer:
             else:
                 self._names[node] = f"%{results}"
                 results += 1
-                arguments = ", ".join(
-                    [*map(self._argument, node.args), *self._keywords(node.kwargs.items())]
-                )
+                arguments = ", ".join([*map(self._argument, node.args), *self._keywords(node.kwargs.items())])
                 lines.append(
                     f"{self._names[node]}: {self._type(node.meta.get('val'))} = {_op(node.target)}({arguments})"
                 )
@@ -72,7 +72,9 @@ class _Printer:
 
     def _size(self, size: object) -> str:
         text = str(size).replace(" ", "")
-        return re.sub(r"\b[su]\d+\b", lambda match: self._symbol(match[0]), text)
+        text = re.sub(r"\b[su]\d+\b", lambda match: self._symbol(match[0]), text)
+        # The order of a product follows the names that the symbols had.
+        return re.sub(r"\w+(?:\*\w+)+", lambda match: "*".join(sorted(match[0].split("*"))), text)
 
     def _symbol(self, name: str) -> str:
         return self._symbols.setdefault(name, _SYMBOLS[len(self._symbols) % len(_SYMBOLS)])

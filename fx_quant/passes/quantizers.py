@@ -113,7 +113,7 @@ class _Clamp:
                 node = node.args[0]
             else:
                 break
-        if lo is None or hi is None or not isinstance(node, Node):
+        if lo is None or hi is None or lo > hi or not isinstance(node, Node):
             return None
         return cls(node, float(lo), float(hi), rounds)
 
@@ -129,9 +129,7 @@ def _scaled(node: Node) -> tuple[Node, Node, bool] | None:
     return None
 
 
-def _with_scale(
-    node: Node, x: object, scale: object, *, reciprocal: bool
-) -> tuple[Node, Node, bool] | None:
+def _with_scale(node: Node, x: object, scale: object, *, reciprocal: bool) -> tuple[Node, Node, bool] | None:
     if not isinstance(x, Node) or not isinstance(scale, Node) or dtype(scale) is not torch.float32:
         return None
     if not same_shape(shape(x), shape(node)):

@@ -10,7 +10,19 @@ from torch.fx import Graph, Node
 
 from fx_quant.passes.annotate import axis_of
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.nodes import COPIES, EXPANDS, RESHAPES, aten, is_op, same_shape, shape, uniform_value
+from fx_quant.passes.nodes import (
+    CASTS,
+    EXPANDS,
+    PERMUTES,
+    RESHAPES,
+    VIEWS,
+    aten,
+    is_op,
+    same_shape,
+    shape,
+    through,
+    uniform_value,
+)
 from fx_quant.passes.quantizers import Quantizer, recognise_quantizer
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Axis, Codes, Factor
@@ -34,27 +46,73 @@ def _identity_source(node: Node) -> Node | None:
         return None
     if before.dtype != after.dtype or not same_shape(before.shape, after.shape):
         return None
-    if node.target in (RESHAPES | EXPANDS) - COPIES:
+    if node.target in RESHAPES | EXPANDS or is_op(node, aten.slice.Tensor):
         return source
     if is_op(node, aten.mul.Tensor) and uniform_value(node.args[1]) == 1:
         return source
-    if is_op(node, aten.add.Tensor) and uniform_value(node.args[1]) == 0 and not _may_be_negative_zero(source):
+    if is_op(node, aten.add.Tensor) and uniform_value(node.args[1]) == 0 and _loses_sign_of_zero(node):
         return source
     return None
 
 
-def _may_be_negative_zero(node: Node) -> bool:
-    """``-0.0 + 0`` is ``0.0``. After ``round`` the sign of a zero is lost in the cast to integer codes anyway."""
-    return not is_op(node, aten.round.default) and node.meta["val"].dtype.is_floating_point
+def _loses_sign_of_zero(node: Node) -> bool:
+    """Whether it does not matter that ``-0.0 + 0`` is ``0.0``: all that becomes of ``node`` is integers."""
+    if not node.meta["val"].dtype.is_floating_point:
+        return True
+    return all(
+        is_op(user, *CASTS, *VIEWS, aten.clamp_min.default, aten.clamp_max.default, aten.clamp.default)
+        and _loses_sign_of_zero(user)
+        for user in node.users
+    )
 
 
-def canonicalize(graph: Graph, site: Site) -> Node:
+def collapse_reshapes(emitter: Emitter) -> None:
+    """Make each emitted reshape one of the tensor that its chain of reshapes began with."""
+    for node in list(emitter.graph.nodes):
+        if node not in emitter.emitted or not is_op(node, aten.reshape.default):
+            continue
+        base = through(node, RESHAPES)
+        if same_shape(shape(base), shape(node)):
+            emitter.replace(node, base)
+            emitter.graph.erase_node(node)
+        elif base is not node.args[0]:
+            node.args = (base, *node.args[1:])
+
+
+def merge_duplicates(emitter: Emitter) -> None:
+    """Drop emitted views, casts and scale arithmetic that are there already: several sites ask for the same.
+
+    Nodes of the source graph stay, as merging two outputs would alias them.
+    """
+    first: dict[tuple, Node] = {}
+    for node in list(emitter.graph.nodes):
+        if is_op(node, *RESHAPES, *PERMUTES, *EXPANDS, *CASTS, *_SCALE_ARITHMETIC):
+            kept = first.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+            if kept is not node and node in emitter.emitted:
+                emitter.replace(node, kept)
+                emitter.graph.erase_node(node)
+
+
+_SCALE_ARITHMETIC = (aten.mul.Tensor, aten.reciprocal.default, aten.full.default)
+
+
+def _key(argument: object) -> object:
+    """``argument`` as something hashable that tells 1, 1.0, True and -0.0, 0.0 apart."""
+    if isinstance(argument, Node):
+        return argument
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_key, argument))
+    if isinstance(argument, dict):
+        return tuple((name, _key(value)) for name, value in sorted(argument.items()))
+    return type(argument), repr(argument)
+
+
+def canonicalize(emitter: Emitter, site: Site) -> Node:
     """Replace the site's root by ``fx_quant::scaled_mm``; returns the new op.
 
     Raises:
         LookupError: a symbolic size that the new nodes need has no node in the graph.
     """
-    emitter = Emitter(graph)
     product, root = site.product, site.root
     with emitter.graph.inserting_before(root):
         a = _matrix(emitter, product.a, root)
@@ -62,14 +120,12 @@ def canonicalize(graph: Graph, site: Site) -> Node:
         a_scale = _scale(emitter, product.rows, root, [-1, 1])
         b_scale = _scale(emitter, product.columns, root, [-1])
         bias = None if product.bias is None else _bias(emitter, product.bias, site)
-        out = emitter.call(
-            torch.ops.fx_quant.scaled_mm.default, a, b, a_scale, b_scale, bias, product.dtype, like=root
-        )
+        out = emitter.call(torch.ops.fx_quant.scaled_mm.default, a, b, a_scale, b_scale, bias, product.dtype, like=root)
         result = out
         if len(shape(root)) != 2:
             sizes = emitter.size_args(shape(root), root, like=root)
             result = emitter.reshape(out, sizes, like=root)
-    root.replace_all_uses_with(result)
+    emitter.replace(root, result)
     return out
 
 
@@ -132,9 +188,8 @@ def quantizers_of(sites: Iterable[Site]) -> dict[Node, Quantizer | str]:
     return {site.product.a.node: recognise_quantizer(site.product.a.node) for site in sites}
 
 
-def rewrite_quantizers(graph: Graph, found: Iterable[Quantizer | str]) -> None:
+def rewrite_quantizers(emitter: Emitter, found: Iterable[Quantizer | str]) -> None:
     """Replace each recognised quantize by ``fx_quant::quantize``, codes and scale, for all of their users."""
-    emitter = Emitter(graph)
     done: set[Node] = set()
     for quantizer in found:
         if not isinstance(quantizer, Quantizer) or quantizer.codes in done:
@@ -145,21 +200,30 @@ def rewrite_quantizers(graph: Graph, found: Iterable[Quantizer | str]) -> None:
 
 def _rewrite_quantizer(emitter: Emitter, quantizer: Quantizer) -> None:
     codes, scale, op = quantizer.codes, quantizer.scale, torch.ops.fx_quant.quantize
-    if quantizer.dynamic is None:
+    x = None if quantizer.dynamic is None else _before(scale, emitter.current(quantizer.x))
+    if x is None:
         with emitter.graph.inserting_before(codes):
             out = emitter.call(op.default, quantizer.x, scale, like=codes, **quantizer.arguments)
-            out = _reshaped_like(emitter, out, codes)
-        codes.replace_all_uses_with(out)
+        emitter.replace(codes, out)
         return
     with emitter.graph.inserting_before(scale):
-        arguments = {**quantizer.arguments, **quantizer.dynamic}
-        pair = emitter.call(op.dynamic, quantizer.x, like=codes, **arguments)
+        pair = emitter.call(op.dynamic, x, like=codes, **quantizer.arguments, **quantizer.dynamic)
         new_codes = emitter.call(operator.getitem, pair, 0, like=codes)
-        new_scale = emitter.call(operator.getitem, pair, 1, like=codes)
+        new_scale = _reshaped_like(emitter, emitter.call(operator.getitem, pair, 1, like=codes), scale)
+    with emitter.graph.inserting_before(codes):
         new_codes = _reshaped_like(emitter, new_codes, codes)
-        new_scale = _reshaped_like(emitter, new_scale, scale)
-    codes.replace_all_uses_with(new_codes)
-    scale.replace_all_uses_with(new_scale)
+    emitter.replace(codes, new_codes)
+    emitter.replace(scale, new_scale)
+
+
+def _before(scale: Node, x: Node) -> Node | None:
+    """``x``, or a view of it with the same last dim, that is computed before ``scale``; None when there is none."""
+    columns = shape(x)[-1:]
+    while not x < scale:
+        if not is_op(x, *RESHAPES) or not same_shape(shape(x.args[0])[-1:], columns):
+            return None
+        x = x.args[0]
+    return x
 
 
 def _reshaped_like(emitter: Emitter, node: Node, like: Node) -> Node:

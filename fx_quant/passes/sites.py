@@ -75,9 +75,7 @@ def _looks_static(node: Node) -> bool:
     return dtype(node) in CODE_DTYPES or (tensor(node) is not None and len(shape(node)) < 2)
 
 
-def find_sites(
-    graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics
-) -> tuple[list[Site], list[Miss]]:
+def find_sites(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics) -> tuple[list[Site], list[Miss]]:
     """All sites and misses of ``graph``, in graph order; rewrites past ``cap`` are not proposed."""
     sites, misses = [], []
     for gemm in graph.nodes:
@@ -128,14 +126,15 @@ def _chain(gemm: Node, annotation: Annotation) -> list[tuple[Node, Product]]:
 
 
 def _choose_root(candidates: list[tuple[Node, Product]]) -> tuple[Node, Product]:
-    """The last node that brings a scale, then on as long as a step costs no numerics class.
+    """The last node that brings a scale, then on as long as a step costs neither a numerics class nor a rounding.
 
     Steps without a scale (bias, cast) fuse into the epilogue of any kernel, so they are never worth a rounding.
     """
     chosen = candidates[0]
     for node, product in candidates:
-        brings_scale = (product.rows, product.columns) != (chosen[1].rows, chosen[1].columns)
-        if brings_scale or product.numerics <= chosen[1].numerics:
+        best = chosen[1]
+        brings_scale = (product.rows, product.columns) != (best.rows, best.columns)
+        if brings_scale or (product.numerics <= best.numerics and product.skipped <= best.skipped):
             chosen = (node, product)
     return chosen
 

@@ -57,10 +57,17 @@ class Codes:
 
 @dataclass(frozen=True)
 class Affine:
-    """``value == codes * product(factors)``, up to the rounding of the dtype it was computed in."""
+    """``value == codes * product(factors)``, up to the rounding of the dtypes it was computed in.
+
+    Args:
+        codes: what was dequantized.
+        factors: what it was multiplied by.
+        epsilon: machine epsilon of the coarsest of those dtypes.
+    """
 
     codes: Codes
     factors: tuple[Factor, ...]
+    epsilon: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class Product:
         stage: the last canonical step that was met.
         offset: integer still to be corrected: the value holds an extra ``offset * sum_k b``.
         numerics: class of replacing the value by the canonical op.
+        skipped: roundings to a narrower dtype on the way to the value that the canonical op does not make.
     """
 
     gemm: Node
@@ -114,6 +122,7 @@ class Product:
     stage: Stage
     offset: int
     numerics: Numerics
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
