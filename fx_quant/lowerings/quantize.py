@@ -6,10 +6,12 @@ Each step rounds where the op's body in ``ops.py`` rounds.
 from __future__ import annotations
 
 import torch
+from torch._inductor import ir
 from torch._inductor import lowering as L
 from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import lowerings, register_lowering, to_dtype
-from torch._inductor.virtualized import ops
+from torch._inductor.ops_handler import OpsHandler
+from torch._inductor.virtualized import V, ops
 
 import fx_quant.ops  # noqa: F401  (registers the ops)
 
@@ -17,14 +19,10 @@ aten = torch.ops.aten
 fxq = torch.ops.fx_quant
 
 
-def _is_gpu(x: TensorBox) -> bool:
-    return x.get_device().type != "cpu"
-
-
 def _divide(x: TensorBox, y: TensorBox | float) -> TensorBox:
     """``x / y`` in float32, rounded once as eager does; Inductor would multiply by the reciprocal of a constant."""
-    # Triton's own division is not correctly rounded.
-    exact = ops.div_rn if _is_gpu(x) and hasattr(ops, "div_rn") else ops.truediv
+    # Triton's own division is not correctly rounded; torch 2.11 has no other.
+    exact = ops.div_rn if x.get_device().type != "cpu" and hasattr(OpsHandler, "div_rn") else ops.truediv
     if isinstance(y, TensorBox):
         return L.make_pointwise(exact)(*L.broadcast_tensors(x, y))
     return L.make_pointwise(lambda value: exact(value, ops.constant(y, torch.float32)))(x)
@@ -39,8 +37,8 @@ def _codes(x: TensorBox, scale: TensorBox, dtype: torch.dtype, reciprocal: bool,
 
     def to_range(value):
         if not dtype.is_floating_point:
-            # NaN becomes code 0, as eager's cast has it; Inductor's cast would saturate it.
-            value = ops.where(ops.isnan(value), ops.constant(0.0, torch.float32), ops.round(value))
+            # NaN becomes code 0, as eager's cast has it; Inductor's cast would saturate it. (isnan is not vectorized.)
+            value = ops.where(ops.ne(value, value), ops.constant(0.0, torch.float32), ops.round(value))
         value = ops.maximum(value, ops.constant(lo, torch.float32))
         return ops.minimum(value, ops.constant(hi, torch.float32))
 
@@ -71,6 +69,26 @@ def _at_least(x: TensorBox, floor: float) -> TensorBox:
     return L.make_pointwise(lambda value: ops.maximum(value, ops.constant(floor, torch.float32)))(x)
 
 
+# Ops that cost more than writing a value and reading it back.
+_HEAVY = frozenset({"erf", "exp", "log", "pow", "sigmoid", "tanh"})
+
+
+def _compute_once(x: TensorBox) -> None:
+    """Store ``x`` if computing it again costs more: on CPU, its maximum and its codes are two loops.
+
+    An activation function is one case. A matmul's epilogue is another: stored, it is fused into the template; inlined
+    into both loops, it would make the template store the bare accumulator.
+    """
+    box = x
+    while not isinstance(box, ir.StorageBox):
+        box = box.data
+    if x.get_device().type != "cpu" or not isinstance(box.data, ir.Pointwise):
+        return
+    reads = [V.graph.try_get_buffer(name) for name in box.data.get_read_names()]
+    if _HEAVY & set(box.data.inner_fn_opcount().used_ops) or any(isinstance(r, ir.TemplateBuffer) for r in reads):
+        box.realize()
+
+
 @register_lowering(fxq.quantize.dynamic, type_promotion_kind=None)
 def quantize_dynamic(
     x: TensorBox,
@@ -87,6 +105,7 @@ def quantize_dynamic(
     hi: float,
 ) -> tuple[TensorBox, TensorBox]:
     """``(codes, scale)`` of ``x``; see ``fx_quant.ops.quantize_dynamic``."""
+    _compute_once(x)
     # |x| and its maximum are exact in every dtype, so taking them in float32 changes nothing.
     magnitude = lowerings[aten.abs.default](to_dtype(x, torch.float32))
     if granularity == "per_token":

@@ -12,6 +12,7 @@ import torch
 from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch._inductor.lowering import view as reshape
+from torch._inductor.virtualized import V
 
 import fx_quant.kernels.cpu
 import fx_quant.kernels.pytorch  # noqa: F401  (registers the ops)
@@ -38,7 +39,11 @@ def _dequantize(
             y = lowerings[aten.mul.Tensor](y, scale)
     if bias is not None:
         y = lowerings[aten.add.Tensor](y, to_dtype(bias, torch.float32))
-    return to_dtype(y, out_dtype)
+    y = to_dtype(y, out_dtype)
+    if len(V.current_node.users) > 1:
+        # Inlined into several consumers, the epilogue would be computed in each, from a stored accumulator.
+        y.realize()
+    return y
 
 
 def _extern(op: torch._ops.OpOverload) -> Callable:
