@@ -412,3 +412,20 @@ def test_a_machine_without_the_instruction_runs_the_body(name):
         out, code = run_and_get_code(torch.compile(linear(name, w)), a, None, None, None, torch.float32)
     torch.testing.assert_close(out, linear(name, w)(a, None, None, None, torch.float32))
     assert f"torch.ops.fx_quant.{name}.default" in kernels_of(code)
+
+
+@needs_vnni
+def test_an_activation_between_matmul_and_quantize_is_computed_once():
+    w = codes(128, 64)
+    run = linear("cpu_int8_vnni", w)
+
+    def block(a, a_scale, bias):
+        return fxq.quantize.dynamic(F.gelu(run(a, a_scale, None, bias, torch.float32)), **formula())
+
+    arguments = (codes(7, 64), torch.rand(7, 1) * 1e-3, torch.randn(128))
+    (_, scale), code = run_and_get_code(torch.compile(block), *arguments)
+    torch.testing.assert_close(scale, block(*arguments)[1])
+    matmul, quantize = kernels_of(code)
+    assert "cpu_int8_vnni" in matmul
+    (definition,) = re.findall(rf"^{quantize} = (.*?)^'''", code[0], re.MULTILINE | re.DOTALL)
+    assert "erf" not in definition
