@@ -181,7 +181,7 @@ def _view(weight: Tensor) -> tuple:
     return weight.shape, weight.stride(), weight.dtype
 
 
-def _at_death(storage: torch.UntypedStorage, entries: dict[tuple, object], key: tuple) -> weakref.ref:
+def _at_death(storage: torch.UntypedStorage, entries: dict, key: tuple) -> weakref.ref:
     return weakref.ref(storage, lambda _: entries.pop(key, None))
 
 

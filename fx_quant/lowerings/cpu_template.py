@@ -140,25 +140,21 @@ class TileTemplate(CppTemplate):
         super().__init__(dot.name, [a, b], layout, parallel_num_threads())
         self.dot, self.n, self.k = dot, n, k
 
-    @staticmethod
-    def _fake_get_dtype(fake: ir.Buffer):
-        known = V.graph.get_dtype
-        return lambda name: fake.get_dtype() if name == fake.get_name() else known(name)
-
-    def render(
+    def render(  # pyrefly: ignore[bad-override]  (as Inductor's own templates do)
         self,
         kernel: CppTemplateKernel,
         template_buffer_node: ir.CppTemplateBuffer | None = None,
         flag_template_buffer_has_other_users: bool | None = None,
-        epilogue_nodes: list[ir.IRNode] | None = None,
+        epilogue_nodes: list[ir.Buffer] | None = None,
         **kwargs,
     ) -> str:
         """The C++ source of the kernel."""
         a, b = self.input_nodes
         template_buffer = self.output_node if template_buffer_node is None else template_buffer_node
+        assert isinstance(template_buffer, ir.Buffer)
         # The accumulator of a tile is local; `acc_node` is the buffer whose reads it replaces in the epilogue.
         acc_node, Y, Y_2d = template_buffer, template_buffer, template_buffer
-        nodes: list[ir.IRNode] = []
+        nodes: list[ir.Buffer] = []
         reindexers: list = []
         aliases: OrderedSet[str] = OrderedSet()
         with contextlib.ExitStack() as stack:
@@ -175,7 +171,7 @@ class TileTemplate(CppTemplate):
                 nodes.extend(epilogue_nodes)
                 Y = epilogue_nodes[-1]
                 Y_2d, reindexers = gen_2d_view_of_epilogue_buf(
-                    Y, template_buffer, epilogue_nodes, reindexers, default_reindexers=[None] * len(epilogue_nodes)
+                    Y, template_buffer, [*epilogue_nodes], reindexers, default_reindexers=[None] * len(epilogue_nodes)
                 )
             shape = {"panels": b.get_size()[0], "panel_size": b.get_size()[1] * PANEL * b.get_size()[3]}
             return self._template_from_string(_TEMPLATE).render(
@@ -207,7 +203,7 @@ def _threads_are_dynamic(num_threads: int) -> bool:
 def _copy(source: ir.Buffer, target: ir.Buffer) -> ir.ComputedBuffer:
     load = source.make_loader()
     data = ir.Pointwise(
-        device=target.get_device(),
+        device=target.get_device_or_error(),
         dtype=target.get_dtype(),
         inner_fn=lambda index: ops.to_dtype(load(index), target.get_dtype()),
         ranges=target.get_size(),
@@ -217,16 +213,18 @@ def _copy(source: ir.Buffer, target: ir.Buffer) -> ir.ComputedBuffer:
 
 def _with_contiguous_rows(x: ir.TensorBox) -> ir.IRNode:
     """``x`` in memory; copied only where the elements of a row are not adjacent."""
-    x = ir.ExternKernel.realize_input(x)
-    if isinstance(x.get_layout(), ir.FixedLayout) and V.graph.sizevars.statically_known_equals(x.get_stride()[-1], 1):
-        return x
-    return ir.ExternKernel.require_contiguous(x)
+    rows = ir.ExternKernel.realize_input(x)
+    # A flexible layout is not decided yet, so its strides say nothing.
+    fixed = isinstance(rows.get_layout(), ir.FixedLayout)
+    if fixed and V.graph.sizevars.statically_known_equals(rows.get_stride()[-1], 1):
+        return rows
+    return ir.ExternKernel.require_contiguous(rows)
 
 
 def tile_matmul(dot: Dot, a: ir.TensorBox, b: ir.TensorBox, n: int) -> ir.TensorBox:
     """``[m, n]`` accumulator of ``a [m, k]`` and packed ``b``, in ``dot.acc_dtype``."""
-    a = _with_contiguous_rows(a)
-    b = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(b))
-    m, k = a.get_size()
-    layout = ir.FixedLayout(a.get_device(), dot.acc_dtype, [m, n])
-    return TileTemplate(dot, a, b, layout, int(n), int(k)).generate().output_node()
+    rows = _with_contiguous_rows(a)
+    panels = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(b))
+    m, k = rows.get_size()
+    layout = ir.FixedLayout(rows.get_device_or_error(), dot.acc_dtype, [m, n])
+    return TileTemplate(dot, rows, panels, layout, int(n), int(k)).generate().output_node()

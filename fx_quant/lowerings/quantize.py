@@ -22,16 +22,17 @@ fxq = torch.ops.fx_quant
 def _divide(x: TensorBox, y: TensorBox | float) -> TensorBox:
     """``x / y`` in float32, rounded once as eager does; Inductor would multiply by the reciprocal of a constant."""
     # Triton's own division is not correctly rounded; torch 2.11 has no other.
-    exact = ops.div_rn if x.get_device().type != "cpu" and hasattr(OpsHandler, "div_rn") else ops.truediv
+    exact = ops.div_rn if x.get_device_or_error().type != "cpu" and hasattr(OpsHandler, "div_rn") else ops.truediv
     if isinstance(y, TensorBox):
         return L.make_pointwise(exact)(*L.broadcast_tensors(x, y))
     return L.make_pointwise(lambda value: exact(value, ops.constant(y, torch.float32)))(x)
 
 
 def _codes(x: TensorBox, scale: TensorBox, dtype: torch.dtype, reciprocal: bool, lo: float, hi: float) -> TensorBox:
-    x, scale = L.broadcast_tensors(to_dtype(x, torch.float32), to_dtype(scale, torch.float32))
+    x, scale = to_dtype(x, torch.float32), to_dtype(scale, torch.float32)
     if reciprocal:
-        y = L.make_pointwise(lambda value, s: ops.mul(value, ops.reciprocal(s)))(x, scale)
+        multiply = L.make_pointwise(lambda value, s: ops.mul(value, ops.reciprocal(s)))
+        y = multiply(*L.broadcast_tensors(x, scale))
     else:
         y = _divide(x, scale)
 
@@ -79,10 +80,12 @@ def _compute_once(x: TensorBox) -> None:
     An activation function is one case. A matmul's epilogue is another: stored, it is fused into the template; inlined
     into both loops, it would make the template store the bare accumulator.
     """
-    box = x
-    while not isinstance(box, ir.StorageBox):
+    box = x.data
+    while isinstance(box, ir.BaseView):
         box = box.data
-    if x.get_device().type != "cpu" or not isinstance(box.data, ir.Pointwise):
+    if not isinstance(box, ir.StorageBox):
+        return
+    if x.get_device_or_error().type != "cpu" or not isinstance(box.data, ir.Pointwise):
         return
     reads = [V.graph.try_get_buffer(name) for name in box.data.get_read_names()]
     if _HEAVY & set(box.data.inner_fn_opcount().used_ops) or any(isinstance(r, ir.TemplateBuffer) for r in reads):

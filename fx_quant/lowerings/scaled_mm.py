@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
-from torch._inductor.lowering import view as reshape
 from torch._inductor.virtualized import V
 
 import fx_quant.kernels.cpu
@@ -21,6 +20,10 @@ from fx_quant.lowerings.quantize import quantize_dynamic
 
 aten = torch.ops.aten
 fxq = torch.ops.fx_quant
+
+
+def _reshape(x: TensorBox, shape: list) -> TensorBox:
+    return lowerings[aten.reshape.default](x, shape)
 
 
 def _dequantize(
@@ -94,10 +97,8 @@ def _is_single(scale: TensorBox | None) -> bool:
 
 def _rows(scale: TensorBox | None, like: TensorBox, shape: list) -> TensorBox:
     """``scale`` as contiguous float32 of ``shape``, which is ``[m, 1]`` or ``[1, n]``."""
-    if _is_single(scale):
-        scale = _one(like) if scale is None else reshape(scale, [1, 1])
-    else:
-        scale = reshape(scale, shape)
+    scale = _one(like) if scale is None else scale
+    scale = _reshape(scale, [1, 1] if _is_single(scale) else shape)
     return lowerings[aten.clone.default](
         lowerings[aten.expand.default](scale, shape), memory_format=torch.contiguous_format
     )
@@ -108,7 +109,7 @@ def pytorch_scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
     """``torch._scaled_mm`` with its own scales and bias."""
     m = a.get_size()[0]
     if _is_single(a_scale) and _is_single(b_scale):
-        scales = [_one(a) if scale is None else reshape(scale, []) for scale in (a_scale, b_scale)]
+        scales = [_one(a) if scale is None else _reshape(scale, []) for scale in (a_scale, b_scale)]
     else:
         scales = [_rows(a_scale, a, [m, 1]), _rows(b_scale, a, [1, n])]
     return lowerings[aten._scaled_mm.default](a, b, *scales, bias=bias, out_dtype=out_dtype)
@@ -136,6 +137,6 @@ def scaled_mm(a, b, a_scale, b_scale, bias, out_dtype) -> TensorBox:
 def quantized_linear(x, b, b_scale, bias, out_dtype, **quantize_args) -> TensorBox:
     """``quantize`` and ``scaled_mm`` over the last dim of ``x``."""
     *batch, k = x.get_size()
-    codes, scale = quantize_dynamic(reshape(x, [-1, k]), **quantize_args)
+    codes, scale = quantize_dynamic(_reshape(x, [-1, k]), **quantize_args)
     out = scaled_mm(codes, b, scale, b_scale, bias, out_dtype)
-    return reshape(out, [*batch, b.get_size()[1]])
+    return _reshape(out, [*batch, b.get_size()[1]])
