@@ -132,9 +132,16 @@ def _tokenizer() -> Callable[..., Any]:
 
 
 def tokenize(sentences: Sequence[str]) -> Inputs:
-    """``(input_ids, attention_mask)``, each ``[len(sentences), t]``, padded to the longest sentence."""
+    """``(input_ids, attention_mask)``, each ``[len(sentences), t]``, padded to the longest sentence.
+
+    Sizes above 1 are marked as dynamic, so that a model compiled on one batch takes every other. ``dynamic=True`` of
+    ``torch.compile`` would do so too, but makes floats symbolic as well, at twice the compile time or more.
+    """
     batch = _tokenizer()(list(sentences), padding=True, truncation=True, return_tensors="pt")
-    return batch["input_ids"], batch["attention_mask"]
+    inputs = (batch["input_ids"], batch["attention_mask"])
+    for tensor in inputs:
+        torch._dynamo.maybe_mark_dynamic(tensor, [dim for dim, size in enumerate(tensor.shape) if size > 1])
+    return inputs
 
 
 def batches(sentences: Sequence[str], size: int) -> list[Inputs]:

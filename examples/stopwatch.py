@@ -12,7 +12,7 @@ from torch import Tensor
 Ways = Mapping[str, Callable[..., Tensor]]
 
 # A wrong kernel is far below; quantization that was rounded in another order is above.
-MIN_COSINE = 0.99
+MIN_COSINE = 0.95
 
 
 def verify(ways: Ways, inputs: Sequence[Tensor]) -> None:
@@ -30,7 +30,7 @@ def verify(ways: Ways, inputs: Sequence[Tensor]) -> None:
 
 
 def interleaved_medians(
-    ways: Ways, inputs: Sequence[Tensor], *, seconds: float = 4.0, least: int = 7, most: int = 50
+    ways: Ways, inputs: Sequence[Tensor], *, seconds: float = 3.0, least: int = 5, most: int = 50
 ) -> dict[str, float]:
     """Median milliseconds of each way on ``inputs``.
 
