@@ -1,19 +1,26 @@
-"""The joint graph of a module, captured as the backend sees it."""
+"""Graphs to test the passes on: captured as the backend sees them, or traced from a function; and ways to run them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fx_quant.capture import run_captured, run_eagerly
-from fx_quant.compat import copy_graph, static_input_indices
+from fx_quant.compat import copy_graph, decompositions_without_matmul, static_input_indices
 from fx_quant.config import Options
+from fx_quant.passes.nodes import dtype, is_op
 from fx_quant.passes.pipeline import Rewriting, to_canonical, to_kernels
 from fx_quant.passes.printer import print_graph
+from fx_quant.passes.sites import Site
+from fx_quant.scheme import FLOAT8_DTYPES, Numerics
 from fx_quant.target import named_target
 
 
@@ -25,6 +32,8 @@ class Captured:
         source: the graph as Inductor hands it to the pass.
         state: sites, misses and the graph after the passes.
         canonical, kernels: text of the graph with canonical ops, and with kernel ops.
+        static: positions of the inputs that are parameters or buffers.
+        inputs: what the graph was called with.
     """
 
     source: Graph
@@ -32,6 +41,8 @@ class Captured:
     before: str
     canonical: str
     kernels: str
+    static: frozenset[int] | None
+    inputs: list[Any]
 
 
 def capture(
@@ -50,7 +61,18 @@ def capture(
         before, canonical = print_graph(state.before), print_graph(state.graph)
         if state.selections:
             to_kernels(state)
-        captured.append(Captured(source, state, before, canonical, print_graph(state.graph)))
+        after = print_graph(state.graph)
+        captured.append(Captured(source, state, before, canonical, after, static_input_indices(), []))
+
+    def inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        compiled, of = run_eagerly(gm, example_inputs), captured[-1]
+
+        def run(inputs: list[Any]) -> Any:
+            of.inputs = clones(inputs)
+            return compiled(inputs)
+
+        run._boxed_call = True
+        return run
 
     torch._dynamo.reset()
     if dynamic_rows:
@@ -58,5 +80,194 @@ def capture(
         for x in inputs:
             for dim in range(x.dim() - 1):
                 torch._dynamo.mark_dynamic(x, dim)
-    run_captured(model, inputs, {}, on_graph=on_graph, inner_compile=run_eagerly)
+    run_captured(model, inputs, {}, on_graph=on_graph, inner_compile=inner_compile)
     return captured
+
+
+# --- traced graphs ----------------------------------------------------------------------------------------------
+
+
+def trace(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> Graph:
+    """The graph of ``function`` as the backend would get it, without Dynamo; ``dynamic`` frees the rows of input 0."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = []
+    for position, x in enumerate(inputs):
+        free = x.dim() - 1 if dynamic and position == 0 else 0
+        dims = [DimDynamic.DYNAMIC if dim < free else DimDynamic.STATIC for dim in range(x.dim())]
+        fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims)))
+    with mode, torch.no_grad():
+        traced = make_fx(function, decomposition_table=decompositions_without_matmul(), tracing_mode="real")(*fakes)
+    return traced.graph
+
+
+def rewrite(graph: Graph, static: Sequence[int] | None = None, target: str = "x86_vnni", **options: Any) -> Rewriting:
+    """``graph`` rewritten to canonical ops; ``static`` are its parameters (all inputs but the first unless told)."""
+    inputs = len(graph.find_nodes(op="placeholder"))
+    static = range(1, inputs) if static is None else static
+    return to_canonical(graph, named_target(target), Options.parse(options), frozenset(static))
+
+
+def clones(values: Sequence[Any]) -> list[Any]:
+    """``values`` with each tensor copied."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in values]
+
+
+def copy_of(graph: Graph) -> Graph:
+    """A copy of ``graph`` that later passes leave alone."""
+    return copy_graph(graph)[0]
+
+
+def calls(graph: Graph, op: object) -> list[Node]:
+    """The calls of ``op`` in ``graph``, in order."""
+    return graph.find_nodes(op="call_function", target=op)
+
+
+class _Keeper(Interpreter):
+    """Runs a graph and keeps what each node gave."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(GraphModule(torch.nn.Module(), copy_of(graph)))
+        self.by_name: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        self.by_name[n.name] = self.seen(super().run_node(n))
+        return self.by_name[n.name]
+
+    def seen(self, value: Any) -> Any:
+        return value
+
+
+def run(graph: Graph, *inputs: Tensor) -> tuple[list[Any], dict[str, Any]]:
+    """Outputs of ``graph`` run op by op on copies of ``inputs``, and the value of each node by name."""
+    return _outputs_of(_Keeper(graph), inputs)
+
+
+def _outputs_of(interpreter: Interpreter, inputs: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+    with torch.no_grad():
+        result = interpreter.run(*clones(inputs))
+    return list(result) if isinstance(result, (list, tuple)) else [result], interpreter.by_name
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _InFloat64(_Keeper):
+    """Runs a graph with every float widened to float64 and no rounding in between, except to codes.
+
+    What differs between two graphs then is what they mean, not how they round.
+    """
+
+    def seen(self, value: Any) -> Any:
+        return torch.utils._pytree.tree_map(_widened, value)
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
+        body = _FLOAT64_BODIES.get(target, target)
+        return super().call_function(body, args, kwargs)
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dtype in _FLOATS else value
+
+
+def _wide_dtype(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _FLOATS else value
+
+
+def _codes_in_float64(x, scale, *, dtype, reciprocal, lo, hi):
+    y = x * scale.reciprocal() if reciprocal else x / scale
+    y = y if dtype.is_floating_point else y.round()
+    return y.clamp(lo, hi).to(dtype)
+
+
+def _quantize_in_float64(
+    x, *, granularity, divisor, floor, floor_on, divide_dtype=None, scale_dtype=None, **codes_arguments
+):
+    amax = x.abs().amax(-1, keepdim=True) if granularity == "per_token" else x.abs().amax()
+    amax = amax.clamp(min=floor) if floor_on == "amax" else amax
+    scale = amax / divisor
+    scale = scale.clamp(min=floor) if floor_on == "scale" else scale
+    return _codes_in_float64(x, scale, **codes_arguments), scale
+
+
+def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype):
+    y = a.double() @ b.double()
+    for scale in (a_scale, b_scale):
+        y = y if scale is None else y * scale
+    y = y if bias is None else y + bias
+    return y.to(torch.int32) if out_dtype is torch.int32 else y
+
+
+def _aten_scaled_mm_in_float64(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, fast=False):
+    return _scaled_mm_in_float64(a, b, scale_a, scale_b, bias, out_dtype)
+
+
+_FLOAT64_BODIES = {
+    torch.ops.fx_quant.quantize.default: _codes_in_float64,
+    torch.ops.fx_quant.quantize.dynamic: _quantize_in_float64,
+    torch.ops.fx_quant.scaled_mm.default: _scaled_mm_in_float64,
+    torch.ops.aten._scaled_mm.default: _aten_scaled_mm_in_float64,
+}
+
+
+def run_in_float64(graph: Graph, *inputs: Tensor) -> tuple[list[Any], dict[str, Any]]:
+    """As ``run``, in float64 throughout; codes stay codes."""
+    return _outputs_of(_InFloat64(graph), [_widened(x) for x in inputs])
+
+
+# --- how far a site may be --------------------------------------------------------------------------------------
+
+# How many roundings in the coarsest dtype may separate a site from its source: operands, scales, product, bias, cast.
+ROUNDINGS = 8
+
+
+def assert_within_class(site: Site, state: Rewriting, canonical: Graph, inputs: Sequence[Any]) -> None:
+    """The site's own value is as far from the source's as its class allows."""
+    _, old = run(state.before, *inputs)
+    _, new = run(canonical, *inputs)
+    op = next(node for node in canonical.nodes if node.name == state.canonical[site].name)
+    a, b, a_scale, b_scale, bias, _ = (new[arg.name] if hasattr(arg, "name") else arg for arg in op.args)
+    expected = old[site.root.name].double()
+    actual = new[op.name].double().reshape(expected.shape)
+    # The sum of the magnitudes of all terms: what roundings are relative to, however the terms cancel.
+    magnitude = a.double().abs() @ b.double().abs()
+    for scale in (a_scale, b_scale):
+        magnitude = magnitude if scale is None else magnitude * scale.double().abs()
+    if site.product.numerics <= Numerics.SAME_ACCUM and a.dtype not in FLOAT8_DTYPES:
+        # The sum is the same, so only what follows it rounds.
+        acc = (a.double() @ b.double()).abs()
+        for scale in (a_scale, b_scale):
+            acc = acc if scale is None else acc * scale.double().abs()
+        magnitude = acc
+    if bias is not None:
+        magnitude = magnitude + bias.double().abs()
+    magnitude = magnitude.reshape(expected.shape)
+    dtypes = rounded_to(site, state)
+    epsilon, tiny = max(torch.finfo(each).eps for each in dtypes), max(TINY[each] for each in dtypes)
+    allowed = (ROUNDINGS * epsilon / 2 + a.shape[-1] * 2.0**-24) * magnitude + tiny
+    compared = expected.isfinite() & actual.isfinite() & (expected.abs() < 60000)
+    wrong = ((actual - expected).abs() > allowed) & compared
+    assert not wrong.any(), f"off by {(actual - expected)[wrong]}, allowed {allowed[wrong]}"
+
+
+# float16 loses relative precision below 6e-5: half of its smallest step, a few times over and scaled up.
+TINY = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-6}
+
+
+def rounded_to(site: Site, state: Rewriting) -> set[torch.dtype]:
+    """Float dtypes that the source rounds values to on the way from the codes to the site's root."""
+    source = {node.name: node for node in state.before.nodes}
+    root = source[site.root.name]
+    above = {root}
+    for node in reversed(state.before.nodes):
+        if node in above:
+            above.update(node.all_input_nodes)
+    below = {source[site.product.a.node.name], source[site.product.b.node.name]}
+    for node in state.before.nodes:
+        if not below.isdisjoint(node.all_input_nodes):
+            below.add(node)
+    passed = [node for node in state.before.nodes if node in above & below]
+    # A scale per row that met one per column was rounded too, and is as large as the result.
+    met = [other for node in passed for other in node.all_input_nodes if is_op(other, torch.ops.aten.mul.Tensor)]
+    dtypes = {dtype(node) for node in [*passed, *met] if node.op == "call_function"}
+    return {torch.float32} | dtypes.intersection(_FLOATS)

@@ -89,11 +89,10 @@ class Annotation:
         return None
 
     def _carried(self, node: Node) -> Unknown | None:
-        """A dequantize step that no rule proves: remember why, unless a full-size float tensor was added."""
+        """A dequantize step that no rule proves: remember why, unless it is rather a float tensor that met codes."""
         inputs = node.all_input_nodes
-        if node.target in _ADDITIONS | _SUBTRACTIONS and any(
-            self.value(source) is None and _is_full(source, node) for source in inputs
-        ):
+        floats = [source for source in inputs if self.value(source) is None and _is_full(source, node)]
+        if floats and (node.target in _ADDITIONS | _SUBTRACTIONS or not all(_is_full(s, node) for s in inputs)):
             return None
         for source in inputs:
             value = None if source.target in MATMULS else self.value(source)
