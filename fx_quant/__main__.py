@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from fx_quant.target import detect_target, named_target, named_targets, resolve_
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors of ours are one line on standard error and status 2."""
     arguments = _parser().parse_args(argv)
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(pathlib.Path.cwd()))
     try:
         return arguments.run(arguments)
     except FxQuantError as error:
@@ -98,7 +98,10 @@ def _print_kernels(target: Any) -> int:
     for kernel in kernels():
         unmet = kernel.requires.unmet_by_target(target)
         rows.append((kernel.name, kernel.provider, "; ".join(unmet) or "can run", kernel.note))
-    print(tabulate(rows, headers=("kernel", "provider", f"on {target}", "what it is"), maxcolwidths=[None, None, 44, 44]))
+    # What can run first; within each part, the order in which selection asks.
+    rows.sort(key=lambda row: row[2] != "can run")
+    headers = ("kernel", "provider", f"on {target}", "what it is")
+    print(tabulate(rows, headers=headers, maxcolwidths=[None, None, 40, 44]))
     return 0
 
 
@@ -160,7 +163,9 @@ def _load(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         raise FxQuantError(f"cannot import {module_name!r}: {error}. Run from the folder that holds it.") from error
     build = getattr(module, name, None)
     if not callable(build):
-        raise FxQuantError(f"{module_name!r} must have a callable {name!r} that returns (model, inputs), found {build!r}")
+        raise FxQuantError(
+            f"{module_name!r} must have a callable {name!r} that returns (model, inputs), found {build!r}"
+        )
     built = build()
     if not isinstance(built, tuple) or len(built) != 2 or not callable(built[0]):
         raise FxQuantError(f"{path} must return (model, args) or (model, kwargs), got {type(built).__name__}")

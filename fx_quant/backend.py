@@ -19,7 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-import fx_quant.lowerings  # noqa: F401  (cached artifacts need ops and lowerings before any pass runs)
+import fx_quant.lowerings  # cached artifacts need ops and lowerings before any pass runs
 from fx_quant.compat import (
     decompositions_without_matmul,
     dump_graph,
@@ -115,9 +115,7 @@ def _record(report: Report) -> None:
     if report.sites or report.misses:
         log.info("%s", report.summary())
     for miss in report.misses:
-        log.warning(
-            "%s left as it is at %s: %s", miss.op, miss.module or miss.source or miss.node, miss.reason
-        )
+        log.warning("%s left as it is at %s: %s", miss.op, miss.module or miss.source or miss.node, miss.reason)
 
 
 @functools.cache
@@ -182,8 +180,10 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
         elif key in known:
             inductors[key] = value
         else:
-            raise unknown_name("option", name, [*option_names(), *known]) if _is_near(name, known) else unknown_name(
-                "option", name, option_names()
+            raise (
+                unknown_name("option", name, [*option_names(), *known])
+                if _is_near(name, known)
+                else unknown_name("option", name, option_names())
             )
     return Options.parse(ours), inductors
 
@@ -198,7 +198,9 @@ def config_patches(
     mode: str | None, inductor_options: Mapping[str, Any], ours: Callable[[Graph], None]
 ) -> dict[str, Any]:
     """Inductor's configuration for one compile: the mode's, the user's, and our pass after the user's own."""
-    patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    # What follows a matmul belongs in its epilogue, not in the next reduction: the bare accumulator is never stored.
+    patches: dict[str, Any] = {"epilogue_fusion_first": True}
+    patches.update(list_mode_options(mode) if mode and mode != "default" else {})
     patches.update(inductor_options)
     previous = patches.get(HOOK, getattr(inductor_config, HOOK))
     if previous is not None:

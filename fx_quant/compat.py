@@ -46,7 +46,7 @@ _MATMULS = ("mm", "addmm", "bmm")
 
 
 class _DecompositionsWithoutMatmul(dict):
-    """Pickles by name: Inductor's FX-graph cache keys on the table, whose functions have no stable pickle of their own."""
+    """Pickles by name: Inductor's FX-graph cache keys on the table, whose functions have no stable pickle."""
 
     def __reduce__(self):
         return decompositions_without_matmul, ()

@@ -168,7 +168,8 @@ def quantize_dynamic(
 ) -> tuple[Tensor, Tensor]:
     """``(codes, scale)`` of ``x``, the scale chosen from ``x`` itself: ``choose_scale`` then ``quantize``.
 
-    An all-zero row with ``floor_on="none"`` has scale 0 and codes of ``0 / 0``, as its source formula has.
+    An all-zero row with ``floor_on="none"`` has scale 0 and codes of ``0 / 0``, as its source formula has. Where the
+    scale is 0, NaN or infinite, integer codes are unspecified: no product with that scale depends on them.
     """
     _check_dynamic(x, dtype, granularity, floor_on)
     scale = choose_scale(

@@ -76,7 +76,7 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def merged(self, other: Report) -> Report:
-        """This report and ``other``'s sites and misses, in order."""
+        """The sites and misses of this report and of ``other``, in order."""
         return dataclasses.replace(
             self,
             sites=self.sites + other.sites,
@@ -109,8 +109,7 @@ class Report:
 
     def _site_table(self) -> str:
         rows = [
-            (s.module or s.source or "?", s.scheme, s.m, s.n, s.k, s.kernel, s.padding, s.numerics)
-            for s in self.sites
+            (s.module or s.source or "?", s.scheme, s.m, s.n, s.k, s.kernel, s.padding, s.numerics) for s in self.sites
         ]
         headers = ("module", "scheme", "m", "n", "k", "kernel", "padding", "numerics")
         return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)

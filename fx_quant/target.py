@@ -130,17 +130,14 @@ def _cpu_arch() -> tuple[str, frozenset[str]]:
         "avx512_bf16": "_is_avx512_bf16_supported",
         "amx": "_is_amx_tile_supported",
     }
-    features = frozenset(
-        feature
-        for feature, probe in probes.items()
-        if getattr(torch.cpu, probe, lambda: False)()
-    )
+    features = frozenset(feature for feature, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)())
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        # ATEN_CPU_CAPABILITY can hold back what the machine has, and Inductor follows it.
+        features -= {"avx512", "avx512_vnni", "avx512_bf16", "amx"}
     return ("x86_vnni" if "avx512_vnni" in features else "x86"), features
 
 
-def resolve_target(
-    target: Target | str | None, device: torch.device | str = "cpu"
-) -> Target:
+def resolve_target(target: Target | str | None, device: torch.device | str = "cpu") -> Target:
     """``target`` as a ``Target``: itself, looked up by name, or detected for ``device`` when None."""
     if target is None:
         return detect_target(device)

@@ -90,7 +90,9 @@ def test_unknown_kernel_names_near_matches():
 
 
 def test_forced_kernel_that_cannot_run_raises_with_its_reasons():
-    with pytest.raises(BackendCompilerFailed, match="forced kernel 'pytorch_int_mm_cuda' cannot run.*platform cuda") as e:
+    with pytest.raises(
+        BackendCompilerFailed, match="forced kernel 'pytorch_int_mm_cuda' cannot run.*platform cuda"
+    ) as e:
         compiled(int8_linear(), force_kernel="pytorch_int_mm_cuda")(models.inputs(torch.float32))
     assert isinstance(cause(e), NoKernelError)
 

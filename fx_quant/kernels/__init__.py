@@ -1,0 +1,1 @@
+"""Kernels: one file per provider, found by listing this folder."""

@@ -7,7 +7,9 @@ and otherwise free. The native code (``kernels/native``) is pasted into the rend
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from unittest.mock import patch
@@ -20,9 +22,11 @@ from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_bu
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.utils import parallel_num_threads
+from torch._inductor.ops_handler import WrapperHandler
+from torch._inductor.utils import parallel_num_threads, sympy_index_symbol
 from torch._inductor.virtualized import V, ops
 from torch.utils._ordered_set import OrderedSet
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from fx_quant.kernels.packing import PANEL
 
@@ -184,7 +188,7 @@ class TileTemplate(CppTemplate):
                 Y_2d=Y_2d,
                 acc_node=acc_node,
                 aliases={alias: Y.get_name() for alias in aliases},
-                epilogue_nodes=nodes,
+                epilogue_nodes=[_reading_in_tile(node, template_buffer.get_size()[0], self.n) for node in nodes],
                 reindexers=reindexers,
                 n=self.n,
                 k=self.k,
@@ -193,6 +197,52 @@ class TileTemplate(CppTemplate):
                 export_declaration=get_export_declaration(),
                 **shape,
             )
+
+
+class _TileReads(WrapperHandler):
+    """Simplifies the indices of reads by what a tile knows: its rows lie below ``m`` and its columns below ``n``.
+
+    Inductor flattens the views of a 3-D model into ``row % m`` and ``column % n``. Left in, the first costs a division
+    per row, a quarter of a small-k matmul, and the second keeps the epilogue from being vectorized.
+    """
+
+    def __init__(self, inner, bounds: Mapping[sympy.Symbol, sympy.Expr]) -> None:
+        super().__init__(inner)
+        self.bounds = bounds
+
+    def load(self, name: str, index: sympy.Expr):
+        """Read ``name`` at the simplified ``index``."""
+        # The quotient and remainder of a flattened dim are joined first; only their sum is bounded by the tile.
+        joined = V.graph.sizevars.simplify_with_ranges(index, {})
+        return self._inner.load(name, joined.replace(self._is_in_bounds, self._simplified))
+
+    def _is_in_bounds(self, e: sympy.Expr) -> bool:
+        if not isinstance(e, (ModularIndexing, FloorDiv)) or (isinstance(e, ModularIndexing) and e.args[1] != 1):
+            return False
+        # base is an offset of the tile plus the position within it
+        base, bound = e.args[0], e.args[-1]
+        return any(
+            base.has(offset) and (base - offset).is_Symbol and bound == self.bounds[offset] for offset in self.bounds
+        )
+
+    @staticmethod
+    def _simplified(e: sympy.Expr) -> sympy.Expr:
+        return e.args[0] if isinstance(e, ModularIndexing) else sympy.S.Zero
+
+
+def _reading_in_tile(node: ir.Buffer, m: sympy.Expr, n: int) -> ir.Buffer:
+    """The epilogue node ``node`` with its reads simplified for a tile that starts at ``m_start``, ``n_start``."""
+    loops = node.data if isinstance(node, ir.ComputedBuffer) else None
+    if not isinstance(loops, ir.Pointwise):
+        return node
+    bounds = {sympy_index_symbol("m_start"): m, sympy_index_symbol("n_start"): sympy.Integer(n)}
+
+    def inner_fn(index):
+        with V.set_ops_handler(_TileReads(V.get_ops_handler(), bounds)):
+            return loops.inner_fn(index)
+
+    data = dataclasses.replace(loops, inner_fn=inner_fn)
+    return ir.ComputedBuffer(name=node.get_name(), layout=node.get_layout(), data=data)
 
 
 def _threads_are_dynamic(num_threads: int) -> bool:

@@ -28,7 +28,16 @@ def _divide(x: TensorBox, y: TensorBox | float) -> TensorBox:
     return L.make_pointwise(lambda value: exact(value, ops.constant(y, torch.float32)))(x)
 
 
-def _codes(x: TensorBox, scale: TensorBox, dtype: torch.dtype, reciprocal: bool, lo: float, hi: float) -> TensorBox:
+def _codes(
+    x: TensorBox,
+    scale: TensorBox,
+    dtype: torch.dtype,
+    reciprocal: bool,
+    lo: float,
+    hi: float,
+    *,
+    nan_to_zero: bool = True,
+) -> TensorBox:
     x, scale = to_dtype(x, torch.float32), to_dtype(scale, torch.float32)
     if reciprocal:
         multiply = L.make_pointwise(lambda value, s: ops.mul(value, ops.reciprocal(s)))
@@ -38,8 +47,10 @@ def _codes(x: TensorBox, scale: TensorBox, dtype: torch.dtype, reciprocal: bool,
 
     def to_range(value):
         if not dtype.is_floating_point:
-            # NaN becomes code 0, as eager's cast has it; Inductor's cast would saturate it. (isnan is not vectorized.)
-            value = ops.where(ops.ne(value, value), ops.constant(0.0, torch.float32), ops.round(value))
+            value = ops.round(value)
+            if nan_to_zero:
+                # As eager's cast has it; Inductor's would saturate. (isnan is not vectorized.)
+                value = ops.where(ops.ne(value, value), ops.constant(0.0, torch.float32), value)
         value = ops.maximum(value, ops.constant(lo, torch.float32))
         return ops.minimum(value, ops.constant(hi, torch.float32))
 
@@ -123,4 +134,5 @@ def quantize_dynamic(
     scale = _rounded_to(scale, scale_dtype)
     # Computed once for a row, not once for each of its codes and again in each epilogue.
     scale.realize()
-    return _codes(x, scale, dtype, reciprocal, lo, hi), scale
+    # NaN needs a scale of 0, NaN or infinity, which hides the code in any product; the check would cost a third.
+    return _codes(x, scale, dtype, reciprocal, lo, hi, nan_to_zero=False), scale

@@ -14,7 +14,7 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.virtualized import V
 
 import fx_quant.kernels.cpu
-import fx_quant.kernels.pytorch  # noqa: F401  (registers the ops)
+from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
 from fx_quant.lowerings.cpu_template import FLOAT8_BF16, INT8_VNNI, can_render, tile_matmul
 from fx_quant.lowerings.quantize import quantize_dynamic
 
@@ -83,7 +83,10 @@ def cpu_float8_float32(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
 
 @register_lowering(fxq.pytorch_int_mm.default, type_promotion_kind=None)
 def pytorch_int_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
-    """``torch._int_mm``, epilogue fused by Inductor."""
+    """``torch._int_mm``, epilogue fused by Inductor; the op's own body, which pads, where CUDA may get too few rows."""
+    enough = V.graph.sizevars.statically_known_geq(a.get_size()[0], CUDA_INT_MM_ROWS)
+    if a.get_device_or_error().type != "cpu" and not enough:
+        return _extern(fxq.pytorch_int_mm.default)(a, b, a_scale, b_scale, bias, n, out_dtype)
     return _dequantize(lowerings[aten._int_mm.default](a, b), a_scale, b_scale, bias, out_dtype)
 
 

@@ -1,0 +1,1 @@
+"""FX in, FX out: values, sites, canonical ops, kernel ops."""

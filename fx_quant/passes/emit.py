@@ -71,10 +71,12 @@ class Emitter:
             LookupError: a symbolic size has no node before ``before``.
         """
         args: list = []
+        # -1 is ambiguous beside a size of zero.
+        free = 0 not in sizes
         for size in sizes:
             if isinstance(size, int):
                 args.append(size)
-            elif -1 not in args:
+            elif free and -1 not in args:
                 args.append(-1)
             else:
                 args.append(self.size_node(size, before))
