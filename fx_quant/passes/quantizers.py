@@ -264,7 +264,7 @@ def _reduction(dims: list, of: Node, x: Node) -> str | None:
     """Granularity of a reduction of ``of`` over ``dims``, when ``of`` holds the values of ``x``."""
     rank = len(shape(of))
     reduced = {d % rank for d in dims} if dims and rank else set(range(rank))
-    if reduced == set(range(rank)) and rank != 1:
+    if reduced == set(range(rank)) and len(shape(x)) != 1:
         granularity = "per_tensor"
     elif reduced == {rank - 1}:
         granularity = "per_token"
