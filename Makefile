@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 help:
-	@echo "make demo    a real sentence encoder, quantized twice and compiled by fx_quant (about two minutes)"
+	@echo "make demo    a real sentence encoder, quantized twice and compiled by fx_quant (some minutes)"
 	@echo "make test    the tests"
 	@echo "make lint    formatting, lint and types"
 	@echo "make bench   the demo's models, timed"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", module="torchao")
+warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
 for _noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
