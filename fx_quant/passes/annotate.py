@@ -176,7 +176,7 @@ def matrix_base(codes: Codes) -> tuple[Node, bool] | None:
         elif node.target not in COPIES and not _is_identity_view(node):
             break
         node = node.args[0]
-    return node, transposed
+    return (node, transposed) if len(shape(node)) == 2 else None
 
 
 def _is_transpose(node: Node) -> bool:
@@ -190,7 +190,15 @@ def _is_transpose(node: Node) -> bool:
 
 
 def _is_identity_view(node: Node) -> bool:
-    return is_op(node, *RESHAPES, *EXPANDS) and same_shape(shape(node), shape(node.args[0]))
+    """Whether a view leaves the matrix as it is; leading dims of one may come and go."""
+    return is_op(node, *RESHAPES, *EXPANDS) and same_shape(_matrix_shape(node), _matrix_shape(node.args[0]))
+
+
+def _matrix_shape(node: object) -> tuple[int | torch.SymInt, ...]:
+    sizes = shape(node)
+    while len(sizes) > 2 and is_one(sizes[0]):
+        sizes = sizes[1:]
+    return sizes
 
 
 # --- views ----------------------------------------------------------------------------------------------------
@@ -211,9 +219,6 @@ def _viewed(codes: Codes, node: Node) -> Codes:
 def _view(env: Annotation, node: Node) -> Value | None:
     value = env.value(node.args[0])
     if isinstance(value, Codes):
-        added = len(shape(node)) - len(shape(node.args[0]))
-        if added > 0 and len(shape(node.args[0])) == 2 and _only_leads(node, added):
-            return Broadcast(value)
         return _viewed(value, node)
     if isinstance(value, Affine):
         if _keeps_columns(node) or all(f.axis is Axis.SCALAR for f in value.factors):
@@ -226,12 +231,6 @@ def _view(env: Annotation, node: Node) -> Value | None:
     if isinstance(value, ColumnSum):
         return value
     return None
-
-
-def _only_leads(node: Node, added: int) -> bool:
-    """Whether ``node`` only adds leading dims of size one."""
-    after = shape(node)
-    return all(map(is_one, after[:added])) and same_shape(after[added:], shape(node.args[0]))
 
 
 def _permute(env: Annotation, node: Node) -> Value | None:
@@ -251,20 +250,15 @@ def _permute(env: Annotation, node: Node) -> Value | None:
 
 def _expand(env: Annotation, node: Node) -> Value | None:
     value = env.value(node.args[0])
-    if same_shape(shape(node), shape(node.args[0])):
+    before, after = shape(node.args[0]), shape(node)
+    if same_shape(after, before):
         return value
+    repeats = len(before) >= 2 and same_shape(after[-2:], before[-2:])
     if isinstance(value, Broadcast):
-        return value if same_shape(shape(node)[-2:], shape(node.args[0])[-2:]) else None
-    if isinstance(value, Codes):
-        lead = len(shape(node)) - 2
-        if lead > 0 and len(shape(node.args[0])) == 2 and same_shape(shape(node)[lead:], shape(node.args[0])):
-            return Broadcast(value)
-        return _viewed(value, node)
-    if isinstance(value, Affine) and len(shape(node.args[0])) == 2:
-        lead = len(shape(node)) - 2
-        if lead > 0 and same_shape(shape(node)[lead:], shape(node.args[0])):
-            return Broadcast(value)
-    return None
+        return value if repeats else None
+    if isinstance(value, (Codes, Affine)) and repeats and all(map(is_one, before[:-2])):
+        return Broadcast(value)
+    return _viewed(value, node) if isinstance(value, Codes) else None
 
 
 def _copy(env: Annotation, node: Node) -> Value | None:
@@ -539,10 +533,13 @@ def _matmul(env: Annotation, node: Node) -> Value | None:
     values = [env.value(operand) for operand in operands]
     if is_op(node, aten.bmm.default):
         weight = values[1]
-        values[1] = weight.of if isinstance(weight, Broadcast) else None
-        if weight is not None and not isinstance(weight, (Broadcast, Unknown)):
+        if isinstance(weight, Broadcast):
+            values[1] = weight.of
+        elif isinstance(weight, (Codes, Affine)) and not is_one(shape(operands[1])[0]):
             return Unknown(node, "a batched matmul whose second operand differs from batch to batch")
     for value in values:
+        if isinstance(value, Broadcast):
+            return Unknown(node, "an operand is repeated along the batch, which has no rule yet")
         if isinstance(value, Unknown):
             return value
     a, b = map(_as_affine, values)

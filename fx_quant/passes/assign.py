@@ -40,7 +40,8 @@ def _assign(
 ) -> Node:
     a, b, a_scale, b_scale, bias, out_dtype = node.args
     kernel, problem, padding = selection.kernel, selection.problem, selection.padding
-    assert isinstance(a, Node) and isinstance(b, Node)
+    assert isinstance(a, Node)
+    assert isinstance(b, Node)
     pad_n, pad_k = padding.n - problem.n, padding.k - problem.k
     with emitter.graph.inserting_before(node):
         if pad_k:
@@ -48,7 +49,9 @@ def _assign(
         if kernel.a_dtype is not None:
             key = (a, kernel.a_dtype)
             if key not in casts:
-                casts[key] = emitter.cast(a, kernel.a_dtype, like=node)
+                # Exact at each step. Inductor's C++ converts float8 to float32 in vectors, to bfloat16 one by one.
+                wide = emitter.cast(a, torch.float32, like=node)
+                casts[key] = emitter.cast(wide, kernel.a_dtype, like=node)
             a = casts[key]
         if packed is not None:
             b = packed
@@ -77,20 +80,20 @@ def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, 
     head = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     weights: list[Node] = []
     layouts: list[str] = []
+    known: dict[tuple[Node, bool, str], int] = {}
     index: dict[Node, int] = {}
     with graph.inserting_before(head):
         for node, layout in wanted.items():
             base, transposed = matrix_base(Codes(node.args[1]))  # proven constant by selection
-            if not transposed:
-                base = emitter.call(aten.permute.default, base, [1, 0], like=node)
-            pairs = list(zip(weights, layouts, strict=True))
-            if (base, layout) not in pairs:
-                weights.append(base)
+            key = (base, transposed, layout)
+            if key not in known:
+                known[key] = len(weights)
+                if base.op == "get_attr":
+                    head.prepend(base)
+                weights.append(base if transposed else emitter.call(aten.permute.default, base, [1, 0], like=node))
                 layouts.append(layout)
-                pairs.append((base, layout))
-            index[node] = pairs.index((base, layout))
+            index[node] = known[key]
         like = next(iter(wanted))
         call = emitter.call(torch.ops.fx_quant.prepack.default, weights, layouts, like=like)
-
         outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(weights))]
     return {node: outs[i] for node, i in index.items()}

@@ -166,7 +166,8 @@ def _size_range(sizes: tuple[int | torch.SymInt, ...]) -> SizeRange:
 
 def _problem(product: Product, rows: SizeRange, n: int, k: int, inputs: Inputs) -> Problem:
     a_dtype, b_dtype = dtype(product.a.node), dtype(product.b.node)
-    assert a_dtype is not None and b_dtype is not None
+    assert a_dtype is not None
+    assert b_dtype is not None
     return Problem(
         scheme=Scheme(
             OperandSpec(

@@ -72,7 +72,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """``value`` repeats the matrix ``of`` along new leading dims."""
+    """``value`` repeats the matrix ``of``, which may have leading dims of one, along leading dims."""
 
     of: Codes | Affine
 
