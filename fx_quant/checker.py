@@ -42,7 +42,7 @@ class Error:
 
 @dataclass(frozen=True)
 class SiteCheck:
-    """One site: its error where it stands in the model, and the share of activation codes at the ends of their range."""
+    """One site: its error where it stands in the model, and the share of activation codes at an end of their range."""
 
     module: str
     kernel: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 from torch.fx.graph import _Namespace
@@ -90,7 +92,8 @@ def restore_matmul_decompositions(graph: Graph) -> None:
 
 def _inline(graph: Graph, node: Node, body: Graph) -> None:
     """Replace ``node`` by ``body``, whose placeholders are ``node``'s arguments."""
-    copied: dict[Node, object] = dict(zip(body.find_nodes(op="placeholder"), node.args, strict=True))
+    copied: dict[Node, Any] = dict(zip(body.find_nodes(op="placeholder"), node.args, strict=True))
+    result: Any = None
     with graph.inserting_before(node):
         for inner in body.nodes:
             if inner.op == "placeholder":

@@ -108,10 +108,14 @@ class Report:
         return "\n\n".join(part for part in parts if part)
 
     def _site_table(self) -> str:
-        rows = [
-            (s.module or s.source or "?", s.scheme, s.m, s.n, s.k, s.kernel, s.padding, s.numerics) for s in self.sites
-        ]
-        headers = ("module", "scheme", "m", "n", "k", "kernel", "padding", "numerics")
+        """One row a site; those of repeated layers share one, with ``*`` for the number of the layer."""
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for s in self.sites:
+            name = s.module or s.source or "?"
+            facts = (s.scheme, s.m, s.n, s.k, s.kernel, s.padding, s.numerics)
+            alike.setdefault((_without_numbers(name) if s.module else name, *facts), []).append(name)
+        rows = [(names[0] if len(names) == 1 else name, len(names), *facts) for (name, *facts), names in alike.items()]
+        headers = ("module", "sites", "scheme", "m", "n", "k", "kernel", "padding", "numerics")
         return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
 
     def _losers(self) -> str:
@@ -134,16 +138,22 @@ class Report:
         return "\n".join(lines)
 
     def _miss_table(self) -> str:
-        lines = ["missed:"]
+        """One line a miss; those of repeated layers share one."""
+        alike: dict[tuple[str, str, str, str], list[MissReport]] = {}
         for miss in self.misses:
-            where = miss.module or miss.source or miss.op
-            source = f" ({miss.source})" if miss.source and miss.module else ""
-            lines.append(
-                textwrap.fill(
-                    f"{where}{source}: {miss.op} left as it is, at {miss.node}: {miss.reason}",
-                    118,
-                    initial_indent="  ",
-                    subsequent_indent="      ",
-                )
-            )
+            key = (_without_numbers(miss.module), miss.source, miss.op, miss.reason)
+            alike.setdefault(key, []).append(miss)
+        lines = ["missed:"]
+        for (module, source, op, reason), misses in alike.items():
+            first = misses[0]
+            where = (first.module if len(misses) == 1 else module) or source or op
+            where += f" ({source})" if source and module else ""
+            times = f" x {len(misses)}" if len(misses) > 1 else ""
+            text = f"{where}{times}: {op} left as it is, at {first.node}: {reason}"
+            lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
         return "\n".join(lines)
+
+
+def _without_numbers(module: str) -> str:
+    """``encoder.layer.3.query`` -> ``encoder.layer.*.query``."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))

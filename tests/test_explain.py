@@ -135,6 +135,33 @@ def test_numerics_option_caps_what_explain_proposes():
     assert "same_accum" in report.misses[0].reason
 
 
+class TwoDeep(torch.nn.Module):
+    """The same layer twice."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([layer(), layer()])
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+def test_sites_of_repeated_layers_share_a_row():
+    model = TwoDeep(lambda: models.POSITIVE["int8_int_mm"].build(torch.float32, True))
+    report = fx_quant.explain(model, models.inputs(torch.float32))
+    assert [site.module for site in report.sites] == ["layers.0", "layers.1"]
+    (row,) = [line for line in str(report).splitlines() if line.startswith("layers")]
+    assert row.split()[:2] == ["layers.*", "2"]
+
+
+def test_misses_of_repeated_layers_share_a_line():
+    report = fx_quant.explain(TwoDeep(TwoLayers), models.inputs(torch.bfloat16))
+    assert len(report.misses) == 2
+    (line,) = [line for line in str(report).splitlines() if "left as it is" in line]
+    assert line.strip().startswith("layers.*")
+    assert " x 2: aten.mm" in line
+
+
 def test_merged_reports_keep_order():
     miss = MissReport("m", "", "aten.mm", "mm", "r")
     merged = Report("x86", (), (miss,)).merged(Report("x86", (), ()))

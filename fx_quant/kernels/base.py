@@ -100,7 +100,7 @@ class Requires:
             reasons.append(
                 f"adds a bias of {_one_of(map(dtype_name, self.bias_dtypes))}, got {dtype_name(problem.bias)}"
             )
-        elif self.bias_as_out and problem.bias not in (None, problem.out_dtype):
+        elif self.bias_as_out and problem.bias is not None and problem.bias != problem.out_dtype:
             reasons.append(
                 f"adds a bias of the result's dtype, got {dtype_name(problem.bias)} for {dtype_name(problem.out_dtype)}"
             )

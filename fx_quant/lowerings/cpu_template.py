@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 from unittest.mock import patch
 
 import sympy
@@ -214,19 +215,21 @@ class _TileReads(WrapperHandler):
         """Read ``name`` at the simplified ``index``."""
         # The quotient and remainder of a flattened dim are joined first; only their sum is bounded by the tile.
         joined = V.graph.sizevars.simplify_with_ranges(index, {})
-        return self._inner.load(name, joined.replace(self._is_in_bounds, self._simplified))
+        simplified: Any = joined.replace(self._is_in_bounds, self._simplified)
+        return self._inner.load(name, simplified)
 
-    def _is_in_bounds(self, e: sympy.Expr) -> bool:
+    def _is_in_bounds(self, e: Any) -> bool:
         if not isinstance(e, (ModularIndexing, FloorDiv)) or (isinstance(e, ModularIndexing) and e.args[1] != 1):
             return False
         # base is an offset of the tile plus the position within it
-        base, bound = e.args[0], e.args[-1]
+        base: Any = e.args[0]
+        bound = e.args[-1]
         return any(
             base.has(offset) and (base - offset).is_Symbol and bound == self.bounds[offset] for offset in self.bounds
         )
 
     @staticmethod
-    def _simplified(e: sympy.Expr) -> sympy.Expr:
+    def _simplified(e: Any) -> Any:
         return e.args[0] if isinstance(e, ModularIndexing) else sympy.S.Zero
 
 

@@ -13,7 +13,7 @@ from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch._inductor.virtualized import V
 
-import fx_quant.kernels.cpu
+import fx_quant.kernels.cpu  # noqa: F401  (registers the ops)
 from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
 from fx_quant.lowerings.cpu_template import FLOAT8_BF16, INT8_VNNI, can_render, tile_matmul
 from fx_quant.lowerings.quantize import quantize_dynamic
