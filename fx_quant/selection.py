@@ -50,11 +50,7 @@ def disabled_kernels() -> frozenset[str]:
     Raises:
         UnknownNameError: the variable names neither a kernel nor a provider.
     """
-    names = frozenset(
-        name.strip()
-        for name in os.environ.get(DISABLED_VARIABLE, "").split(",")
-        if name.strip()
-    )
+    names = frozenset(name.strip() for name in os.environ.get(DISABLED_VARIABLE, "").split(",") if name.strip())
     check_kernel_names(names)
     return names
 
@@ -86,10 +82,7 @@ def select(
     """
     check_kernel_names(disabled)
     off = frozenset(disabled) | disabled_kernels()
-    verdicts = tuple(
-        Verdict(candidate.name, _reasons(candidate, problem, target, off))
-        for candidate in kernels()
-    )
+    verdicts = tuple(Verdict(candidate.name, _reasons(candidate, problem, target, off)) for candidate in kernels())
     if force_kernel is not None:
         kernel(force_kernel)  # an unknown name raises here
         reasons = next(v.reasons for v in verdicts if v.kernel == force_kernel)
@@ -107,9 +100,7 @@ def select(
     raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}")
 
 
-def _reasons(
-    candidate: Kernel, problem: Problem, target: Target, off: Collection[str]
-) -> tuple[str, ...]:
+def _reasons(candidate: Kernel, problem: Problem, target: Target, off: Collection[str]) -> tuple[str, ...]:
     reasons = candidate.requires.unmet(problem, target)
     if candidate.name in off or candidate.provider in off:
         reasons.insert(0, "is disabled")
