@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from fx_quant.compat import cpp_compiler
 from fx_quant.errors import FxQuantError
 from fx_quant.target import detect_target, named_target, named_targets, resolve_target
 
@@ -70,21 +71,11 @@ def _doctor(_: argparse.Namespace) -> int:
         ("features", ", ".join(sorted(target.features)) or "none"),
         ("threads", torch.get_num_threads()),
         *((name, version) for name, version in sorted(target.packages.items())),
-        ("C++ compiler", _compiler()),
+        ("C++ compiler", cpp_compiler() or "none found: install g++ or set CXX; without it no CPU graph compiles"),
     ]
     print(tabulate(facts, tablefmt="plain"))
     print()
     return _print_kernels(target)
-
-
-def _compiler() -> str:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "none found: install g++ or set CXX, without it CPU graphs cannot be compiled"
 
 
 def _kernels(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
@@ -229,6 +229,11 @@ def fx_quant(
     """
     ours, inductors = split_options(options)
     return compile_with(gm, example_inputs, RewritePass(ours), mode, inductors)
+
+
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
+    """Inductor's compilation of one graph after AOTAutograd: what an ``inner_compile`` wraps."""
+    return compile_fx_inner(gm, example_inputs, **arguments)
 
 
 def compile_with(

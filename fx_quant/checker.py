@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx_inner
 from torch.fx import Graph, GraphModule, Interpreter
 
+from fx_quant.backend import compile_graph
 from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import copy_graph, replace_contents, static_input_indices
 from fx_quant.config import Options
@@ -170,7 +170,7 @@ class _Recorder:
         tapped = self._tapped
         if tapped is None:
             return run_eagerly(gm, example_inputs)
-        compiled = compile_fx_inner(gm, example_inputs, **kwargs)
+        compiled = compile_graph(gm, example_inputs, **kwargs)
         before, _ = copy_graph(tapped.before)
         source = GraphModule(gm, before)
 

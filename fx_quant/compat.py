@@ -124,3 +124,14 @@ def dump_graph(name: str, graph: Graph) -> None:
     if lazy_format_graph_code.__code__.co_name != "lazy_format_graph_code":
         module.recompile()
         lazy_format_graph_code(name, module)
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would use, or None when it finds none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None

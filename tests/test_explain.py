@@ -83,6 +83,18 @@ def test_explain_shows_the_padding_that_a_target_needs():
     assert site.padding == "n 30->32, k 60->64"
 
 
+def test_scale_behind_an_op_with_several_results_is_dynamic():
+    linear = models.POSITIVE["fp8_scaled_mm_row"].build(torch.bfloat16, True)
+    (site,) = fx_quant.explain(lambda x: linear(x.sort(-1)[0]), models.inputs(torch.bfloat16)).sites
+    assert site.scheme.startswith("float8_e4m3fn per_token (dynamic)")
+
+
+def test_static_scale_is_static_for_dynamic_rows():
+    model, x = models.POSITIVE["int8_int_mm_static"].build(torch.bfloat16, True), models.inputs(torch.bfloat16, 3)
+    (site,) = fx_quant.explain(model, x, dynamic=True).sites
+    assert site.scheme == "int8 per_tensor (static) x int8 per_channel"
+
+
 def test_explain_leaves_the_model_as_it_was():
     model, x = _model_and_input()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -18,6 +19,7 @@ from fx_quant.passes.nodes import (
     EXPANDS,
     PERMUTES,
     RESHAPES,
+    args_of,
     aten,
     constant,
     dtype,
@@ -108,11 +110,12 @@ def _op_name(node: Node) -> str:
 
 
 def _describe(value: Value) -> str:
-    return {
+    names: dict[type, str] = {
         Codes: "quantized codes",
         Affine: "a dequantized tensor",
         Broadcast: "a broadcast quantized tensor",
-    }.get(type(value), "a quantized value")
+    }
+    return names.get(type(value), "a quantized value")
 
 
 def axis_of(factor: object, like: Node) -> Axis | None:
@@ -175,7 +178,7 @@ def matrix_base(codes: Codes) -> tuple[Node, bool] | None:
             transposed = not transposed
         elif node.target not in COPIES and not _is_identity_view(node):
             break
-        node = node.args[0]
+        node = args_of(node)[0]
     return (node, transposed) if len(shape(node)) == 2 else None
 
 
@@ -183,15 +186,15 @@ def _is_transpose(node: Node) -> bool:
     if len(shape(node)) != 2 or not is_op(node, *PERMUTES):
         return False
     if node.target is aten.permute.default:
-        return [d % 2 for d in node.args[1]] == [1, 0]
+        return [d % 2 for d in args_of(node)[1]] == [1, 0]
     if node.target is aten.transpose.int:
-        return {d % 2 for d in node.args[1:3]} == {0, 1}
+        return {d % 2 for d in args_of(node)[1:3]} == {0, 1}
     return True
 
 
 def _is_identity_view(node: Node) -> bool:
     """Whether a view leaves the matrix as it is; leading dims of one may come and go."""
-    return is_op(node, *RESHAPES, *EXPANDS) and same_shape(_matrix_shape(node), _matrix_shape(node.args[0]))
+    return is_op(node, *RESHAPES, *EXPANDS) and same_shape(_matrix_shape(node), _matrix_shape(args_of(node)[0]))
 
 
 def _matrix_shape(node: object) -> tuple[int | torch.SymInt, ...]:
@@ -206,7 +209,7 @@ def _matrix_shape(node: object) -> tuple[int | torch.SymInt, ...]:
 
 def _keeps_columns(node: Node) -> bool:
     """Whether a reshape leaves the last dim alone, so that rows keep their flattened order."""
-    before, after = shape(node.args[0]), shape(node)
+    before, after = shape(args_of(node)[0]), shape(node)
     return bool(before) and bool(after) and same_size(before[-1], after[-1])
 
 
@@ -217,7 +220,7 @@ def _viewed(codes: Codes, node: Node) -> Codes:
 
 
 def _view(env: Annotation, node: Node) -> Value | None:
-    value = env.value(node.args[0])
+    value = env.value(args_of(node)[0])
     if isinstance(value, Codes):
         return _viewed(value, node)
     if isinstance(value, Affine):
@@ -225,7 +228,7 @@ def _view(env: Annotation, node: Node) -> Value | None:
             return dataclasses.replace(value, codes=_viewed(value.codes, node))
         return Unknown(node, "a reshape splits the dimension along which the scale varies")
     if isinstance(value, Broadcast):
-        return value if same_shape(shape(node), shape(node.args[0])) else None
+        return value if same_shape(shape(node), shape(args_of(node)[0])) else None
     if isinstance(value, Product):
         return value if _keeps_columns(node) else None
     if isinstance(value, ColumnSum):
@@ -234,7 +237,7 @@ def _view(env: Annotation, node: Node) -> Value | None:
 
 
 def _permute(env: Annotation, node: Node) -> Value | None:
-    value = env.value(node.args[0])
+    value = env.value(args_of(node)[0])
     if isinstance(value, Codes):
         return _viewed(value, node)
     if isinstance(value, Affine):
@@ -249,8 +252,8 @@ def _permute(env: Annotation, node: Node) -> Value | None:
 
 
 def _expand(env: Annotation, node: Node) -> Value | None:
-    value = env.value(node.args[0])
-    before, after = shape(node.args[0]), shape(node)
+    value = env.value(args_of(node)[0])
+    before, after = shape(args_of(node)[0]), shape(node)
     if same_shape(after, before):
         return value
     repeats = len(before) >= 2 and same_shape(after[-2:], before[-2:])
@@ -262,7 +265,7 @@ def _expand(env: Annotation, node: Node) -> Value | None:
 
 
 def _copy(env: Annotation, node: Node) -> Value | None:
-    value = env.value(node.args[0])
+    value = env.value(args_of(node)[0])
     if isinstance(value, Codes):
         return _viewed(value, node)
     if isinstance(value, Affine):
@@ -272,8 +275,8 @@ def _copy(env: Annotation, node: Node) -> Value | None:
 
 def _slice(env: Annotation, node: Node) -> Value | None:
     """A slice that keeps everything, such as the unpad of an operand that was not padded."""
-    if same_shape(shape(node), shape(node.args[0])):
-        return _copy(env, node) if not isinstance(env.value(node.args[0]), Codes) else env.value(node.args[0])
+    if same_shape(shape(node), shape(args_of(node)[0])):
+        return _copy(env, node) if not isinstance(env.value(args_of(node)[0]), Codes) else env.value(args_of(node)[0])
     return None
 
 
@@ -281,7 +284,7 @@ def _slice(env: Annotation, node: Node) -> Value | None:
 
 
 def _cast(env: Annotation, node: Node) -> Value | None:
-    value, to = env.value(node.args[0]), dtype(node)
+    value, to = env.value(args_of(node)[0]), dtype(node)
     assert to is not None
     if isinstance(value, Codes):
         if holds_exactly(value, to):
@@ -334,7 +337,7 @@ def _in_float32(product: Product, node: Node, other: object) -> bool:
 
 def _operands(env: Annotation, node: Node, kinds: tuple[type, ...]) -> tuple[Value, object, bool] | None:
     """``(value, other operand, value is on the left)`` for the operand of one of ``kinds`` that has the full shape."""
-    left, right = node.args[0], node.args[1]
+    left, right = args_of(node)[0], args_of(node)[1]
     for operand, other, on_left in ((left, right, True), (right, left, False)):
         value = env.value(operand)
         if isinstance(value, kinds) and same_shape(shape(operand), shape(node)):
@@ -402,7 +405,7 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
     if not is_op(other, aten.mul.Tensor) or not same_shape(shape(other), shape(node)):
         return None
     factors: dict[Axis, Factor] = {}
-    for operand in other.args[:2]:
+    for operand in args_of(other)[:2]:
         axis = axis_of(operand, other)
         if axis is None or axis is Axis.SCALAR or dtype(operand) not in EPILOGUE_DTYPES:
             return None
@@ -417,7 +420,7 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
 
 def _scaled_sum(env: Annotation, node: Node) -> Value | None:
     """A column sum times an integer."""
-    for operand, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
+    for operand, other in ((args_of(node)[0], args_of(node)[1]), (args_of(node)[1], args_of(node)[0])):
         value = env.value(operand)
         number = uniform_value(other)
         if (
@@ -495,10 +498,10 @@ def _correct(product: Product, node: Node, other: object, correction: ColumnSum,
 
 
 def _sum(env: Annotation, node: Node) -> Value | None:
-    value = env.value(node.args[0])
-    if not isinstance(value, Codes) or value.offset != 0 or len(shape(node.args[0])) != 2:
+    value = env.value(args_of(node)[0])
+    if not isinstance(value, Codes) or value.offset != 0 or len(shape(args_of(node)[0])) != 2:
         return None
-    base, dims = matrix_base(value), node.args[1]
+    base, dims = matrix_base(value), args_of(node)[1]
     if base is None or not isinstance(dims, (list, tuple)) or len(dims) != 1:
         return None
     if dtype(node) not in (torch.int32, torch.int64):
@@ -529,7 +532,7 @@ def _operand_error(side: str, operand: Affine, gemm: Node) -> Unknown | None:
 
 def _matmul(env: Annotation, node: Node) -> Value | None:
     """``mm``, ``bmm``, ``addmm`` and ``_int_mm`` of codes, dequantized or not."""
-    operands = node.args[1:3] if is_op(node, aten.addmm.default) else node.args[:2]
+    operands = args_of(node)[1:3] if is_op(node, aten.addmm.default) else args_of(node)[:2]
     values = [env.value(operand) for operand in operands]
     if is_op(node, aten.bmm.default):
         weight = values[1]
@@ -573,7 +576,7 @@ def _start(node: Node, a: Affine, b: Affine) -> Value | None:
         if to not in EPILOGUE_DTYPES:
             return Unknown(node, f"a matmul of codes that returns {to} has no rule")
         numerics = (
-            Numerics.SAME_ACCUM if not integer else _float_sum_class(a.codes, b.codes, shape(node.args[-1])[-2], to)
+            Numerics.SAME_ACCUM if not integer else _float_sum_class(a.codes, b.codes, shape(args_of(node)[-1])[-2], to)
         )
         stage = Stage.ACCUMULATOR if to is torch.float32 else Stage.CAST
     if a.factors or b.factors:
@@ -596,12 +599,12 @@ def _start(node: Node, a: Affine, b: Affine) -> Value | None:
         return product
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         return Unknown(node, "addmm with alpha or beta other than 1")
-    axis = axis_of(node.args[0], node)
-    if axis not in (Axis.COLUMN, Axis.SCALAR) or dtype(node.args[0]) not in EPILOGUE_DTYPES:
+    axis = axis_of(args_of(node)[0], node)
+    if axis not in (Axis.COLUMN, Axis.SCALAR) or dtype(args_of(node)[0]) not in EPILOGUE_DTYPES:
         return Unknown(node, "addmm adds a matrix, not a bias along n")
     return dataclasses.replace(
         product,
-        bias=Factor(node.args[0], axis, node),
+        bias=Factor(args_of(node)[0], axis, node),
         stage=Stage.BIAS if stage is Stage.ACCUMULATOR else stage,
         numerics=max(numerics, Numerics.SAME_ACCUM),
     )
@@ -609,18 +612,17 @@ def _start(node: Node, a: Affine, b: Affine) -> Value | None:
 
 def _float_sum_class(a: Codes, b: Codes, k: int | torch.SymInt, to: torch.dtype) -> Numerics:
     """Integer codes summed in float32 are exact as long as no partial sum can pass 2**24."""
-    ranges = integer_range(a), integer_range(b)
-    if to is torch.float32 and isinstance(k, int) and None not in ranges:
-        largest = [max(-low, high) for low, high in ranges if low is not None]
-        if largest[0] * largest[1] * k <= 2**24:
-            return Numerics.EXACT
-    return Numerics.SAME_ACCUM
+    a_range, b_range = integer_range(a), integer_range(b)
+    if to is not torch.float32 or not isinstance(k, int) or a_range is None or b_range is None:
+        return Numerics.SAME_ACCUM
+    largest = max(-a_range[0], a_range[1]) * max(-b_range[0], b_range[1]) * k
+    return Numerics.EXACT if largest <= 2**24 else Numerics.SAME_ACCUM
 
 
 def _scaled_mm(env: Annotation, node: Node) -> Value | None:
     """``aten._scaled_mm``: scales and bias inside the op."""
     names = ("self", "mat2", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, args_of(node), strict=False)) | dict(node.kwargs)
     a, b = env.value(given["self"]), env.value(given["mat2"])
     if not isinstance(a, Codes) or not isinstance(b, Codes):
         return Unknown(node, "_scaled_mm of operands that are not plain codes")
@@ -632,7 +634,7 @@ def _scaled_mm(env: Annotation, node: Node) -> Value | None:
     factors = []
     for operand, wanted in ((given["scale_a"], Axis.ROW), (given["scale_b"], Axis.COLUMN)):
         axis = axis_of(operand, node)
-        if axis not in (Axis.SCALAR, wanted) or dtype(operand) is not torch.float32:
+        if axis is None or axis not in (Axis.SCALAR, wanted) or dtype(operand) is not torch.float32:
             return Unknown(node, "_scaled_mm with scales that are neither per tensor nor row-wise float32")
         factors.append(() if uniform_value(operand) == 1 else (Factor(operand, axis, node),))
     bias, stage = given.get("bias"), Stage.B_SCALE

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from fx_quant.passes.annotate import matrix_base
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.nodes import aten, is_single
+from fx_quant.passes.nodes import args_of, aten, is_single
 from fx_quant.passes.values import Codes
 from fx_quant.selection import Selection
 
@@ -84,7 +84,9 @@ def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, 
     index: dict[Node, int] = {}
     with graph.inserting_before(head):
         for node, layout in wanted.items():
-            base, transposed = matrix_base(Codes(node.args[1]))  # proven constant by selection
+            found = matrix_base(Codes(args_of(node)[1]))
+            assert found is not None  # selection has asked for a constant
+            base, transposed = found
             key = (base, transposed, layout)
             if key not in known:
                 known[key] = len(weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -41,6 +41,11 @@ def tensor(node: object) -> torch.Tensor | None:
     """The fake tensor that ``node`` produces, or None when it is not one tensor."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def args_of(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of ``node``; FX types them as a union that every use would have to narrow."""
+    return node.args
 
 
 def dtype(node: object) -> torch.dtype | None:
@@ -101,10 +106,10 @@ def through(node: Node, targets: frozenset) -> Node:
 def through_widening(node: Node) -> Node:
     """Walk up exact float casts."""
     while is_op(node, *CASTS):
-        source, to = dtype(node.args[0]), dtype(node)
+        source, to = dtype(args_of(node)[0]), dtype(node)
         if source is None or to is None or not is_widening(source, to):
             break
-        node = node.args[0]
+        node = args_of(node)[0]
     return node
 
 

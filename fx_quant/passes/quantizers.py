@@ -6,6 +6,7 @@ Needed only to compute the quantize by an op of its own; the matmul is rewritten
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.fx import Node
 from fx_quant.passes.nodes import (
     CASTS,
     RESHAPES,
+    args_of,
     aten,
     constant,
     dtype,
@@ -64,7 +66,7 @@ def recognise_quantizer(codes: Node) -> Quantizer | str:
     to = dtype(codes)
     if not is_op(codes, *CASTS) or to not in CODE_DTYPES:
         return "the codes are not the result of a cast"
-    clamped = _Clamp.of(codes.args[0])
+    clamped = _Clamp.of(args_of(codes)[0])
     if clamped is None:
         return "the codes are not clamped on both sides by constants"
     integer = not to.is_floating_point
@@ -99,18 +101,18 @@ class _Clamp:
         rounds = False
         while True:
             if is_op(node, aten.round.default) and not rounds:
-                rounds, node = True, node.args[0]
-            elif is_op(node, aten.clamp_min.default) and lo is None and constant(node.args[1]) is not None:
-                lo, node = constant(node.args[1]), node.args[0]
-            elif is_op(node, aten.clamp_max.default) and hi is None and constant(node.args[1]) is not None:
-                hi, node = constant(node.args[1]), node.args[0]
+                rounds, node = True, args_of(node)[0]
+            elif is_op(node, aten.clamp_min.default) and lo is None and constant(args_of(node)[1]) is not None:
+                lo, node = constant(args_of(node)[1]), args_of(node)[0]
+            elif is_op(node, aten.clamp_max.default) and hi is None and constant(args_of(node)[1]) is not None:
+                hi, node = constant(args_of(node)[1]), args_of(node)[0]
             elif is_op(node, aten.clamp.default) and lo is None and hi is None:
-                bounds = [*node.args[1:3], None, None]
+                bounds = [*args_of(node)[1:3], None, None]
                 lo = constant(node.kwargs.get("min", bounds[0]))
                 hi = constant(node.kwargs.get("max", bounds[1]))
                 if lo is None or hi is None:
                     return None
-                node = node.args[0]
+                node = args_of(node)[0]
             else:
                 break
         if lo is None or hi is None or lo > hi or not isinstance(node, Node):
@@ -121,11 +123,11 @@ class _Clamp:
 def _scaled(node: Node) -> tuple[Node, Node, bool] | None:
     """``(x, scale, reciprocal)`` of ``x / scale`` or ``x * (1 / scale)``."""
     if is_op(node, aten.div.Tensor):
-        return _with_scale(node, node.args[0], node.args[1], reciprocal=False)
+        return _with_scale(node, args_of(node)[0], args_of(node)[1], reciprocal=False)
     if is_op(node, aten.mul.Tensor):
-        for x, other in (node.args[:2], node.args[1::-1]):
+        for x, other in (args_of(node)[:2], args_of(node)[1::-1]):
             if is_op(other, aten.reciprocal.default):
-                return _with_scale(node, x, other.args[0], reciprocal=True)
+                return _with_scale(node, x, args_of(other)[0], reciprocal=True)
     return None
 
 
@@ -148,25 +150,27 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def _scale_formula(scale: Node, x: Node) -> dict[str, Any] | None:
     """Arguments of ``choose_scale`` that give exactly ``scale`` from ``x``, or None."""
-    steps = []
+    steps: list[tuple[str, Any]] = []
     node = scale
     while True:
         if is_op(node, *CASTS):
             steps.append(("cast", dtype(node)))
-        elif is_op(node, aten.div.Tensor, aten.div.Scalar) and constant(node.args[1]) is not None:
-            steps.append(("divide", float(node.args[1])))
-        elif is_op(node, aten.clamp_min.default) and constant(node.args[1]) is not None:
-            steps.append(("floor", float(node.args[1])))
+        elif is_op(node, aten.div.Tensor, aten.div.Scalar) and constant(args_of(node)[1]) is not None:
+            steps.append(("divide", float(args_of(node)[1])))
+        elif is_op(node, aten.clamp_min.default) and constant(args_of(node)[1]) is not None:
+            steps.append(("floor", float(args_of(node)[1])))
         elif not is_op(node, *RESHAPES):
             break
-        node = node.args[0]
+        node = args_of(node)[0]
     found = _amax(node, x)
     if found is None:
         return None
     granularity, of = found
     if not _fits(granularity, scale, x):
         return None
-    return _formula(reversed(steps), dtype(of), granularity)
+    current = dtype(of)
+    assert current is not None
+    return _formula(reversed(steps), current, granularity)
 
 
 def _fits(granularity: str, scale: Node, x: Node) -> bool:
@@ -175,7 +179,7 @@ def _fits(granularity: str, scale: Node, x: Node) -> bool:
     return same_shape(shape(scale), (*shape(x)[:-1], 1))
 
 
-def _formula(steps, current: torch.dtype | None, granularity: str) -> dict[str, Any] | None:
+def _formula(steps: Iterable[tuple[str, Any]], current: torch.dtype, granularity: str) -> dict[str, Any] | None:
     """Replay the steps from amax to scale; None unless they are the steps of ``choose_scale`` in its order."""
     result: dict[str, Any] = {
         "granularity": granularity,
@@ -216,34 +220,34 @@ def _amax(node: Node, x: Node) -> tuple[str, Node] | None:
     """``("per_token" | "per_tensor", the node whose magnitudes were reduced)`` when ``node`` is amax of ``|x|``."""
     if is_op(node, aten.maximum.default):
         return _amax_of_extrema(node, x)
-    if is_op(node, operator.getitem) and node.args[1] == 0 and is_op(node.args[0], aten.max.dim):
-        reduced, dims = node.args[0].args[0], [node.args[0].args[1]]
+    if is_op(node, operator.getitem) and args_of(node)[1] == 0 and is_op(args_of(node)[0], aten.max.dim):
+        reduced, dims = args_of(node)[0].args[0], [args_of(node)[0].args[1]]
     elif is_op(node, aten.amax.default):
-        reduced, dims = node.args[0], list(node.args[1]) if len(node.args) > 1 else []
+        reduced, dims = args_of(node)[0], list(args_of(node)[1]) if len(args_of(node)) > 1 else []
     elif is_op(node, aten.max.default):
-        reduced, dims = node.args[0], []
+        reduced, dims = args_of(node)[0], []
     else:
         return None
     # A widening cast commutes with abs and amax, which do not round.
     inner = through_widening(reduced)
     if not is_op(inner, aten.abs.default):
         return None
-    of = through_widening(inner.args[0])
+    of = through_widening(args_of(inner)[0])
     granularity = _reduction(dims, of, x)
     return None if granularity is None else (granularity, reduced)
 
 
 def _amax_of_extrema(node: Node, x: Node) -> tuple[str, Node] | None:
     """``max(-min(amin(x), 0), max(amax(x), 0))`` is amax of ``|x|``."""
-    for negated, positive in (node.args[:2], node.args[1::-1]):
+    for negated, positive in (args_of(node)[:2], args_of(node)[1::-1]):
         if not is_op(negated, aten.neg.default):
             continue
-        low = _bounded_by_zero(negated.args[0], aten.minimum.default)
+        low = _bounded_by_zero(args_of(negated)[0], aten.minimum.default)
         high = _bounded_by_zero(positive, aten.maximum.default)
         if not is_op(low, aten.amin.default) or not is_op(high, aten.amax.default):
             continue
-        of_low, of_high = through_widening(low.args[0]), through_widening(high.args[0])
-        dims = [list(n.args[1]) if len(n.args) > 1 else [] for n in (low, high)]
+        of_low, of_high = through_widening(args_of(low)[0]), through_widening(args_of(high)[0])
+        dims = [list(args_of(n)[1]) if len(args_of(n)) > 1 else [] for n in (low, high)]
         if of_low is not of_high or dims[0] != dims[1]:
             continue
         granularity = _reduction(dims[0], of_low, x)
@@ -254,7 +258,7 @@ def _amax_of_extrema(node: Node, x: Node) -> tuple[str, Node] | None:
 
 def _bounded_by_zero(node: object, target) -> object:
     if is_op(node, target):
-        for value, bound in (node.args[:2], node.args[1::-1]):
+        for value, bound in (args_of(node)[:2], args_of(node)[1::-1]):
             if uniform_value(bound) == 0:
                 return value
     return None

@@ -16,6 +16,7 @@ from fx_quant.passes.nodes import (
     PERMUTES,
     RESHAPES,
     VIEWS,
+    args_of,
     aten,
     is_op,
     same_shape,
@@ -207,7 +208,7 @@ def _rewrite_quantizer(emitter: Emitter, quantizer: Quantizer) -> None:
         emitter.replace(codes, out)
         return
     with emitter.graph.inserting_before(scale):
-        pair = emitter.call(op.dynamic, x, like=codes, **quantizer.arguments, **quantizer.dynamic)
+        pair = emitter.call(op.dynamic, x, like=codes, **quantizer.arguments, **(quantizer.dynamic or {}))
         new_codes = emitter.call(operator.getitem, pair, 0, like=codes)
         new_scale = _reshaped_like(emitter, emitter.call(operator.getitem, pair, 1, like=codes), scale)
     with emitter.graph.inserting_before(codes):
@@ -220,9 +221,9 @@ def _before(scale: Node, x: Node) -> Node | None:
     """``x``, or a view of it with the same last dim, that is computed before ``scale``; None when there is none."""
     columns = shape(x)[-1:]
     while not x < scale:
-        if not is_op(x, *RESHAPES) or not same_shape(shape(x.args[0])[-1:], columns):
+        if not is_op(x, *RESHAPES) or not same_shape(shape(args_of(x)[0])[-1:], columns):
             return None
-        x = x.args[0]
+        x = args_of(x)[0]
     return x
 
 

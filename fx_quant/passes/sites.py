@@ -63,10 +63,15 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
     constant, runtime = set(), set()
     for index, node in enumerate(graph.find_nodes(op="placeholder")):
         static = _looks_static(node) if static_indices is None else index in static_indices
-        (constant if static else runtime).add(node)
+        if static:
+            constant.add(node)
+        elif tensor(node) is not None:
+            runtime.add(node)
     constant.update(graph.find_nodes(op="get_attr"))
     for node in graph.nodes:
-        if any(source in runtime for source in node.all_input_nodes) and tensor(node) is not None:
+        # A size depends on the input's shape alone, and what is expanded to it holds the same values in every call.
+        is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
+        if not is_size and any(source in runtime for source in node.all_input_nodes):
             runtime.add(node)
     return Inputs(frozenset(constant), frozenset(runtime))
 

@@ -34,10 +34,10 @@ def _same_metadata(old: Node | None, new: Node | None) -> None:
     if old is None or new is None:
         return
     was, now = old.meta.get("val"), new.meta.get("val")
-    if isinstance(was, torch.Tensor) != isinstance(now, torch.Tensor):
-        raise VerificationError(f"output {old} became {new}")
-    if not isinstance(was, torch.Tensor):
+    if not isinstance(was, torch.Tensor) and not isinstance(now, torch.Tensor):
         return
+    if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
+        raise VerificationError(f"output {old} became {new}")
     if was.dtype != now.dtype or not same_shape(was.shape, now.shape) or was.device != now.device:
         raise VerificationError(f"output {old} was {_text(was)}, became {_text(now)}")
 
