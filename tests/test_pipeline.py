@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import calls, capture, clones, copy_of, rewrite, run, trace
+from graphs import calls, capture, clones, copy_of, rewrite, run, run_in_float64, trace
 from models import ADVERSARIAL, Int8Linear, build, inputs
 from torch import Tensor, nn
 from torch.fx import Graph
@@ -237,10 +237,36 @@ def test_a_residual_of_one_row_is_not_computed_twice():
 
     def function(x, w, s):
         y = linear(x, w, s)
-        return y.float() + torch._int_mm(quantize(y)[0], w.t()) * s
+        return y + torch._int_mm(quantize(y)[0], w.t()) * s
 
-    state = rewrite(trace(function, sample(1, K), weight(K, K), torch.rand(K) * 0.01))
+    given = (sample(1, K).float(), weight(K, K), torch.rand(K) * 0.01)
+    source = trace(function, *given)
+    state = rewrite(source)
+    assert len(state.selections) == 2
     assert not [node for node in state.graph.nodes if node.target in MATMULS]
+    assert_same_bits(source, rewrite(source, numerics="exact").graph, *given)
+
+
+def test_equal_outputs_stay_two_tensors():
+    """Merged, a later write to one would change the other."""
+
+    def function(x, w, s):
+        return linear(x, w, s), x * 2, x * 2
+
+    graph = trace(function, sample(M, K), weight(), SCALE)
+    (output,) = rewrite(graph).graph.find_nodes(op="output")
+    assert output.args[0][1] is not output.args[0][2]
+
+
+def test_zero_and_minus_zero_are_two_scales():
+    def function(x, w):
+        codes, _ = quantize(x)
+        return torch._int_mm(codes, w.t()).float() * 0.0, torch._int_mm(codes, w.t() * 1).float() * -0.0
+
+    given = (sample(M, K), weight())
+    source = trace(function, *given)
+    expected, actual = run(source, *given)[0], run(rewrite(source).graph, *given)[0]
+    assert all(torch.equal(new.signbit(), old.signbit()) for new, old in zip(actual, expected, strict=True))
 
 
 def test_one_scale_for_two_ranges_is_two_quantizes():
@@ -322,6 +348,45 @@ def test_adding_zero_is_dropped_only_where_the_sign_of_zero_is_lost():
     source = trace(function, *given)
     after = run(rewrite(source).graph, *given)[0][1]
     assert torch.equal(after.signbit(), run(source, *given)[0][1].signbit())
+
+
+# --- scales and biases of every shape ---------------------------------------------------------------------------
+
+
+EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "row": lambda y: y * torch.arange(1, M + 1)[:, None].to(torch.float32),
+    "one_row_per_batch": lambda y: y * torch.arange(1, 3)[:, None, None].to(torch.float32),
+    "column": lambda y: y * torch.arange(1, N + 1).to(torch.float32),
+    "column_of_ones_before": lambda y: y * torch.arange(1, N + 1)[None, None].to(torch.float32),
+    "divided": lambda y: y / torch.arange(1, N + 1).to(torch.float32),
+    "divided_row": lambda y: y / torch.arange(1, M + 1)[:, None].to(torch.float32),
+    "number": lambda y: y * 0.37,
+    "divided_by_a_number": lambda y: y / 0.37,
+    "one": lambda y: y * torch.arange(3, 4).to(torch.float32),
+    "bias_of_one": lambda y: y + torch.arange(3, 4).to(torch.float32),
+    "bias_of_a_number": lambda y: y + 0.37,
+    "bias_of_ones_before": lambda y: y + torch.arange(N)[None, None].to(torch.float32),
+}
+
+
+NEED_A_BATCH = ("one_row_per_batch", "column_of_ones_before", "bias_of_ones_before")
+
+
+@pytest.mark.parametrize(
+    ("name", "ndim"), [(name, ndim) for name in EPILOGUES for ndim in (2, 3) if ndim == 3 or name not in NEED_A_BATCH]
+)
+def test_a_factor_of_any_shape_is_folded_right(name, ndim):
+    def function(x, w):
+        acc = torch._int_mm(x.reshape(-1, K).to(torch.int8), w.t()).float()
+        return EPILOGUES[name](acc.view(*x.shape[:-1], N))
+
+    given = ((sample(2, M, K) if ndim == 3 else sample(M, K)) * 10, weight())
+    source = trace(function, *given)
+    state = rewrite(source)
+    (gemm,) = calls(state.graph, ops.scaled_mm.default)
+    assert any(gemm.args[2:5])
+    (expected,), (actual,) = run_in_float64(source, *given)[0], run_in_float64(state.graph, *given)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 # --- dequantized operands ---------------------------------------------------------------------------------------
