@@ -206,7 +206,7 @@ def test_a_weight_repeated_over_the_batch_is_a_broadcast():
 
 
 def test_a_weight_stretched_along_k_is_no_broadcast_of_it():
-    value = value_of(lambda w: w[:, :1].float().t().unsqueeze(0).expand(3, K, N), W)
+    value = value_of(lambda w: w[:, :1].float().t().unsqueeze(0).expand(3, 1, N).expand(3, K, N), W)
     assert not isinstance(value, Broadcast)
 
 

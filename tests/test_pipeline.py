@@ -237,7 +237,7 @@ def test_a_residual_of_one_row_is_not_computed_twice():
 
     def function(x, w, s):
         y = linear(x, w, s)
-        return y + torch._int_mm(quantize(y)[0], w.t()) * s
+        return torch._int_mm(quantize(y)[0], w.t()) * s + y
 
     given = (sample(1, K).float(), weight(K, K), torch.rand(K) * 0.01)
     source = trace(function, *given)
@@ -245,6 +245,25 @@ def test_a_residual_of_one_row_is_not_computed_twice():
     assert len(state.selections) == 2
     assert not [node for node in state.graph.nodes if node.target in MATMULS]
     assert_same_bits(source, rewrite(source, numerics="exact").graph, *given)
+
+
+def scaled_float8(x: Tensor, w: Tensor) -> Tensor:
+    one = torch.ones(())
+    return torch._scaled_mm(x.to(torch.float8_e4m3fn), w.t(), scale_a=one, scale_b=one, out_dtype=BF16)
+
+
+NOT_WORTH_IT = {
+    "a_class": (lambda x, w, b: torch._int_mm(x.to(torch.int8), w.t()) + b.to(BF16), torch.int8),
+    "a_rounding": (lambda x, w, b: scaled_float8(x, w) + b.to(BF16), torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("name", NOT_WORTH_IT)
+def test_a_bias_is_not_worth(name):
+    """It joins the epilogue of any kernel anyway."""
+    function, dtype = NOT_WORTH_IT[name]
+    (gemm,) = calls(rewrite(trace(function, sample(M, K), weight().to(dtype), BIAS)).graph, ops.scaled_mm.default)
+    assert gemm.args[4] is None
 
 
 def test_equal_outputs_stay_two_tensors():
