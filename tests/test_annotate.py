@@ -576,6 +576,12 @@ def test_what_is_no_epilogue_step_ends_the_product(name):
     assert not isinstance(epilogue(NOT_EPILOGUES[name]), Product)
 
 
+@pytest.mark.parametrize("function", [lambda y: y * y, lambda y: y + y])
+def test_one_row_is_neither_its_own_scale_nor_its_own_bias(function):
+    value = epilogue(lambda y: function(y.float()), A[:1])
+    assert not isinstance(value, Product)
+
+
 def test_scales_that_met_each_other_first_are_told_apart():
     value = epilogue(lambda y: y.float() * (column() * row()))
     assert [factor.axis for factor in value.rows] == [Axis.ROW]

@@ -338,6 +338,8 @@ def _in_float32(product: Product, node: Node, other: object) -> bool:
 def _operands(env: Annotation, node: Node, kinds: tuple[type, ...]) -> tuple[Value, object, bool] | None:
     """``(value, other operand, value is on the left)`` for the operand of one of ``kinds`` that has the full shape."""
     left, right = args_of(node)[0], args_of(node)[1]
+    if left is right:
+        return None  # one row times itself would fit as a scale, and be computed twice
     for operand, other, on_left in ((left, right, True), (right, left, False)):
         value = env.value(operand)
         if isinstance(value, kinds) and same_shape(shape(operand), shape(node)):
