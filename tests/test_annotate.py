@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from fx_quant.passes.annotate import Annotation, axis_of, holds_exactly, matrix_base
+from fx_quant.passes.annotate import Annotation
+from fx_quant.passes.matrices import axis_of, holds_exactly, matrix_base
 from fx_quant.passes.values import Affine, Axis, Broadcast, Codes, ColumnSum, Product, Unknown, Value
 from fx_quant.scheme import Numerics
 

@@ -16,7 +16,7 @@ from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError, UnknownNameError
 from fx_quant.passes import pipeline
-from fx_quant.passes.annotate import MATMULS
+from fx_quant.passes.nodes import MATMULS
 from fx_quant.passes.pipeline import Rewriting, report_on, rewrite_graph, to_kernels
 from fx_quant.passes.printer import print_graph
 from fx_quant.passes.verify import VerificationError, verify

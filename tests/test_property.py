@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph
 
-from fx_quant.passes.annotate import MATMULS
+from fx_quant.passes.nodes import MATMULS
 from fx_quant.passes.pipeline import Rewriting, to_kernels
 from fx_quant.scheme import Numerics
 

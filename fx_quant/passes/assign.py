@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.passes.annotate import matrix_base
 from fx_quant.passes.emit import Emitter
+from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.nodes import args_of, aten, is_single
 from fx_quant.passes.values import Codes
 from fx_quant.selection import Selection

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.passes.annotate import axis_of
 from fx_quant.passes.emit import Emitter
+from fx_quant.passes.matrices import axis_of
 from fx_quant.passes.nodes import (
     CASTS,
     EXPANDS,

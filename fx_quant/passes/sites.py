@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.passes.annotate import EPILOGUE_DTYPES, MATMULS, Annotation, matrix_base
-from fx_quant.passes.nodes import dtype, shape, tensor
+from fx_quant.passes.annotate import Annotation
+from fx_quant.passes.matrices import EPILOGUE_DTYPES, matrix_base
+from fx_quant.passes.nodes import MATMULS, dtype, shape, tensor
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Unknown
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch.fx import Node
@@ -134,3 +136,15 @@ class Unknown:
 
 
 Value = Codes | Affine | Broadcast | ColumnSum | Product | Unknown
+
+
+class Environment(Protocol):
+    """What a rule may ask: the values of the nodes before its own."""
+
+    def value(self, node: object) -> Value | None:
+        """What is proven of ``node``; None for plain floating point and for what is not a tensor node."""
+        ...
+
+
+# Maps the values of a node's inputs to the node's value; None leaves it plain.
+Rule = Callable[[Environment, Node], Value | None]
