@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from fx_quant.backend import compile_graph
 from fx_quant.capture import run_captured, run_eagerly
-from fx_quant.compat import copy_graph, replace_contents, static_input_indices
+from fx_quant.compat import copy_graph, replace_contents, second_compile, static_input_indices
 from fx_quant.config import Options
 from fx_quant.errors import ToleranceError
 from fx_quant.passes.pipeline import Rewriting, holds_codes, report_on, to_canonical, to_kernels
-from fx_quant.report import MissReport, SiteReport
+from fx_quant.passes.sites import Site
+from fx_quant.report import MissReport, SiteReport, without_numbers
 from fx_quant.target import detect_target
 
 
@@ -42,7 +43,7 @@ class Error:
 
 @dataclass(frozen=True)
 class SiteCheck:
-    """One site: its error where it stands in the model, and the share of activation codes at an end of their range."""
+    """One site: its error on the source graph's values, and the share of activation codes at an end of their range."""
 
     module: str
     kernel: str
@@ -55,7 +56,8 @@ class SiteCheck:
 class CheckReport:
     """Errors of every site and of the model's outputs; prints as a table.
 
-    A site's error holds what earlier sites brought: one rounding that differs may flip a code of the next quantize.
+    Each site starts from the values of the source graph, so its error is its own. The outputs are those of the whole
+    compiled model against eager, whatever part of the difference is ours.
     """
 
     sites: tuple[SiteCheck, ...]
@@ -90,12 +92,24 @@ class CheckReport:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        rows = [
-            (s.module or "?", s.kernel, s.numerics, *_cells(s.error), f"{100 * s.saturated:.2f}%") for s in self.sites
-        ]
-        rows.append(("model output", "", "", *_cells(self.outputs), ""))
-        headers = ("module", "kernel", "numerics", "max rel err", "SQNR dB", "new NaN", "new Inf", "saturated")
+        """One row a site, with the worst of repeated layers, then the model's outputs."""
+        alike: dict[tuple[str, str, str], list[SiteCheck]] = {}
+        for site in self.sites:
+            alike.setdefault((without_numbers(site.module), site.kernel, site.numerics), []).append(site)
+        rows: list[tuple[object, ...]] = []
+        for (module, kernel, numerics), sites in alike.items():
+            name = sites[0].module if len(sites) == 1 else module
+            worst = _worst([site.error for site in sites])
+            saturated = max(site.saturated for site in sites)
+            rows.append((name or "?", len(sites), kernel, numerics, *_cells(worst), f"{100 * saturated:.2f}%"))
+        rows.append(("model output", "", "", "", *_cells(self.outputs), ""))
+        headers = ("module", "sites", "kernel", "numerics", "max rel err", "SQNR dB", "new NaN", "new Inf", "saturated")
         text = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+        if self.sites:
+            text += (
+                "\n\nEach site on the inputs that eager gives it, the worst of its row; the model output is that of the"
+                "\nwhole compiled model, in which dynamic quantization amplifies the rounding of every op."
+            )
         if self.misses:
             text += f"\n\n{len(self.misses)} quantized matmuls were missed and run as they were; see explain."
         return text
@@ -122,28 +136,38 @@ def error_of(value: Tensor, reference: Tensor) -> Error:
 
 
 @dataclass
-class _Tapped:
-    """One graph whose sites are extra outputs."""
+class _Sites:
+    """The sites of one graph, alone: every kernel's op and what feeds it, cut off where the source graph's nodes begin.
+
+    Args:
+        before: the source graph.
+        alone: takes the values of the source nodes ``inputs``; returns the result of each site.
+        inputs: names of source nodes.
+        roots: names of the source nodes that each site replaces.
+        codes: ``(source node of the activation's codes, lowest, highest code)`` of each site.
+        reports: each site in words.
+    """
 
     before: Graph
+    alone: Graph
+    inputs: list[str]
     roots: list[str]
-    codes: list[tuple[str, float, float] | None]
+    codes: list[tuple[str, float, float]]
     reports: list[SiteReport]
-    outputs: int
 
 
 class _Recorder:
-    """Rewrites each graph with its sites as extra outputs, and compares them with the source graph as it runs."""
+    """Rewrites each graph, and as it runs compares each of its sites with the source graph, on the source's values."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.sites: list[SiteCheck] = []
         self.misses: list[MissReport] = []
-        self._tapped: _Tapped | None = None
+        self._sites: _Sites | None = None
 
     def on_graph(self, graph: Graph) -> None:
-        """Rewrite ``graph`` in place and add each site to its outputs."""
-        self._tapped = None
+        """Rewrite ``graph`` in place."""
+        self._sites = None
         if not holds_codes(graph):
             return
         target = detect_target("cuda" if _on_cuda(graph) else "cpu")
@@ -153,54 +177,86 @@ class _Recorder:
         if not state.selections:
             return
         to_kernels(state)
-        (output,) = state.graph.find_nodes(op="output")
-        outputs = list(output.args[0])
-        output.args = ((*outputs, *state.canonical.values()),)
-        self._tapped = _Tapped(
+        alone, inputs = _cut_out(state)
+        self._sites = _Sites(
             before=state.before,
+            alone=alone,
+            inputs=inputs,
             roots=[site.root.name for site in state.canonical],
-            codes=[_saturation_bounds(state, site) for site in state.canonical],
+            codes=[_saturation_bounds(site) for site in state.canonical],
             reports=list(report.sites),
-            outputs=len(outputs),
         )
         replace_contents(graph, state.graph)
 
     def inner_compile(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        """Compile the tapped graph; each call also runs the source graph op by op and compares."""
-        tapped = self._tapped
-        if tapped is None:
+        """Compile the rewritten graph; each call also runs the source graph op by op, and the sites alone."""
+        sites = self._sites
+        if sites is None:
             return run_eagerly(gm, example_inputs)
-        compiled = compile_graph(gm, example_inputs, **kwargs)
-        before, _ = copy_graph(tapped.before)
+        before, _ = copy_graph(sites.before)
         source = GraphModule(gm, before)
+        alone = GraphModule(gm, sites.alone)
+        fakes = [node.meta["val"] for node in sites.alone.find_nodes(op="placeholder")]
+        with second_compile():
+            compiled_alone = compile_graph(alone, fakes, **{**kwargs, "static_input_idxs": ()})
+        compiled = compile_graph(gm, example_inputs, **kwargs)
 
         def run(inputs: list[Any]) -> Any:
-            interpreter = _Keeper(source, {*tapped.roots, *(c[0] for c in tapped.codes if c)})
+            keeper = _Keeper(source, {*sites.inputs, *sites.roots, *(name for name, *_ in sites.codes)})
             with torch._C.DisableTorchFunction():
-                interpreter.run(*inputs)
-            results = list(compiled(list(inputs)))
-            self._compare(tapped, interpreter.kept, results[tapped.outputs :])
-            return results[: tapped.outputs]
+                keeper.run(*inputs)
+                results = compiled_alone([keeper.kept[name] for name in sites.inputs])
+            self._compare(sites, keeper.kept, results)
+            return compiled(list(inputs))
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    def _compare(self, tapped: _Tapped, kept: dict[str, Tensor], taps: list[Tensor]) -> None:
-        for root, codes, report, tap in zip(tapped.roots, tapped.codes, tapped.reports, taps, strict=True):
-            saturated = 0.0
-            if codes is not None and kept[codes[0]].numel():
-                values = kept[codes[0]].float()
-                saturated = ((values <= codes[1]) | (values >= codes[2])).float().mean().item()
+    def _compare(self, sites: _Sites, kept: dict[str, Tensor], results: Sequence[Tensor]) -> None:
+        for root, (codes, low, high), report, result in zip(
+            sites.roots, sites.codes, sites.reports, results, strict=True
+        ):
+            values = kept[codes].float()
+            saturated = ((values <= low) | (values >= high)).float().mean().item() if values.numel() else 0.0
             self.sites.append(
-                SiteCheck(report.module, report.kernel, report.numerics, error_of(tap, kept[root]), saturated)
+                SiteCheck(report.module, report.kernel, report.numerics, error_of(result, kept[root]), saturated)
             )
+
+
+def _cut_out(state: Rewriting) -> tuple[Graph, list[str]]:
+    """The rewritten sites of ``state`` as a graph of their own, and the source nodes that are its inputs.
+
+    A node of the rewritten graph that is none of ours stands for the source node of the same name.
+    """
+    source = {node.name for node in state.before.nodes}
+    needed: set[Node] = set()
+    waiting = list(state.canonical.values())
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += () if node.name in source else node.all_input_nodes
+    # Inductor reads the sizes of a dynamic graph off its symbolic inputs.
+    needed.update(n for n in state.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt))
+
+    graph, copied, inputs = Graph(state.graph.owning_module), {}, []
+    for node in state.graph.nodes:
+        if node in needed and node.name in source:
+            copied[node] = graph.placeholder(node.name)
+            copied[node].meta = dict(node.meta)
+            inputs.append(node.name)
+    for node in state.graph.nodes:
+        if node in needed and node.name not in source:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(tuple(copied[node] for node in state.canonical.values()))
+    return graph, inputs
 
 
 def _on_cuda(graph: Graph) -> bool:
     return any(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_cuda for n in graph.nodes)
 
 
-def _saturation_bounds(state: Rewriting, site: Any) -> tuple[str, float, float] | None:
+def _saturation_bounds(site: Site) -> tuple[str, float, float]:
     """``(node of the codes, lowest, highest code)`` of the site's activation."""
     codes = site.product.a.node
     dtype = site.problem.scheme.activation.dtype
@@ -248,22 +304,25 @@ def check(
     output, _ = run_captured(
         model, args, kwargs, on_graph=recorder.on_graph, inner_compile=recorder.inner_compile, dynamic=dynamic
     )
-    return CheckReport(tuple(recorder.sites), tuple(recorder.misses), _worst(output, reference))
+    return CheckReport(tuple(recorder.sites), tuple(recorder.misses), _output_error(output, reference))
 
 
-def _worst(output: Any, reference: Any) -> Error:
-    leaves = [
-        error_of(x, r)
-        for x, r in zip(
-            torch.utils._pytree.tree_leaves(output), torch.utils._pytree.tree_leaves(reference), strict=True
-        )
-        if isinstance(x, Tensor) and x.is_floating_point()
-    ]
-    if not leaves:
-        return Error(0.0, math.inf, 0, 0)
+def _output_error(output: Any, reference: Any) -> Error:
+    """The worst error of any floating-point tensor in a model's output."""
+    leaves, references = torch.utils._pytree.tree_leaves(output), torch.utils._pytree.tree_leaves(reference)
+    return _worst(
+        [
+            error_of(x, r)
+            for x, r in zip(leaves, references, strict=True)
+            if isinstance(x, Tensor) and x.is_floating_point()
+        ]
+    )
+
+
+def _worst(errors: Sequence[Error]) -> Error:
     return Error(
-        max(e.max_rel_err for e in leaves),
-        min(e.sqnr_db for e in leaves),
-        sum(e.new_nan for e in leaves),
-        sum(e.new_inf for e in leaves),
+        max((e.max_rel_err for e in errors), default=0.0),
+        min((e.sqnr_db for e in errors), default=math.inf),
+        sum(e.new_nan for e in errors),
+        sum(e.new_inf for e in errors),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +44,20 @@ def static_input_indices() -> frozenset[int] | None:
     if context is None or context.fw_metadata is None:
         return None
     return frozenset(context.fw_metadata.static_input_indices or ())
+
+
+@contextlib.contextmanager
+def second_compile() -> Iterator[None]:
+    """Compile another graph within an AOT compile, without reporting its output strides as those of the first."""
+    context = torch._guards.TracingContext.try_get()
+    strides = None if context is None else context.output_strides
+    if context is not None:
+        context.output_strides = None
+    try:
+        yield
+    finally:
+        if context is not None:
+            context.output_strides = strides
 
 
 _MATMULS = ("mm", "addmm", "bmm")

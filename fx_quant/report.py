@@ -113,7 +113,7 @@ class Report:
         for s in self.sites:
             name = s.module or s.source or "?"
             facts = (s.scheme, s.m, s.n, s.k, s.kernel, s.padding, s.numerics)
-            alike.setdefault((_without_numbers(name) if s.module else name, *facts), []).append(name)
+            alike.setdefault((without_numbers(name) if s.module else name, *facts), []).append(name)
         rows = [(names[0] if len(names) == 1 else name, len(names), *facts) for (name, *facts), names in alike.items()]
         headers = ("module", "sites", "scheme", "m", "n", "k", "kernel", "padding", "numerics")
         return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
@@ -141,7 +141,7 @@ class Report:
         """One line a miss; those of repeated layers share one."""
         alike: dict[tuple[str, str, str, str], list[MissReport]] = {}
         for miss in self.misses:
-            key = (_without_numbers(miss.module), miss.source, miss.op, miss.reason)
+            key = (without_numbers(miss.module), miss.source, miss.op, miss.reason)
             alike.setdefault(key, []).append(miss)
         lines = ["missed:"]
         for (module, source, op, reason), misses in alike.items():
@@ -154,6 +154,6 @@ class Report:
         return "\n".join(lines)
 
 
-def _without_numbers(module: str) -> str:
+def without_numbers(module: str) -> str:
     """``encoder.layer.3.query`` -> ``encoder.layer.*.query``."""
     return ".".join("*" if part.isdigit() else part for part in module.split("."))

@@ -11,7 +11,7 @@ import torch
 
 import fx_quant
 from fx_quant.__main__ import main
-from fx_quant.checker import error_of
+from fx_quant.checker import CheckReport, Error, SiteCheck, error_of
 from fx_quant.errors import NoKernelError, ToleranceError, UnknownNameError
 from fx_quant.report import MissReport, Report
 
@@ -191,6 +191,26 @@ def test_check_compares_each_site_with_the_source_graph():
     assert report.raise_if(max_rel_err=2e-2) is report
     assert "model output" in str(report)
     assert json.loads(report.to_json())["sites"][0]["module"] == "first"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_check_takes_each_site_on_its_own_inputs(dynamic):
+    """An inexact site before does not show in the error of an exact one."""
+    layers = [models.POSITIVE[name].build(torch.float32, True) for name in ("fp8_scaled_mm_row", "int8_int_mm")]
+    model = torch.nn.Sequential(layers[0], torch.nn.Linear(models.N, models.K), torch.nn.GELU(), layers[1])
+    report = fx_quant.check(model, models.inputs(torch.float32), dynamic=dynamic)
+    first, second = report.sites
+    assert first.numerics == "same_accum"
+    assert 0 < first.error.max_rel_err < 1e-5
+    assert second.numerics == "exact"
+    assert second.error.max_rel_err == 0
+
+
+def test_check_prints_the_worst_of_repeated_layers():
+    errors = [Error(1e-7, 140.0, 0, 0), Error(1e-3, 60.0, 1, 0)]
+    sites = tuple(SiteCheck(f"layers.{i}.proj", "kernel", "exact", e, i / 2) for i, e in enumerate(errors))
+    (row,) = [line for line in str(CheckReport(sites, (), errors[0])).splitlines() if line.startswith("layers")]
+    assert row.split() == ["layers.*.proj", "2", "kernel", "exact", "1.00e-03", "60.0", "1", "0", "50.00%"]
 
 
 def test_check_raises_for_the_worst_site():
