@@ -158,6 +158,22 @@ class TwoDeep(torch.nn.Module):
         return [layer(x) for layer in self.layers]
 
 
+class AnyName(torch.nn.Module):
+    """Its forward does not call itself ``self``."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = models.POSITIVE["int8_int_mm"].build(torch.float32, True)
+
+    def forward(this, x):
+        return this.proj(x)
+
+
+def test_module_path_does_not_hold_the_name_of_self():
+    (site,) = fx_quant.explain(AnyName(), models.inputs(torch.float32)).sites
+    assert site.module == "proj"
+
+
 def test_sites_of_repeated_layers_share_a_row():
     model = TwoDeep(lambda: models.POSITIVE["int8_int_mm"].build(torch.float32, True))
     report = fx_quant.explain(model, models.inputs(torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -148,8 +149,7 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    for root in ("L['self']", "L['fn']", "L['mod']"):
-        path = path.removeprefix(root)
+    path = re.sub(r"^L\['\w+'\]", "", path)  # the root, by the name of the variable that Dynamo found it in
     path = path.replace("._modules['", ".").replace("']", "").replace("['", ".").replace("[", ".").replace("]", "")
     return path.strip(".")
 
