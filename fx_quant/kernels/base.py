@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -14,6 +14,7 @@ import torch
 from packaging.version import Version
 
 from fx_quant.errors import FxQuantError, unknown_name
+from fx_quant.ops import check_scaled_mm
 from fx_quant.problem import Problem
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, dtype_name
 from fx_quant.target import Target
@@ -212,3 +213,13 @@ def _load_providers() -> None:
 
 INT8_PAIRS = frozenset({(torch.int8, torch.int8)})
 FLOAT8_PAIRS = frozenset((a, b) for a in FLOAT8_DTYPES for b in FLOAT8_DTYPES)
+
+
+def fake_kernel(name: str) -> Callable[..., torch.Tensor]:
+    """The fake function of a kernel op: ``[m, n]`` of ``out_dtype``."""
+
+    def fake(a, b, a_scale, b_scale, bias, n, out_dtype):
+        check_scaled_mm(a.shape[0], a.dtype, n, a_scale, b_scale, bias, out_dtype, name)
+        return a.new_empty((a.shape[0], n), dtype=out_dtype)
+
+    return fake

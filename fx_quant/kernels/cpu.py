@@ -11,9 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.base import FLOAT8_PAIRS, INT8_PAIRS, KERNEL_SCHEMA, Kernel, Requires, register_kernel
+from fx_quant.kernels.base import (
+    FLOAT8_PAIRS,
+    INT8_PAIRS,
+    KERNEL_SCHEMA,
+    Kernel,
+    Requires,
+    fake_kernel,
+    register_kernel,
+)
 from fx_quant.kernels.packing import packed_layout
-from fx_quant.kernels.pytorch import fake_kernel
 from fx_quant.ops import MATMUL_TAGS, accumulate, dequantize, register
 from fx_quant.scheme import Numerics
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from fx_quant.kernels.base import (
     KERNEL_SCHEMA,
     Kernel,
     Requires,
+    fake_kernel,
     register_kernel,
 )
-from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
+from fx_quant.ops import MATMUL_TAGS, dequantize, register
 from fx_quant.scheme import Granularity, Numerics
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
@@ -33,16 +35,6 @@ _TENSOR, _TOKEN, _CHANNEL = (
     Granularity.PER_CHANNEL,
 )
 _ANY_GRANULARITY = frozenset(itertools.product((_TENSOR, _TOKEN), (_TENSOR, _CHANNEL)))
-
-
-def fake_kernel(name: str):
-    """The fake function of a kernel op: ``[m, n]`` of ``out_dtype``."""
-
-    def fake(a, b, a_scale, b_scale, bias, n, out_dtype):
-        check_scaled_mm(a.shape[0], a.dtype, n, a_scale, b_scale, bias, out_dtype, name)
-        return a.new_empty((a.shape[0], n), dtype=out_dtype)
-
-    return fake
 
 
 CUDA_INT_MM_ROWS = 17  # cuBLASLt's int8 matmul asserts more than 16 rows
@@ -124,108 +116,55 @@ register_kernel(
     ),
     priority=10,
 )
-register_kernel(
-    Kernel(
-        name="pytorch_scaled_mm",
-        provider="pytorch",
-        op="pytorch_scaled_mm",
-        requires=Requires(
-            platforms=frozenset({"cuda"}),
-            min_capability=89,
-            codes=_E4M3 | _MIXED_E5M2,
-            granularities=frozenset({(_TENSOR, _TENSOR)}),
-            out_dtypes=_HALF,
-            bias_dtypes=_HALF,
-            bias_as_out=True,
-            align=16,
+# ROCm computes the same with its own codes; PyTorch brings a CUTLASS kernel where cuBLASLt does not scale rows.
+for _platform, _suffix, _capability, _same, _mixed, _library, _row_library in (
+    ("cuda", "", 89, _E4M3, _MIXED_E5M2, "cuBLASLt", "cuBLASLt or CUTLASS"),
+    ("rocm", "_rocm", None, _FNUZ, frozenset(), "hipBLASLt", "hipBLASLt"),
+):
+    _target = Requires(platforms=frozenset({_platform}), min_capability=_capability, align=16)
+    register_kernel(
+        Kernel(
+            name=f"pytorch_scaled_mm{_suffix}",
+            provider="pytorch",
+            op="pytorch_scaled_mm",
+            requires=replace(
+                _target,
+                codes=_same | _mixed,
+                granularities=frozenset({(_TENSOR, _TENSOR)}),
+                out_dtypes=_HALF,
+                bias_dtypes=_HALF,
+                bias_as_out=True,
+            ),
+            numerics=Numerics.SAME_ACCUM,
+            note=f"torch._scaled_mm, tensor-wise scales, through {_library}",
         ),
-        numerics=Numerics.SAME_ACCUM,
-        note="torch._scaled_mm, tensor-wise scales, through cuBLASLt",
-    ),
-    priority=20,
-)
-register_kernel(
-    Kernel(
-        name="pytorch_scaled_mm_rowwise",
-        provider="pytorch",
-        op="pytorch_scaled_mm",
-        requires=Requires(
-            platforms=frozenset({"cuda"}),
-            min_capability=89,
-            codes=_E4M3,
-            granularities=_ANY_GRANULARITY - {(_TENSOR, _TENSOR)},
-            out_dtypes=frozenset({torch.bfloat16}),
-            bias_dtypes=frozenset({torch.bfloat16}),
-            align=16,
+        priority=20,
+    )
+    register_kernel(
+        Kernel(
+            name=f"pytorch_scaled_mm_rowwise{_suffix}",
+            provider="pytorch",
+            op="pytorch_scaled_mm",
+            requires=replace(
+                _target,
+                codes=_same,
+                granularities=_ANY_GRANULARITY - {(_TENSOR, _TENSOR)},
+                out_dtypes=frozenset({torch.bfloat16}),
+                bias_dtypes=frozenset({torch.bfloat16}),
+            ),
+            numerics=Numerics.SAME_ACCUM,
+            note=f"torch._scaled_mm, row-wise scales, through {_row_library}",
         ),
-        numerics=Numerics.SAME_ACCUM,
-        # cuBLASLt scales rows on sm90 from CUDA 12.9 on; elsewhere PyTorch brings a CUTLASS kernel.
-        note="torch._scaled_mm, row-wise scales, through cuBLASLt or CUTLASS",
-    ),
-    priority=20,
-)
-register_kernel(
-    Kernel(
-        name="pytorch_scaled_mm_rocm",
-        provider="pytorch",
-        op="pytorch_scaled_mm",
-        requires=Requires(
-            platforms=frozenset({"rocm"}),
-            codes=_FNUZ,
-            granularities=frozenset({(_TENSOR, _TENSOR)}),
-            out_dtypes=_HALF,
-            bias_dtypes=_HALF,
-            bias_as_out=True,
-            align=16,
+        priority=20,
+    )
+    register_kernel(
+        Kernel(
+            name=f"pytorch_channelwise{_suffix}",
+            provider="pytorch",
+            op="pytorch_channelwise",
+            requires=replace(_target, codes=_same | _mixed, out_dtypes=_FLOATS),
+            numerics=Numerics.SAME_ACCUM,
+            note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
         ),
-        numerics=Numerics.SAME_ACCUM,
-        note="torch._scaled_mm, tensor-wise scales, through hipBLASLt",
-    ),
-    priority=20,
-)
-register_kernel(
-    Kernel(
-        name="pytorch_scaled_mm_rowwise_rocm",
-        provider="pytorch",
-        op="pytorch_scaled_mm",
-        requires=Requires(
-            platforms=frozenset({"rocm"}),
-            codes=_FNUZ,
-            granularities=_ANY_GRANULARITY - {(_TENSOR, _TENSOR)},
-            out_dtypes=frozenset({torch.bfloat16}),
-            bias_dtypes=frozenset({torch.bfloat16}),
-            align=16,
-        ),
-        numerics=Numerics.SAME_ACCUM,
-        note="torch._scaled_mm, row-wise scales, through hipBLASLt",
-    ),
-    priority=20,
-)
-register_kernel(
-    Kernel(
-        name="pytorch_channelwise",
-        provider="pytorch",
-        op="pytorch_channelwise",
-        requires=Requires(
-            platforms=frozenset({"cuda"}),
-            min_capability=89,
-            codes=_E4M3 | _MIXED_E5M2,
-            out_dtypes=_FLOATS,
-            align=16,
-        ),
-        numerics=Numerics.SAME_ACCUM,
-        note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
-    ),
-    priority=10,
-)
-register_kernel(
-    Kernel(
-        name="pytorch_channelwise_rocm",
-        provider="pytorch",
-        op="pytorch_channelwise",
-        requires=Requires(platforms=frozenset({"rocm"}), codes=_FNUZ, out_dtypes=_FLOATS, align=16),
-        numerics=Numerics.SAME_ACCUM,
-        note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
-    ),
-    priority=10,
-)
+        priority=10,
+    )
