@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,9 @@ FLOAT8_DTYPES: frozenset[torch.dtype] = frozenset(
 )
 INT8_DTYPES: frozenset[torch.dtype] = frozenset({torch.int8, torch.uint8})
 CODE_DTYPES: frozenset[torch.dtype] = FLOAT8_DTYPES | INT8_DTYPES
+# pyrefly: ignore [missing-attribute]
+INT4_DTYPES: frozenset[torch.dtype] = frozenset({torch.int4, torch.uint4})
+FLOAT_DTYPES: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -24,20 +28,51 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class Granularity(Enum):
+@dataclass(frozen=True)
+class Granularity:
     """Over what one scale is shared.
 
-    ``PER_TOKEN`` is one scale for each row of the activation ``a[m, k]``; ``PER_CHANNEL`` one for each
-    output column of ``b[k, n]`` (a row of the weight ``[n, k]``); ``UNSCALED`` no scale inside the GEMM at all.
+    ``PER_TOKEN`` is one scale for each row of the activation ``a[m, k]``; ``PER_CHANNEL`` one for each output column of
+    ``b[k, n]`` (a row of the weight ``[n, k]``); ``per_group(g)`` one for each ``g`` neighbours along k of a row, and
+    ``per_block(r, c)`` one for each ``r`` rows x ``c`` neighbours along k of the weight. ``UNSCALED`` is no scale.
+
+    Args:
+        kind: one of the names above, in lower case.
+        size: ``(g,)`` or ``(r, c)``; empty for the other kinds, and for "of any size" in a requirement.
     """
 
-    PER_TENSOR = "per_tensor"
-    PER_TOKEN = "per_token"
-    PER_CHANNEL = "per_channel"
-    UNSCALED = "unscaled"
+    kind: str
+    size: tuple[int, ...] = ()
+
+    PER_TENSOR: ClassVar[Granularity]
+    PER_TOKEN: ClassVar[Granularity]
+    PER_CHANNEL: ClassVar[Granularity]
+    UNSCALED: ClassVar[Granularity]
+    ANY_GROUP: ClassVar[Granularity]
+
+    @classmethod
+    def per_group(cls, size: int) -> Granularity:
+        """One scale for each ``size`` neighbours along k."""
+        return cls("per_group", (size,))
+
+    @classmethod
+    def per_block(cls, rows: int, columns: int) -> Granularity:
+        """One scale for each ``rows`` x ``columns`` of the weight ``[n, k]``."""
+        return cls("per_block", (rows, columns))
+
+    def covers(self, other: Granularity) -> bool:
+        """Whether a requirement of this granularity is met by ``other``: equal, or of any size of the same kind."""
+        return self.kind == other.kind and self.size in ((), other.size)
 
     def __str__(self) -> str:
-        return self.value
+        return f"{self.kind}({', '.join(map(str, self.size))})" if self.size else self.kind
+
+
+Granularity.PER_TENSOR = Granularity("per_tensor")
+Granularity.PER_TOKEN = Granularity("per_token")
+Granularity.PER_CHANNEL = Granularity("per_channel")
+Granularity.UNSCALED = Granularity("unscaled")
+Granularity.ANY_GROUP = Granularity("per_group")
 
 
 class Numerics(IntEnum):
@@ -61,17 +96,27 @@ class OperandSpec:
     """How one operand of a GEMM is quantized.
 
     Args:
-        dtype: the dtype of the codes.
+        dtype: the dtype of the codes, ``torch.int4`` or ``torch.uint4`` for packed ones; a plain float dtype for an
+            operand that is not quantized.
         granularity: over what a scale is shared.
         dynamic: the scale is computed from the tensor at run time (activations only).
+        symmetric: the codes stand for ``codes * scale``, without a zero point.
     """
 
     dtype: torch.dtype
-    granularity: Granularity
+    granularity: Granularity = Granularity.UNSCALED
     dynamic: bool = False
+    symmetric: bool = True
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the operand is codes, rather than plain floating point."""
+        return self.dtype not in FLOAT_DTYPES
 
     def __str__(self) -> str:
-        return f"{dtype_name(self.dtype)} {self.granularity}"
+        if not self.quantized:
+            return dtype_name(self.dtype)
+        return f"{dtype_name(self.dtype)} {self.granularity}{'' if self.symmetric else ' asymmetric'}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +126,11 @@ class Scheme:
     activation: OperandSpec
     weight: OperandSpec
 
+    @property
+    def weight_only(self) -> bool:
+        """Whether only the weight is quantized."""
+        return not self.activation.quantized
+
     def __str__(self) -> str:
-        when = "dynamic" if self.activation.dynamic else "static"
-        return f"{self.activation} ({when}) x {self.weight}"
+        when = "" if self.weight_only else " (dynamic)" if self.activation.dynamic else " (static)"
+        return f"{self.activation}{when} x {self.weight}"

@@ -90,8 +90,10 @@ class Requires:
             reasons.append(f"has no {dtype_name(activation.dtype)} x {dtype_name(weight.dtype)} matmul")
         pair = (activation.granularity, weight.granularity)
         # A missing scale is the scalar 1, so a kernel with per-tensor scales can take it.
-        as_scaled = tuple(Granularity.PER_TENSOR if g is Granularity.UNSCALED else g for g in pair)
-        if self.granularities and as_scaled not in self.granularities:
+        as_scaled = [Granularity.PER_TENSOR if g == Granularity.UNSCALED else g for g in pair]
+        if self.granularities and not any(
+            mine_a.covers(as_scaled[0]) and mine_b.covers(as_scaled[1]) for mine_a, mine_b in self.granularities
+        ):
             reasons.append(f"has no {pair[0]} x {pair[1]} scales")
         if self.out_dtypes and problem.out_dtype not in self.out_dtypes:
             reasons.append(
