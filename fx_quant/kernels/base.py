@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Requires:
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
         m: smallest number of rows it accepts.
         max_k: largest ``k`` it accepts.
+        asymmetric: operands (``"activation"``, ``"weight"``) that may have a zero point.
         constant_weight: the weight must be a parameter or constant, because it is packed once.
     """
 
@@ -58,6 +60,7 @@ class Requires:
     paddable: bool = True
     m: int = 0
     max_k: int | None = None
+    asymmetric: frozenset[str] = frozenset()
     constant_weight: bool = False
 
     def unmet_by_target(self, target: Target) -> list[str]:
@@ -95,6 +98,11 @@ class Requires:
             mine_a.covers(as_scaled[0]) and mine_b.covers(as_scaled[1]) for mine_a, mine_b in self.granularities
         ):
             reasons.append(f"has no {pair[0]} x {pair[1]} scales")
+        reasons += [
+            f"has no zero point of the {name}"
+            for name, operand in (("activation", activation), ("weight", weight))
+            if not operand.symmetric and name not in self.asymmetric
+        ]
         if self.out_dtypes and problem.out_dtype not in self.out_dtypes:
             reasons.append(
                 f"returns {_one_of(map(dtype_name, self.out_dtypes))}, asked for {dtype_name(problem.out_dtype)}"
@@ -132,10 +140,13 @@ class Kernel:
 
     Every kernel op has the same signature::
 
-        op(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype) -> Tensor
+        op(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype, *,
+           Tensor? a_zero_point=None, Tensor? b_sum=None, Tensor? b_zero_point=None, int[]? block=None) -> Tensor
 
-    ``a`` is ``[m, k]`` codes (cast to ``a_dtype`` first when that is set), ``b`` the weight in ``layout`` or as
-    ``[k, n]`` codes when ``layout`` is None; scales, bias and result are those of ``fx_quant::scaled_mm``.
+    ``a`` is ``[m, k]`` codes (cast to ``a_dtype`` first when that is set) or, for a weight-only kernel, the float
+    activation; ``b`` the weight in ``layout``, or as ``[k, n]`` codes when ``layout`` is None. ``b_sum [n]`` is given
+    with ``a_zero_point``: the sum of ``b``'s codes over k. The rest is as in ``fx_quant::scaled_mm``, and in
+    ``fx_quant::weight_only_mm`` where ``a`` is float.
 
     Args:
         name: unique; ``<provider>_<what>``.
@@ -163,7 +174,8 @@ class Kernel:
 
 
 KERNEL_SCHEMA = (
-    "(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype) -> Tensor"
+    "(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype, *, "
+    "Tensor? a_zero_point=None, Tensor? b_sum=None, Tensor? b_zero_point=None, SymInt[]? block=None) -> Tensor"
 )
 
 _KERNELS: dict[str, Kernel] = {}
@@ -214,14 +226,35 @@ def _load_providers() -> None:
 
 
 INT8_PAIRS = frozenset({(torch.int8, torch.int8)})
+ACTIVATION = frozenset({"activation"})
+# Scales that leave the sum: one or one a row of the activation, one or one a column of the result.
+ROW_SCALES = frozenset(
+    itertools.product(
+        (Granularity.PER_TENSOR, Granularity.PER_TOKEN), (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)
+    )
+)
 FLOAT8_PAIRS = frozenset((a, b) for a in FLOAT8_DTYPES for b in FLOAT8_DTYPES)
 
 
 def fake_kernel(name: str) -> Callable[..., torch.Tensor]:
     """The fake function of a kernel op: ``[m, n]`` of ``out_dtype``."""
 
-    def fake(a, b, a_scale, b_scale, bias, n, out_dtype):
-        check_scaled_mm(a.shape[0], a.dtype, n, a_scale, b_scale, bias, out_dtype, name)
+    def fake(
+        a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
+    ):
+        check_scaled_mm(
+            a.shape[0],
+            a.dtype,
+            a.shape[1],
+            n,
+            a_scale,
+            b_scale,
+            bias,
+            out_dtype,
+            name,
+            a_zero_point=a_zero_point,
+            block=block,
+        )
         return a.new_empty((a.shape[0], n), dtype=out_dtype)
 
     return fake

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from fx_quant.kernels.base import (
+    ACTIVATION,
     FLOAT8_PAIRS,
     INT8_PAIRS,
     KERNEL_SCHEMA,
+    ROW_SCALES,
     Kernel,
     Requires,
     fake_kernel,
     register_kernel,
 )
 from fx_quant.kernels.packing import packed_layout
-from fx_quant.ops import MATMUL_TAGS, accumulate, dequantize, register
+from fx_quant.ops import MATMUL_TAGS, accumulate, correct, dequantize, register
 from fx_quant.scheme import Numerics
 
 _CPU = frozenset({"cpu"})
@@ -31,9 +33,9 @@ _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 def _body(layout: str, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
     """Unpack ``b``, sum the products, and apply the canonical epilogue."""
 
-    def body(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
+    def body(a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, **_) -> Tensor:
         weight = packed_layout(layout).unpack(b, n, a.shape[1])
-        acc = sum_of_products(a, weight.t())
+        acc = correct(sum_of_products(a, weight.t()), a_zero_point, b_sum)
         return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
 
     return body
@@ -59,6 +61,8 @@ register_kernel(
             platforms=_CPU,
             features=frozenset({"avx512", "avx512_vnni"}),
             codes=INT8_PAIRS,
+            granularities=ROW_SCALES,
+            asymmetric=ACTIVATION,
             out_dtypes=_FLOATS | {torch.int32},
             # 128 * 128 * k must be below 2**31.
             max_k=131071,
@@ -79,6 +83,7 @@ register_kernel(
             platforms=_CPU,
             features=frozenset({"avx512", "avx512_bf16"}),
             codes=FLOAT8_PAIRS,
+            granularities=ROW_SCALES,
             out_dtypes=_FLOATS,
             constant_weight=True,
         ),
@@ -94,7 +99,9 @@ register_kernel(
         name="cpu_float8_float32",
         provider="cpu",
         op="cpu_float8_float32",
-        requires=Requires(platforms=_CPU, codes=FLOAT8_PAIRS, out_dtypes=_FLOATS, constant_weight=True),
+        requires=Requires(
+            platforms=_CPU, codes=FLOAT8_PAIRS, granularities=ROW_SCALES, out_dtypes=_FLOATS, constant_weight=True
+        ),
         numerics=Numerics.SAME_ACCUM,
         note="float8 codes widened to float32, float matmul, epilogue fused by Inductor",
         layout="float32",

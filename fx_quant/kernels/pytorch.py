@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fx_quant.kernels.base import (
+    ACTIVATION,
     INT8_PAIRS,
     KERNEL_SCHEMA,
+    ROW_SCALES,
     Kernel,
     Requires,
     fake_kernel,
     register_kernel,
 )
-from fx_quant.ops import MATMUL_TAGS, dequantize, register
+from fx_quant.ops import MATMUL_TAGS, correct, dequantize, register
 from fx_quant.scheme import Granularity, Numerics
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
@@ -29,25 +30,20 @@ _MIXED_E5M2 = frozenset(
         (torch.float8_e4m3fn, torch.float8_e5m2),
     }
 )
-_TENSOR, _TOKEN, _CHANNEL = (
-    Granularity.PER_TENSOR,
-    Granularity.PER_TOKEN,
-    Granularity.PER_CHANNEL,
-)
-_ANY_GRANULARITY = frozenset(itertools.product((_TENSOR, _TOKEN), (_TENSOR, _CHANNEL)))
+_TENSOR = Granularity.PER_TENSOR
 
 
 CUDA_INT_MM_ROWS = 17  # cuBLASLt's int8 matmul asserts more than 16 rows
 
 
-def _int_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
+def _int_mm(a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, **_) -> Tensor:
     """``torch._int_mm`` and the canonical epilogue; on CUDA short inputs get zero rows that are cut off after it."""
     missing = CUDA_INT_MM_ROWS - a.shape[0] if a.is_cuda else 0
     if missing > 0:
         acc = torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, missing)), b)[: a.shape[0]]
     else:
         acc = torch._int_mm(a, b)
-    return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
+    return dequantize(correct(acc, a_zero_point, b_sum), a_scale, b_scale, bias, out_dtype).contiguous()
 
 
 def column_major(b: Tensor) -> Tensor:
@@ -67,14 +63,14 @@ def scale_operands(a_scale: Tensor | None, b_scale: Tensor | None, m, n: int, li
     return a_rows, b_scale.reshape(1, -1).expand(1, n).contiguous()
 
 
-def _scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
+def _scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
     """``torch._scaled_mm`` with its own scales and bias."""
     scale_a, scale_b = scale_operands(a_scale, b_scale, a.shape[0], n, a)
     a, b = a.contiguous(), column_major(b)
     return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=out_dtype)
 
 
-def _channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> Tensor:
+def _channelwise(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
     """``torch._scaled_mm`` with unit scales to float32, then the canonical epilogue."""
     one = torch.ones((), dtype=torch.float32, device=a.device)
     acc = torch._scaled_mm(a.contiguous(), column_major(b), scale_a=one, scale_b=one, out_dtype=torch.float32)
@@ -93,7 +89,9 @@ register_kernel(
         name="pytorch_int_mm",
         provider="pytorch",
         op="pytorch_int_mm",
-        requires=Requires(platforms=frozenset({"cpu"}), codes=INT8_PAIRS),
+        requires=Requires(
+            platforms=frozenset({"cpu"}), codes=INT8_PAIRS, granularities=ROW_SCALES, asymmetric=ACTIVATION
+        ),
         numerics=Numerics.EXACT,
         note="torch._int_mm, epilogue fused by Inductor",
     ),
@@ -109,6 +107,8 @@ register_kernel(
             platforms=frozenset({"cuda"}),
             min_capability=80,
             codes=INT8_PAIRS,
+            granularities=ROW_SCALES,
+            asymmetric=ACTIVATION,
             align=8,
         ),
         numerics=Numerics.EXACT,
@@ -148,7 +148,7 @@ for _platform, _suffix, _capability, _same, _mixed, _library, _row_library in (
             requires=replace(
                 _target,
                 codes=_same,
-                granularities=_ANY_GRANULARITY - {(_TENSOR, _TENSOR)},
+                granularities=ROW_SCALES - {(_TENSOR, _TENSOR)},
                 out_dtypes=frozenset({torch.bfloat16}),
                 bias_dtypes=frozenset({torch.bfloat16}),
             ),
@@ -162,7 +162,7 @@ for _platform, _suffix, _capability, _same, _mixed, _library, _row_library in (
             name=f"pytorch_channelwise{_suffix}",
             provider="pytorch",
             op="pytorch_channelwise",
-            requires=replace(_target, codes=_same | _mixed, out_dtypes=_FLOATS),
+            requires=replace(_target, codes=_same | _mixed, granularities=ROW_SCALES, out_dtypes=_FLOATS),
             numerics=Numerics.SAME_ACCUM,
             note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
         ),

@@ -49,6 +49,14 @@ def _dequantize(
     return y
 
 
+def _correct(acc: TensorBox, a_zero_point: TensorBox | None = None, b_sum: TensorBox | None = None, **_) -> TensorBox:
+    """``fx_quant.ops.correct``: the accumulator without what the activation's zero point added."""
+    if a_zero_point is None or b_sum is None:
+        return acc
+    mul, sub = lowerings[aten.mul.Tensor], lowerings[aten.sub.Tensor]
+    return sub(acc, mul(a_zero_point, b_sum))
+
+
 def _extern(op: torch._ops.OpOverload) -> Callable:
     return fallback_handler(op, add_to_fallback_set=False)
 
@@ -57,11 +65,12 @@ def _extern(op: torch._ops.OpOverload) -> Callable:
 
 
 @register_lowering(fxq.cpu_int8_vnni.default, type_promotion_kind=None)
-def cpu_int8_vnni(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
+def cpu_int8_vnni(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point) -> TensorBox:
     """Our vpdpbusd tiles, epilogue fused."""
     if not can_render(INT8_VNNI, a, n):
-        return _extern(fxq.cpu_int8_vnni.default)(a, b, a_scale, b_scale, bias, n, out_dtype)
-    return _dequantize(tile_matmul(INT8_VNNI, a, b, n), a_scale, b_scale, bias, out_dtype)
+        return _extern(fxq.cpu_int8_vnni.default)(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point)
+    acc = _correct(tile_matmul(INT8_VNNI, a, b, n), **zero_point)
+    return _dequantize(acc, a_scale, b_scale, bias, out_dtype)
 
 
 @register_lowering(fxq.cpu_float8_bf16.default, type_promotion_kind=None)
@@ -82,12 +91,13 @@ def cpu_float8_float32(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
 
 
 @register_lowering(fxq.pytorch_int_mm.default, type_promotion_kind=None)
-def pytorch_int_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
+def pytorch_int_mm(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point) -> TensorBox:
     """``torch._int_mm``, epilogue fused by Inductor; the op's own body, which pads, where CUDA may get too few rows."""
     enough = V.graph.sizevars.statically_known_geq(a.get_size()[0], CUDA_INT_MM_ROWS)
     if a.get_device_or_error().type != "cpu" and not enough:
-        return _extern(fxq.pytorch_int_mm.default)(a, b, a_scale, b_scale, bias, n, out_dtype)
-    return _dequantize(lowerings[aten._int_mm.default](a, b), a_scale, b_scale, bias, out_dtype)
+        return _extern(fxq.pytorch_int_mm.default)(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point)
+    acc = _correct(lowerings[aten._int_mm.default](a, b), **zero_point)
+    return _dequantize(acc, a_scale, b_scale, bias, out_dtype)
 
 
 def _one(like: TensorBox) -> TensorBox:
@@ -129,11 +139,13 @@ def pytorch_channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox
 
 
 @register_lowering(fxq.scaled_mm.default, type_promotion_kind=None)
-def scaled_mm(a, b, a_scale, b_scale, bias, out_dtype) -> TensorBox:
+def scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None) -> TensorBox:
     """``torch._int_mm`` and the epilogue for int8 on CPU, which takes every shape; the op's own body elsewhere."""
-    if a.get_device().type == "cpu" and a.get_dtype() == b.get_dtype() == torch.int8:
+    plain = a_zero_point is None and block is None
+    if plain and a.get_device().type == "cpu" and a.get_dtype() == b.get_dtype() == torch.int8:
         return pytorch_int_mm(a, b, a_scale, b_scale, bias, b.get_size()[1], out_dtype)
-    return _extern(fxq.scaled_mm.default)(a, b, a_scale, b_scale, bias, out_dtype)
+    extras = {"a_zero_point": a_zero_point, "block": block}
+    return _extern(fxq.scaled_mm.default)(a, b, a_scale, b_scale, bias, out_dtype, **extras)
 
 
 @register_lowering(fxq.quantized_linear.default, type_promotion_kind=None)

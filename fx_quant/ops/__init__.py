@@ -1,0 +1,43 @@
+"""The canonical ops: schema, plain-PyTorch body (reference and test oracle) and fake function in one place.
+
+A canonical op states mathematics and names no provider. Bodies are registered as CompositeExplicitAutograd: the op
+stays opaque to AOTAutograd, runs eagerly on every device, and Inductor may still lower it.
+"""
+
+from __future__ import annotations
+
+from fx_quant.ops.library import LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
+from fx_quant.ops.quantize import choose_scale, quantize, quantize_dynamic
+from fx_quant.ops.quantized_linear import quantized_linear
+from fx_quant.ops.scaled_mm import (
+    accumulate,
+    accumulate_blocks,
+    check_scaled_mm,
+    column_sums,
+    correct,
+    dequantize,
+    scaled_mm,
+)
+from fx_quant.ops.weight_only_mm import check_weight_only_mm, dequantize_weight, unpack_codes, weight_only_mm
+
+__all__ = [
+    "LIBRARY",
+    "MATMUL_TAGS",
+    "QUANTIZE_TAGS",
+    "accumulate",
+    "accumulate_blocks",
+    "check_scaled_mm",
+    "check_weight_only_mm",
+    "choose_scale",
+    "column_sums",
+    "correct",
+    "dequantize",
+    "dequantize_weight",
+    "quantize",
+    "quantize_dynamic",
+    "quantized_linear",
+    "register",
+    "scaled_mm",
+    "unpack_codes",
+    "weight_only_mm",
+]
