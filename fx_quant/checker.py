@@ -152,7 +152,7 @@ class _Sites:
     alone: Graph
     inputs: list[str]
     roots: list[str]
-    codes: list[tuple[str, float, float]]
+    codes: list[tuple[str, float, float] | None]
     reports: list[SiteReport]
 
 
@@ -202,7 +202,7 @@ class _Recorder:
         compiled = compile_graph(gm, example_inputs, **kwargs)
 
         def run(inputs: list[Any]) -> Any:
-            keeper = _Keeper(source, {*sites.inputs, *sites.roots, *(name for name, *_ in sites.codes)})
+            keeper = _Keeper(source, {*sites.inputs, *sites.roots, *(codes[0] for codes in sites.codes if codes)})
             with torch._C.DisableTorchFunction():
                 keeper.run(*inputs)
                 results = compiled_alone([keeper.kept[name] for name in sites.inputs])
@@ -213,14 +213,16 @@ class _Recorder:
         return run
 
     def _compare(self, sites: _Sites, kept: dict[str, Tensor], results: Sequence[Tensor]) -> None:
-        for root, (codes, low, high), report, result in zip(
-            sites.roots, sites.codes, sites.reports, results, strict=True
-        ):
-            values = kept[codes].float()
-            saturated = ((values <= low) | (values >= high)).float().mean().item() if values.numel() else 0.0
+        for root, codes, report, result in zip(sites.roots, sites.codes, sites.reports, results, strict=True):
+            saturated = 0.0 if codes is None else _saturated(kept[codes[0]], *codes[1:])
             self.sites.append(
                 SiteCheck(report.module, report.kernel, report.numerics, error_of(result, kept[root]), saturated)
             )
+
+
+def _saturated(codes: Tensor, low: float, high: float) -> float:
+    values = codes.float()
+    return ((values <= low) | (values >= high)).float().mean().item() if values.numel() else 0.0
 
 
 def _cut_out(state: Rewriting) -> tuple[Graph, list[str]]:
@@ -256,9 +258,11 @@ def _on_cuda(graph: Graph) -> bool:
     return any(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_cuda for n in graph.nodes)
 
 
-def _saturation_bounds(site: Site) -> tuple[str, float, float]:
-    """``(node of the codes, lowest, highest code)`` of the site's activation."""
-    codes = site.product.a.node
+def _saturation_bounds(site: Site) -> tuple[str, float, float] | None:
+    """``(node of the codes, lowest, highest code)`` of the site's activation; None for a float one."""
+    codes = site.codes
+    if codes is None:
+        return None
     dtype = site.problem.scheme.activation.dtype
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     # Symmetric codes of int8 stop at -127, which is as saturated as 127.

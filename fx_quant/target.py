@@ -21,9 +21,13 @@ _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
         "sm89": ("cuda", "sm89", frozenset({"float8"})),
         "sm90": ("cuda", "sm90", frozenset({"float8", "tma"})),
         "sm100": ("cuda", "sm100", frozenset({"float8", "tma"})),
-        "gfx942": ("rocm", "gfx942", frozenset({"float8"})),
+        "sm120": ("cuda", "sm120", frozenset({"float8", "tma"})),
+        "gfx942": ("rocm", "gfx942", frozenset({"float8_fnuz"})),
+        "gfx950": ("rocm", "gfx950", frozenset({"float8"})),
         "x86_vnni": ("cpu", "x86_vnni", _X86_VNNI),
+        "x86_amx": ("cpu", "x86_amx", _X86_VNNI | {"amx"}),
         "x86": ("cpu", "x86", frozenset({"avx2"})),
+        "arm": ("cpu", "arm", frozenset()),
     }
 )
 
@@ -108,7 +112,8 @@ def detect_target(device: torch.device | str = "cpu") -> Target:
     if device.type == "cuda":
         if torch.version.hip:
             arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-            return Target("rocm", arch, frozenset({"float8"}), packages)
+            # The OCP codes came with gfx950; gfx940 to gfx942 have those without a negative zero.
+            return Target("rocm", arch, frozenset({"float8_fnuz" if arch.startswith("gfx94") else "float8"}), packages)
         major, minor = torch.cuda.get_device_capability(device)
         capability = major * 10 + minor
         features = {"float8"} if capability >= 89 else set()
@@ -122,7 +127,7 @@ def _cpu_arch() -> tuple[str, frozenset[str]]:
 
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
-        return machine, frozenset()
+        return ("arm" if machine in ("aarch64", "arm64") else machine), frozenset()
     probes = {
         "avx2": "_is_avx2_supported",
         "avx512": "_is_avx512_supported",
@@ -134,7 +139,13 @@ def _cpu_arch() -> tuple[str, frozenset[str]]:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         # ATEN_CPU_CAPABILITY can hold back what the machine has, and Inductor follows it.
         features -= {"avx512", "avx512_vnni", "avx512_bf16", "amx"}
-    return ("x86_vnni" if "avx512_vnni" in features else "x86"), features
+    return _x86_arch(features), features
+
+
+def _x86_arch(features: frozenset[str]) -> str:
+    if "amx" in features:
+        return "x86_amx"
+    return "x86_vnni" if "avx512_vnni" in features else "x86"
 
 
 def resolve_target(target: Target | str | None, device: torch.device | str = "cpu") -> Target:

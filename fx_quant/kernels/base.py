@@ -42,6 +42,7 @@ class Requires:
         bias_as_out: a bias must have the dtype of the result.
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
         m: smallest number of rows it accepts.
+        max_m: largest number of rows it accepts.
         max_k: largest ``k`` it accepts.
         asymmetric: operands (``"activation"``, ``"weight"``) that may have a zero point.
         constant_weight: the weight must be a parameter or constant, because it is packed once.
@@ -59,6 +60,7 @@ class Requires:
     align: int = 1
     paddable: bool = True
     m: int = 0
+    max_m: int | None = None
     max_k: int | None = None
     asymmetric: frozenset[str] = frozenset()
     constant_weight: bool = False
@@ -119,6 +121,8 @@ class Requires:
             reasons.append(f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}")
         if problem.m.low < self.m:
             reasons.append(f"needs m >= {self.m}, m may be {problem.m}")
+        if self.max_m is not None and (problem.m.high is None or problem.m.high > self.max_m):
+            reasons.append(f"needs m <= {self.max_m}, m may be {problem.m}")
         if self.max_k is not None and problem.k > self.max_k:
             reasons.append(f"needs k <= {self.max_k}, got k={problem.k}")
         if self.constant_weight and not problem.constant_weight:

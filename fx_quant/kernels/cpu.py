@@ -34,7 +34,9 @@ def _body(layout: str, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
     """Unpack ``b``, sum the products, and apply the canonical epilogue."""
 
     def body(a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, **_) -> Tensor:
-        weight = packed_layout(layout).unpack(b, n, a.shape[1])
+        unpack = packed_layout(layout).unpack
+        assert unpack is not None
+        weight = unpack(b, n, a.shape[1])
         acc = correct(sum_of_products(a, weight.t()), a_zero_point, b_sum)
         return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fx_quant.errors import unknown_name
+from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.scheme import FLOAT8_DTYPES, dtype_name
 
@@ -39,7 +39,8 @@ class Layout:
         dtype: dtype of the packed tensor.
         shape: ``(n, k)`` to the shape of the packed tensor.
         pack: weight of any strides to a new contiguous tensor of that shape and dtype; never an alias.
-        unpack: the packed tensor, ``n`` and ``k`` to the weight ``[n, k]``, int8 or the packed dtype.
+        unpack: the packed tensor, ``n`` and ``k`` to the weight ``[n, k]``, int8 or the packed dtype; None where the
+            result does not hold the weight.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Layout:
     dtype: torch.dtype
     shape: Callable[[int, int], tuple[int, ...]]
     pack: Callable[[Tensor], Tensor]
-    unpack: Callable[[Tensor, int, int], Tensor]
+    unpack: Callable[[Tensor, int, int], Tensor] | None
 
 
 def _to_panels(weight: Tensor, group: int) -> Tensor:
@@ -67,38 +68,64 @@ def _panel_shape(group: int) -> Callable[[int, int], tuple[int, ...]]:
     return lambda n, k: (-(-n // PANEL), -(-k // group), PANEL, group)
 
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        # vpdpbusd multiplies unsigned by signed bytes. The weight is made the unsigned one (weight + 128), so that
-        # activation codes are read as they are; the kernel takes 128 * sum_k a[m, k] off again.
-        Layout(
-            name="vnni",
-            weights=frozenset({torch.int8}),
-            dtype=torch.uint8,
-            shape=_panel_shape(4),
-            pack=lambda weight: _to_panels(weight, 4).view(torch.uint8).bitwise_xor_(0x80),
-            unpack=lambda packed, n, k: _from_panels(packed.bitwise_xor(0x80).view(torch.int8), n, k),
-        ),
-        # Every float8 value is exact in bfloat16; vdpbf16ps multiplies pairs along k.
-        Layout(
-            name="bf16_pairs",
-            weights=FLOAT8_DTYPES,
-            dtype=torch.bfloat16,
-            shape=_panel_shape(2),
-            pack=lambda weight: _to_panels(weight.to(torch.bfloat16), 2),
-            unpack=_from_panels,
-        ),
-        Layout(
-            name="float32",
-            weights=FLOAT8_DTYPES,
-            dtype=torch.float32,
-            shape=lambda n, k: (k, n),
-            pack=lambda weight: weight.float().t().contiguous(),
-            unpack=lambda packed, n, k: packed.t(),
-        ),
-    )
-}
+_LAYOUTS: dict[str, Layout] = {}
+
+
+def register_layout(layout: Layout) -> Layout:
+    """Add ``layout`` to those that ``prepack`` knows.
+
+    Raises:
+        FxQuantError: another layout has the same name.
+    """
+    if _LAYOUTS.setdefault(layout.name, layout) is not layout:
+        raise FxQuantError(f"layout name {layout.name!r} must be unique, it is registered already; choose another")
+    return layout
+
+
+for _layout in (
+    # vpdpbusd multiplies unsigned by signed bytes. The weight is made the unsigned one (weight + 128), so that
+    # activation codes are read as they are; the kernel takes 128 * sum_k a[m, k] off again.
+    Layout(
+        name="vnni",
+        weights=frozenset({torch.int8}),
+        dtype=torch.uint8,
+        shape=_panel_shape(4),
+        pack=lambda weight: _to_panels(weight, 4).view(torch.uint8).bitwise_xor_(0x80),
+        unpack=lambda packed, n, k: _from_panels(packed.bitwise_xor(0x80).view(torch.int8), n, k),
+    ),
+    # Every float8 value is exact in bfloat16; vdpbf16ps multiplies pairs along k.
+    Layout(
+        name="bf16_pairs",
+        weights=FLOAT8_DTYPES,
+        dtype=torch.bfloat16,
+        shape=_panel_shape(2),
+        pack=lambda weight: _to_panels(weight.to(torch.bfloat16), 2),
+        unpack=_from_panels,
+    ),
+    Layout(
+        name="float32",
+        weights=FLOAT8_DTYPES,
+        dtype=torch.float32,
+        shape=lambda n, k: (k, n),
+        pack=lambda weight: weight.float().t().contiguous(),
+        unpack=lambda packed, n, k: packed.t(),
+    ),
+    # What a zero point of the activation brings into the sum: computed once, as it takes a pass over the weight.
+    Layout(
+        name="sums",
+        weights=frozenset({torch.int8}),
+        dtype=torch.int32,
+        shape=lambda n, k: (n,),
+        pack=lambda weight: weight.sum(1, dtype=torch.int32),
+        unpack=None,
+    ),
+):
+    register_layout(_layout)
+
+
+def layouts() -> tuple[Layout, ...]:
+    """Every registered layout."""
+    return tuple(_LAYOUTS.values())
 
 
 def packed_layout(name: str) -> Layout:
@@ -107,9 +134,9 @@ def packed_layout(name: str) -> Layout:
     Raises:
         UnknownNameError: no layout has that name.
     """
-    if name not in LAYOUTS:
-        raise unknown_name("layout", name, LAYOUTS)
-    return LAYOUTS[name]
+    if name not in _LAYOUTS:
+        raise unknown_name("layout", name, _LAYOUTS)
+    return _LAYOUTS[name]
 
 
 def _check_weight(weight: Tensor, layout: Layout) -> None:

@@ -30,7 +30,10 @@ _MIXED_E5M2 = frozenset(
         (torch.float8_e4m3fn, torch.float8_e5m2),
     }
 )
+_NONE: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
 _TENSOR = Granularity.PER_TENSOR
+_CUDA, _ROCM = frozenset({"cuda"}), frozenset({"rocm"})
+_OCP, _FNUZ_ONLY = frozenset({"float8"}), frozenset({"float8_fnuz"})
 
 
 CUDA_INT_MM_ROWS = 17  # cuBLASLt's int8 matmul asserts more than 16 rows
@@ -116,12 +119,12 @@ register_kernel(
     ),
     priority=10,
 )
-# ROCm computes the same with its own codes; PyTorch brings a CUTLASS kernel where cuBLASLt does not scale rows.
-for _platform, _suffix, _capability, _same, _mixed, _library, _row_library in (
-    ("cuda", "", 89, _E4M3, _MIXED_E5M2, "cuBLASLt", "cuBLASLt or CUTLASS"),
-    ("rocm", "_rocm", None, _FNUZ, frozenset(), "hipBLASLt", "hipBLASLt"),
+# gfx94x has codes of its own, later GPUs those of OCP. PyTorch brings a CUTLASS kernel where cuBLASLt scales no rows.
+for _suffix, _target, _same, _mixed, _library, _row_library in (
+    ("", Requires(platforms=_CUDA, min_capability=89, align=16), _E4M3, _MIXED_E5M2, "cuBLASLt", "cuBLASLt or CUTLASS"),
+    ("_rocm", Requires(platforms=_ROCM, features=_OCP, align=16), _E4M3, _MIXED_E5M2, "hipBLASLt", "hipBLASLt"),
+    ("_rocm_fnuz", Requires(platforms=_ROCM, features=_FNUZ_ONLY, align=16), _FNUZ, _NONE, "hipBLASLt", "hipBLASLt"),
 ):
-    _target = Requires(platforms=frozenset({_platform}), min_capability=_capability, align=16)
     register_kernel(
         Kernel(
             name=f"pytorch_scaled_mm{_suffix}",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
+from fx_quant.passes.canonical import Operands, operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.nodes import args_of, aten, is_single
@@ -25,7 +27,7 @@ def assign(graph: Graph, selections: Mapping[Node, Selection]) -> dict[Node, Nod
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     results = {}
     for node, selection in selections.items():
-        results[node] = _assign(emitter, node, selection, packed.get(node), casts)
+        results[node] = _assign(emitter, node, selection, packed.get(node, Packed()), casts)
         node.replace_all_uses_with(results[node])
         graph.erase_node(node)
     return results
@@ -35,13 +37,12 @@ def _assign(
     emitter: Emitter,
     node: Node,
     selection: Selection,
-    packed: Node | None,
+    packed: Packed,
     casts: dict[tuple[Node, torch.dtype], Node],
 ) -> Node:
-    a, b, a_scale, b_scale, bias, out_dtype = node.args
+    of = operands_of(node)
+    a, b, a_scale, b_scale, bias = of.a, of.b, of.a_scale, of.b_scale, of.bias
     kernel, problem, padding = selection.kernel, selection.problem, selection.padding
-    assert isinstance(a, Node)
-    assert isinstance(b, Node)
     pad_n, pad_k = padding.n - problem.n, padding.k - problem.k
     with emitter.graph.inserting_before(node):
         if pad_k:
@@ -53,27 +54,53 @@ def _assign(
                 wide = emitter.cast(a, torch.float32, like=node)
                 casts[key] = emitter.cast(wide, kernel.a_dtype, like=node)
             a = casts[key]
-        if packed is not None:
-            b = packed
+        if packed.weight is not None:
+            b = packed.weight
         elif pad_n or pad_k:
             # Padded as [n, k]: padding makes its result row-major, and GPU kernels read b column by column.
             b = emitter.call(aten.permute.default, b, [1, 0], like=node)
             b = emitter.call(aten.constant_pad_nd.default, b, [0, pad_k, 0, pad_n], like=node)
             b = emitter.call(aten.permute.default, b, [1, 0], like=node)
+        sums = _sums(emitter, of, packed, like=node)
         if pad_n:
-            if isinstance(b_scale, Node) and not is_single(b_scale):
+            if sums is not None:
+                sums = emitter.call(aten.constant_pad_nd.default, sums, [0, pad_n], like=node)
+            # A block of scales covers the padding, as kernels align to less than a block.
+            if b_scale is not None and of.block is None and not is_single(b_scale):
                 b_scale = emitter.call(aten.constant_pad_nd.default, b_scale, [0, pad_n], 1.0, like=node)
-            if isinstance(bias, Node):
+            if bias is not None:
                 bias = emitter.call(aten.constant_pad_nd.default, bias, [0, pad_n], 0.0, like=node)
-        out = emitter.call(kernel.overload(), a, b, a_scale, b_scale, bias, padding.n, out_dtype, like=node)
+        given = {"a_zero_point": of.a_zero_point, "b_sum": sums, "b_zero_point": of.b_zero_point, "block": of.block}
+        extras = {name: value for name, value in given.items() if value is not None}
+        out = emitter.call(
+            kernel.overload(), a, b, a_scale, b_scale, bias, padding.n, of.out_dtype, like=node, **extras
+        )
         if pad_n:
             out = emitter.call(aten.slice.Tensor, out, 1, 0, problem.n, like=node)
             out = emitter.call(aten.clone.default, out, memory_format=torch.contiguous_format, like=node)
     return out
 
 
-def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, Node]:
-    wanted = {node: s.kernel.layout for node, s in selections.items() if s.kernel.layout is not None}
+def _sums(emitter: Emitter, of: Operands, packed: Packed, *, like: Node) -> Node | None:
+    """The sum of the weight's codes over k, where a zero point asks for it."""
+    if of.a_zero_point is None or packed.sums is not None:
+        return packed.sums
+    return emitter.call(aten.sum.dim_IntList, of.b, [0], dtype=torch.int32, like=like)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What ``fx_quant::prepack`` gives for one matmul."""
+
+    weight: Node | None = None
+    sums: Node | None = None
+
+
+def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, Packed]:
+    """One call for everything that is computed of constant weights; nothing where there is nothing."""
+    wanted = [
+        (node, field, layout) for node, selection in selections.items() for field, layout in _layouts(node, selection)
+    ]
     if not wanted:
         return {}
     graph = emitter.graph
@@ -81,9 +108,9 @@ def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, 
     weights: list[Node] = []
     layouts: list[str] = []
     known: dict[tuple[Node, bool, str], int] = {}
-    index: dict[Node, int] = {}
+    index: dict[Node, dict[str, int]] = {}
     with graph.inserting_before(head):
-        for node, layout in wanted.items():
+        for node, field, layout in wanted:
             found = matrix_base(Codes(args_of(node)[1]))
             assert found is not None  # selection has asked for a constant
             base, transposed = found
@@ -94,8 +121,16 @@ def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, 
                     head.prepend(base)
                 weights.append(base if transposed else emitter.call(aten.permute.default, base, [1, 0], like=node))
                 layouts.append(layout)
-            index[node] = known[key]
-        like = next(iter(wanted))
+            index.setdefault(node, {})[field] = known[key]
+        like = wanted[0][0]
         call = emitter.call(torch.ops.fx_quant.prepack.default, weights, layouts, like=like)
         outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(weights))]
-    return {node: outs[i] for node, i in index.items()}
+    return {node: Packed(**{field: outs[i] for field, i in fields.items()}) for node, fields in index.items()}
+
+
+def _layouts(node: Node, selection: Selection) -> Iterator[tuple[str, str]]:
+    """``(field of Packed, layout)`` of everything that ``node``'s kernel wants of its constant weight."""
+    if selection.kernel.layout is not None:
+        yield "weight", selection.kernel.layout
+    if operands_of(node).a_zero_point is not None and selection.problem.constant_weight:
+        yield "sums", "sums"

@@ -90,7 +90,8 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     for site in list(state.selections):
         try:
             state.canonical[site] = canonicalize(emitter, site)
-            state.quantizers[site] = recognised[site.product.a.node]
+            if site.codes is not None:
+                state.quantizers[site] = recognised[site.codes]
         except LookupError as error:
             del state.selections[site]
             state.misses.append(Miss(site.gemm, site.gemm, str(error)))
@@ -165,7 +166,7 @@ def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteRepo
         out_dtype=dtype_name(problem.out_dtype),
         kernel=selection.kernel.name,
         padding=selection.padding.describe(problem),
-        numerics=str(max(site.product.numerics, selection.kernel.numerics)),
+        numerics=str(max(site.numerics, selection.kernel.numerics)),
         quantize=str(state.quantizers.get(site, "")),
         losers=losers,
     )

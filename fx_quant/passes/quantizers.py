@@ -63,6 +63,8 @@ class Quantizer:
 def recognise_quantizer(codes: Node) -> Quantizer | str:
     """The quantize formula of ``codes``, or why it is not one that ``quantize`` states."""
     codes = through(codes, RESHAPES)
+    if _is_canonical(codes):
+        return "fx_quant::quantize in the source"
     to = dtype(codes)
     if not is_op(codes, *CASTS) or to not in CODE_DTYPES:
         return "the codes are not the result of a cast"
@@ -85,6 +87,11 @@ def recognise_quantizer(codes: Node) -> Quantizer | str:
     x, scale, reciprocal = scaled
     arguments = {"dtype": to, "reciprocal": reciprocal, "lo": clamped.lo, "hi": clamped.hi}
     return Quantizer(codes, x, scale, arguments, _scale_formula(scale, x))
+
+
+def _is_canonical(codes: Node) -> bool:
+    source = args_of(codes)[0] if is_op(codes, operator.getitem) else codes
+    return is_op(source, torch.ops.fx_quant.quantize.default, torch.ops.fx_quant.quantize.dynamic)
 
 
 @dataclass(frozen=True)

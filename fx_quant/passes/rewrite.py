@@ -115,6 +115,8 @@ def canonicalize(emitter: Emitter, site: Site) -> Node:
         LookupError: a symbolic size that the new nodes need has no node in the graph.
     """
     product, root = site.product, site.root
+    if product is None:
+        return emitter.current(root)
     with emitter.graph.inserting_before(root):
         a = _matrix(emitter, product.a, root)
         b = _matrix(emitter, product.b, root)
@@ -186,7 +188,8 @@ def _bias(emitter: Emitter, bias: Factor, site: Site) -> Node:
 
 def quantizers_of(sites: Iterable[Site]) -> dict[Node, Quantizer | str]:
     """What is recognised of the quantize behind each site's activation, by the node of its codes."""
-    return {site.product.a.node: recognise_quantizer(site.product.a.node) for site in sites}
+    nodes = {site.codes for site in sites} - {None}
+    return {node: recognise_quantizer(node) for node in nodes if node is not None}
 
 
 def rewrite_quantizers(emitter: Emitter, found: Iterable[Quantizer | str]) -> None:

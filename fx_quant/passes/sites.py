@@ -8,8 +8,9 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.annotate import Annotation
+from fx_quant.passes.canonical import CANONICAL, operands_of
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, matrix_base
-from fx_quant.passes.nodes import MATMULS, dtype, shape, tensor
+from fx_quant.passes.nodes import MATMULS, dtype, is_op, is_single, shape, tensor
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Unknown
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
@@ -21,15 +22,26 @@ class Site:
 
     Args:
         gemm: the matmul node.
-        root: the node that the canonical op replaces, at or below ``gemm``.
-        product: what is proven of ``root``.
+        root: the node that the canonical op replaces, at or below ``gemm``; ``gemm`` itself where that is canonical.
+        product: what is proven of ``root``; None for a canonical op, which says it all.
         problem: the GEMM as data.
     """
 
     gemm: Node
     root: Node
-    product: Product
+    product: Product | None
     problem: Problem
+
+    @property
+    def numerics(self) -> Numerics:
+        """Class of replacing the root by the canonical op."""
+        return Numerics.EXACT if self.product is None else self.product.numerics
+
+    @property
+    def codes(self) -> Node | None:
+        """The node of the activation's codes; None for a float activation."""
+        node = self.gemm.args[0] if self.product is None else self.product.a.node
+        return node if isinstance(node, Node) and dtype(node) in CODE_DTYPES else None
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,10 @@ def find_sites(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numeri
     """All sites and misses of ``graph``, in graph order; rewrites past ``cap`` are not proposed."""
     sites, misses = [], []
     for gemm in graph.nodes:
+        if is_op(gemm, *CANONICAL):
+            found = canonical_site(gemm, inputs)
+            (sites if isinstance(found, Site) else misses).append(found)
+            continue
         if gemm.op != "call_function" or gemm.target not in MATMULS:
             continue
         value = annotation.value(gemm)
@@ -116,6 +132,50 @@ def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, 
 
 
 _SCALED = frozenset({torch.ops.aten._scaled_mm.default})
+
+
+def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
+    """The site of a canonical op that stands in the source graph, as ``QuantizedLinear`` puts it there."""
+    of = operands_of(node)
+    n, k = shape(of.b)[1], shape(of.a)[1]
+    if not isinstance(n, int) or not isinstance(k, int):
+        return Miss(node, node, f"n and k must be static, got n={n} k={k}")
+    activation = OperandSpec(
+        _dtype_of(of.a),
+        _scale_granularity(of.a_scale, of.block and (1, of.block[1]), Granularity.PER_TOKEN),
+        dynamic=of.a_scale in inputs.runtime,
+        symmetric=of.a_zero_point is None,
+    )
+    packed = shape(of.b)[0] != k
+    weight = OperandSpec(
+        torch.int4 if packed else _dtype_of(of.b),  # pyrefly: ignore[missing-attribute]
+        _scale_granularity(of.b_scale, of.block, Granularity.PER_CHANNEL),
+        symmetric=of.b_zero_point is None,
+    )
+    problem = Problem(
+        scheme=Scheme(activation, weight),
+        m=_size_range(shape(of.a)[:1]),
+        n=n,
+        k=k,
+        out_dtype=of.out_dtype,
+        bias=dtype(of.bias),
+        constant_weight=is_constant(Codes(of.b), inputs),
+    )
+    return Site(node, node, None, problem)
+
+
+def _dtype_of(node: Node) -> torch.dtype:
+    found = dtype(node)
+    assert found is not None
+    return found
+
+
+def _scale_granularity(scale: Node | None, block: tuple[int, int] | None, named: Granularity) -> Granularity:
+    if scale is None:
+        return Granularity.UNSCALED
+    if block is not None:
+        return Granularity.per_group(block[1]) if block[0] == 1 else Granularity.per_block(*block)
+    return Granularity.PER_TENSOR if is_single(scale) else named
 
 
 def _chain(gemm: Node, annotation: Annotation) -> list[tuple[Node, Product]]:

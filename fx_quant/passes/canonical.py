@@ -1,0 +1,52 @@
+"""The operands of a canonical op in a graph, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from fx_quant.passes.nodes import args_of
+
+SCALED_MM = torch.ops.fx_quant.scaled_mm.default
+WEIGHT_ONLY_MM = torch.ops.fx_quant.weight_only_mm.default
+CANONICAL = frozenset({SCALED_MM, WEIGHT_ONLY_MM})
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Arguments of ``fx_quant::scaled_mm`` or, with a float ``a``, of ``fx_quant::weight_only_mm``."""
+
+    a: Node
+    b: Node
+    a_scale: Node | None
+    b_scale: Node | None
+    bias: Node | None
+    out_dtype: torch.dtype
+    a_zero_point: Node | None = None
+    b_zero_point: Node | None = None
+    block: tuple[int, int] | None = None
+
+
+def operands_of(node: Node) -> Operands:
+    """The operands of the canonical op ``node``."""
+    if node.target is WEIGHT_ONLY_MM:
+        a, b, b_scale, b_zero_point, bias, out_dtype = args_of(node)
+        found = Operands(a, b, None, b_scale, bias, out_dtype, b_zero_point=b_zero_point, block=_block(node))
+    else:
+        zero_point = node.kwargs.get("a_zero_point")
+        assert zero_point is None or isinstance(zero_point, Node)
+        found = Operands(*args_of(node), a_zero_point=zero_point, block=_block(node))
+    return found
+
+
+def _block(node: Node) -> tuple[int, int] | None:
+    block = node.kwargs.get("block")
+    if block is None:
+        return None
+    assert isinstance(block, (list, tuple))
+    rows, columns = block
+    assert isinstance(rows, int)
+    assert isinstance(columns, int)
+    return rows, columns
