@@ -49,6 +49,7 @@ class Granularity:
     PER_CHANNEL: ClassVar[Granularity]
     UNSCALED: ClassVar[Granularity]
     ANY_GROUP: ClassVar[Granularity]
+    ANY_BLOCK: ClassVar[Granularity]
 
     @classmethod
     def per_group(cls, size: int) -> Granularity:
@@ -73,6 +74,7 @@ Granularity.PER_TOKEN = Granularity("per_token")
 Granularity.PER_CHANNEL = Granularity("per_channel")
 Granularity.UNSCALED = Granularity("unscaled")
 Granularity.ANY_GROUP = Granularity("per_group")
+Granularity.ANY_BLOCK = Granularity("per_block")
 
 
 class Numerics(IntEnum):

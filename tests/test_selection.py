@@ -27,7 +27,9 @@ GOLDENS = Path(__file__).parent / "goldens" / "selection"
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32
 I8, U8 = torch.int8, torch.uint8
 E4M3, E5M2, FNUZ = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz
+I4 = torch.int4
 TENSOR, TOKEN, CHANNEL = Granularity.PER_TENSOR, Granularity.PER_TOKEN, Granularity.PER_CHANNEL
+GROUP, BLOCK, NONE = Granularity.per_group(128), Granularity.per_block(128, 128), Granularity.UNSCALED
 
 
 ANY_ROWS = SizeRange(1, None)
@@ -47,14 +49,21 @@ def problem(
     n: int = 4096,
     k: int = 4096,
     constant_weight: bool = True,
+    symmetric_weight: bool = True,
 ) -> Problem:
-    scheme = Scheme(OperandSpec(*activation, dynamic=True), OperandSpec(*weight))
+    dynamic = activation[1] != NONE
+    scheme = Scheme(OperandSpec(*activation, dynamic=dynamic), OperandSpec(*weight, symmetric=symmetric_weight))
     return Problem(scheme, m, n, k, out, bias, constant_weight)
 
 
 INT8 = problem((I8, TOKEN), (I8, CHANNEL))
 FP8 = problem((E4M3, TENSOR), (E4M3, TENSOR))
 FP8_ROW = problem((E4M3, TOKEN), (E4M3, CHANNEL))
+ASYMMETRIC = replace(
+    INT8, scheme=Scheme(OperandSpec(I8, TOKEN, dynamic=True, symmetric=False), OperandSpec(I8, CHANNEL))
+)
+FP8_BLOCK = problem((E4M3, GROUP), (E4M3, BLOCK))
+WEIGHT_ONLY = problem((BF16, NONE), (I8, CHANNEL))
 FNUZ_ROW = problem((FNUZ, TOKEN), (FNUZ, CHANNEL))
 
 PROBLEMS: Mapping[str, Problem] = MappingProxyType(
@@ -90,6 +99,29 @@ PROBLEMS: Mapping[str, Problem] = MappingProxyType(
         "fnuz row": FNUZ_ROW,
         "fnuz row, ragged": replace(FNUZ_ROW, n=36, k=72),
         "fnuz row, ragged, float16": replace(FNUZ_ROW, n=36, k=72, out_dtype=F16),
+        "int8, asymmetric activation": ASYMMETRIC,
+        "int8, asymmetric activation, per tensor": replace(
+            ASYMMETRIC, scheme=Scheme(OperandSpec(I8, TENSOR, symmetric=False), OperandSpec(I8, TENSOR))
+        ),
+        "int8, asymmetric activation, ragged": replace(ASYMMETRIC, n=36, k=72, bias=BF16),
+        "fp8 block": FP8_BLOCK,
+        "fp8 block, bias": replace(FP8_BLOCK, bias=BF16),
+        "fp8 block, ragged": replace(FP8_BLOCK, n=576, k=1100),
+        "fp8 block, float32 result": replace(FP8_BLOCK, out_dtype=F32),
+        "fp8 block of another size": problem((E4M3, Granularity.per_group(64)), (E4M3, Granularity.per_block(64, 64))),
+        "fnuz block": problem((FNUZ, GROUP), (FNUZ, BLOCK)),
+        "weight-only int8": WEIGHT_ONLY,
+        "weight-only int8, ragged": replace(WEIGHT_ONLY, n=36, k=72),
+        "weight-only int8, float32": problem((F32, NONE), (I8, CHANNEL), out=F32),
+        "weight-only int8, groups": problem((BF16, NONE), (I8, GROUP)),
+        "weight-only int8, asymmetric": replace(
+            WEIGHT_ONLY, scheme=Scheme(OperandSpec(BF16), OperandSpec(I8, CHANNEL, symmetric=False))
+        ),
+        "weight-only fp8": problem((BF16, NONE), (E4M3, CHANNEL)),
+        "weight-only fp8 block": problem((BF16, NONE), (E4M3, BLOCK)),
+        "weight-only int4, groups": problem((BF16, NONE), (I4, GROUP)),
+        "weight-only int4, float16, bias": problem((F16, NONE), (I4, GROUP), out=F16, bias=F16),
+        "weight-only int4, asymmetric": problem((BF16, NONE), (I4, GROUP), symmetric_weight=False),
     }
 )
 

@@ -32,7 +32,7 @@ class Requires:
 
     Args:
         platforms: platforms it runs on.
-        min_capability: smallest NVIDIA compute capability (``90``), checked on ``cuda`` only.
+        min_capability, max_capability: bounds of the NVIDIA compute capability (``90``), checked on ``cuda`` only.
         features: target features that must all be present.
         packages: least version of each package that must be installed.
         codes: ``(activation dtype, weight dtype)`` pairs of codes.
@@ -50,6 +50,7 @@ class Requires:
 
     platforms: frozenset[str] = frozenset()
     min_capability: int | None = None
+    max_capability: int | None = None
     features: frozenset[str] = frozenset()
     packages: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     codes: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
@@ -70,12 +71,11 @@ class Requires:
         reasons = []
         if self.platforms and target.platform not in self.platforms:
             reasons.append(f"{PLATFORM_REASON} {_one_of(self.platforms)}, target is {target.platform}")
-        if (
-            self.min_capability is not None
-            and target.capability is not None
-            and target.capability < self.min_capability
-        ):
+        capability = target.capability
+        if capability is not None and self.min_capability is not None and capability < self.min_capability:
             reasons.append(f"needs sm{self.min_capability} or newer, target is {target.arch}")
+        if capability is not None and self.max_capability is not None and capability > self.max_capability:
+            reasons.append(f"needs sm{self.max_capability} or older, target is {target.arch}")
         reasons += [
             f"needs {feature}, which {target.arch} has not" for feature in sorted(self.features - target.features)
         ]

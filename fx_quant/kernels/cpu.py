@@ -24,7 +24,7 @@ from fx_quant.kernels.base import (
 )
 from fx_quant.kernels.packing import packed_layout
 from fx_quant.ops import MATMUL_TAGS, accumulate, correct, dequantize, register
-from fx_quant.scheme import Numerics
+from fx_quant.scheme import Granularity, Numerics
 
 _CPU = frozenset({"cpu"})
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -46,6 +46,15 @@ def _body(layout: str, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
 def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
+
+def _weight_only_int8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
+    """ATen's matmul of a float activation and int8 codes, which scales by the column in the activation's dtype."""
+    scale = b_scale.reshape(-1).expand(n).to(a.dtype)
+    out = torch._weight_int8pack_mm(a.contiguous(), b.t().contiguous(), scale)
+    return dequantize(out, None, None, bias, out_dtype)
+
+
+register(f"cpu_weight_only_int8{KERNEL_SCHEMA}", _weight_only_int8, fake_kernel("cpu_weight_only_int8"), MATMUL_TAGS)
 
 for _name, _layout, _sum in (
     ("cpu_int8_vnni", "vnni", accumulate),
@@ -108,6 +117,29 @@ register_kernel(
         note="float8 codes widened to float32, float matmul, epilogue fused by Inductor",
         layout="float32",
         a_dtype=torch.float32,
+    ),
+    priority=20,
+)
+register_kernel(
+    Kernel(
+        name="cpu_weight_only_int8",
+        provider="cpu",
+        op="cpu_weight_only_int8",
+        requires=Requires(
+            platforms=_CPU,
+            codes=frozenset({(torch.bfloat16, torch.int8), (torch.float16, torch.int8)}),
+            granularities=frozenset(
+                {
+                    (Granularity.PER_TENSOR, Granularity.PER_TENSOR),
+                    (Granularity.PER_TENSOR, Granularity.PER_CHANNEL),
+                }
+            ),
+            out_dtypes=_FLOATS,
+            # ATen reads past the end of a row whose k is no multiple of 16 (torch 2.13).
+            align=16,
+        ),
+        numerics=Numerics.REASSOCIATED,
+        note="torch._weight_int8pack_mm",
     ),
     priority=20,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     ACTIVATION,
+    FLOAT8_PAIRS,
     INT8_PAIRS,
     KERNEL_SCHEMA,
     ROW_SCALES,
@@ -17,8 +19,8 @@ from fx_quant.kernels.base import (
     fake_kernel,
     register_kernel,
 )
-from fx_quant.ops import MATMUL_TAGS, correct, dequantize, register
-from fx_quant.scheme import Granularity, Numerics
+from fx_quant.ops import MATMUL_TAGS, correct, dequantize, dequantize_weight, register
+from fx_quant.scheme import CODE_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
 _FLOATS = _HALF | {torch.float32}
@@ -33,6 +35,7 @@ _MIXED_E5M2 = frozenset(
 _NONE: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
 _TENSOR = Granularity.PER_TENSOR
 _CUDA, _ROCM = frozenset({"cuda"}), frozenset({"rocm"})
+_ANYWHERE = frozenset({"cpu", "cuda", "rocm"})
 _OCP, _FNUZ_ONLY = frozenset({"float8"}), frozenset({"float8_fnuz"})
 
 
@@ -80,10 +83,36 @@ def _channelwise(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
     return dequantize(acc, a_scale, b_scale, bias, out_dtype)
 
 
+def _scaled_mm_blocks(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
+    """``torch._scaled_mm`` with scales of 1 x 128 and 128 x 128, in the strides that cuBLASLt wants."""
+    # The activation's scales are read column by column, the weight's as [k / 128, n / 128] column by column.
+    scale_a = a_scale.t().contiguous().t()
+    out = torch._scaled_mm(a.contiguous(), column_major(b), scale_a, b_scale.contiguous().t(), out_dtype=torch.bfloat16)
+    return out if bias is None else (out.float() + bias).to(out_dtype)
+
+
+def _dequantized_blocks(a, b, a_scale, b_scale, bias, n, out_dtype, *, block=None, **_) -> Tensor:
+    """Both operands dequantized in float32, and a float matmul."""
+    columns = 1 if block is None else block[1]
+    wide = a.float()
+    if a_scale is not None:
+        wide = wide * a_scale.repeat_interleave(columns, 1)[:, : a.shape[1]]
+    return dequantize(wide @ dequantize_weight(b, a.shape[1], b_scale, None, block), None, None, bias, out_dtype)
+
+
+def _weight_only(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
+    """The weight dequantized to the activation's dtype, and a float matmul."""
+    weight = dequantize_weight(b, a.shape[1], b_scale, b_zero_point, block).to(a.dtype)
+    return dequantize(a @ weight, None, None, bias, out_dtype)
+
+
 for _name, _body in (
     ("pytorch_int_mm", _int_mm),
     ("pytorch_scaled_mm", _scaled_mm),
+    ("pytorch_scaled_mm_block", _scaled_mm_blocks),
     ("pytorch_channelwise", _channelwise),
+    ("pytorch_dequantized_block", _dequantized_blocks),
+    ("pytorch_weight_only", _weight_only),
 ):
     register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
 
@@ -171,3 +200,56 @@ for _suffix, _target, _same, _mixed, _library, _row_library in (
         ),
         priority=10,
     )
+register_kernel(
+    Kernel(
+        name="pytorch_scaled_mm_block",
+        provider="pytorch",
+        op="pytorch_scaled_mm_block",
+        # Of NVIDIA's, PyTorch has these scales for sm90 alone.
+        requires=Requires(
+            platforms=_CUDA,
+            min_capability=90,
+            max_capability=90,
+            codes=_E4M3,
+            granularities=frozenset({(Granularity.per_group(128), Granularity.per_block(128, 128))}),
+            out_dtypes=frozenset({torch.bfloat16}),
+            align=128,
+            paddable=False,
+        ),
+        numerics=Numerics.SAME_ACCUM,
+        note="torch._scaled_mm, scales of 1 x 128 and 128 x 128, through cuBLASLt",
+    ),
+    priority=20,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_dequantized_block",
+        provider="pytorch",
+        op="pytorch_dequantized_block",
+        requires=Requires(
+            platforms=_ANYWHERE,
+            codes=FLOAT8_PAIRS,
+            granularities=frozenset({(Granularity.ANY_GROUP, Granularity.ANY_BLOCK)}),
+            out_dtypes=_FLOATS,
+        ),
+        numerics=Numerics.REASSOCIATED,
+        note="both operands dequantized to float32, then a float matmul",
+    ),
+    priority=1,
+)
+register_kernel(
+    Kernel(
+        name="pytorch_weight_only",
+        provider="pytorch",
+        op="pytorch_weight_only",
+        requires=Requires(
+            platforms=_ANYWHERE,
+            codes=frozenset(itertools.product(_FLOATS, CODE_DTYPES | INT4_DTYPES)),
+            out_dtypes=_FLOATS,
+            asymmetric=frozenset({"weight"}),
+        ),
+        numerics=Numerics.REASSOCIATED,
+        note="the weight dequantized to the activation's dtype, then a float matmul",
+    ),
+    priority=1,
+)
