@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
@@ -136,3 +137,44 @@ class Scheme:
     def __str__(self) -> str:
         when = "" if self.weight_only else " (dynamic)" if self.activation.dynamic else " (static)"
         return f"{self.activation}{when} x {self.weight}"
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """The scheme that prints as ``text``: ``int8 per_token (dynamic) x int8 per_channel``.
+
+        Without ``(dynamic)`` or ``(static)`` a quantized activation is dynamic. ``bfloat16 x int4 per_group(128)`` is
+        weight-only.
+
+        Raises:
+            ValueError: ``text`` is not of that form.
+        """
+        parts = text.split(" x ")
+        if len(parts) != 2:
+            raise ValueError(f"a scheme must read 'activation x weight', got {text!r}; {_EXAMPLE}")
+        return cls(_parse_operand(parts[0], text, dynamic=True), _parse_operand(parts[1], text, dynamic=False))
+
+
+_EXAMPLE = "for example 'int8 per_token (dynamic) x int8 per_channel'"
+_OPERAND = re.compile(
+    r"(?P<dtype>\w+)(?: (?P<kind>per_\w+|unscaled)(?:\((?P<size>[\d, ]+)\))?)?(?P<asymmetric> asymmetric)?"
+    r"(?: \((?P<when>dynamic|static)\))?"
+)
+
+
+def _parse_operand(part: str, text: str, *, dynamic: bool) -> OperandSpec:
+    found = _OPERAND.fullmatch(part.strip())
+    dtype = None if found is None else getattr(torch, found["dtype"], None)
+    if found is None or dtype not in CODE_DTYPES | INT4_DTYPES | FLOAT_DTYPES:
+        raise ValueError(f"cannot read {part.strip()!r} in the scheme {text!r}; {_EXAMPLE}")
+    kind, size = found["kind"] or "unscaled", found["size"]
+    sizes = {"per_group": 1, "per_block": 2}.get(kind, 0)
+    granularity = Granularity(kind, tuple(map(int, size.split(","))) if size else ())
+    if kind not in _KINDS or len(granularity.size) != sizes:
+        raise ValueError(
+            f"a granularity must be one of {', '.join(_KINDS)}, got {kind}{f'({size})' if size else ''} in {text!r}"
+        )
+    is_dynamic = dynamic and dtype not in FLOAT_DTYPES and found["when"] != "static"
+    return OperandSpec(dtype, granularity, dynamic=is_dynamic, symmetric=not found["asymmetric"])
+
+
+_KINDS = ("per_tensor", "per_token", "per_channel", "per_group", "per_block", "unscaled")

@@ -69,12 +69,14 @@ def select(
     *,
     force_kernel: str | None = None,
     disabled: Collection[str] = (),
+    mode: str = "graph",
 ) -> Selection:
     """The best kernel that can run ``problem`` on ``target``.
 
     Args:
         force_kernel: use this kernel or raise.
         disabled: names of kernels or providers not to use, beside those of ``FX_QUANT_DISABLED_KERNELS``.
+        mode: ``eager`` or ``graph``: the padding plan differs, the kernel does not.
 
     Raises:
         NoKernelError: no kernel can run it, or the forced one cannot; the message holds every reason.
@@ -93,7 +95,7 @@ def select(
             )
     for candidate, verdict in zip(kernels(), verdicts, strict=True):
         if verdict.can_run and force_kernel in (None, candidate.name):
-            padding = plan_padding(problem, candidate.requires.align)
+            padding = plan_padding(problem, candidate.requires.align, mode=mode, eager_rows=candidate.eager_rows)
             return Selection(problem, target, candidate, padding, verdicts)
     near = [v for v in verdicts if v.for_platform]
     losers = "; ".join(f"{v.kernel}: {', '.join(v.reasons)}" for v in near) or f"none is for {target.platform}"

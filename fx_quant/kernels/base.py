@@ -161,6 +161,7 @@ class Kernel:
         note: one line for the reader of a report.
         layout: name of the packed weight layout (``kernels/packing.py``), or None.
         a_dtype: dtype that codes of ``a`` are widened to, exactly, before the call, or None.
+        eager_rows: rows to which an eager call pads ``a`` when it has fewer, because that is faster; 0 for none.
     """
 
     name: str
@@ -171,6 +172,7 @@ class Kernel:
     note: str
     layout: str | None = None
     a_dtype: torch.dtype | None = None
+    eager_rows: int = 0
 
     def overload(self) -> torch._ops.OpOverload:
         """The registered op."""

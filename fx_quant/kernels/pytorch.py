@@ -39,6 +39,7 @@ _ANYWHERE = frozenset({"cpu", "cuda", "rocm"})
 _OCP, _FNUZ_ONLY = frozenset({"float8"}), frozenset({"float8_fnuz"})
 
 
+SCALED_MM_ROWS = 17  # vLLM's: torch._scaled_mm on CUDA is faster with more than 16 rows
 CUDA_INT_MM_ROWS = 17  # cuBLASLt's int8 matmul asserts more than 16 rows
 
 
@@ -149,10 +150,18 @@ register_kernel(
     priority=10,
 )
 # gfx94x has codes of its own, later GPUs those of OCP. PyTorch brings a CUTLASS kernel where cuBLASLt scales no rows.
-for _suffix, _target, _same, _mixed, _library, _row_library in (
-    ("", Requires(platforms=_CUDA, min_capability=89, align=16), _E4M3, _MIXED_E5M2, "cuBLASLt", "cuBLASLt or CUTLASS"),
-    ("_rocm", Requires(platforms=_ROCM, features=_OCP, align=16), _E4M3, _MIXED_E5M2, "hipBLASLt", "hipBLASLt"),
-    ("_rocm_fnuz", Requires(platforms=_ROCM, features=_FNUZ_ONLY, align=16), _FNUZ, _NONE, "hipBLASLt", "hipBLASLt"),
+for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
+    (
+        "",
+        SCALED_MM_ROWS,
+        Requires(platforms=_CUDA, min_capability=89, align=16),
+        _E4M3,
+        _MIXED_E5M2,
+        "cuBLASLt",
+        "cuBLASLt or CUTLASS",
+    ),
+    ("_rocm", 0, Requires(platforms=_ROCM, features=_OCP, align=16), _E4M3, _MIXED_E5M2, "hipBLASLt", "hipBLASLt"),
+    ("_rocm_fnuz", 0, Requires(platforms=_ROCM, features=_FNUZ_ONLY, align=16), _FNUZ, _NONE, "hipBLASLt", "hipBLASLt"),
 ):
     register_kernel(
         Kernel(
@@ -169,6 +178,7 @@ for _suffix, _target, _same, _mixed, _library, _row_library in (
             ),
             numerics=Numerics.SAME_ACCUM,
             note=f"torch._scaled_mm, tensor-wise scales, through {_library}",
+            eager_rows=_rows,
         ),
         priority=20,
     )
@@ -186,6 +196,7 @@ for _suffix, _target, _same, _mixed, _library, _row_library in (
             ),
             numerics=Numerics.SAME_ACCUM,
             note=f"torch._scaled_mm, row-wise scales, through {_row_library}",
+            eager_rows=_rows,
         ),
         priority=20,
     )
@@ -197,6 +208,7 @@ for _suffix, _target, _same, _mixed, _library, _row_library in (
             requires=replace(_target, codes=_same | _mixed, granularities=ROW_SCALES, out_dtypes=_FLOATS),
             numerics=Numerics.SAME_ACCUM,
             note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
+            eager_rows=_rows,
         ),
         priority=10,
     )
