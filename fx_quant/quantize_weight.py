@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, OperandSpec, dtype_name
-from fx_quant.weights import INT4, UINT4, expand_block_scale, require
+from fx_quant.weights import INT4, UINT4, repeat_blocks, require
 
 # The dtype that holds the codes, and their range.
 _INTEGERS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
@@ -31,7 +31,7 @@ class QuantizedWeight:
     """A weight as ``w ~= (codes - zero_point) * scale``.
 
     Args:
-        codes: ``[n, k]``; int8 and uint8 for ``torch.int4`` and ``torch.uint4``, one code per element: see ``pack_int4``.
+        codes: ``[n, k]``; for ``torch.int4`` and ``torch.uint4`` int8 and uint8, not yet packed: see ``pack_int4``.
         scale: float32; ``[]`` per_tensor, ``[n, 1]`` per_channel, ``[n, ceil(k / g)]`` per_group(g),
             ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
         zero_point: int32 of the shape of ``scale``, in the range of the codes; None if symmetric.
@@ -47,8 +47,8 @@ class QuantizedWeight:
         """``(codes - zero_point) * scale``, ``[n, k]`` in float32."""
         codes = self.codes.float()
         if self.zero_point is not None:
-            codes = codes - _per_code(self.zero_point.float() - _low(self.spec), self.spec, codes) - _low(self.spec)
-        return codes * _per_code(self.scale, self.spec, codes)
+            codes = codes - _per_code(self.zero_point, self.spec, self.codes.shape)
+        return codes * _per_code(self.scale, self.spec, self.codes.shape)
 
 
 def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
@@ -58,8 +58,8 @@ def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
 
         scale = amax / qmax        codes = clamp(round(w / scale), -qmax, qmax)
 
-    ``qmax`` is 127 for int8 and 7 for int4: -128 and -8 stay unused, so that ``-w`` gives ``-codes``, no code stands for
-    a value beyond amax, and a kernel may negate or take the absolute value of a code. For float8 it is the dtype's
+    ``qmax`` is 127 for int8 and 7 for int4: -128 and -8 stay unused, so that ``-w`` gives ``-codes``, no code stands
+    for a value beyond amax, and a kernel may negate a code or take its absolute value. For float8 it is the dtype's
     largest value (e4m3fnuz: 224, as vLLM has it and as a normalized e4m3fn weight has it), and the cast rounds.
 
     Asymmetric, with ``lo = min(0, min w)`` and ``hi = max(0, max w)``, so that 0 is exact::
@@ -86,15 +86,94 @@ def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
     low, high = _extremes(weight, spec)
     if spec.symmetric:
         amax = torch.maximum(high, -low)
-        scale = _finite_scale(amax / _largest(spec.dtype), amax)
+        scale = torch.where(amax == 0, 1.0, (amax / _largest(spec.dtype)).clamp(min=_SMALLEST_SCALE))
         zero_point = None
     else:
         _, qmin, qmax = _INTEGERS[spec.dtype]
         # Divided before subtracted: hi - lo may overflow.
-        scale = _finite_scale(high / (qmax - qmin) - low / (qmax - qmin), high - low)
+        step = high / (qmax - qmin) - low / (qmax - qmin)
+        scale = torch.where(high == low, 1.0, step.clamp(min=_SMALLEST_SCALE))
         zero_point = (qmin - low / scale).round().clamp(qmin, qmax).to(torch.int32)
     return QuantizedWeight(_codes(weight, scale, zero_point, spec), scale, zero_point, spec)
 
 
 def _largest(dtype: torch.dtype) -> float:
     return _FLOAT8_MAX[dtype] if dtype in FLOAT8_DTYPES else _INTEGERS[dtype][2]
+
+
+def _codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: OperandSpec) -> Tensor:
+    codes = weight / _per_code(scale, spec, weight.shape)
+    largest = _largest(spec.dtype)
+    if spec.dtype in FLOAT8_DTYPES:
+        return codes.clamp(-largest, largest).to(spec.dtype)
+    storage, smallest, _ = _INTEGERS[spec.dtype]
+    codes = codes.round()
+    if zero_point is None:
+        return codes.clamp(-largest, largest).to(storage)
+    return (codes + _per_code(zero_point, spec, weight.shape)).clamp(smallest, largest).to(storage)
+
+
+def _grid(spec: OperandSpec, n: int, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many blocks share a scale each, down and across, and the block: every granularity is one of blocks."""
+    kind, size = spec.granularity.kind, spec.granularity.size
+    if kind == "per_tensor":
+        return (1, 1), (max(n, 1), max(k, 1))
+    if kind == "per_channel":
+        return (n, 1), (1, max(k, 1))
+    rows, columns = size if kind == "per_block" else (1, *size)
+    return (-(-n // rows), -(-k // columns)), (rows, columns)
+
+
+def _extremes(weight: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
+    """``min(0, min w)`` and ``max(0, max w)`` over what shares a scale, in the shape of the scale."""
+    n, k = weight.shape
+    (down, across), (rows, columns) = _grid(spec, n, k)
+    # The range holds 0 anyway, so padding with it changes nothing.
+    padded = torch.nn.functional.pad(weight, (0, across * columns - k, 0, down * rows - n))
+    blocks = padded.reshape(down, rows, across, columns)
+    shape = () if spec.granularity.kind == "per_tensor" else (down, across)
+    low, high = blocks.amin((1, 3)).clamp(max=0), blocks.amax((1, 3)).clamp(min=0)
+    return low.reshape(shape), high.reshape(shape)
+
+
+def _per_code(values: Tensor, spec: OperandSpec, shape: torch.Size) -> Tensor:
+    """``values``, of the shape of the scale, broadcastable to ``[n, k]``."""
+    if spec.granularity.kind in ("per_tensor", "per_channel"):
+        return values
+    return repeat_blocks(values, _grid(spec, *shape)[1], shape)
+
+
+def _check_weight(weight: Tensor) -> None:
+    require(weight.dim() == 2, f"weight must be [n, k], got {list(weight.shape)}; flatten or split it first")
+    require(
+        weight.dtype in FLOAT_DTYPES,
+        f"weight must be float32, bfloat16 or float16, got {dtype_name(weight.dtype)}; cast it, or dequantize codes",
+    )
+    nans, infinities = int(weight.isnan().sum()), int(weight.isinf().sum())
+    require(
+        nans + infinities == 0,
+        f"weight must be finite, got {nans} NaN and {infinities} infinite of {weight.numel()} values; "
+        "look for them in the checkpoint, or leave this weight in float",
+    )
+
+
+def _check_spec(spec: OperandSpec) -> None:
+    dtype, kind, size = spec.dtype, spec.granularity.kind, spec.granularity.size
+    known = sorted(map(dtype_name, (*_INTEGERS, *_FLOAT8_MAX)))
+    require(
+        dtype in _INTEGERS or dtype in _FLOAT8_MAX, f"spec.dtype must be {', '.join(known)}, got {dtype_name(dtype)}"
+    )
+    require(not spec.dynamic, "spec.dynamic is for activations: a weight is quantized once; say dynamic=False")
+    require(
+        spec.symmetric or dtype in _INTEGERS,
+        f"an asymmetric weight must have an integer dtype, got {dtype_name(dtype)}; say symmetric=True",
+    )
+    require(
+        not spec.symmetric or dtype not in (torch.uint8, UINT4),
+        f"a symmetric weight must have a signed dtype, got {dtype_name(dtype)}; say symmetric=False, int8 or int4",
+    )
+    sizes = {"per_tensor": 0, "per_channel": 0, "per_group": 1, "per_block": 2}
+    require(
+        sizes.get(kind) == len(size) and all(isinstance(step, int) and step > 0 for step in size),
+        f"spec.granularity must be per_tensor, per_channel, per_group(g) or per_block(r, c), got {spec.granularity}",
+    )

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from fx_quant.errors import NoKernelError, unknown_name
-from fx_quant.kernels.base import PLATFORM_REASON, Kernel, kernel, kernels
+from fx_quant.kernels.base import PLATFORM_REASON, Kernel, kernel, kernels, names_to_disable
 from fx_quant.padding import Padding, plan_padding
 from fx_quant.problem import Problem
 from fx_quant.target import Target
@@ -57,7 +57,7 @@ def disabled_kernels() -> frozenset[str]:
 
 def check_kernel_names(names: Collection[str]) -> None:
     """Raise ``UnknownNameError`` unless each name is a kernel or a provider."""
-    known = {k.name for k in kernels()} | {k.provider for k in kernels()}
+    known = names_to_disable()
     for name in sorted(names):
         if name not in known:
             raise unknown_name("kernel or provider", name, known)

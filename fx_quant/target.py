@@ -32,7 +32,7 @@ _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
 )
 
 # Kernel libraries whose presence a requirement may ask for; found by metadata, never imported here.
-_PACKAGES = ("torch", "triton", "vllm", "flashinfer-python", "aiter")
+_PACKAGES = ("torch", "triton", "vllm", "flashinfer-python", "amd-aiter")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,19 @@ def named_targets() -> tuple[str, ...]:
     return tuple(_NAMED)
 
 
+def capability_target(capability: int) -> Target:
+    """The NVIDIA GPU of compute capability ``capability`` (``90`` is sm90), with the packages installed here.
+
+    Raises:
+        ValueError: no GPU has such a capability.
+    """
+    if capability < 10:
+        raise ValueError(f"a compute capability must be major * 10 + minor, such as 90 for sm90, got {capability}")
+    features = {"float8"} if capability >= 89 else set()
+    features |= {"tma"} if capability >= 90 else set()
+    return Target("cuda", f"sm{capability}", frozenset(features), installed_packages())
+
+
 def detect_target(device: torch.device | str = "cpu") -> Target:
     """The machine that tensors on ``device`` run on, as it is now."""
     device = torch.device(device)
@@ -115,10 +128,7 @@ def detect_target(device: torch.device | str = "cpu") -> Target:
             # The OCP codes came with gfx950; gfx940 to gfx942 have those without a negative zero.
             return Target("rocm", arch, frozenset({"float8_fnuz" if arch.startswith("gfx94") else "float8"}), packages)
         major, minor = torch.cuda.get_device_capability(device)
-        capability = major * 10 + minor
-        features = {"float8"} if capability >= 89 else set()
-        features |= {"tma"} if capability >= 90 else set()
-        return Target("cuda", f"sm{capability}", frozenset(features), packages)
+        return capability_target(major * 10 + minor)
     return Target("cpu", *_cpu_arch(), packages)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fx_quant.errors import FxQuantError
-from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, INT8_DTYPES, INT4_DTYPES, dtype_name
+from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, INT4_DTYPES, INT8_DTYPES, dtype_name
 
 # pyrefly: ignore [missing-attribute]
 INT4: torch.dtype = torch.int4
@@ -42,7 +42,8 @@ def _require_codes(codes: Tensor, dtypes: Collection[torch.dtype] = CODE_DTYPES,
 
 
 def _require_float(scale: Tensor, what: str) -> None:
-    floating = scale.dtype.is_floating_point and scale.dtype not in FLOAT8_DTYPES
+    # Those of one byte, float8_e8m0fnu among them, have no arithmetic.
+    floating = scale.dtype.is_floating_point and scale.dtype.itemsize > 1
     require(floating, f"{what} must be a float tensor (float32), got {dtype_name(scale.dtype)}; decode it first")
 
 
@@ -88,13 +89,13 @@ def _shards_with_rows(weight_scale: Tensor, logical_widths: Sequence[int]) -> li
     )
     shards = [(width, value) for width, value in zip(widths, values, strict=True) if width]
     if shards and shards[-1][1] <= _NEVER_LOADED:
-        loaded = {value for value in values if value > _NEVER_LOADED}
+        loaded = sorted({value for value in values if value > _NEVER_LOADED})
         require(
             len(loaded) == 1,
-            f"weight_scale has no value for its last shard and {len(loaded)} different ones for the others; "
-            "an already fused checkpoint has one: load the missing scales",
+            "weight_scale must have one value if its last shard's was never loaded, as in a checkpoint that is already "
+            f"fused, got {len(loaded)}; load the missing scales",
         )
-        shards = [(width, *loaded) for width, _ in shards]
+        shards = [(width, loaded[0]) for width, _ in shards]
     _checked_scale(torch.tensor([scale for _, scale in shards]), "weight_scale")
     return shards
 
@@ -278,8 +279,8 @@ def merge_input_scales(scales: Tensor, azps: Tensor | None = None) -> tuple[Tens
         rmax = max(0, max_i scale_i * (127 - azp_i))        scale = (rmax - rmin) / 255
         rmin = min(0, min_i scale_i * (-128 - azp_i))       azp   = round(-128 - rmin / scale)
 
-    in float64; the range always holds 0, so that 0 has a code. Rounded, where upstream truncates and is off by one about
-    half of the time. An empty range (all scales 0) gives scale 1 and azp 0. Scales that were never loaded
+    in float64; the range always holds 0, so that 0 has a code. Rounded, where upstream truncates and is then often off
+    by one. An empty range (all scales 0) gives scale 1 and azp 0. Scales that were never loaded
     (``finfo(float32).min``) and their azps are ignored.
 
     Args:
@@ -309,7 +310,7 @@ def merge_input_scales(scales: Tensor, azps: Tensor | None = None) -> tuple[Tens
     high = (known * (127 - zeros)).max().clamp(min=0)
     low = (known * (-128 - zeros)).min().clamp(max=0)
     scale = (high - low) / 255
-    if scale.float() == 0:
+    if scale == 0:
         return torch.ones_like(scale, dtype=torch.float32), torch.zeros_like(scale, dtype=torch.int32)
     return scale.float(), (-128 - low / scale).round().to(torch.int32)
 
@@ -333,7 +334,9 @@ def azp_adjoint(weight: Tensor, azp: Tensor | int | None = None) -> Tensor:
     sums = weight.sum(dim=1, dtype=torch.int64)[None]
     if isinstance(azp, Tensor):
         _require_integer(azp, "azp")
-        require(azp.numel() == 1, f"azp must have one element, got {list(azp.shape)}; give per-token ones to the kernel")
+        require(
+            azp.numel() == 1, f"azp must have one element, got {list(azp.shape)}; give per-token ones to the kernel"
+        )
         azp = int(azp.item())
     require(azp is None or isinstance(azp, int), f"azp must be an integer, got {azp}; zero points are not rounded here")
     return (sums if azp is None else sums * azp).to(torch.int32)
@@ -353,7 +356,7 @@ def normalize_e4m3fn_to_e4m3fnuz(
     """Float8 as most checkpoints hold it (e4m3fn) as the float8 of gfx94x (e4m3fnuz), with the same decoded values.
 
     The same bits mean half the value in fnuz, so scales double. Three patterns differ: 0x80 is -0 in fn but NaN in
-    fnuz, so it becomes 0; 0x7f and 0xff are NaN in fn but +-240 and -240 in fnuz, so they become its NaN, 0x80
+    fnuz, so it becomes 0; 0x7f and 0xff are NaN in fn but 240 and -240 in fnuz, so they become its NaN, 0x80
     (upstream makes finite numbers of them). A scale that was never loaded stays recognisable as such.
 
     Args:
@@ -468,9 +471,13 @@ def expand_block_scale(scale: Tensor, block: tuple[int, int], shape: Sequence[in
     Raises:
         WeightError: a scale of another shape, negative or not finite.
     """
-    scale = _scale_of_blocks(scale, block, shape)
-    rows, columns = (torch.arange(size, device=scale.device) // step for size, step in zip(shape, block, strict=True))
-    return scale.index_select(0, rows).index_select(1, columns)
+    return repeat_blocks(_scale_of_blocks(scale, block, shape), block, shape)
+
+
+def repeat_blocks(values: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """``out[n, k] = values[n // r, k // c]`` for any dtype and sign, such as zero points; nothing is checked."""
+    rows, columns = (torch.arange(size, device=values.device) // step for size, step in zip(shape, block, strict=True))
+    return values.index_select(0, rows).index_select(1, columns)
 
 
 def dequantize_blockwise(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:

@@ -188,6 +188,20 @@ _KERNELS: dict[str, Kernel] = {}
 _PRIORITY: dict[str, int] = {}
 
 
+_CLASSES: set[str] = set()
+
+
+def name_class(name: str) -> None:
+    """Make ``name``, of a class of ``fx_quant.linear_kernels``, one that ``FX_QUANT_DISABLED_KERNELS`` may hold."""
+    _CLASSES.add(name)
+
+
+def names_to_disable() -> frozenset[str]:
+    """Names of every kernel, provider and kernel class."""
+    found = kernels()
+    return frozenset({k.name for k in found} | {k.provider for k in found} | _CLASSES)
+
+
 def register_kernel(kernel: Kernel, *, priority: int) -> Kernel:
     """Add ``kernel`` to the registry; among kernels that can run, the highest ``priority`` is chosen.
 

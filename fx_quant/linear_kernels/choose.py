@@ -1,0 +1,176 @@
+"""Choosing a kernel class: vLLM's functions over the one selection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from fx_quant.errors import NoKernelError
+from fx_quant.kernels.base import kernel as registered
+from fx_quant.kernels.base import kernels
+from fx_quant.linear_kernels.configs import (
+    FP8ScaledMMLinearLayerConfig,
+    Int8ScaledMMLinearLayerConfig,
+    MPLinearLayerConfig,
+    ScaledMMLinearLayerConfig,
+)
+from fx_quant.linear_kernels.interface import (
+    Capability,
+    FP8ScaledMMLinearKernel,
+    Int8ScaledMMLinearKernel,
+    MMLinearKernel,
+    MPLinearKernel,
+    RegistryLinearKernel,
+    resolve_capability,
+)
+from fx_quant.scheme import FLOAT_DTYPES, OperandSpec, dtype_name
+from fx_quant.selection import disabled_kernels
+
+KernelT = TypeVar("KernelT", bound=MMLinearKernel)
+
+
+def is_supported_and_can_implement_kernel(
+    kernel: type[KernelT], config: Any, compute_capability: Capability = None
+) -> tuple[bool, str]:
+    """Whether ``kernel`` can run ``config`` on a machine, and every reason why not.
+
+    A class is switched off by its own name, its kernels' or their provider's in ``FX_QUANT_DISABLED_KERNELS``.
+    """
+    off = disabled_kernels()
+    names = getattr(kernel, "KERNELS", ())
+    providers = {registered(name).provider for name in names}
+    if kernel.__name__ in off or (names and (set(names) <= off or providers <= off)):
+        return False, f"{kernel.__name__}: is disabled by environment variable"
+    target = resolve_capability(compute_capability)
+    if issubclass(kernel, RegistryLinearKernel):
+        reasons = kernel.unmet(config, target)
+        return not reasons, "; ".join(f"{kernel.__name__}: {reason}" for reason in reasons)
+    supported, reason = kernel.is_supported(target.capability)
+    if not supported:
+        return False, f"{kernel.__name__}: {reason}"
+    implements, reason = kernel.can_implement(config)
+    return implements, "" if implements else f"{kernel.__name__}: {reason}"
+
+
+def choose_scaled_mm_linear_kernel(
+    config: Any,
+    possible_kernels: Mapping[str, Sequence[type[KernelT]]],
+    compute_capability: Capability = None,
+    force_kernel: type[KernelT] | None = None,
+) -> type[KernelT]:
+    """The first class for the machine's platform that can run ``config``.
+
+    Args:
+        possible_kernels: classes by platform (``cpu``, ``cuda``, ``rocm``), best first.
+        compute_capability: ``90`` for an H100, a ``Target`` or its name; None is this machine.
+        force_kernel: this class, or an error.
+
+    Raises:
+        NoKernelError: (a ``ValueError``) none can, or the forced one cannot; the message holds every reason.
+    """
+    target = resolve_capability(compute_capability)
+    if force_kernel is not None:
+        ok, reason = is_supported_and_can_implement_kernel(force_kernel, config, target)
+        if not ok:
+            raise NoKernelError(
+                f"forced kernel cannot run {config} on {target}: {reason}. Remove force_kernel to let fx_quant choose."
+            )
+        return force_kernel
+    reasons = []
+    for candidate in possible_kernels.get(target.platform, ()):
+        ok, reason = is_supported_and_can_implement_kernel(candidate, config, target)
+        if ok:
+            return candidate
+        reasons.append(reason)
+    why = "\n".join(reasons) or f"no kernel is listed for {target.platform}"
+    raise NoKernelError(f"no kernel can run {config} on {target}. Reasons:\n{why}")
+
+
+def possible_kernels(family: type[RegistryLinearKernel]) -> dict[str, list[type[RegistryLinearKernel]]]:
+    """The classes of ``family`` by platform, in the order in which ``select`` asks their kernels."""
+    order = {each.name: i for i, each in enumerate(kernels())}
+    classes = sorted(_subclasses(family), key=lambda c: min(order[name] for name in c.KERNELS))
+    return {
+        platform: [c for c in classes if any(platform in k.requires.platforms for k in c._kernels())]
+        for platform in ("cpu", "cuda", "rocm")
+    }
+
+
+def _subclasses(family: type[RegistryLinearKernel]) -> list[type[RegistryLinearKernel]]:
+    found = [family] if family.KERNELS else []
+    for each in family.__subclasses__():
+        found += _subclasses(each)
+    return found
+
+
+def choose_mp_linear_kernel(
+    config: MPLinearLayerConfig, compute_capability: Capability = None
+) -> type[RegistryLinearKernel]:
+    """The class that runs a weight-only ``config``.
+
+    Raises:
+        NoKernelError: none can; the message holds every reason.
+    """
+    return choose_scaled_mm_linear_kernel(config, possible_kernels(MPLinearKernel), compute_capability)
+
+
+def init_fp8_linear_kernel(
+    activation_quant_key: OperandSpec,
+    weight_quant_key: OperandSpec,
+    out_dtype: torch.dtype,
+    force_kernel: type[FP8ScaledMMLinearKernel] | None = None,
+    module_name: str | None = None,
+    *,
+    weight_shape: tuple[int, int] | None = None,
+    compute_capability: Capability = None,
+) -> RegistryLinearKernel:
+    """The kernel object for a float8 layer, chosen for this machine.
+
+    Args:
+        module_name: named in the error.
+
+    Raises:
+        NoKernelError: none can; the message holds every reason.
+    """
+    _check_out_dtype(out_dtype)
+    config = FP8ScaledMMLinearLayerConfig(weight_quant_key, activation_quant_key, out_dtype, weight_shape)
+    return _init(FP8ScaledMMLinearKernel, config, force_kernel, module_name, compute_capability)
+
+
+def init_int8_linear_kernel(
+    is_channelwise: bool,
+    is_static_input_scheme: bool,
+    input_symmetric: bool,
+    module_name: str | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    weight_shape: tuple[int, int] | None = None,
+    compute_capability: Capability = None,
+) -> RegistryLinearKernel:
+    """The kernel object for an int8 layer, chosen for this machine; arguments as for ``init_fp8_linear_kernel``."""
+    _check_out_dtype(out_dtype)
+    config = Int8ScaledMMLinearLayerConfig(
+        is_channelwise, is_static_input_scheme, input_symmetric, out_dtype, weight_shape
+    )
+    return _init(Int8ScaledMMLinearKernel, config, None, module_name, compute_capability)
+
+
+def _check_out_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"out_dtype must be float32, bfloat16 or float16, got {dtype_name(dtype)}")
+
+
+def _init(
+    family: type[RegistryLinearKernel],
+    config: ScaledMMLinearLayerConfig,
+    force_kernel: type[RegistryLinearKernel] | None,
+    module_name: str | None,
+    compute_capability: Capability,
+) -> RegistryLinearKernel:
+    try:
+        chosen = choose_scaled_mm_linear_kernel(config, possible_kernels(family), compute_capability, force_kernel)
+    except NoKernelError as error:
+        raise NoKernelError(f"{module_name}: {error}" if module_name else str(error)) from None
+    return chosen(config)

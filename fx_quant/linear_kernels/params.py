@@ -1,0 +1,107 @@
+"""The tensors of a layer, typed, and how one is replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fx_quant.errors import FxQuantError
+
+
+class LayerError(FxQuantError, AttributeError):
+    """A layer that lacks an attribute that its kernel reads."""
+
+
+@dataclass
+class Params:
+    """Quantized tensors of a layer. A subclass adds fields; a class variable in upper case names the attribute.
+
+    ``from_layer`` reads each field from the attribute of that name; a field that may be None may be missing.
+
+    Args:
+        weight: codes ``[n, k]``.
+        weight_scale: its scales.
+        input_scale: the activation's scale, of a static scheme.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+
+    WEIGHT: ClassVar[str] = "weight"
+    WEIGHT_SCALE: ClassVar[str] = "weight_scale"
+    INPUT_SCALE: ClassVar[str] = "input_scale"
+
+    @classmethod
+    def from_layer(cls, layer: nn.Module) -> Self:
+        """The parameters of ``layer``.
+
+        Raises:
+            LayerError: an attribute that may not be None is missing.
+        """
+        hints = typing.get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            name = getattr(cls, field.name.upper(), field.name)
+            values[field.name] = getattr(layer, name, None)
+            if values[field.name] is None and type(None) not in typing.get_args(hints[field.name]):
+                has = ", ".join(
+                    n for n, _ in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+                )
+                raise LayerError(
+                    f"{type(layer).__name__} must have {name!r}, which {cls.__name__} reads; it has "
+                    f"{has or 'no tensors'}. Set it, or name another attribute with {cls.__name__}.{field.name.upper()}"
+                )
+        return cls(**values)
+
+
+@dataclass
+class FP8Params(Params):
+    """Tensors of a float8 layer; ``input_scale_ub`` bounds the amax of a dynamic per-token scale."""
+
+    input_scale_ub: Tensor | None
+
+    INPUT_SCALE_UB: ClassVar[str] = "input_scale_ub"
+
+
+@dataclass
+class Int8Params(Params):
+    """Tensors of an int8 layer; ``azp_adj`` ``[1, n]`` int32 is the sum of the weight's codes over k."""
+
+    input_zero_point: Tensor | None
+    azp_adj: Tensor | None
+
+    INPUT_ZERO_POINT: ClassVar[str] = "input_zero_point"
+    AZP_ADJ: ClassVar[str] = "azp_adj"
+
+
+@dataclass
+class MPParams(Params):
+    """Tensors of a weight-only layer; int4 codes are packed two to a byte (``fx_quant.weights.pack_int4``)."""
+
+    weight_zero_point: Tensor | None
+
+    WEIGHT_ZERO_POINT: ClassVar[str] = "weight_zero_point"
+
+
+def replace_parameter(layer: nn.Module, name: str, new: Tensor) -> None:
+    """Put ``new`` in the place of the parameter or buffer ``name``, with the attributes that loaders left on it.
+
+    Raises:
+        LayerError: ``layer`` has no such parameter or buffer.
+    """
+    old = getattr(layer, name, None)
+    if not isinstance(old, Tensor):
+        raise LayerError(f"{type(layer).__name__} must have a parameter {name!r} to replace, found {old!r}")
+    if name in layer._buffers:
+        layer.register_buffer(name, new.detach(), persistent=name not in layer._non_persistent_buffers_set)
+        return
+    parameter = nn.Parameter(new.detach(), requires_grad=False)
+    for key, value in vars(old).items():
+        setattr(parameter, key, value)
+    layer.register_parameter(name, parameter)
