@@ -151,3 +151,10 @@ def cpp_compiler() -> str | None:
         return get_cpp_compiler()
     except InvalidCxxCompiler:
         return None
+
+
+def load_cpp(source: str) -> Any:
+    """``source`` compiled as C++ for this machine, with OpenMP, as a ``ctypes`` library; kept in Inductor's cache."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)

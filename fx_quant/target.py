@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,7 +14,7 @@ from packaging.version import Version
 
 from fx_quant.errors import unknown_name
 
-_X86_VNNI = frozenset({"avx2", "avx512", "avx512_vnni", "avx512_bf16"})
+_X86_VNNI = frozenset({"avx2", "avx512", "avx512_vnni", "avx512_bf16", "cpp_compiler"})
 
 # name -> (platform, arch, features)
 _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
@@ -26,8 +28,8 @@ _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
         "gfx950": ("rocm", "gfx950", frozenset({"float8"})),
         "x86_vnni": ("cpu", "x86_vnni", _X86_VNNI),
         "x86_amx": ("cpu", "x86_amx", _X86_VNNI | {"amx"}),
-        "x86": ("cpu", "x86", frozenset({"avx2"})),
-        "arm": ("cpu", "arm", frozenset()),
+        "x86": ("cpu", "x86", frozenset({"avx2", "cpp_compiler"})),
+        "arm": ("cpu", "arm", frozenset({"cpp_compiler"})),
     }
 )
 
@@ -136,8 +138,10 @@ def _cpu_arch() -> tuple[str, frozenset[str]]:
     import platform
 
     machine = platform.machine().lower()
+    compilers = (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")
+    always = frozenset({"cpp_compiler"} if any(map(shutil.which, filter(None, compilers))) else ())
     if machine not in ("x86_64", "amd64"):
-        return ("arm" if machine in ("aarch64", "arm64") else machine), frozenset()
+        return ("arm" if machine in ("aarch64", "arm64") else machine), always
     probes = {
         "avx2": "_is_avx2_supported",
         "avx512": "_is_avx512_supported",
@@ -149,7 +153,7 @@ def _cpu_arch() -> tuple[str, frozenset[str]]:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         # ATEN_CPU_CAPABILITY can hold back what the machine has, and Inductor follows it.
         features -= {"avx512", "avx512_vnni", "avx512_bf16", "amx"}
-    return _x86_arch(features), features
+    return _x86_arch(features), features | always
 
 
 def _x86_arch(features: frozenset[str]) -> str:

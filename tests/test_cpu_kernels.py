@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tolerances import assert_within
 from torch import Tensor
 
+from fx_quant import compat, native
 from fx_quant.kernels.base import kernel
 from fx_quant.kernels.packing import pack_weight
 from fx_quant.problem import Problem, SizeRange
@@ -41,15 +45,68 @@ def code_dtype(name: str) -> torch.dtype:
     return torch.int8 if "int8" in name else E4M3
 
 
+@pytest.fixture(params=["native", "unpacked"])
+def way(request, monkeypatch):
+    """Sums by the native code, and as on a machine without the instruction."""
+    if request.param == "unpacked":
+        monkeypatch.setattr(native.Dot, "exists_here", lambda _: False)
+    return request.param
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_body_is_the_canonical_op(name, bias, out_dtype):
+def test_the_body_is_the_canonical_op(name, bias, out_dtype, way):
     m, n, k = 5, 70, 9
     a, w = codes(m, k, code_dtype(name)), codes(n, k, code_dtype(name))
     epilogue = (torch.rand(m, 1), torch.rand(n), None if bias is None else torch.randn(n, dtype=bias), out_dtype)
     expected = fxq.scaled_mm(a, w.t(), *epilogue)
-    assert torch.equal(call(name, a, w, *epilogue), expected)
+    assert_within(call(name, a, w, *epilogue), expected, kernel(name).numerics)
+
+
+SIZES = [(0, 64, 64), (1, 1, 1), (1, 64, 4), (2, 63, 3), (7, 65, 130), (400, 129, 65), (6, 200, 1031)]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_native_sum_is_exact(shape, threads, strided):
+    m, n, k = shape
+    a, w = codes(m, k, torch.int8), codes(n, k, torch.int8)
+    given = torch.cat((a, a), 1)[:, :k] if strided else a
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = call("cpu_int8_vnni", given, w, None, None, None, torch.int32)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, (a.long() @ w.t().long()).int())
+
+
+def test_a_compiler_that_fails_is_a_warning_and_the_result_the_same(monkeypatch):
+    def fail(_):
+        raise RuntimeError("no compiler")
+
+    native.compiled.cache_clear()
+    monkeypatch.setattr(compat, "load_cpp", fail)
+    a, w = codes(3, 40, torch.int8), codes(70, 40, torch.int8)
+    try:
+        if native.INT8_VNNI.exists_here():
+            with pytest.warns(UserWarning, match=r"no compiler.*Install a C\+\+ compiler"):
+                out = call("cpu_int8_vnni", a, w, None, None, None, torch.int32)
+        else:
+            out = call("cpu_int8_vnni", a, w, None, None, None, torch.int32)
+    finally:
+        native.compiled.cache_clear()
+    assert torch.equal(out, (a.long() @ w.t().long()).int())
+
+
+def test_without_a_compiler_another_kernel_is_chosen():
+    target = named_target("x86_vnni")
+    bare = replace(target, features=target.features - {"cpp_compiler"})
+    selection = select(problem(torch.int8), bare)
+    assert selection.kernel.name == "pytorch_int_mm"
+    assert any("needs cpp_compiler" in reason for v in selection.verdicts for reason in v.reasons)
 
 
 def test_int32_is_the_accumulator():

@@ -175,7 +175,7 @@ def test_the_chosen_kernel_is_the_first_that_can_run(name, asked):
 
 
 def test_a_cpu_with_vnni_but_no_bfloat16_runs_float8_in_float32():
-    cascade_lake = replace(named_target("x86_vnni"), features=frozenset({"avx2", "avx512", "avx512_vnni"}))
+    cascade_lake = replace(named_target("x86_vnni"), features=named_target("x86_vnni").features - {"avx512_bf16"})
     assert select(INT8, cascade_lake).kernel.name == "cpu_int8_vnni"
     assert select(FP8, cascade_lake).kernel.name == "cpu_float8_float32"
 
@@ -225,7 +225,7 @@ def test_a_forced_kernel_that_cannot_run_is_an_error_with_all_its_reasons():
     assert str(error.value) == (
         "forced kernel 'cpu_int8_vnni' cannot run int8 per_token (dynamic) x int8 per_channel, "
         "m=1.. n=4096 k=4096 -> bfloat16 on sm80: needs platform cpu, target is cuda; needs avx512, which sm80 has not; "
-        "needs avx512_vnni, which sm80 has not; packs its weight once, so the weight must be a parameter, buffer or "
+        "needs avx512_vnni, which sm80 has not; needs cpp_compiler, which sm80 has not; packs its weight once, so the weight must be a parameter, buffer or "
         "constant. Remove force_kernel to let fx_quant choose."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -11,11 +12,20 @@ import torch
 from packaging.version import Version
 
 from fx_quant.errors import UnknownNameError
-from fx_quant.target import Target, detect_target, installed_packages, named_target, named_targets, resolve_target
+from fx_quant.target import (
+    Target,
+    capability_target,
+    detect_target,
+    installed_packages,
+    named_target,
+    named_targets,
+    resolve_target,
+)
 
 
 def test_named_targets_are_those_of_the_documentation():
-    assert named_targets() == ("sm80", "sm89", "sm90", "sm100", "gfx942", "x86_vnni", "x86")
+    gpus = ("sm80", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950")
+    assert named_targets() == (*gpus, "x86_vnni", "x86_amx", "x86", "arm")
 
 
 @pytest.mark.parametrize("name", named_targets())
@@ -36,7 +46,7 @@ def test_an_unknown_target_is_an_error_with_the_nearest_names():
         named_target("sm_90")
     assert str(error.value) == (
         "unknown target 'sm_90'. Did you mean 'sm90' or 'sm89' or 'sm80'? "
-        "Known: gfx942, sm100, sm80, sm89, sm90, x86, x86_vnni."
+        "Known: arm, gfx942, gfx950, sm100, sm120, sm80, sm89, sm90, x86, x86_amx, x86_vnni."
     )
 
 
@@ -79,16 +89,37 @@ def test_the_detected_cpu_has_the_packages_installed_here():
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="an x86 CPU")
 def test_the_detected_x86_cpu_is_vnni_exactly_when_it_has_the_instructions():
     target = detect_target()
-    assert target.arch == ("x86_vnni" if "avx512_vnni" in target.features else "x86")
+    vnni = "x86_amx" if "amx" in target.features else "x86_vnni"
+    assert target.arch == (vnni if "avx512_vnni" in target.features else "x86")
     assert ("avx2" in target.features) == (
         "AVX2" in torch.backends.cpu.get_cpu_capability() or "AVX512" in torch.backends.cpu.get_cpu_capability()
     )
 
 
-def test_a_cpu_that_is_not_x86_has_its_own_arch_and_no_x86_features(monkeypatch):
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+@pytest.mark.parametrize(("machine", "arch"), [("aarch64", "arm"), ("arm64", "arm"), ("riscv64", "riscv64")])
+def test_a_cpu_that_is_not_x86_has_its_own_arch_and_no_x86_features(machine, arch, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     target = detect_target()
-    assert (target.arch, target.features) == ("aarch64", frozenset())
+    assert (target.arch, target.features - {"cpp_compiler"}) == (arch, frozenset())
+
+
+def test_a_compiler_is_a_feature_of_a_cpu(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/c++" if name == "c++" else None)
+    assert "cpp_compiler" in detect_target().features
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "cpp_compiler" not in detect_target().features
+
+
+@pytest.mark.parametrize(("capability", "features"), [(80, set()), (89, {"float8"}), (120, {"float8", "tma"})])
+def test_a_compute_capability_is_a_target(capability, features):
+    target = capability_target(capability)
+    assert (target.capability, target.features) == (capability, features)
+
+
+def test_a_major_version_is_no_compute_capability():
+    with pytest.raises(ValueError, match="such as 90 for sm90, got 9"):
+        capability_target(9)
 
 
 def test_resolve_takes_a_target_a_name_or_nothing():

@@ -1,7 +1,7 @@
 """Kernels for x86 CPUs, over weights that are packed once.
 
-The op bodies are plain PyTorch, for eager use and as test oracle; ``lowerings/`` turns the ops into native code with a
-fused epilogue.
+The op bodies run the native code for the sum, and plain PyTorch where it cannot be; ``lowerings/`` turns the ops into
+native code with a fused epilogue.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fx_quant.kernels.base import (
     register_kernel,
 )
 from fx_quant.kernels.packing import packed_layout
+from fx_quant.native import FLOAT8_BF16, INT8_VNNI, Dot, matmul
 from fx_quant.ops import MATMUL_TAGS, accumulate, correct, dequantize, register
 from fx_quant.scheme import Granularity, Numerics
 
@@ -30,14 +31,16 @@ _CPU = frozenset({"cpu"})
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-def _body(layout: str, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
-    """Unpack ``b``, sum the products, and apply the canonical epilogue."""
+def _body(layout: str, dot: Dot | None, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
+    """Sum the products natively, or unpack ``b`` where that cannot be, and apply the canonical epilogue."""
 
     def body(a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, **_) -> Tensor:
-        unpack = packed_layout(layout).unpack
-        assert unpack is not None
-        weight = unpack(b, n, a.shape[1])
-        acc = correct(sum_of_products(a, weight.t()), a_zero_point, b_sum)
+        acc = None if dot is None else matmul(dot, a, b, n)
+        if acc is None:
+            unpack = packed_layout(layout).unpack
+            assert unpack is not None
+            acc = sum_of_products(a, unpack(b, n, a.shape[1]).t())
+        acc = correct(acc, a_zero_point, b_sum)
         return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
 
     return body
@@ -56,12 +59,12 @@ def _weight_only_int8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor
 
 register(f"cpu_weight_only_int8{KERNEL_SCHEMA}", _weight_only_int8, fake_kernel("cpu_weight_only_int8"), MATMUL_TAGS)
 
-for _name, _layout, _sum in (
-    ("cpu_int8_vnni", "vnni", accumulate),
-    ("cpu_float8_bf16", "bf16_pairs", _float32_mm),
-    ("cpu_float8_float32", "float32", _float32_mm),
+for _name, _layout, _dot, _sum in (
+    ("cpu_int8_vnni", "vnni", INT8_VNNI, accumulate),
+    ("cpu_float8_bf16", "bf16_pairs", FLOAT8_BF16, _float32_mm),
+    ("cpu_float8_float32", "float32", None, _float32_mm),
 ):
-    register(f"{_name}{KERNEL_SCHEMA}", _body(_layout, _sum), fake_kernel(_name), MATMUL_TAGS)
+    register(f"{_name}{KERNEL_SCHEMA}", _body(_layout, _dot, _sum), fake_kernel(_name), MATMUL_TAGS)
 
 register_kernel(
     Kernel(
@@ -70,7 +73,7 @@ register_kernel(
         op="cpu_int8_vnni",
         requires=Requires(
             platforms=_CPU,
-            features=frozenset({"avx512", "avx512_vnni"}),
+            features=frozenset({"avx512", "avx512_vnni", "cpp_compiler"}),
             codes=INT8_PAIRS,
             granularities=ROW_SCALES,
             asymmetric=ACTIVATION,
@@ -92,7 +95,7 @@ register_kernel(
         op="cpu_float8_bf16",
         requires=Requires(
             platforms=_CPU,
-            features=frozenset({"avx512", "avx512_bf16"}),
+            features=frozenset({"avx512", "avx512_bf16", "cpp_compiler"}),
             codes=FLOAT8_PAIRS,
             granularities=ROW_SCALES,
             out_dtypes=_FLOATS,

@@ -10,13 +10,10 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 from unittest.mock import patch
 
 import sympy
-import torch
 from torch._inductor import config, ir
 from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
@@ -30,53 +27,14 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from fx_quant.kernels.packing import PANEL
-
-
-def _native(*names: str) -> str:
-    folder = resources.files("fx_quant.kernels") / "native"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
-
-
-@dataclass(frozen=True)
-class Dot:
-    """One kind of codes: how the native code calls it, and what the machine must have.
-
-    Args:
-        name: of the rendered kernel.
-        struct: the C++ struct that the tile is instantiated with.
-        source: the native code.
-        acc_dtype: dtype of the accumulator.
-        probe: name of the function in ``torch.cpu`` that says whether the instruction exists.
-    """
-
-    name: str
-    struct: str
-    source: str
-    acc_dtype: torch.dtype
-    probe: str
-
-
-INT8_VNNI = Dot(
-    name="fxq_int8_vnni",
-    struct="FxqInt8",
-    source=_native("int8_vnni.h", "tile.h"),
-    acc_dtype=torch.int32,
-    probe="_is_vnni_supported",
-)
-FLOAT8_BF16 = Dot(
-    name="fxq_float8_bf16",
-    struct="FxqFloat8",
-    source=_native("float8_bf16.h", "tile.h"),
-    acc_dtype=torch.float32,
-    probe="_is_avx512_bf16_supported",
-)
+from fx_quant.native import Dot
 
 
 def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
     """Whether ``n`` and ``k`` are static, Inductor compiles for AVX-512 and the machine has the instruction."""
     isa = pick_vec_isa()
-    has_instruction = bool(isa) and isa.bit_width() == 512 and getattr(torch.cpu, dot.probe, lambda: False)()
-    return has_instruction and all(isinstance(size, (int, sympy.Integer)) for size in (n, a.get_size()[1]))
+    wide = bool(isa) and isa.bit_width() == 512
+    return wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) for size in (n, a.get_size()[1]))
 
 
 _TEMPLATE = r"""

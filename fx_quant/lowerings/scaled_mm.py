@@ -15,8 +15,9 @@ from torch._inductor.virtualized import V
 
 import fx_quant.kernels.cpu  # noqa: F401  (registers the ops)
 from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
-from fx_quant.lowerings.cpu_template import FLOAT8_BF16, INT8_VNNI, can_render, tile_matmul
+from fx_quant.lowerings.cpu_template import can_render, tile_matmul
 from fx_quant.lowerings.quantize import quantize_dynamic
+from fx_quant.native import FLOAT8_BF16, INT8_VNNI
 
 aten = torch.ops.aten
 fxq = torch.ops.fx_quant

@@ -1,0 +1,137 @@
+"""Our native micro-kernels: what each needs, its source, and how an eager call runs it.
+
+The sources (``kernels/native``) are compiled on first use with Inductor's C++ toolchain and kept in its cache; compiled
+graphs paste the same sources into their templates (``lowerings/cpu_template.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+
+def _source(*names: str) -> str:
+    folder = resources.files("fx_quant.kernels") / "native"
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One kind of codes: how the native code calls it, and what the machine must have.
+
+    Args:
+        name: of the rendered kernel.
+        struct: the C++ struct that the tile is instantiated with.
+        source: the native code.
+        acc_dtype: dtype of the accumulator.
+        probe: name of the function in ``torch.cpu`` that says whether the instruction exists.
+    """
+
+    name: str
+    struct: str
+    source: str
+    acc_dtype: torch.dtype
+    probe: str
+
+    def exists_here(self) -> bool:
+        """Whether this machine has the instruction, and PyTorch is let use it."""
+        return torch.backends.cpu.get_cpu_capability() == "AVX512" and getattr(torch.cpu, self.probe, lambda: False)()
+
+
+INT8_VNNI = Dot(
+    name="fxq_int8_vnni",
+    struct="FxqInt8",
+    source=_source("int8_vnni.h", "tile.h"),
+    acc_dtype=torch.int32,
+    probe="_is_vnni_supported",
+)
+FLOAT8_BF16 = Dot(
+    name="fxq_float8_bf16",
+    struct="FxqFloat8",
+    source=_source("float8_bf16.h", "tile.h"),
+    acc_dtype=torch.float32,
+    probe="_is_avx512_bf16_supported",
+)
+
+_EAGER = r"""
+#include <omp.h>
+%(source)s
+extern "C" __attribute__((visibility("default")))
+void fxq_matmul(
+    const void* a_, int64_t lda, const void* b_, int64_t m, int64_t n, int64_t k, void* out_, int64_t threads)
+{
+  using Dot = %(struct)s;
+  const auto a = static_cast<const Dot::A*>(a_);
+  const auto b = static_cast<const Dot::B*>(b_);
+  const auto out = static_cast<Dot::Acc*>(out_);
+  const int64_t panels = (n + FXQ_PANEL - 1) / FXQ_PANEL;
+  const int64_t panel_size = (k + Dot::GROUP - 1) / Dot::GROUP * FXQ_PANEL * Dot::GROUP;
+#pragma omp parallel num_threads(threads)
+  {
+    const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num());
+    alignas(64) Dot::Acc start[FXQ_CHUNK_ROWS];
+    alignas(64) Dot::Acc acc[FXQ_TILE_ROWS * FXQ_PANEL];
+    for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
+      const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
+      for (int64_t r = 0; r < rows; r++) {
+        start[r] = Dot::row_start(a + (chunk + r) * lda, k);
+      }
+      const int64_t blocks = (rows + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+      for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
+        const int64_t width = std::min(FXQ_PANEL, n - panel * FXQ_PANEL);
+        for (int64_t block = 0; block < blocks; block++) {
+          const int64_t first = chunk + rows * block / blocks, end = chunk + rows * (block + 1) / blocks;
+          fxq_tile<Dot>(end - first, a + first * lda, lda, b + panel * panel_size, k, start + (first - chunk), acc);
+          for (int64_t r = first; r < end; r++) {
+            std::memcpy(out + r * n + panel * FXQ_PANEL, acc + (r - first) * FXQ_PANEL, width * sizeof(Dot::Acc));
+          }
+        }
+      }
+    }
+  }
+}
+"""
+
+
+@functools.cache
+def compiled(dot: Dot) -> Callable[..., None] | None:
+    """The eager entry point of ``dot``, compiled once; None, with a warning, where that fails."""
+    from fx_quant.compat import load_cpp
+
+    try:
+        function = load_cpp(_EAGER % {"source": dot.source, "struct": dot.struct}).fxq_matmul
+    except Exception as error:  # noqa: BLE001  (a compiler may fail in any way)
+        warnings.warn(
+            f"fx_quant: {dot.name} could not be compiled ({error!r}); eager calls unpack the weight each time, slowly. "
+            "Install a C++ compiler (g++ or clang++) or set CXX.",
+            stacklevel=2,
+        )
+        return None
+    size, address = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [address, size, address, size, size, size, address, size]
+    function.restype = None
+    return function
+
+
+def matmul(dot: Dot, a: Tensor, b: Tensor, n: int) -> Tensor | None:
+    """``[m, n]`` accumulator of ``a [m, k]`` and packed ``b``; None where the native code cannot run."""
+    if a.device.type != "cpu" or not dot.exists_here():
+        return None
+    function = compiled(dot)
+    if function is None:
+        return None
+    a = a if a.stride(1) == 1 or a.shape[1] == 1 else a.contiguous()
+    m, k = a.shape
+    out = a.new_empty((m, n), dtype=dot.acc_dtype)
+    if m and n:
+        # More threads than panels or rows would only wait for each other.
+        threads = max(1, min(torch.get_num_threads(), m * -(-n // 64)))
+        function(a.data_ptr(), a.stride(0), b.data_ptr(), m, n, k, out.data_ptr(), threads)
+    return out
