@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="this machine: target, libraries, and which kernels can run here")
     doctor.set_defaults(run=_doctor)
 
-    kernels = commands.add_parser("kernels", help="all kernels, and what keeps each from running on a target")
+    kernels = commands.add_parser(
+        "kernels", help="the kernel that a target gives each scheme, and what keeps each other from running there"
+    )
     kernels.add_argument("--target", help=f"one of {', '.join(named_targets())}; this machine when left out")
+    kernels.add_argument("--json", action="store_true", help="print JSON, every kernel's reasons included")
     kernels.set_defaults(run=_kernels)
 
     for name, run, text in (
@@ -79,7 +83,17 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _kernels(arguments: argparse.Namespace) -> int:
-    return _print_kernels(resolve_target(arguments.target, "cuda" if torch.cuda.is_available() else "cpu"))
+    from fx_quant.support import support_matrix
+
+    target = resolve_target(arguments.target, "cuda" if torch.cuda.is_available() else "cpu")
+    matrix = support_matrix(target)
+    if arguments.json:
+        print(json.dumps({"target": str(target), "schemes": [each.to_dict() for each in matrix]}, indent=2))
+        return 0
+    _print_kernels(target)
+    print(f"\nFor constant weights of 4096 x 4096 and any number of rows, to bfloat16, {target} runs:\n")
+    print("\n".join(map(str, matrix)))
+    return 0
 
 
 def _print_kernels(target: Any) -> int:

@@ -38,6 +38,7 @@ class Requires:
         codes: ``(activation dtype, weight dtype)`` pairs of codes.
         granularities: ``(activation, weight)`` granularity pairs.
         out_dtypes: dtypes it can return.
+        out_as_activation: it returns the dtype of a float activation (weight-only kernels).
         bias_dtypes: dtypes of the bias it can add (a missing bias is always fine).
         bias_as_out: a bias must have the dtype of the result.
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
@@ -56,6 +57,7 @@ class Requires:
     codes: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
     granularities: frozenset[tuple[Granularity, Granularity]] = frozenset()
     out_dtypes: frozenset[torch.dtype] = frozenset()
+    out_as_activation: bool = False
     bias_dtypes: frozenset[torch.dtype] = frozenset()
     bias_as_out: bool = False
     align: int = 1
@@ -108,6 +110,10 @@ class Requires:
         if self.out_dtypes and problem.out_dtype not in self.out_dtypes:
             reasons.append(
                 f"returns {_one_of(map(dtype_name, self.out_dtypes))}, asked for {dtype_name(problem.out_dtype)}"
+            )
+        if self.out_as_activation and problem.out_dtype != activation.dtype:
+            reasons.append(
+                f"returns the activation's {dtype_name(activation.dtype)}, asked for {dtype_name(problem.out_dtype)}"
             )
         if self.bias_dtypes and problem.bias is not None and problem.bias not in self.bias_dtypes:
             reasons.append(

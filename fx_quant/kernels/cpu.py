@@ -137,7 +137,7 @@ register_kernel(
                     (Granularity.PER_TENSOR, Granularity.PER_CHANNEL),
                 }
             ),
-            out_dtypes=_FLOATS,
+            out_as_activation=True,
             # ATen reads past the end of a row whose k is no multiple of 16 (torch 2.13).
             align=16,
         ),

@@ -102,9 +102,10 @@ def _dequantized_blocks(a, b, a_scale, b_scale, bias, n, out_dtype, *, block=Non
 
 
 def _weight_only(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
-    """The weight dequantized to the activation's dtype, and a float matmul."""
-    weight = dequantize_weight(b, a.shape[1], b_scale, b_zero_point, block).to(a.dtype)
-    return dequantize(a @ weight, None, None, bias, out_dtype)
+    """The weight dequantized to the activation's dtype, or the result's where that is wider, and a float matmul."""
+    dtype = torch.promote_types(a.dtype, out_dtype)
+    weight = dequantize_weight(b, a.shape[1], b_scale, b_zero_point, block).to(dtype)
+    return dequantize(a.to(dtype) @ weight, None, None, bias, out_dtype)
 
 
 for _name, _body in (

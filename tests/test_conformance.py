@@ -1,0 +1,158 @@
+"""Every kernel of the registry that runs here, on every problem that it accepts, equals the canonical op.
+
+A new provider is tested by being there: nothing below names a kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+
+import pytest
+import torch
+from tolerances import assert_within
+from torch import Tensor
+
+from fx_quant.eager import run_kernel
+from fx_quant.kernels.base import Kernel, kernels
+from fx_quant.kernels.packing import clear_packed_weights
+from fx_quant.linear import scale_shape, weight_block
+from fx_quant.problem import Problem, SizeRange
+from fx_quant.quantize_weight import quantize_weight
+from fx_quant.scheme import INT4_DTYPES, Granularity, OperandSpec, Scheme
+from fx_quant.selection import select
+from fx_quant.support import SCHEMES
+from fx_quant.target import detect_target
+from fx_quant.weights import pack_int4
+
+fxq = torch.ops.fx_quant
+HERE = detect_target("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = "cpu" if HERE.platform == "cpu" else "cuda"
+RUN_HERE = [kernel for kernel in kernels() if not kernel.requires.unmet_by_target(HERE)]
+
+# Aligned, ragged, one column, one k, longer than a panel; k even, as int4 codes come in pairs.
+SIZES = ((64, 64), (70, 36), (1, 2), (200, 130))
+ROWS = (0, 1, 17)
+EPILOGUES = (
+    (torch.float32, None),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+)
+GROUPS = (
+    "float8_e4m3fn per_group(32) (dynamic) x float8_e4m3fn per_block(16, 32)",
+    "float8_e5m2 per_token (dynamic) x float8_e5m2 per_channel",
+    "float16 x int8 per_channel",
+    "float32 x int8 per_tensor",
+    "float32 x float8_e5m2 per_block(16, 32)",
+    "float32 x int4 per_group(32)",
+    "float16 x uint4 per_group(32) asymmetric",
+)
+ALL_SCHEMES = tuple(Scheme.parse(text) for text in (*SCHEMES, *GROUPS))
+
+
+@pytest.fixture(autouse=True)
+def nothing_packed():
+    clear_packed_weights()
+
+
+def problem(scheme: Scheme, n: int, k: int, out: torch.dtype, bias: torch.dtype | None, m: int) -> Problem:
+    return Problem(scheme, SizeRange.exactly(m), n, k, out, bias, constant_weight=True)
+
+
+def activation_codes(spec: OperandSpec, m: int, k: int) -> Tensor:
+    if not spec.quantized:
+        return torch.randn(m, k).to(spec.dtype)
+    if spec.dtype is torch.int8:
+        return torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    return torch.randn(m, k).to(spec.dtype)
+
+
+def activation_scale(scheme: Scheme, m: int, k: int) -> Tensor | None:
+    spec, block = scheme.activation, weight_block(scheme)
+    if not spec.quantized:
+        return None
+    if block is not None:
+        return torch.rand(m, -(-k // block[1])) + 0.1
+    return torch.rand(m, 1) + 0.1 if spec.granularity == Granularity.PER_TOKEN else torch.tensor(0.25)
+
+
+def operands(asked: Problem, m: int) -> dict[str, Tensor | None]:
+    scheme = asked.scheme
+    weight = quantize_weight(torch.randn(asked.n, asked.k) / 8, scheme.weight)
+    codes, zero_point = weight.codes, weight.zero_point
+    if scheme.weight.dtype in INT4_DTYPES:
+        codes, zero_point = pack_int4(codes), None if zero_point is None else zero_point - 8
+    flat = weight_block(scheme) is None
+    assert weight.scale.shape == scale_shape(scheme.weight, asked.n, asked.k)
+    return {
+        "a": activation_codes(scheme.activation, m, asked.k),
+        "weight": codes,
+        "a_scale": activation_scale(scheme, m, asked.k),
+        "b_scale": weight.scale.flatten() if flat else weight.scale,
+        "b_zero_point": zero_point if zero_point is None or not flat else zero_point.flatten(),
+        "bias": None if asked.bias is None else torch.randn(asked.n, dtype=asked.bias),
+        "a_zero_point": None if scheme.activation.symmetric else _zero_points(scheme.activation, m),
+    }
+
+
+def _zero_points(spec: OperandSpec, m: int) -> Tensor:
+    per_token = spec.granularity == Granularity.PER_TOKEN
+    return torch.randint(-128, 128, (m, 1) if per_token else (), dtype=torch.int32)
+
+
+def reference(asked: Problem, given: dict[str, Tensor | None]) -> Tensor:
+    a, weight, block = given["a"], given["weight"], weight_block(asked.scheme)
+    if asked.scheme.weight_only:
+        return fxq.weight_only_mm(
+            a, weight.t(), given["b_scale"], given["b_zero_point"], given["bias"], asked.out_dtype, block=block
+        )
+    return fxq.scaled_mm(
+        a,
+        weight.t(),
+        given["a_scale"],
+        given["b_scale"],
+        given["bias"],
+        asked.out_dtype,
+        a_zero_point=given["a_zero_point"],
+        block=block,
+    )
+
+
+def accepted(kernel: Kernel):
+    """Every problem of the grid that ``kernel`` accepts here."""
+    for scheme, (n, k), (out, bias), m in itertools.product(ALL_SCHEMES, SIZES, EPILOGUES, ROWS):
+        asked = problem(scheme, n, k, out, bias, m)
+        if not kernel.requires.unmet(asked, HERE):
+            yield asked, m
+
+
+@pytest.mark.parametrize("kernel", RUN_HERE, ids=lambda kernel: kernel.name)
+def test_a_kernel_is_the_canonical_op_on_all_that_it_accepts(kernel):
+    count = 0
+    for asked, m in accepted(kernel):
+        torch.manual_seed(zlib.crc32(str(asked).encode()))
+        given = operands(asked, m)
+        selection = select(asked, HERE, force_kernel=kernel.name, mode="eager")
+        there = {name: None if x is None else x.to(DEVICE) for name, x in given.items()}
+        out = run_kernel(selection, block=weight_block(asked.scheme), **there)
+        try:
+            assert_within(out.cpu(), reference(asked, given), kernel.numerics)
+        except AssertionError as error:
+            raise AssertionError(f"{kernel.name} on {asked}: {error}") from None
+        count += 1
+    assert count, f"{kernel.name} can run here and accepts nothing of the grid: add a scheme that it takes"
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=lambda kernel: kernel.name)
+def test_a_problem_that_a_kernel_rejects_has_its_reasons(kernel):
+    target = HERE
+    for scheme, (n, k), (out, bias) in itertools.product(ALL_SCHEMES, SIZES, EPILOGUES):
+        reasons = kernel.requires.unmet(problem(scheme, n, k, out, bias, 5), target)
+        assert all(isinstance(reason, str) and len(reason) > 8 for reason in reasons)
+        assert len(set(reasons)) == len(reasons)
+
+
+def test_a_kernel_runs_here():
+    assert RUN_HERE
