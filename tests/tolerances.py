@@ -52,9 +52,14 @@ TOLERANCES: Mapping[tuple[Numerics, torch.dtype], Tolerance] = MappingProxyType(
 )
 
 
-def assert_within(actual: Tensor, expected: Tensor, numerics: Numerics) -> None:
-    """Raise AssertionError unless ``actual`` is ``expected`` up to ``numerics``; shape, dtype and NaN must agree."""
+def assert_within(actual: Tensor, expected: Tensor, numerics: Numerics, terms: float = 0.0) -> None:
+    """Raise AssertionError unless ``actual`` is ``expected`` up to ``numerics``; shape, dtype and NaN must agree.
+
+    ``terms`` is the largest term of the sum, where few results may all be what cancellation left of it.
+    """
     tolerance = TOLERANCES[numerics, expected.dtype] if expected.dtype in (_F32, _BF16, _F16) else Tolerance(0.0, 0.0)
     finite = expected[expected.isfinite()] if expected.is_floating_point() else expected
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=tolerance.rtol, atol=tolerance.atol * largest, equal_nan=True)
+    torch.testing.assert_close(
+        actual, expected, rtol=tolerance.rtol, atol=tolerance.atol * max(largest, terms), equal_nan=True
+    )
