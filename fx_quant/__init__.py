@@ -14,15 +14,23 @@ if TYPE_CHECKING:
     from fx_quant.backend import inductor_pass
     from fx_quant.checker import CheckReport, check
     from fx_quant.explainer import explain
+    from fx_quant.fp8_linear import Fp8LinearOp
     from fx_quant.kernels.packing import clear_packed_weights
+    from fx_quant.linear import QuantizedLinear, quantize_
     from fx_quant.report import Report
+    from fx_quant.scheme import Granularity, OperandSpec, Scheme
     from fx_quant.selection import select
     from fx_quant.target import Target, detect_target, named_target
 
 # No public name may be that of a submodule: importing the submodule would put the module in its place.
 _HOMES = {
     "CheckReport": "checker",
+    "Fp8LinearOp": "fp8_linear",
+    "Granularity": "scheme",
+    "OperandSpec": "scheme",
+    "QuantizedLinear": "linear",
     "Report": "report",
+    "Scheme": "scheme",
     "Target": "target",
     "check": "checker",
     "clear_packed_weights": "kernels.packing",
@@ -30,12 +38,18 @@ _HOMES = {
     "explain": "explainer",
     "inductor_pass": "backend",
     "named_target": "target",
+    "quantize_": "linear",
     "select": "selection",
 }
 
 __all__ = [
     "CheckReport",
+    "Fp8LinearOp",
+    "Granularity",
+    "OperandSpec",
+    "QuantizedLinear",
     "Report",
+    "Scheme",
     "Target",
     "check",
     "clear_packed_weights",
@@ -43,6 +57,7 @@ __all__ = [
     "explain",
     "inductor_pass",
     "named_target",
+    "quantize_",
     "select",
 ]
 
