@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.fx import Graph, Node
 from torch.fx.graph import _Namespace
+
+# Of a nightly too: 2.13.0.dev1 has what 2.13 has.
+_TORCH = Version(torch.__version__).release
 
 
 def common_subexpressions_merged(graph: Graph) -> Graph:
@@ -158,3 +162,14 @@ def load_cpp(source: str) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source)
+
+
+def widened(narrow: Any, dtype: torch.dtype, device: str) -> Any:
+    """``narrow``, of ``dtype``, in float32, within an Inductor loop; what narrowing rounded off stays off."""
+    from torch._inductor.virtualized import ops
+
+    if device == "cpu" and _TORCH < (2, 13):
+        # Until torch 2.13 the C++ backend replaces this cast by the value that was narrowed, even one narrowed with
+        # `use_compute_types=False` (pytorch#182882). It does not see through float64, in which every value is exact.
+        narrow, dtype = ops.to_dtype(narrow, torch.float64, src_dtype=dtype), torch.float64
+    return ops.to_dtype(narrow, torch.float32, src_dtype=dtype)

@@ -14,6 +14,7 @@ from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.virtualized import V, ops
 
 import fx_quant.ops  # noqa: F401  (registers the ops)
+from fx_quant.compat import widened
 
 aten = torch.ops.aten
 fxq = torch.ops.fx_quant
@@ -70,9 +71,11 @@ def _rounded_to(x: TensorBox, dtype: torch.dtype) -> TensorBox:
     if dtype is torch.float32:
         return x
 
+    device = x.get_device_or_error().type
+
     def narrow_and_widen(value):
         narrow = ops.to_dtype(value, dtype, src_dtype=torch.float32, use_compute_types=False)
-        return ops.to_dtype(narrow, torch.float32, src_dtype=dtype)
+        return widened(narrow, dtype, device)
 
     return L.make_pointwise(narrow_and_widen)(x)
 
