@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch.fx import Graph, GraphModule
 
 from fx_quant.backend import compile_with
+from fx_quant.compat import row_scales_on_cpu
 from fx_quant.errors import FxQuantError
 
 InnerCompile = Callable[..., Callable[..., Any]]
@@ -59,7 +60,7 @@ def run_eagerly(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Cal
 
     def run(inputs: list[Any]) -> Any:
         # A torch-function mode left active by a library must not see the graph's ops a second time.
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), row_scales_on_cpu():
             return gm(*inputs)
 
     run._boxed_call = True  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from fx_quant.backend import compile_graph
 from fx_quant.capture import run_captured, run_eagerly
-from fx_quant.compat import copy_graph, replace_contents, second_compile, static_input_indices
+from fx_quant.compat import copy_graph, replace_contents, row_scales_on_cpu, second_compile, static_input_indices
 from fx_quant.config import Options
 from fx_quant.errors import ToleranceError
 from fx_quant.passes.pipeline import Rewriting, holds_codes, report_on, to_canonical, to_kernels
@@ -204,7 +204,8 @@ class _Recorder:
         def run(inputs: list[Any]) -> Any:
             keeper = _Keeper(source, {*sites.inputs, *sites.roots, *(codes[0] for codes in sites.codes if codes)})
             with torch._C.DisableTorchFunction():
-                keeper.run(*inputs)
+                with row_scales_on_cpu():
+                    keeper.run(*inputs)
                 results = compiled_alone([keeper.kept[name] for name in sites.inputs])
             self._compare(sites, keeper.kept, results)
             return compiled(list(inputs))
@@ -303,7 +304,7 @@ def check(
         UnknownNameError, NoKernelError: as the backend.
     """
     recorder = _Recorder(Options.parse(options or {}))
-    with torch.no_grad():
+    with torch.no_grad(), row_scales_on_cpu():
         reference = getattr(model, "_orig_mod", model)(*args, **kwargs)
     output, _ = run_captured(
         model, args, kwargs, on_graph=recorder.on_graph, inner_compile=recorder.inner_compile, dynamic=dynamic

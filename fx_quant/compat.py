@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from packaging.version import Version
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.graph import _Namespace
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Of a nightly too: 2.13.0.dev1 has what 2.13 has.
 _TORCH = Version(torch.__version__).release
@@ -173,3 +175,33 @@ def widened(narrow: Any, dtype: torch.dtype, device: str) -> Any:
         # `use_compute_types=False` (pytorch#182882). It does not see through float64, in which every value is exact.
         narrow, dtype = ops.to_dtype(narrow, torch.float64, src_dtype=dtype), torch.float64
     return ops.to_dtype(narrow, torch.float32, src_dtype=dtype)
+
+
+class _RowScalesOnCpu(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._scaled_mm.default and args[0].is_cpu:
+            _, _, scale_a, scale_b, *_ = args
+            if not scale_a.numel() == scale_b.numel() == 1:
+                return _scaled_mm_by_rows(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _scaled_mm_by_rows(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    y = (a.float() @ b.float()) * scale_a * scale_b
+    y = y if bias is None else y + bias
+    return y.to(a.dtype if out_dtype is None else out_dtype)
+
+
+def row_scales_on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Lets float8 matmuls with scales per row run op by op on a CPU, where torch 2.12 is the first that can."""
+    return _RowScalesOnCpu() if _TORCH < (2, 12) else contextlib.nullcontext()
