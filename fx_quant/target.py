@@ -79,12 +79,14 @@ class Target:
 
 def installed_packages() -> Mapping[str, str]:
     """Versions of the kernel libraries installed here. Nothing is imported."""
-    found = {}
+    found: dict[str, str] = {}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    # The metadata of a wheel from PyPI says 2.11.0 of what torch itself, and a named target, calls 2.11.0+cu130.
+    found["torch"] = torch.__version__
     return MappingProxyType(found)
 
 
