@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fx_quant.capture import run_captured, run_eagerly
-from fx_quant.compat import copy_graph, decompositions_without_matmul, static_input_indices
+from fx_quant.compat import copy_graph, decompositions_without_matmul, row_scales_on_cpu, static_input_indices
 from fx_quant.config import Options
 from fx_quant.passes.nodes import dtype, is_op
 from fx_quant.passes.pipeline import Rewriting, to_canonical, to_kernels
@@ -95,7 +96,8 @@ def trace(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) 
         free = x.dim() - 1 if dynamic and position == 0 else 0
         dims = [DimDynamic.DYNAMIC if dim < free else DimDynamic.STATIC for dim in range(x.dim())]
         fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims)))
-    with mode, torch.no_grad():
+    # As AOTAutograd traces; without it torch 2.11 has no 3-D matmul of free rows.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(function, decomposition_table=decompositions_without_matmul(), tracing_mode="real")(*fakes)
     return traced.graph
 
@@ -143,7 +145,7 @@ def run(graph: Graph, *inputs: Tensor) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _outputs_of(interpreter: Interpreter, inputs: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-    with torch.no_grad():
+    with torch.no_grad(), row_scales_on_cpu():
         result = interpreter.run(*clones(inputs))
     return list(result) if isinstance(result, (list, tuple)) else [result], interpreter.by_name
 

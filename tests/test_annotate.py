@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import trace
+from models import require_uint8_int_mm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
@@ -620,6 +621,7 @@ CORRECTIONS = {
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_a_right_correction_takes_the_offset_off(name):
+    require_uint8_int_mm()
     value = value_of(CORRECTIONS[name], A, W)
     assert isinstance(value, Product)
     assert (value.offset, value.numerics) == (0, Numerics.EXACT)
@@ -646,6 +648,7 @@ WRONG_CORRECTIONS = {
 @pytest.mark.parametrize("name", WRONG_CORRECTIONS)
 def test_a_wrong_correction_never_ends_as_a_corrected_product(name):
     """With m == n, so that what lies along the wrong axis fits all the same."""
+    require_uint8_int_mm()
     value = value_of(WRONG_CORRECTIONS[name], SQUARE, W)
     assert not isinstance(value, Product) or value.offset != 0
 

@@ -212,7 +212,7 @@ def test_check_compares_each_site_with_the_source_graph():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_check_takes_each_site_on_its_own_inputs(dynamic):
     """An inexact site before does not show in the error of an exact one."""
-    layers = [models.POSITIVE[name].build(torch.float32, True) for name in ("fp8_scaled_mm_row", "int8_int_mm")]
+    layers = [models.POSITIVE[name].build(torch.float32, True) for name in ("int8_int_mm_scales_first", "int8_int_mm")]
     model = torch.nn.Sequential(layers[0], torch.nn.Linear(models.N, models.K), torch.nn.GELU(), layers[1])
     report = fx_quant.check(model, models.inputs(torch.float32), dynamic=dynamic)
     first, second = report.sites

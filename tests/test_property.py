@@ -218,6 +218,8 @@ def product(recipe: Recipe, codes: Tensor, scale: Any, parameters: tuple[Tensor,
         return corrected(recipe.offset, flat, weight, other)
     if recipe.matmul == "scaled_mm":
         vector = isinstance(scale, Tensor) and scale.numel() > 1
+        if vector and scale.numel() != flat.shape[0]:
+            raise RuntimeError("torch 2.11 traces scales of other rows, and fails when it runs")
         one = torch.ones((), dtype=F32)
         row = scale.reshape(-1, 1) if vector else (scale.reshape(()) if isinstance(scale, Tensor) else one)
         columns = column[None] if vector else number
