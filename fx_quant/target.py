@@ -35,6 +35,10 @@ _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
 
 # Kernel libraries whose presence a requirement may ask for; found by metadata, never imported here.
 _PACKAGES = ("torch", "triton", "vllm", "flashinfer-python", "amd-aiter")
+# PyTorch's builds for other machines bring Triton under these names.
+_ALIASES = MappingProxyType({"triton": ("pytorch-triton-rocm", "triton-rocm", "pytorch-triton")})
+# What PyTorch brings along on every GPU, at least: the Triton of torch 2.11.
+_BUNDLED_TRITON = "3.6.0"
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,12 @@ def installed_packages() -> Mapping[str, str]:
     """Versions of the kernel libraries installed here. Nothing is imported."""
     found: dict[str, str] = {}
     for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        for distribution in (name, *_ALIASES.get(name, ())):
+            try:
+                found[name] = importlib.metadata.version(distribution)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
     # The metadata of a wheel from PyPI says 2.11.0 of what torch itself, and a named target, calls 2.11.0+cu130.
     found["torch"] = torch.__version__
     return MappingProxyType(found)
@@ -93,6 +99,8 @@ def installed_packages() -> Mapping[str, str]:
 def named_target(name: str, packages: Mapping[str, str] | None = None) -> Target:
     """The machine called ``name`` (``sm90``, ``x86_vnni``, ...), with the torch installed here unless told.
 
+    A GPU has the Triton that every supported PyTorch brings along there.
+
     Raises:
         UnknownNameError: ``name`` is not a known target.
     """
@@ -100,7 +108,8 @@ def named_target(name: str, packages: Mapping[str, str] | None = None) -> Target
         raise unknown_name("target", name, _NAMED)
     platform, arch, features = _NAMED[name]
     if packages is None:
-        packages = MappingProxyType({"torch": torch.__version__})
+        bundled = {} if platform == "cpu" else {"triton": _BUNDLED_TRITON}
+        packages = MappingProxyType({"torch": torch.__version__, **bundled})
     return Target(platform, arch, features, packages)
 
 
@@ -129,11 +138,17 @@ def detect_target(device: torch.device | str = "cpu") -> Target:
     if device.type == "cuda":
         if torch.version.hip:
             arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-            # The OCP codes came with gfx950; gfx940 to gfx942 have those without a negative zero.
-            return Target("rocm", arch, frozenset({"float8_fnuz" if arch.startswith("gfx94") else "float8"}), packages)
+            return Target("rocm", arch, _rocm_features(arch), packages)
         major, minor = torch.cuda.get_device_capability(device)
         return capability_target(major * 10 + minor)
     return Target("cpu", *_cpu_arch(), packages)
+
+
+def _rocm_features(arch: str) -> frozenset[str]:
+    """gfx940 to gfx942 have float8 codes without a negative zero, gfx950 and gfx12 those of OCP, older ones none."""
+    if arch.startswith("gfx94"):
+        return frozenset({"float8_fnuz"})
+    return frozenset({"float8"}) if arch.startswith(("gfx95", "gfx12")) else frozenset()
 
 
 def _cpu_arch() -> tuple[str, frozenset[str]]:

@@ -107,6 +107,7 @@ def check_scaled_mm(
             lambda: f"{op}: b_scale must have one element or shape [n] = [{n}], got {list(b_scale.shape)}",
         )
     if a_zero_point is not None:
+        torch._check(block is None, lambda: f"{op}: block scales take no a_zero_point; quantize symmetrically")
         torch._check(
             a_dtype in INT8_DTYPES and a_zero_point.dtype is torch.int32 and _fits_rows(a_zero_point, a_rows),
             lambda: (
