@@ -20,7 +20,7 @@ LEAVES = ("config", "errors", "scheme", "target", "problem")
 PROVIDERS = [
     f"fx_quant.kernels.{path.stem}"
     for path in sorted((PACKAGE / "kernels").glob("*.py"))
-    if path.stem not in ("__init__", "base", "packing")
+    if path.stem not in ("__init__", "base", "operands", "packing")
 ]
 # Private Inductor API changes with every release: these rooms hold all of it.
 MAY_USE_INDUCTOR = ("fx_quant.lowerings", "fx_quant.backend", "fx_quant.compat")

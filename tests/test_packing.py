@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
 from fx_quant.errors import UnknownNameError
 from fx_quant.kernels import packing
+from fx_quant.kernels.base import kernels
 from fx_quant.kernels.packing import clear_packed_weights, layouts, pack_weight, packed_layout
 
 prepack = torch.ops.fx_quant.prepack.default
@@ -41,6 +42,7 @@ def parameter(n: int = 70, k: int = 9) -> nn.Parameter:
 
 
 def all_layouts():
+    kernels()  # providers bring layouts of their own
     return [(layout.name, dtype) for layout in layouts() for dtype in sorted(layout.weights, key=str)]
 
 

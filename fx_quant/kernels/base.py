@@ -39,6 +39,7 @@ class Requires:
         granularities: ``(activation, weight)`` granularity pairs.
         out_dtypes: dtypes it can return.
         out_as_activation: it returns the dtype of a float activation (weight-only kernels).
+        bias: it can add a bias.
         bias_dtypes: dtypes of the bias it can add (a missing bias is always fine).
         bias_as_out: a bias must have the dtype of the result.
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
@@ -58,6 +59,7 @@ class Requires:
     granularities: frozenset[tuple[Granularity, Granularity]] = frozenset()
     out_dtypes: frozenset[torch.dtype] = frozenset()
     out_as_activation: bool = False
+    bias: bool = True
     bias_dtypes: frozenset[torch.dtype] = frozenset()
     bias_as_out: bool = False
     align: int = 1
@@ -115,7 +117,9 @@ class Requires:
             reasons.append(
                 f"returns the activation's {dtype_name(activation.dtype)}, asked for {dtype_name(problem.out_dtype)}"
             )
-        if self.bias_dtypes and problem.bias is not None and problem.bias not in self.bias_dtypes:
+        if not self.bias and problem.bias is not None:
+            reasons.append("adds no bias")
+        elif self.bias_dtypes and problem.bias is not None and problem.bias not in self.bias_dtypes:
             reasons.append(
                 f"adds a bias of {_one_of(map(dtype_name, self.bias_dtypes))}, got {dtype_name(problem.bias)}"
             )
@@ -245,7 +249,7 @@ def _load_providers() -> None:
     import fx_quant.kernels as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in ("base", "packing"):
+        if module.name not in ("base", "operands", "packing"):
             importlib.import_module(f"{package.__name__}.{module.name}")
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         entry_point.load()
