@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fx_quant.backend import inductor_pass
     from fx_quant.checker import CheckReport, check
+    from fx_quant.checkpoint import load_quantized_
     from fx_quant.explainer import explain
     from fx_quant.fp8_linear import Fp8LinearOp
     from fx_quant.kernels.packing import clear_packed_weights
@@ -37,6 +38,7 @@ _HOMES = {
     "detect_target": "target",
     "explain": "explainer",
     "inductor_pass": "backend",
+    "load_quantized_": "checkpoint",
     "named_target": "target",
     "quantize_": "linear",
     "select": "selection",
@@ -56,6 +58,7 @@ __all__ = [
     "detect_target",
     "explain",
     "inductor_pass",
+    "load_quantized_",
     "named_target",
     "quantize_",
     "select",
