@@ -37,6 +37,13 @@ def weight(n: int, k: int, dtype: torch.dtype = torch.int8) -> Tensor:
     return torch.randn(n, k).to(dtype)
 
 
+def fitting(name: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """A weight of at least ``n`` and ``k`` that the layout ``name`` takes."""
+    align = packed_layout(name).align
+    w = weight(-(-n // align) * align, -(-k // align) * align, torch.float32 if dtype is torch.uint8 else dtype)
+    return (w * 100).to(torch.int32).to(dtype) if dtype is torch.uint8 else w
+
+
 def parameter(n: int = 70, k: int = 9) -> nn.Parameter:
     return nn.Parameter(weight(n, k), requires_grad=False)
 
@@ -66,16 +73,16 @@ def test_sums_are_those_of_the_rows(shape):
 
 @pytest.mark.parametrize(("name", "dtype"), all_layouts())
 def test_strides_do_not_matter(name, dtype):
-    w = weight(70, 10, dtype)
+    w = fitting(name, 70, 10, dtype)
     expected = pack_weight(w, name)
-    sliced = torch.empty(70, 20, dtype=dtype)[:, ::2]
+    sliced = torch.empty(w.shape[0], 2 * w.shape[1], dtype=dtype)[:, ::2]
     for other in (w.t().contiguous().t(), sliced.copy_(w)):
         torch.testing.assert_close(pack_weight(other, name).float(), expected.float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("name", "dtype"), all_layouts())
 def test_a_packed_weight_never_aliases_its_weight(name, dtype):
-    w = weight(64, 4, dtype)
+    w = fitting(name, 64, 4, dtype)
     assert pack_weight(w, name).untyped_storage().data_ptr() != w.untyped_storage().data_ptr()
 
 
@@ -84,8 +91,14 @@ def test_opcheck(name, dtype):
     # test_schema adds numbers to its arguments, which float8 cannot.
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     checks += [] if dtype.is_floating_point else ["test_schema"]
-    arguments = ([weight(65, 5, dtype), weight(7, 64, dtype).t()], [name, name])
+    arguments = ([fitting(name, 65, 5, dtype), fitting(name, 7, 64, dtype).t()], [name, name])
     torch.library.opcheck(prepack, arguments, test_utils=checks)
+
+
+def test_sizes_that_a_layout_cannot_pack_are_an_error():
+    kernels()
+    with pytest.raises(RuntimeError, match=r"'aten_int4' packs sizes in multiples of 16, got \[20, 16\]"):
+        pack_weight(torch.zeros(20, 16, dtype=torch.uint8), "aten_int4")
 
 
 def test_unknown_layout_lists_the_known_ones():

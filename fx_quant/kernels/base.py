@@ -43,6 +43,7 @@ class Requires:
         bias_dtypes: dtypes of the bias it can add (a missing bias is always fine).
         bias_as_out: a bias must have the dtype of the result.
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
+        whole_groups: ``k`` must be a multiple of the group that shares a scale.
         m: smallest number of rows it accepts.
         max_m: largest number of rows it accepts.
         max_k: largest ``k`` it accepts.
@@ -64,6 +65,7 @@ class Requires:
     bias_as_out: bool = False
     align: int = 1
     paddable: bool = True
+    whole_groups: bool = False
     m: int = 0
     max_m: int | None = None
     max_k: int | None = None
@@ -129,6 +131,9 @@ class Requires:
             )
         if not self.paddable and (problem.n % self.align or problem.k % self.align):
             reasons.append(f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}")
+        group = weight.granularity.size[-1:]
+        if self.whole_groups and group and problem.k % group[0]:
+            reasons.append(f"needs k in whole groups of {group[0]}, got k={problem.k}")
         if problem.m.low < self.m:
             reasons.append(f"needs m >= {self.m}, m may be {problem.m}")
         if self.max_m is not None and (problem.m.high is None or problem.m.high > self.max_m):

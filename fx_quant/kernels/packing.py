@@ -41,6 +41,7 @@ class Layout:
         pack: weight of any strides to a new contiguous tensor of that shape and dtype; never an alias.
         unpack: the packed tensor, ``n`` and ``k`` to the weight ``[n, k]``, int8 or the packed dtype; None where the
             result does not hold the weight.
+        align: both sizes of the weight must be multiples of it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Layout:
     shape: Callable[[int, int], tuple[int, ...]]
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor, int, int], Tensor] | None
+    align: int = 1
 
 
 def _to_panels(weight: Tensor, group: int) -> Tensor:
@@ -147,6 +149,10 @@ def _check_weight(weight: Tensor, layout: Layout) -> None:
             f"prepack: layout {layout.name!r} packs {' or '.join(sorted(map(dtype_name, layout.weights)))}, "
             f"got {dtype_name(weight.dtype)}"
         ),
+    )
+    torch._check(
+        all(size % layout.align == 0 for size in weight.shape),
+        lambda: f"prepack: layout {layout.name!r} packs sizes in multiples of {layout.align}, got {list(weight.shape)}",
     )
 
 

@@ -1,0 +1,86 @@
+"""int4 weight-only matmuls on CPUs, by ATen's kernel over a weight that is packed once."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from fx_quant.kernels.base import KERNEL_SCHEMA, Kernel, Requires, fake_kernel, register_kernel
+from fx_quant.kernels.packing import Layout, prepack, register_layout
+from fx_quant.ops import MATMUL_TAGS, dequantize, register
+from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics, dtype_name
+
+_GROUPS = (32, 64, 128, 256)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """Two codes to a byte along k (code + 8, even k low), ``[n, k / 2]``, in the order of ATen's kernel."""
+    nibbles = torch.stack((weight & 0xF, weight >> 4), -1).flatten(1)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.to(torch.int32), 2)
+
+
+def _scales(scale: Tensor, shift: Tensor) -> Tensor:
+    """``scale [n, groups]`` and what is added to ``code * scale``, as ATen reads them: ``[groups, n, 2]``."""
+    return torch.stack((scale.t(), shift.t()), -1).contiguous()
+
+
+register_layout(
+    Layout(
+        name="aten_int4",
+        weights=frozenset({torch.uint8}),
+        dtype=torch.uint8,
+        shape=lambda n, k: (n, k),
+        pack=_pack,
+        unpack=None,
+        align=16,
+    )
+)
+for _dtype in sorted(FLOAT_DTYPES, key=dtype_name):
+    register_layout(
+        Layout(
+            name=f"aten_int4_scales_{dtype_name(_dtype)}",
+            weights=frozenset({torch.float32}),
+            dtype=_dtype,
+            shape=lambda n, groups: (groups, n, 2),
+            pack=lambda scale, dtype=_dtype: _scales(scale.to(dtype), torch.zeros_like(scale, dtype=dtype)),
+            unpack=None,
+        )
+    )
+
+
+def _weight_only_int4(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
+    """``torch.ops.aten._weight_int4pack_mm_for_cpu``, whose scales have the activation's dtype."""
+    if b_zero_point is None:
+        (scales,) = prepack([b_scale], [f"aten_int4_scales_{dtype_name(a.dtype)}"])
+    else:
+        scales = _scales(b_scale.to(a.dtype), (-b_scale * b_zero_point).to(a.dtype))
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(a.contiguous(), b, block[1], scales)
+    return dequantize(out, None, None, bias, out_dtype)
+
+
+register(f"cpu_weight_only_int4{KERNEL_SCHEMA}", _weight_only_int4, fake_kernel("cpu_weight_only_int4"), MATMUL_TAGS)
+
+register_kernel(
+    Kernel(
+        name="cpu_weight_only_int4",
+        provider="cpu",
+        op="cpu_weight_only_int4",
+        requires=Requires(
+            platforms=frozenset({"cpu"}),
+            codes=frozenset(itertools.product(FLOAT_DTYPES, INT4_DTYPES)),
+            granularities=frozenset((Granularity.PER_TENSOR, Granularity.per_group(size)) for size in _GROUPS),
+            asymmetric=frozenset({"weight"}),
+            out_as_activation=True,
+            align=16,
+            paddable=False,
+            whole_groups=True,
+            constant_weight=True,
+        ),
+        numerics=Numerics.REASSOCIATED,
+        note="torch.ops.aten._weight_int4pack_mm_for_cpu",
+        layout="aten_int4",
+    ),
+    priority=20,
+)
