@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fx_quant.ops import quantize_dynamic  # noqa: F401  (registers the ops)
@@ -11,6 +12,8 @@ from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, OperandSpe
 # Least scale of a dynamic float8 quantization is 1 / (max * 512), as in vLLM: an all-zero row has finite codes.
 _FLOAT8_FLOOR_DIVISOR = 512.0
 _INT8_STEPS = 255
+# The least normal float32: below it a scale loses precision, and zero does not divide.
+_TINY = torch.finfo(torch.float32).tiny
 
 Quantized = tuple[Tensor, Tensor, Tensor | None]
 
@@ -30,60 +33,87 @@ def quantize_activation(
 ) -> Quantized:
     """``(codes, scale, zero_point)`` of ``x [m, k]``.
 
-    float8: ``codes = cast(clamp(x * (1 / scale), -max, max))``; a dynamic scale is
-    ``max(amax / max, 1 / (512 max))`` over a row, a group of a row or everything. int8 symmetric:
-    ``round(x / scale)`` with ``scale = amax / 127``. int8 asymmetric: ``round(x / scale) + zero_point`` with
-    ``scale = (high - low) / 255`` and ``zero_point = round(-128 - low / scale)`` over a range that always holds 0, so
-    that a constant row has a finite scale and a zero point stays within int8.
+    Computed in float32; rounding is to the nearest, ties to even::
+
+        float8            codes = cast(clamp(x * (1 / scale), -max, max))     scale = max(amax / max, 1 / (512 max))
+        int8 symmetric    codes = clamp(round(x / scale))                     scale = max(amax / 127, 2**-126)
+        int8 asymmetric   codes = clamp(round(x / scale) + zero_point)        scale = max((high - low) / 255, 2**-126)
+                          zero_point = round(-128 - low / scale)
+
+    ``amax = max |x|``, ``low = min(0, min x)`` and ``high = max(0, max x)`` are taken over a row, a group of a row or
+    everything; a static spec has its scale (and zero point) given. As the asymmetric range always holds 0, 0 has an
+    exact code, a constant row a finite scale, and the zero point is an int8; a row of zeros has scale 1.
+
+    Values beyond the range saturate. NaN stays NaN in float8. int8 has no NaN: with a dynamic scale the scale of its
+    row (group, tensor) is NaN instead, so that no product hides it; under a static scale its code is unspecified. An
+    infinity saturates under a static scale; a dynamic one it makes infinite, and the row's products infinite or NaN.
 
     Args:
-        x: ``[m, k]``, float32, bfloat16 or float16.
-        spec: what to quantize to; per_tensor, per_token or per_group.
-        scale: the given scale of a static spec: one element, float32, finite and positive.
-        zero_point: the given int32 zero point of a static asymmetric spec, one element.
-        scale_ub: one element: bound of ``amax``, per-token dynamic float8 only. Larger values saturate.
+        x: ``[m, k]``, float32, bfloat16 or float16; k > 0.
+        spec: int8, or symmetric float8; per_tensor, or if dynamic also per_token and, for float8, per_group.
+        scale: the given scale of a static spec: one float element, finite and positive, which is not checked.
+        zero_point: the given zero point of a static asymmetric spec, one integer.
+        scale_ub: one float element: bound of ``amax``, per-token dynamic float8 only. Larger values saturate.
 
     Returns:
         codes ``[m, k]``; scale ``[]`` or ``[m, 1]`` or ``[m, ceil(k / g)]``, float32; zero point int32 of the scale's
-        shape, or None.
+        shape, or None. No rows have the scale of zeros, where it is one for all.
 
     Raises:
-        ValueError: ``x`` or a given scale is not what the spec needs.
+        ValueError: a spec that no activation can have; ``x`` or a given tensor that is not what the spec needs.
     """
-    _check(x, spec, scale, zero_point, scale_ub)
+    check_activation(spec)
+    _check_given(x, spec, scale, zero_point, scale_ub)
     if not spec.dynamic:
         assert scale is not None
         return _static(x, spec, scale.reshape(()).float(), None if zero_point is None else zero_point.reshape(()))
+    if spec.granularity == Granularity.PER_TENSOR and _no_rows(x):
+        codes, found, offset = _dynamic(F.pad(x, (0, 0, 0, 1)), spec, None)
+        return codes[:0], found, offset
+    return _dynamic(x, spec, scale_ub)
+
+
+def _no_rows(x: Tensor) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(x.shape[0] == 0)
+
+
+def _dynamic(x: Tensor, spec: OperandSpec, scale_ub: Tensor | None) -> Quantized:
     if not spec.symmetric:
         return _dynamic_asymmetric(x, spec)
+    if scale_ub is not None:
+        return _bounded(x, spec, scale_ub)
     if spec.granularity.kind == "per_group":
         return _grouped(x, spec)
-    if scale_ub is not None:
-        largest = float8_max(spec.dtype)
-        amax = x.float().abs().amax(-1, keepdim=True).minimum(scale_ub.reshape(()).float())
-        bounded = (amax / largest).clamp(min=1 / (largest * _FLOAT8_FLOOR_DIVISOR))
-        return _float8_codes(x, spec.dtype, bounded), bounded, None
     codes, found = torch.ops.fx_quant.quantize.dynamic(x, **_formula(spec))
     return codes, found, None
 
 
 def _formula(spec: OperandSpec) -> dict:
-    per_token = spec.granularity == Granularity.PER_TOKEN
+    per_tensor = spec.granularity == Granularity.PER_TENSOR
     common = {
         "dtype": spec.dtype,
-        "granularity": "per_token" if per_token else "per_tensor",
+        "granularity": "per_tensor" if per_tensor else "per_token",
         "divide_dtype": torch.float32,
         "scale_dtype": torch.float32,
     }
     if spec.dtype in FLOAT8_DTYPES:
         largest = float8_max(spec.dtype)
-        floor = 1 / (largest * _FLOAT8_FLOOR_DIVISOR)
-        limits = {"divisor": largest, "floor": floor, "reciprocal": True, "lo": -largest, "hi": largest}
+        limits = {
+            "divisor": largest,
+            "floor": _float8_floor(largest),
+            "reciprocal": True,
+            "lo": -largest,
+            "hi": largest,
+        }
     else:
-        # The least normal float32, so that an all-zero row divides by something.
-        floor = torch.finfo(torch.float32).tiny
-        limits = {"divisor": 127.0, "floor": floor, "reciprocal": False, "lo": -127.0, "hi": 127.0}
+        limits = {"divisor": 127.0, "floor": _TINY, "reciprocal": False, "lo": -127.0, "hi": 127.0}
     return {**common, **limits, "floor_on": "scale"}
+
+
+def _float8_floor(largest: float) -> float:
+    return 1 / (largest * _FLOAT8_FLOOR_DIVISOR)
 
 
 def _float8_codes(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
@@ -112,39 +142,76 @@ def _dynamic_asymmetric(x: Tensor, spec: OperandSpec) -> Quantized:
         low, high = wide.amin(), wide.amax()
     low, high = low.clamp(max=0), high.clamp(min=0)
     # Divided before subtracted, so that the range itself cannot overflow.
-    scale = high / _INT8_STEPS - low / _INT8_STEPS
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = (high / _INT8_STEPS - low / _INT8_STEPS).clamp(min=_TINY)
+    scale = torch.where(high == low, torch.ones_like(scale), scale)
     zero_point = (-128 - low / scale).round().clamp(-128, 127).to(torch.int32)
     return _shifted(x, scale, zero_point), scale, zero_point
 
 
+def _bounded(x: Tensor, spec: OperandSpec, scale_ub: Tensor) -> Quantized:
+    largest = float8_max(spec.dtype)
+    amax = x.float().abs().amax(-1, keepdim=True).minimum(scale_ub.reshape(()).float())
+    scale = (amax / largest).clamp(min=_float8_floor(largest))
+    return _float8_codes(x, spec.dtype, scale), scale, None
+
+
 def _grouped(x: Tensor, spec: OperandSpec) -> Quantized:
     (size,) = spec.granularity.size
-    largest = float8_max(spec.dtype)
     k = x.shape[1]
     groups = -(-k // size)
-    padded = torch.nn.functional.pad(x.float(), (0, groups * size - k)).unflatten(-1, (groups, size))
-    scale = (padded.abs().amax(-1) / largest).clamp(min=1 / (largest * _FLOAT8_FLOOR_DIVISOR))
-    codes = (padded * scale.reciprocal().unsqueeze(-1)).clamp(-largest, largest).flatten(1)
-    return codes[:, :k].to(spec.dtype).contiguous(), scale, None
+    # A group is a row of its own; zeros beyond k change no amax.
+    rows = F.pad(x, (0, groups * size - k)).unflatten(-1, (groups, size))
+    codes, scale = torch.ops.fx_quant.quantize.dynamic(rows, **_formula(spec))
+    return codes.flatten(1)[:, :k].contiguous(), scale.squeeze(-1), None
 
 
-def _check(
+# --- what must hold -----------------------------------------------------------------------------------------------
+
+
+def check_activation(spec: OperandSpec) -> None:
+    """Raise ``ValueError`` unless ``quantize_activation`` can quantize to ``spec``."""
+    kind, size = spec.granularity.kind, spec.granularity.size
+    if spec.dtype not in FLOAT8_DTYPES and spec.dtype is not torch.int8:
+        raise ValueError(f"an activation must be quantized to int8 or float8, got {spec}")
+    if not spec.symmetric and spec.dtype is not torch.int8:
+        raise ValueError(f"an asymmetric activation must be int8, got {spec}; say symmetric=True")
+    if not spec.dynamic and kind != "per_tensor":
+        raise ValueError(f"a static activation must be per_tensor, got {spec}; say dynamic=True")
+    if kind not in ("per_tensor", "per_token", "per_group"):
+        raise ValueError(f"an activation must be per_tensor, per_token or per_group(g), got {spec}")
+    if kind == "per_group" and (spec.dtype not in FLOAT8_DTYPES or len(size) != 1 or size[0] < 1):
+        raise ValueError(f"an activation in groups must be float8 per_group(g) with g > 0, got {spec}")
+
+
+def _check_given(
     x: Tensor, spec: OperandSpec, scale: Tensor | None, zero_point: Tensor | None, scale_ub: Tensor | None
 ) -> None:
-    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
+    if x.dim() != 2 or x.dtype not in FLOAT_DTYPES or x.shape[1] == 0:
         raise ValueError(
-            f"x must be [m, k] of float32, bfloat16 or float16, got {dtype_name(x.dtype)} {list(x.shape)}; "
-            "reshape or cast it first"
+            f"x must be [m, k] of float32, bfloat16 or float16 with k > 0, got {_describe(x)}; reshape or cast it first"
         )
-    if not spec.dynamic and (scale is None or scale.numel() != 1):
-        found = "none" if scale is None else f"shape {list(scale.shape)}"
-        raise ValueError(f"static quantization to {spec} needs an input scale of one element, got {found}")
     if spec.dynamic and scale is not None:
         raise ValueError(f"dynamic quantization to {spec} computes its scale, got one of shape {list(scale.shape)}")
-    if not spec.dynamic and spec.symmetric != (zero_point is None):
-        raise ValueError(f"{spec} {'takes no' if spec.symmetric else 'needs a'} zero point beside its scale")
-    if scale_ub is not None and not (
-        spec.dynamic and spec.granularity == Granularity.PER_TOKEN and spec.dtype in FLOAT8_DTYPES
-    ):
-        raise ValueError(f"scale_ub bounds dynamic per-token float8 scales, got it with {spec}")
+    if not spec.dynamic and (scale is None or scale.numel() != 1 or not scale.is_floating_point()):
+        raise ValueError(f"static quantization to {spec} needs an input scale of one float, got {_describe(scale)}")
+    if (spec.dynamic or spec.symmetric) and zero_point is not None:
+        raise ValueError(f"{'dynamic' if spec.dynamic else 'static'} {spec} takes no zero point, got one")
+    if not spec.dynamic and not spec.symmetric and not _is_one_integer(zero_point):
+        raise ValueError(f"static {spec} needs a zero point of one integer, got {_describe(zero_point)}")
+    if scale_ub is None:
+        return
+    if not spec.dynamic or spec.granularity != Granularity.PER_TOKEN or spec.dtype not in FLOAT8_DTYPES:
+        raise ValueError(
+            "scale_ub bounds dynamic per_token float8 scales, got it with "
+            f"{'dynamic' if spec.dynamic else 'static'} {spec}"
+        )
+    if scale_ub.numel() != 1 or not scale_ub.is_floating_point():
+        raise ValueError(f"scale_ub must be one float, got {_describe(scale_ub)}")
+
+
+def _is_one_integer(x: Tensor | None) -> bool:
+    return x is not None and x.numel() == 1 and not x.is_floating_point() and x.dtype is not torch.bool
+
+
+def _describe(x: Tensor | None) -> str:
+    return "none" if x is None else f"{dtype_name(x.dtype)} {list(x.shape)}"

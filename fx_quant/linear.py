@@ -6,57 +6,29 @@ Compiled, they trace to the canonical ops, which ``backend="fx_quant"`` gives th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from typing_extensions import Self
 
 from fx_quant.activation import quantize_activation
 from fx_quant.eager import eager_selection, run_kernel, target_of
-from fx_quant.problem import Problem, SizeRange
-from fx_quant.quantize_weight import quantize_weight
-from fx_quant.scheme import (
-    CODE_DTYPES,
-    FLOAT_DTYPES,
-    INT4_DTYPES,
-    Granularity,
-    OperandSpec,
-    Scheme,
-    dtype_name,
+from fx_quant.inference_only import without_gradient
+from fx_quant.linear_operands import (
+    check_operands,
+    check_scheme,
+    codes_per_element,
+    describe,
+    linear_problem,
+    scale_shape,
+    weight_block,
 )
+from fx_quant.quantize_weight import quantize_weight
+from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Scheme
 from fx_quant.selection import Selection
-from fx_quant.weights import pack_int4
-
-_ANY_ROWS = SizeRange(0, None)
-
-
-def weight_block(scheme: Scheme) -> tuple[int, int] | None:
-    """``(rows, columns)`` of the weight that share one scale where scales vary along k; else None."""
-    granularity = scheme.weight.granularity
-    if granularity.kind == "per_group":
-        return 1, granularity.size[0]
-    return (granularity.size[0], granularity.size[1]) if granularity.kind == "per_block" else None
-
-
-def scale_shape(spec: OperandSpec, n: int, k: int) -> tuple[int, ...]:
-    """Shape of the scales of a weight ``[n, k]``."""
-    granularity = spec.granularity
-    if granularity == Granularity.PER_CHANNEL:
-        return (n, 1)
-    if granularity.size:
-        rows, columns = (1, *granularity.size) if granularity.kind == "per_group" else granularity.size
-        return -(-n // rows), -(-k // columns)
-    return ()
-
-
-def linear_problem(
-    scheme: Scheme, shape: tuple[int, int], x_dtype: torch.dtype, out_dtype: torch.dtype, bias: Tensor | None
-) -> Problem:
-    """The GEMM of a linear with a weight of ``shape`` ``(n, k)`` for any number of rows of ``x_dtype``."""
-    if scheme.weight_only:
-        scheme = replace(scheme, activation=OperandSpec(x_dtype))
-    bias_dtype = None if bias is None else bias.dtype
-    return Problem(scheme, _ANY_ROWS, *shape, out_dtype, bias_dtype, constant_weight=True)
+from fx_quant.weights import UINT4, pack_int4
 
 
 def apply_linear(
@@ -75,27 +47,25 @@ def apply_linear(
 ) -> Tensor:
     """``[..., k] -> [..., n]`` of the linear whose tensors are given, as ``QuantizedLinear`` holds them.
 
-    Eagerly it quantizes ``x`` and runs the selected kernel; traced by a compiler it is the canonical ops.
+    Eagerly it quantizes ``x`` and runs the selected kernel; traced by a compiler it is the canonical ops. Inference
+    only: a backward pass that reaches an ``x`` that requires grad raises ``FxQuantError``.
 
     Raises:
         ValueError: ``x`` does not fit the weight.
         NoKernelError: no kernel can run it, or the forced one cannot.
     """
-    int4 = scheme.weight.dtype in INT4_DTYPES
-    n, k = weight.shape[0], weight.shape[1] * (2 if int4 else 1)
-    if x.shape[-1] != k or x.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"x must be [..., {k}] of float32, bfloat16 or float16, got {dtype_name(x.dtype)} {list(x.shape)}"
-        )
+    n, k = weight.shape[0], weight.shape[1] * codes_per_element(scheme.weight)
+    if x.dim() == 0 or x.shape[-1] != k or x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x must be [..., {k}] of float32, bfloat16 or float16, got {describe(x)}")
     out_dtype = out_dtype or x.dtype
     block = weight_block(scheme)
     if block is None:
         weight_scale = weight_scale.flatten()
         weight_zero_point = None if weight_zero_point is None else weight_zero_point.flatten()
-    if weight_zero_point is not None and int4:
+    if weight_zero_point is not None and scheme.weight.dtype is UINT4:
         # Packed codes are read as int4, 8 less than the uint4 that they are.
         weight_zero_point = weight_zero_point - 8
-    a, a_scale, a_zero_point = x.reshape(-1, k), None, None
+    a, a_scale, a_zero_point = x.detach().reshape(-1, k), None, None
     if not scheme.weight_only:
         a, a_scale, a_zero_point = quantize_activation(
             a, scheme.activation, input_scale, input_zero_point, scale_ub=input_scale_ub
@@ -121,15 +91,19 @@ def apply_linear(
         out = torch.ops.fx_quant.scaled_mm(
             a, weight.t(), a_scale, weight_scale, bias, out_dtype, a_zero_point=a_zero_point, block=block
         )
-    return out.reshape(*x.shape[:-1], n)
+    return without_gradient(out.reshape(*x.shape[:-1], n), x)
 
 
 class QuantizedLinear(nn.Module):
     """``out[..., n] = x[..., k] @ weight[n, k].T + bias`` with a quantized weight, and usually a quantized ``x``.
 
     Buffers have the names that checkpoints give them: ``weight`` (codes; int4 packed two to a byte along k),
-    ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``. The result has ``x``'s dtype. Any
-    number of leading dims, zero rows included.
+    ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``. The result has ``x``'s dtype, which
+    may be any of float32, bfloat16 and float16 whatever a weight-only scheme says. Any number of leading dims, zero
+    rows included. ``.to(dtype)``, ``.half()`` and the like cast the bias only: codes and scales keep their dtypes.
+
+    Inference only: the result of an ``x`` that requires grad requires it too, and raises ``FxQuantError`` when the
+    gradient of ``x`` is asked for.
 
     Args:
         scheme: how weight and activation are quantized.
@@ -143,7 +117,7 @@ class QuantizedLinear(nn.Module):
         force_kernel: the kernel to run, or raise.
 
     Raises:
-        ValueError: shapes, dtypes or values that do not fit together.
+        ValueError: a scheme that no linear can have; shapes, dtypes or values that do not fit together.
 
     The forward pass raises ``NoKernelError`` with every reason where no kernel on ``x``'s device can run the scheme.
     """
@@ -168,19 +142,26 @@ class QuantizedLinear(nn.Module):
         force_kernel: str | None = None,
     ) -> None:
         super().__init__()
-        packed = 2 if scheme.weight.dtype in INT4_DTYPES else 1
         self.scheme = scheme
         self.force_kernel = force_kernel
-        self.out_features, self.in_features = weight.shape[0], weight.shape[-1] * packed
-        _check_operands(scheme, weight, weight_scale, weight_zero_point, bias, input_scale, input_zero_point)
+        check_operands(
+            scheme,
+            weight,
+            weight_scale,
+            weight_zero_point=weight_zero_point,
+            bias=bias,
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
+        )
+        self.out_features, self.in_features = weight.shape[0], weight.shape[1] * codes_per_element(scheme.weight)
         shape = scale_shape(scheme.weight, self.out_features, self.in_features)
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale.float().reshape(shape))
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("weight_scale", weight_scale.detach().float().reshape(shape))
         self.register_buffer(
             "weight_zero_point", None if weight_zero_point is None else weight_zero_point.int().reshape(shape)
         )
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_buffer("input_scale", None if input_scale is None else input_scale.float().reshape(()))
+        self.register_buffer("input_scale", None if input_scale is None else input_scale.detach().float().reshape(()))
         self.register_buffer(
             "input_zero_point", None if input_zero_point is None else input_zero_point.int().reshape(())
         )
@@ -205,9 +186,10 @@ class QuantizedLinear(nn.Module):
             ValueError: a scheme that does not parse, or needs what was not given.
         """
         scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+        check_scheme(scheme)
         found = quantize_weight(linear.weight, scheme.weight)
         codes = pack_int4(found.codes) if scheme.weight.dtype in INT4_DTYPES else found.codes
-        return cls(
+        layer = cls(
             scheme,
             codes,
             found.scale,
@@ -217,6 +199,15 @@ class QuantizedLinear(nn.Module):
             input_zero_point=input_zero_point,
             force_kernel=force_kernel,
         )
+        return layer.train(linear.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What .to(), .half(), .cuda() and the like go through: float8 codes are floating point too, to PyTorch.
+        def keep_dtype(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if x is self.bias or moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
 
     def selection(self, x: Tensor) -> Selection:
         """The kernel for activations like ``x``, with the verdict of every other.
@@ -255,7 +246,12 @@ def quantize_(
 ) -> list[str]:
     """Replace the ``nn.Linear`` modules of ``model``, in place, by ``QuantizedLinear``.
 
+    A linear that has several names is quantized once and shared again. Subclasses with a forward pass of their own are
+    left, as is the output projection of ``nn.MultiheadAttention``, which reads its weight without calling it; the fast
+    path of an ``nn.TransformerEncoderLayer``, which does the same, is switched off.
+
     Args:
+        model: what holds the linears; not a linear itself.
         scheme: dynamic or weight-only, as for ``QuantizedLinear.from_float``.
         filter: ``(name, linear) -> bool``; None takes every linear.
 
@@ -263,9 +259,11 @@ def quantize_(
         The names that were replaced, in order.
 
     Raises:
-        ValueError: a static scheme; ``model`` itself is a linear, which cannot be replaced in place.
+        ValueError: a static scheme; ``model`` itself is a linear, which cannot be replaced in place; a linear that
+            cannot be quantized so, named: those before it are replaced already.
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    check_scheme(scheme)
     if not scheme.weight_only and not scheme.activation.dynamic:
         raise ValueError(
             f"quantize_ has no input scales for the static scheme {scheme}; "
@@ -275,100 +273,31 @@ def quantize_(
         raise ValueError("quantize_ replaces the linears inside a model, got a linear; use QuantizedLinear.from_float")
     found = [
         (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (filter is None or filter(name, module))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _is_replaceable(module) and (filter is None or filter(name, module))
     ]
+    quantized: dict[nn.Module, QuantizedLinear] = {}
     for name, linear in found:
-        model.set_submodule(name, QuantizedLinear.from_float(linear, scheme))
+        if linear not in quantized:
+            try:
+                quantized[linear] = QuantizedLinear.from_float(linear, scheme)
+            except ValueError as error:
+                raise type(error)(f"{name}: {error}") from None
+        model.set_submodule(name, quantized[linear])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_quantized(module):
+            # Its fast path reads the weights without calling the linears; this is what it asks before it takes it.
+            module.activation_relu_or_gelu = 0
     return [name for name, _ in found]
 
 
-# --- what must hold -----------------------------------------------------------------------------------------------
+def _has_quantized(module: nn.Module) -> bool:
+    return any(isinstance(child, QuantizedLinear) for child in module.children())
 
 
-def must(holds: bool, message: Callable[[], str]) -> None:
-    """Raise ``ValueError`` with ``message()`` unless it ``holds``."""
-    if not holds:
-        raise ValueError(message())
-
-
-def _positive(scale: Tensor, name: str) -> None:
-    if scale.device.type == "meta" or torch.compiler.is_compiling():
-        return
-    wrong = ~(scale.isfinite() & (scale > 0))
-    must(
-        not wrong.any(),
-        lambda: (
-            f"{name} must be finite and positive, got {scale.flatten()[wrong.flatten()][0].item()} "
-            f"({int(wrong.sum())} of {scale.numel()} elements are not)"
-        ),
+def _is_replaceable(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
     )
-
-
-def _check_operands(
-    scheme: Scheme,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-) -> None:
-    activation, spec = scheme.activation, scheme.weight
-    storage = torch.uint8 if spec.dtype in INT4_DTYPES else spec.dtype
-    must(
-        spec.dtype in CODE_DTYPES | INT4_DTYPES,
-        lambda: f"the weight of a scheme must be quantized, got {scheme}; use nn.Linear for float weights",
-    )
-    must(
-        weight.dim() == 2 and weight.dtype == storage,
-        lambda: f"weight must be [n, k] of {dtype_name(storage)}, got {dtype_name(weight.dtype)} {list(weight.shape)}",
-    )
-    n, k = weight.shape[0], weight.shape[1] * (2 if spec.dtype in INT4_DTYPES else 1)
-    shape = scale_shape(spec, n, k)
-    must(
-        weight_scale.is_floating_point() and _is_shape(weight_scale, shape),
-        lambda: (
-            f"weight_scale of {spec} must be float of shape {list(shape)}, "
-            f"got {dtype_name(weight_scale.dtype)} {list(weight_scale.shape)}"
-        ),
-    )
-    _positive(weight_scale, "weight_scale")
-    must(
-        spec.symmetric == (weight_zero_point is None),
-        lambda: f"weight of {spec} {'takes no' if spec.symmetric else 'needs a'} weight_zero_point",
-    )
-    must(
-        weight_zero_point is None
-        or (not weight_zero_point.is_floating_point() and _is_shape(weight_zero_point, shape)),
-        lambda: f"weight_zero_point must be integers of shape {list(shape)}, got {weight_zero_point}",
-    )
-    must(
-        bias is None or (bias.dtype in FLOAT_DTYPES and bias.shape == (n,)),
-        lambda: f"bias must be float of shape [{n}], got {bias.dtype} {list(bias.shape)}",  # pyrefly: ignore
-    )
-    must(
-        spec.granularity.kind != "per_block"
-        or scheme.weight_only
-        or activation.granularity == Granularity.per_group(spec.granularity.size[1]),
-        lambda: f"a weight of {spec} goes with an activation per_group({spec.granularity.size[1]}), got {activation}",
-    )
-    static = not scheme.weight_only and not activation.dynamic
-    for name, value, needed in (
-        ("input_scale", input_scale, static),
-        ("input_zero_point", input_zero_point, static and not activation.symmetric),
-    ):
-        must(
-            (value is not None) == needed and (value is None or value.numel() == 1),
-            lambda name=name, value=value, needed=needed: (
-                f"{scheme} {'needs' if needed else 'takes no'} {name}{' of one element' if needed else ''}, "
-                f"got {'none' if value is None else f'shape {list(value.shape)}'}"
-            ),
-        )
-    if input_scale is not None:
-        _positive(input_scale, "input_scale")
-
-
-def _is_shape(x: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether ``x`` has ``shape``, or one that differs in dims of one only."""
-    return [size for size in x.shape if size != 1] == [size for size in shape if size != 1]

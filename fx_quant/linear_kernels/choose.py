@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from fx_quant.errors import NoKernelError
-from fx_quant.kernels.base import kernel as registered
-from fx_quant.kernels.base import kernels
+from fx_quant.kernels.base import Kernel, kernels
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
     Int8ScaledMMLinearLayerConfig,
     MPLinearLayerConfig,
     ScaledMMLinearLayerConfig,
 )
-from fx_quant.linear_kernels.interface import (
+from fx_quant.linear_kernels.interface import MMLinearKernel
+from fx_quant.linear_kernels.registry import (
     Capability,
     FP8ScaledMMLinearKernel,
     Int8ScaledMMLinearKernel,
-    MMLinearKernel,
     MPLinearKernel,
     RegistryLinearKernel,
     resolve_capability,
 )
-from fx_quant.scheme import FLOAT_DTYPES, OperandSpec, dtype_name
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, INT8_DTYPES, OperandSpec, dtype_name
 from fx_quant.selection import disabled_kernels
 
 KernelT = TypeVar("KernelT", bound=MMLinearKernel)
+
+PLATFORMS = ("cpu", "cuda", "rocm")
+_FAMILIES = (FP8ScaledMMLinearKernel, Int8ScaledMMLinearKernel, MPLinearKernel)
 
 
 def is_supported_and_can_implement_kernel(
@@ -38,10 +41,7 @@ def is_supported_and_can_implement_kernel(
 
     A class is switched off by its own name, its kernels' or their provider's in ``FX_QUANT_DISABLED_KERNELS``.
     """
-    off = disabled_kernels()
-    names = getattr(kernel, "KERNELS", ())
-    providers = {registered(name).provider for name in names}
-    if kernel.__name__ in off or (names and (set(names) <= off or providers <= off)):
+    if kernel.__name__ in disabled_kernels():
         return False, f"{kernel.__name__}: is disabled by environment variable"
     target = resolve_capability(compute_capability)
     if issubclass(kernel, RegistryLinearKernel):
@@ -89,20 +89,46 @@ def choose_scaled_mm_linear_kernel(
 
 
 def possible_kernels(family: type[RegistryLinearKernel]) -> dict[str, list[type[RegistryLinearKernel]]]:
-    """The classes of ``family`` by platform, in the order in which ``select`` asks their kernels."""
+    """The classes of ``family`` by platform, in the order in which ``select`` asks their kernels.
+
+    A kernel that no class names, such as one of an installed provider, gets a class of its own.
+    """
     order = {each.name: i for i, each in enumerate(kernels())}
-    classes = sorted(_subclasses(family), key=lambda c: min(order[name] for name in c.KERNELS))
+    classes = [c for c in _subclasses(family) if order.keys() >= set(c.KERNELS)]
+    named = {name for each in _FAMILIES for c in _subclasses(each) for name in c.KERNELS}
+    classes += [_face(family, k.name) for k in kernels() if k.name not in named and family in _families(k)]
+    classes.sort(key=lambda c: min(order[name] for name in c.KERNELS))
     return {
-        platform: [c for c in classes if any(platform in k.requires.platforms for k in c._kernels())]
-        for platform in ("cpu", "cuda", "rocm")
+        platform: [c for c in classes if any(platform in _platforms(k) for k in c.kernels())] for platform in PLATFORMS
     }
 
 
+def _platforms(kernel: Kernel) -> Collection[str]:
+    return kernel.requires.platforms or PLATFORMS
+
+
+def _families(kernel: Kernel) -> list[type[RegistryLinearKernel]]:
+    """The families that a kernel's codes belong to; all of them for one that names none."""
+    activations = {activation for activation, _ in kernel.requires.codes}
+    kinds = ((FP8ScaledMMLinearKernel, FLOAT8_DTYPES), (Int8ScaledMMLinearKernel, INT8_DTYPES))
+    found: list[type[RegistryLinearKernel]] = [family for family, dtypes in kinds if activations & dtypes]
+    if activations & FLOAT_DTYPES:
+        found.append(MPLinearKernel)
+    return found if activations else list(_FAMILIES)
+
+
+@functools.cache
+def _face(family: type[RegistryLinearKernel], name: str) -> type[RegistryLinearKernel]:
+    """A class of ``family`` for the one kernel called ``name``: ``my_int8`` -> ``MyInt8ScaledMMLinearKernel``."""
+    words = "".join(word.capitalize() for word in name.split("_"))
+    suffix = "LinearKernel" if family is MPLinearKernel else "ScaledMMLinearKernel"
+    return type(words + suffix, (family,), {"KERNELS": (name,), "__doc__": f"The kernel {name!r}."})
+
+
 def _subclasses(family: type[RegistryLinearKernel]) -> list[type[RegistryLinearKernel]]:
-    found = [family] if family.KERNELS else []
-    for each in family.__subclasses__():
-        found += _subclasses(each)
-    return found
+    """The classes below ``family`` that name kernels, but those that were made by ``_face``."""
+    found = [each for child in family.__subclasses__() for each in (child, *_subclasses(child))]
+    return [each for each in dict.fromkeys(found) if each.KERNELS and each.__module__ != __name__]
 
 
 def choose_mp_linear_kernel(
@@ -169,8 +195,11 @@ def _init(
     module_name: str | None,
     compute_capability: Capability,
 ) -> RegistryLinearKernel:
+    target = resolve_capability(compute_capability)
     try:
-        chosen = choose_scaled_mm_linear_kernel(config, possible_kernels(family), compute_capability, force_kernel)
+        chosen = choose_scaled_mm_linear_kernel(config, possible_kernels(family), target, force_kernel)
     except NoKernelError as error:
         raise NoKernelError(f"{module_name}: {error}" if module_name else str(error)) from None
-    return chosen(config)
+    made = chosen(config)
+    made.target = target
+    return made

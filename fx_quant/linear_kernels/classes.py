@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fx_quant.linear_kernels.interface import FP8ScaledMMLinearKernel, Int8ScaledMMLinearKernel, MPLinearKernel
+from fx_quant.linear_kernels.registry import FP8ScaledMMLinearKernel, Int8ScaledMMLinearKernel, MPLinearKernel
 
 
 class CPUInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
@@ -48,12 +48,106 @@ class BlockWiseTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
 
 
 class CPUWeightOnlyLinearKernel(MPLinearKernel):
-    """ATen's int8 weight-only matmul."""
+    """ATen's weight-only matmuls."""
 
-    KERNELS = ("cpu_weight_only_int8",)
+    KERNELS = ("cpu_weight_only_int8", "cpu_weight_only_int4")
 
 
 class TorchMPLinearKernel(MPLinearKernel):
     """The weight dequantized, then a float matmul."""
 
     KERNELS = ("pytorch_weight_only",)
+
+
+class CutlassFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """vLLM's CUTLASS kernels."""
+
+    KERNELS = ("cutlass_float8",)
+
+
+class CutlassFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """vLLM's CUTLASS kernels with scales of 1 x 128 and 128 x 128."""
+
+    KERNELS = ("cutlass_float8_block",)
+
+
+class CutlassInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
+    """vLLM's CUTLASS kernels, with zero points of the activation."""
+
+    KERNELS = ("cutlass_int8",)
+
+
+class FlashInferFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """FlashInfer's ``bmm_fp8``."""
+
+    KERNELS = ("flashinfer_float8",)
+
+
+class FlashInferFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """FlashInfer's ``fp8_blockscale_gemm_sm90``."""
+
+    KERNELS = ("flashinfer_float8_block_sm90",)
+
+
+class ROCmFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """vLLM's skinny kernel for up to four rows, ``torch._scaled_mm`` for any number."""
+
+    KERNELS = (
+        "rocm_skinny_float8",
+        "rocm_skinny_float8_fnuz",
+        "pytorch_scaled_mm_rocm",
+        "pytorch_scaled_mm_rocm_fnuz",
+    )
+
+
+class AiterFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """AITER's row-wise kernels."""
+
+    KERNELS = ("aiter_float8_rowwise", "aiter_float8_rowwise_fnuz")
+
+
+class AiterPreshuffledFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """AITER's kernels over a shuffled weight."""
+
+    KERNELS = ("aiter_float8_preshuffled", "aiter_float8_preshuffled_fnuz")
+
+
+class AiterFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """AITER's kernels with scales of 1 x 128 and 128 x 128."""
+
+    KERNELS = ("aiter_float8_block", "aiter_float8_block_fnuz")
+
+
+class AiterInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
+    """AITER's int8 kernels."""
+
+    KERNELS = ("aiter_int8",)
+
+
+class TritonFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """Our Triton kernels."""
+
+    KERNELS = ("triton_float8", "triton_float8_fnuz")
+
+
+class TritonFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
+    """Our Triton kernels with scales of groups and blocks."""
+
+    KERNELS = ("triton_float8_block", "triton_float8_block_fnuz")
+
+
+class TritonInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
+    """Our Triton kernels, with zero points of the activation."""
+
+    KERNELS = ("triton_int8",)
+
+
+class TritonMPLinearKernel(MPLinearKernel):
+    """Our Triton kernels, which decode the weight as they read it."""
+
+    KERNELS = (
+        "triton_weight_only",
+        "triton_weight_only_float8",
+        "triton_weight_only_float8_fnuz",
+        "triton_weight_only_int4",
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fx_quant.linear import linear_problem
+from fx_quant.linear_operands import linear_problem
 from fx_quant.problem import Problem
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
 
@@ -26,6 +26,10 @@ class ScaledMMLinearLayerConfig(MMLinearLayerConfig):
     def problem(self) -> Problem:
         """The GEMM as data."""
         raise NotImplementedError(f"{type(self).__name__} must say its problem")  # the base has no scheme
+
+    def shape(self) -> tuple[int, int] | None:
+        """``(n, k)`` of the weight; None where a kernel is chosen before it is known."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class FP8ScaledMMLinearLayerConfig(ScaledMMLinearLayerConfig):
         """The GEMM as data."""
         scheme = Scheme(self.activation_quant_key, self.weight_quant_key)
         return linear_problem(scheme, self.weight_shape or _ALIGNED_SHAPE, self.out_dtype, self.out_dtype, None)
+
+    def shape(self) -> tuple[int, int] | None:
+        """``weight_shape``."""
+        return self.weight_shape
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,10 @@ class Int8ScaledMMLinearLayerConfig(ScaledMMLinearLayerConfig):
         shape = self.weight_shape or _ALIGNED_SHAPE
         return linear_problem(Scheme(activation, weight), shape, self.out_dtype, self.out_dtype, None)
 
+    def shape(self) -> tuple[int, int] | None:
+        """``weight_shape``."""
+        return self.weight_shape
+
 
 @dataclass(frozen=True)
 class MPLinearLayerConfig(MMLinearLayerConfig):
@@ -104,10 +116,20 @@ class MPLinearLayerConfig(MMLinearLayerConfig):
     out_type: torch.dtype | None = None
 
     def problem(self) -> Problem:
-        """The GEMM as data."""
+        """The GEMM as data.
+
+        Raises:
+            ValueError: a group size that is neither positive nor -1.
+        """
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size must be positive, or -1 for one scale a channel, got {self.group_size}")
         groups = Granularity.PER_CHANNEL if self.group_size == -1 else Granularity.per_group(self.group_size)
         scheme = Scheme(
             OperandSpec(self.act_type), OperandSpec(self.weight_type, groups, symmetric=not self.zero_points)
         )
+        return linear_problem(scheme, self.shape(), self.act_type, self.out_type or self.act_type, None)
+
+    def shape(self) -> tuple[int, int]:
+        """``(n, k)`` of this rank's part."""
         k, n = self.partition_weight_shape
-        return linear_problem(scheme, (n, k), self.act_type, self.out_type or self.act_type, None)
+        return n, k

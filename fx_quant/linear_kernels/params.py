@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from dataclasses import dataclass
+import re
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ class LayerError(FxQuantError, AttributeError):
 class Params:
     """Quantized tensors of a layer. A subclass adds fields; a class variable in upper case names the attribute.
 
-    ``from_layer`` reads each field from the attribute of that name; a field that may be None may be missing.
+    ``from_layer`` reads each field from the attribute of that name; a field that may be None, or that has
+    a default, may be missing.
 
     Args:
         weight: codes ``[n, k]``.
@@ -44,20 +45,31 @@ class Params:
         Raises:
             LayerError: an attribute that may not be None is missing.
         """
-        hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             name = getattr(cls, field.name.upper(), field.name)
-            values[field.name] = getattr(layer, name, None)
-            if values[field.name] is None and type(None) not in typing.get_args(hints[field.name]):
-                has = ", ".join(
-                    n for n, _ in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
-                )
+            value = getattr(layer, name, None)
+            has_default = field.default is not MISSING or field.default_factory is not MISSING
+            if value is None and has_default:
+                continue
+            if value is None and not _may_be_none(field.type):
                 raise LayerError(
                     f"{type(layer).__name__} must have {name!r}, which {cls.__name__} reads; it has "
-                    f"{has or 'no tensors'}. Set it, or name another attribute with {cls.__name__}.{field.name.upper()}"
+                    f"{_tensors_of(layer)}. Set it, or name another attribute with {cls.__name__}.{field.name.upper()}"
                 )
+            values[field.name] = value
         return cls(**values)
+
+
+def _may_be_none(annotation: Any) -> bool:
+    # Read as text: a name that was imported for type checkers only cannot be evaluated.
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    return re.search(r"\b(None|NoneType|Optional|Any)\b", text) is not None
+
+
+def _tensors_of(layer: nn.Module) -> str:
+    tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+    return ", ".join(name for name, _ in tensors) or "no tensors"
 
 
 @dataclass
@@ -90,18 +102,30 @@ class MPParams(Params):
 
 
 def replace_parameter(layer: nn.Module, name: str, new: Tensor) -> None:
-    """Put ``new`` in the place of the parameter or buffer ``name``, with the attributes that loaders left on it.
+    """Put ``new`` in the place of the tensor ``name``, with the attributes that loaders left on it.
+
+    A parameter stays one (without grad), a buffer stays one (as persistent as it was), and a plain attribute becomes
+    a parameter.
 
     Raises:
-        LayerError: ``layer`` has no such parameter or buffer.
+        LayerError: ``layer`` has no such tensor.
     """
     old = getattr(layer, name, None)
     if not isinstance(old, Tensor):
         raise LayerError(f"{type(layer).__name__} must have a parameter {name!r} to replace, found {old!r}")
     if name in layer._buffers:
-        layer.register_buffer(name, new.detach(), persistent=name not in layer._non_persistent_buffers_set)
-        return
-    parameter = nn.Parameter(new.detach(), requires_grad=False)
+        replacement = new.detach()
+        layer.register_buffer(name, replacement, persistent=name not in layer._non_persistent_buffers_set)
+    else:
+        replacement = nn.Parameter(new.detach(), requires_grad=False)
+        vars(layer).pop(name, None)  # a plain attribute would hide the parameter
+        layer.register_parameter(name, replacement)
     for key, value in vars(old).items():
-        setattr(parameter, key, value)
-    layer.register_parameter(name, parameter)
+        setattr(replacement, key, value)
+
+
+def set_buffer(layer: nn.Module, name: str, new: Tensor) -> None:
+    """Make ``new`` the non-persistent buffer ``name``, whatever was None under that name before."""
+    if hasattr(layer, name):
+        delattr(layer, name)
+    layer.register_buffer(name, new, persistent=False)

@@ -1,0 +1,290 @@
+"""The interface of a linear kernel, for kernels of the registry."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fx_quant.errors import FxQuantError, NoKernelError
+from fx_quant.kernels.base import Kernel, kernel
+from fx_quant.linear import apply_linear
+from fx_quant.linear_kernels.configs import (
+    FP8ScaledMMLinearLayerConfig,
+    Int8ScaledMMLinearLayerConfig,
+    MPLinearLayerConfig,
+    ScaledMMLinearLayerConfig,
+)
+from fx_quant.linear_kernels.interface import ConfigT, MMLinearKernel, ParamsT, Verdict
+from fx_quant.linear_kernels.params import (
+    FP8Params,
+    Int8Params,
+    LayerError,
+    MPParams,
+    Params,
+    replace_parameter,
+    set_buffer,
+)
+from fx_quant.linear_operands import check_operands, codes_per_element, linear_problem
+from fx_quant.problem import Problem
+from fx_quant.scheme import Granularity, Scheme
+from fx_quant.selection import disabled_kernels
+from fx_quant.target import Target, capability_target, detect_target, named_target
+from fx_quant.weights import azp_adjoint, convert_to_channelwise, merge_input_scales, requantize_with_max_scale
+
+Capability = int | str | Target | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``process_weights_after_loading`` found for a layer: its scheme, and the kernel that runs it."""
+
+    scheme: Scheme
+    kernel: str
+
+
+class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
+    """A face of kernels of the registry, best first: ``KERNELS`` names them, ``PARAMS`` the tensors of a layer.
+
+    ``target`` is the machine that an object was chosen for; None is this one.
+    """
+
+    KERNELS: ClassVar[tuple[str, ...]] = ()
+    PARAMS: ClassVar[type[Params]] = Params
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__(config)
+        self.target: Target | None = None
+
+    @classmethod
+    def kernels(cls) -> list[Kernel]:
+        """The kernels that the class stands for."""
+        return [kernel(name) for name in cls.KERNELS]
+
+    @classmethod
+    def is_supported(cls, compute_capability: Capability = None) -> Verdict:
+        """Whether any of the kernels meets its requirements of the target; all reasons otherwise."""
+        target = resolve_capability(compute_capability)
+        return _verdict({k.name: k.requires.unmet_by_target(target) for k in cls.kernels()})
+
+    @classmethod
+    def can_implement(cls, config: ConfigT) -> Verdict:
+        """Whether any of the kernels meets its requirements of the problem; all reasons otherwise."""
+        problem = problem_of(config)
+        if getattr(config, "has_g_idx", False):
+            return False, "groups must be neighbours along k, got a g_idx; reorder the weight to act_order=False"
+        return _verdict({k.name: k.requires.unmet_by_problem(problem) for k in cls.kernels()})
+
+    @classmethod
+    def unmet(cls, config: ConfigT, target: Target) -> list[str]:
+        """Why none of the kernels can run ``config`` on ``target``, disabled ones included; empty when one can."""
+        implements, why = cls.can_implement(config)
+        if implements:
+            implements, why = _verdict(cls._reasons(problem_of(config), target))
+        return [] if implements else [str(why)]
+
+    @classmethod
+    def _reasons(cls, problem: Problem, target: Target) -> dict[str, list[str]]:
+        off = disabled_kernels()
+        return {
+            k.name: [
+                *(["is disabled"] if off & {k.name, k.provider, cls.__name__} else []),
+                *k.requires.unmet(problem, target),
+            ]
+            for k in cls.kernels()
+        }
+
+    def _chosen(self, problem: Problem, target: Target) -> Kernel:
+        reasons = self._reasons(problem, target)
+        for candidate in self.kernels():
+            if not reasons[candidate.name]:
+                return candidate
+        raise NoKernelError(f"{type(self).__name__} cannot run {problem} on {target}: {_verdict(reasons)[1]}")
+
+    def get_output_padding(self) -> int | None:
+        """Rows to which an eager call pads fewer: 17 for ``torch._scaled_mm`` on CUDA; None where it pads none."""
+        target = self.target or resolve_capability(None)
+        reasons = self._reasons(problem_of(self.config), target)
+        return next((k.eager_rows for k in self.kernels() if not reasons[k.name]), 0) or None
+
+    def _get_layer_params(self, layer: nn.Module, **kwargs: Any) -> ParamsT:
+        return typing.cast(ParamsT, self.PARAMS.from_layer(layer))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Merge the scales of fused shards (``layer.logical_widths``), check ``layer``'s tensors and pick the kernel.
+
+        Raises:
+            LayerError: a tensor is missing.
+            ValueError: a tensor does not fit the configuration.
+            NoKernelError: none of the kernels can run this layer here.
+        """
+        self._merge_shards(layer, self._get_layer_params(layer))
+        for name in (self.PARAMS.WEIGHT_SCALE, self.PARAMS.INPUT_SCALE):
+            scale = getattr(layer, name, None)
+            if isinstance(scale, Tensor) and scale.is_floating_point() and scale.dtype is not torch.float32:
+                replace_parameter(layer, name, scale.float())
+        params = self._get_layer_params(layer)
+        scheme = self._scheme(params)
+        shape = self._check(scheme, params)
+        out_dtype = problem_of(self.config).out_dtype
+        problem = linear_problem(scheme, shape, problem_of(self.config).scheme.activation.dtype, out_dtype, None)
+        chosen = self._chosen(problem, detect_target(params.weight.device))
+        self._add_tensors(layer, params)
+        layer.fx_quant_prepared = Prepared(scheme, chosen.name)  # type: ignore[assignment]
+
+    def _merge_shards(self, layer: nn.Module, params: ParamsT) -> None:
+        """Make one scale of what a fused layer has several of."""
+
+    def _add_tensors(self, layer: nn.Module, params: ParamsT) -> None:
+        """Set what the interface promises beside the tensors that were loaded."""
+
+    def _scheme(self, params: ParamsT) -> Scheme:
+        return problem_of(self.config).scheme
+
+    def _check(self, scheme: Scheme, params: ParamsT) -> tuple[int, int]:
+        """``(n, k)`` of a layer whose tensors fit ``scheme``."""
+        check_operands(
+            scheme,
+            params.weight,
+            params.weight_scale,
+            weight_zero_point=getattr(params, "weight_zero_point", None),
+            input_scale=params.input_scale,
+            input_zero_point=getattr(params, "input_zero_point", None),
+        )
+        shape = (params.weight.shape[0], params.weight.shape[1] * codes_per_element(scheme.weight))
+        wanted = self.config.shape()  # type: ignore[attr-defined]
+        if wanted not in (None, shape):
+            raise ValueError(f"weight must be [n, k] = {list(wanted)} as the configuration says, got {list(shape)}")
+        return shape
+
+    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """``[..., k] -> [..., n]``, in the configuration's dtype.
+
+        Raises:
+            FxQuantError: ``process_weights_after_loading`` was not called.
+            ValueError: ``x`` does not fit the layer.
+            NoKernelError: the kernel cannot run with this bias or on this device.
+        """
+        prepared = getattr(layer, "fx_quant_prepared", None)
+        if prepared is None:
+            raise FxQuantError(
+                f"{type(self).__name__}.process_weights_after_loading(layer) must be called before apply_weights"
+            )
+        params = self._get_layer_params(layer)
+        return apply_linear(
+            x,
+            prepared.scheme,
+            params.weight,
+            params.weight_scale,
+            bias,
+            weight_zero_point=getattr(params, "weight_zero_point", None),
+            input_scale=params.input_scale,
+            input_zero_point=getattr(params, "input_zero_point", None),
+            input_scale_ub=getattr(params, "input_scale_ub", None),
+            out_dtype=problem_of(self.config).out_dtype,
+            force_kernel=prepared.kernel,
+        )
+
+
+class ScaledMMLinearKernel(RegistryLinearKernel[ConfigT, ParamsT]):
+    """Activation and weight are quantized."""
+
+
+class FP8ScaledMMLinearKernel(ScaledMMLinearKernel[FP8ScaledMMLinearLayerConfig, FP8Params]):
+    """float8 x float8. Fused shards with a scale each become per_channel where the weight is so, else share the largest
+    scale.
+    """
+
+    PARAMS = FP8Params
+
+    def _merge_shards(self, layer: nn.Module, params: FP8Params) -> None:
+        granularity = self.config.weight_quant_key.granularity
+        if granularity == Granularity.PER_TENSOR and params.weight_scale.numel() > 1:
+            scale, weight = requantize_with_max_scale(params.weight, params.weight_scale, _widths(layer))
+            replace_parameter(layer, params.WEIGHT, weight)
+            replace_parameter(layer, params.WEIGHT_SCALE, scale)
+        elif granularity == Granularity.PER_CHANNEL and _has_scale_per_shard(layer, params):
+            replace_parameter(layer, params.WEIGHT_SCALE, convert_to_channelwise(params.weight_scale, _widths(layer)))
+        if params.input_scale is not None and params.input_scale.numel() > 1:
+            replace_parameter(layer, params.INPUT_SCALE, merge_input_scales(params.input_scale)[0])
+
+
+class Int8ScaledMMLinearKernel(ScaledMMLinearKernel[Int8ScaledMMLinearLayerConfig, Int8Params]):
+    """int8 x int8. Fused shards with a scale each become per_channel, which changes no code."""
+
+    PARAMS = Int8Params
+
+    def _merge_shards(self, layer: nn.Module, params: Int8Params) -> None:
+        fused = not self.config.is_channelwise and params.weight_scale.numel() > 1
+        if fused or _has_scale_per_shard(layer, params):
+            replace_parameter(layer, params.WEIGHT_SCALE, convert_to_channelwise(params.weight_scale, _widths(layer)))
+        if params.input_scale is not None and params.input_scale.numel() > 1:
+            scale, zero_point = merge_input_scales(params.input_scale, params.input_zero_point)
+            replace_parameter(layer, params.INPUT_SCALE, scale)
+            if zero_point is not None:
+                replace_parameter(layer, params.INPUT_ZERO_POINT, zero_point)
+
+    def _scheme(self, params: Int8Params) -> Scheme:
+        scheme = super()._scheme(params)
+        if params.weight_scale.numel() == 1:
+            return scheme
+        return replace(scheme, weight=replace(scheme.weight, granularity=Granularity.PER_CHANNEL))
+
+    def _add_tensors(self, layer: nn.Module, params: Int8Params) -> None:
+        if not self.config.input_symmetric:
+            set_buffer(layer, params.AZP_ADJ, azp_adjoint(params.weight))
+
+
+class MPLinearKernel(RegistryLinearKernel[MPLinearLayerConfig, MPParams]):
+    """A float activation and a quantized weight ("mixed precision")."""
+
+    PARAMS = MPParams
+
+
+def _has_scale_per_shard(layer: nn.Module, params: Params) -> bool:
+    widths, scales = getattr(layer, "logical_widths", None), params.weight_scale.numel()
+    return widths is not None and scales == len(widths) and scales != params.weight.shape[0]
+
+
+def _widths(layer: nn.Module) -> Sequence[int]:
+    widths = getattr(layer, "logical_widths", None)
+    if widths is None:
+        raise LayerError(
+            f"{type(layer).__name__} has several weight scales and must say the rows of each in 'logical_widths'"
+        )
+    return widths
+
+
+def problem_of(config: object) -> Problem:
+    """The GEMM that a configuration of ours is.
+
+    Raises:
+        FxQuantError: a configuration of somebody else.
+    """
+    if not isinstance(config, (ScaledMMLinearLayerConfig, MPLinearLayerConfig)):
+        raise FxQuantError(
+            "a kernel of ours needs an FP8ScaledMMLinearLayerConfig, Int8ScaledMMLinearLayerConfig or "
+            f"MPLinearLayerConfig, got {type(config).__name__}"
+        )
+    return config.problem()
+
+
+def _verdict(reasons: Mapping[str, list[str]]) -> Verdict:
+    if any(not each for each in reasons.values()):
+        return True, None
+    return False, "; ".join(f"{name}: {', '.join(each)}" for name, each in reasons.items())
+
+
+def resolve_capability(asked: Capability) -> Target:
+    """The machine that a compute capability, a name or None (this machine) stands for."""
+    if isinstance(asked, Target):
+        return asked
+    if isinstance(asked, str):
+        return named_target(asked)
+    if asked is not None:
+        return capability_target(asked)
+    return detect_target("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,679 @@
+"""``QuantizedLinear`` against float64 arithmetic on its codes, and as the module that it must be."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import TOLERANCES, assert_within
+from torch import Tensor, nn
+
+import fx_quant
+from fx_quant.activation import quantize_activation
+from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
+from fx_quant.linear import QuantizedLinear, apply_linear, quantize_
+from fx_quant.linear_operands import weight_block
+from fx_quant.scheme import (
+    CODE_DTYPES,
+    FLOAT_DTYPES,
+    INT4_DTYPES,
+    Granularity,
+    Numerics,
+    OperandSpec,
+    Scheme,
+)
+from fx_quant.weights import INT4, unpack_int4
+
+N, K = 40, 64
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+E4M3 = torch.float8_e4m3fn
+
+INT8 = [
+    f"int8 {a} (dynamic) x int8 {w}"
+    for a in ("per_token", "per_tensor", "per_token asymmetric", "per_tensor asymmetric")
+    for w in ("per_channel", "per_tensor")
+] + ["int8 per_tensor (static) x int8 per_channel", "int8 per_tensor asymmetric (static) x int8 per_channel"]
+FLOAT8 = [
+    f"{dtype} {a} x {dtype} {w}"
+    for dtype in ("float8_e4m3fn", "float8_e5m2")
+    for a in ("per_token (dynamic)", "per_tensor (dynamic)", "per_tensor (static)")
+    for w in ("per_channel", "per_tensor")
+]
+BLOCK = ["float8_e4m3fn per_group(16) (dynamic) x float8_e4m3fn per_block(32, 16)"]
+WEIGHT_ONLY = [
+    f"bfloat16 x {weight}"
+    for weight in (
+        "int8 per_channel",
+        "int8 per_tensor",
+        "int8 per_group(16)",
+        "uint8 per_channel asymmetric",
+        "int8 per_group(32) asymmetric",
+        "float8_e4m3fn per_channel",
+        "float8_e5m2 per_tensor",
+        "float8_e4m3fn per_block(32, 16)",
+        "int4 per_channel",
+        "int4 per_group(16)",
+        "int4 per_group(16) asymmetric",
+        "uint4 per_group(32) asymmetric",
+        "uint4 per_channel asymmetric",
+    )
+]
+SCHEMES = INT8 + FLOAT8 + BLOCK + WEIGHT_ONLY
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def build(text: str, *, bias: bool = True, n: int = N, k: int = K, **kwargs) -> QuantizedLinear:
+    scheme = Scheme.parse(text)
+    if not scheme.weight_only and not scheme.activation.dynamic:
+        kwargs["input_scale"] = torch.tensor(0.02)
+        if not scheme.activation.symmetric:
+            kwargs["input_zero_point"] = torch.tensor(-5)
+    return QuantizedLinear.from_float(nn.Linear(k, n, bias=bias), scheme, **kwargs)
+
+
+def spread(values: Tensor, block: tuple[int, int] | None, shape) -> Tensor:
+    if block is None:
+        return values
+    return values.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
+
+
+def decoded_weight(layer: QuantizedLinear) -> Tensor:
+    """The weight ``[n, k]`` in float64, from the buffers alone."""
+    spec, block = layer.scheme.weight, weight_block(layer.scheme)
+    codes = unpack_int4(layer.weight, spec.dtype) if spec.dtype in INT4_DTYPES else layer.weight
+    codes = codes.double()
+    if layer.weight_zero_point is not None:
+        codes = codes - spread(layer.weight_zero_point.double(), block, codes.shape)
+    return codes * spread(layer.weight_scale.double(), block, codes.shape)
+
+
+def decoded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """What the layer sees of ``x [m, k]``, in float64."""
+    if layer.scheme.weight_only:
+        return x.double()
+    spec = layer.scheme.activation
+    codes, scale, zero_point = quantize_activation(x, spec, layer.input_scale, layer.input_zero_point)
+    centred = codes.double() - (0 if zero_point is None else zero_point)
+    groups = spec.granularity.size
+    return centred * (scale.double().repeat_interleave(groups[0], 1)[:, : x.shape[1]] if groups else scale.double())
+
+
+def assert_right(layer: QuantizedLinear, x: Tensor, out: Tensor) -> None:
+    """``out`` is the float64 product of the decoded operands, up to float32 sums and one rounding to the result.
+
+    A kernel may also round the decoded weight of a weight-only linear to the activation's dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    a, b = decoded_input(layer, rows), decoded_weight(layer)
+    exact = a @ b.t() + (0 if layer.bias is None else layer.bias.double())
+    assert out.dtype is x.dtype
+    assert out.shape == (*x.shape[:-1], layer.out_features)
+    eps = torch.finfo(x.dtype).eps
+    terms = a.abs() @ b.abs().t() + (0 if layer.bias is None else layer.bias.double().abs())
+    bound = eps * exact.abs() + 2e-6 * terms + (2 * eps * terms if layer.scheme.weight_only else 0)
+    error = (out.reshape(exact.shape).double() - exact).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the bound"
+
+
+SHAPES = [(K,), (1, K), (5, K), (2, 3, K), (0, K), (2, 0, K)]
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("text", SCHEMES)
+def test_every_scheme_is_the_float64_product_of_its_codes(text, bias, x_dtype):
+    layer = build(text, bias=bias)
+    for shape in SHAPES:
+        x = torch.randn(shape).to(x_dtype)
+        assert_right(layer, x, layer(x))
+
+
+@pytest.mark.parametrize(
+    "text", [*INT8[:5], FLOAT8[0], BLOCK[0], WEIGHT_ONLY[0], "float16 x uint8 per_channel asymmetric"]
+)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 48), (17, 31), (33, 50)])
+def test_sizes_that_no_tile_divides(n, k, text):
+    layer = build(text, n=n, k=k)
+    for m in (1, 6):
+        for dtype in FLOATS:
+            x = torch.randn(m, k).to(dtype)
+            assert_right(layer, x, layer(x))
+
+
+@pytest.mark.parametrize("text", WEIGHT_ONLY)
+def test_weight_only_sizes_that_packed_kernels_take(text):
+    layer = build(text, n=64, k=128)
+    for dtype in FLOATS:
+        x = torch.randn(5, 128).to(dtype)
+        assert_right(layer, x, layer(x))
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_it_is_near_the_float_linear(text):
+    linear, x = nn.Linear(K, N), torch.randn(16, K)
+    static = "(static)" in text
+    scheme = Scheme.parse(text)
+    given = (
+        {"input_scale": x.abs().amax() / (127 if "int8" in text else torch.finfo(scheme.activation.dtype).max)}
+        if static
+        else {}
+    )
+    if static and not scheme.activation.symmetric:
+        given = {
+            "input_scale": (x.amax() - x.amin()) / 255,
+            "input_zero_point": (-128 - x.amin() * 255 / (x.amax() - x.amin())).round().int(),
+        }
+    out = QuantizedLinear.from_float(linear, text, **given)(x)
+    error = (out - linear(x)).norm() / linear(x).norm()
+    # Half a step of the coarsest operand, as noise: 1/15 of the range with 4 bits, 2**-3 of a value with e5m2.
+    coarse = "int4" in text or "e5m2" in text
+    assert error < (0.15 if coarse else 0.05)
+
+
+@pytest.mark.parametrize("text", [INT8[0], INT8[2], FLOAT8[0], BLOCK[0], WEIGHT_ONLY[0]])
+def test_zero_rows_give_the_bias_and_nan_stays_in_its_row(text):
+    layer, x = build(text), torch.randn(3, K)
+    x[1] = 0
+    per_token = "per_token" in text or "per_group(16)" in text or "bfloat16" in text
+    assert torch.equal(layer(x)[1], layer.bias)
+    x[2, 5] = float("nan")
+    out = layer(x)
+    assert out[2].isnan().all()
+    assert out[:2].isfinite().all() == per_token
+
+
+@pytest.mark.parametrize(
+    "text", ["int8 per_token x int8 per_channel", FLOAT8[0], "int8 per_token asymmetric x int8 per_channel"]
+)
+def test_constant_rows(text):
+    layer = build(text)
+    x = torch.tensor([[4.0], [-2.0], [0.0]]).expand(3, K).contiguous()
+    exact = x.double() @ decoded_weight(layer).t() + layer.bias.double()
+    # A constant is the end of its range: its code is exact up to the rounding of the scale.
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_of_any_strides_and_inference_mode():
+    layer = build(INT8[0])
+    wide = torch.randn(3, 2 * K)
+    for x in (wide[:, ::2], torch.randn(K, 3).t(), torch.randn(2, 3, K).transpose(0, 1)):
+        assert torch.equal(layer(x), layer(x.contiguous()))
+    with torch.inference_mode():
+        assert torch.equal(layer(wide[:, ::2]), layer(wide[:, ::2].contiguous()))
+
+
+def test_a_strided_weight_is_read_as_it_is():
+    codes = torch.randint(-127, 128, (K, N), dtype=torch.int8).t()
+    layer = QuantizedLinear(Scheme.parse(INT8[0]), codes, torch.rand(N) + 0.1)
+    x = torch.randn(4, K)
+    assert_right(layer, x, layer(x))
+
+
+# --- a module among modules ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [*INT8[:2], INT8[-1], FLOAT8[0], BLOCK[0], *WEIGHT_ONLY[::3]])
+def test_a_state_dict_round_trip_into_other_values(text):
+    first, second, x = build(text), build(text), torch.randn(4, K)
+    assert not torch.equal(first(x), second(x))
+    names = {"weight", "weight_scale", "bias", "input_scale", "input_zero_point", "weight_zero_point"}
+    assert set(first.state_dict()) <= names
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+    third = build(text)
+    third.load_state_dict(first.state_dict(), assign=True)
+    assert torch.equal(first(x), third(x))
+
+
+def test_a_static_scheme_keeps_its_scales_in_the_state_dict():
+    state = build("int8 per_tensor asymmetric (static) x int8 per_channel").state_dict()
+    assert set(state) == {"weight", "weight_scale", "bias", "input_scale", "input_zero_point"}
+    assert state["weight_scale"].shape == (N, 1)
+
+
+def test_one_element_scales_of_any_shape_load():
+    layer = build("int8 per_tensor (static) x int8 per_tensor")
+    state = layer.state_dict()
+    state["weight_scale"], state["input_scale"] = torch.tensor([0.5]), torch.tensor([0.25])
+    layer.load_state_dict(state)
+    assert layer.weight_scale == 0.5 and layer.input_scale == 0.25
+
+
+def _through_pickle(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+def _through_torch_save(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, copy.copy, _through_torch_save]
+
+
+@pytest.mark.parametrize(
+    ("text", "duplicate"),
+    # PyTorch itself cannot read back a pickled float8 tensor (torch 2.13), but for torch.save.
+    [(text, each) for text in (INT8[2], WEIGHT_ONLY[-1]) for each in (*COPIES, _through_pickle)]
+    + [(FLOAT8[0], each) for each in COPIES],
+)
+def test_copies_are_the_same_layer(text, duplicate):
+    layer, x = build(text), torch.randn(4, K)
+    expected = layer(x)
+    assert torch.equal(duplicate(layer)(x), expected)
+
+
+def test_a_deep_copy_has_its_own_weight():
+    layer, x = build(INT8[0]), torch.randn(4, K)
+    twin, expected = copy.deepcopy(layer), layer(x)
+    twin.weight.zero_()
+    assert torch.equal(twin(x), twin.bias.expand(4, N))
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    "text", [INT8[0], INT8[-1], FLOAT8[0], BLOCK[0], "bfloat16 x float8_e4m3fn per_channel", WEIGHT_ONLY[-1]]
+)
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.to("cpu", torch.bfloat16), torch.bfloat16),
+        (lambda m: m.bfloat16().float(), torch.float32),
+    ],
+)
+def test_a_cast_changes_the_bias_only(cast, dtype, text):
+    layer, x = build(text), torch.randn(4, K).to(dtype)
+    before = {name: (value.dtype, value.clone()) for name, value in layer.named_buffers()}
+    cast(layer)
+    assert layer.bias.dtype is dtype
+    for name, value in layer.named_buffers():
+        assert value.dtype is before[name][0], name
+        assert torch.equal(value.float(), before[name][1].float()), name
+    assert_right(layer, x, layer(x))
+
+
+def test_it_moves_to_a_device():
+    layer = build(FLOAT8[0]).to("meta")
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+    assert layer.weight.dtype is E4M3
+    empty = layer.to_empty(device="cpu")
+    assert empty.weight.dtype is E4M3 and empty.weight_scale.dtype is torch.float32
+
+
+@pytest.mark.parametrize("text", [INT8[0], INT8[2], FLOAT8[0], WEIGHT_ONLY[0]])
+def test_a_weight_that_is_updated_in_place_is_seen(text):
+    layer, other, x = build(text), build(text), torch.randn(4, K)
+    layer(x)
+    layer.weight.copy_(other.weight)
+    layer.weight_scale.copy_(other.weight_scale)
+    assert_right(layer, x, layer(x))
+
+
+def test_a_padded_weight_that_is_updated_in_place_is_seen():
+    layer, x = build("bfloat16 x int8 per_channel", n=17, k=31), torch.randn(4, 31, dtype=torch.bfloat16)
+    assert layer.selection(x).padding.k == 32
+    layer(x)
+    layer.weight.neg_()
+    assert_right(layer, x, layer(x))
+
+
+@pytest.mark.parametrize("text", [INT8[0], FLOAT8[0], WEIGHT_ONLY[3]])
+def test_gradients_are_refused_where_they_are_asked_for(text):
+    with torch.enable_grad():
+        layer, x = build(text), torch.randn(4, K, requires_grad=True)
+        out = layer(x)
+        assert out.requires_grad
+        with pytest.raises(FxQuantError, match="a quantized linear is for inference"):
+            out.sum().backward()
+        with torch.no_grad():
+            assert not layer(x).requires_grad
+        assert not layer(x.detach()).requires_grad
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_it_prints_its_scheme():
+    assert repr(build(INT8[0])) == (
+        "QuantizedLinear(in_features=64, out_features=40, bias=True, "
+        "scheme=int8 per_token (dynamic) x int8 per_channel)"
+    )
+
+
+# --- which kernel -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", SCHEMES)
+def test_the_eager_kernel_is_the_one_that_explain_reports(text, x_dtype):
+    layer, x = build(text), torch.randn(4, K).to(x_dtype)
+    (site,) = fx_quant.explain(layer, x).sites
+    assert layer.selection(x).kernel.name == site.kernel
+    assert site.scheme.replace(str(x_dtype).removeprefix("torch."), "bfloat16") == _as_reported(text)
+
+
+def _as_reported(text: str) -> str:
+    # In a graph int4 codes are what is stored, and where a scale came from is not said of a tensor's.
+    return text.replace("uint4", "int4")
+
+
+def test_a_forced_kernel_runs_or_raises():
+    x = torch.randn(4, K)
+    layer = build(INT8[0], force_kernel="pytorch_int_mm")
+    assert layer.selection(x).kernel.name == "pytorch_int_mm"
+    assert_right(layer, x, layer(x))
+    with pytest.raises(NoKernelError, match=r"forced kernel 'cpu_float8_float32' cannot run .*: has no int8 x int8"):
+        build(INT8[0], force_kernel="cpu_float8_float32")(x)
+    with pytest.raises(UnknownNameError, match="unknown kernel 'cpu_int_vnni'"):
+        build(INT8[0], force_kernel="cpu_int_vnni")(x)
+
+
+def test_no_kernel_says_every_reason(monkeypatch):
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", "cpu,pytorch")
+    with pytest.raises(NoKernelError, match=r"no kernel can run int8 per_token.*on x86.*pytorch_int_mm: is disabled"):
+        build(INT8[0])(torch.randn(4, K))
+
+
+# --- compiled -----------------------------------------------------------------------------------------------------
+
+COMPILED = [
+    "int8 per_token (dynamic) x int8 per_channel",
+    "int8 per_tensor asymmetric (static) x int8 per_channel",
+    "int8 per_token asymmetric (dynamic) x int8 per_tensor",
+    "float8_e4m3fn per_token (dynamic) x float8_e4m3fn per_channel",
+    "float8_e4m3fn per_group(16) (dynamic) x float8_e4m3fn per_block(32, 16)",
+    "bfloat16 x int4 per_group(16) asymmetric",
+    "bfloat16 x int8 per_channel",
+]
+
+
+@pytest.mark.parametrize("text", COMPILED)
+def test_compiled_it_gives_the_eager_result(text):
+    layer = build(text)
+    dynamic = text in COMPILED[::3]
+    compiled = torch.compile(layer, backend="fx_quant", dynamic=dynamic, options={"strict": True})
+    numerics = layer.selection(torch.empty(1, K)).kernel.numerics if "x int8" in text else Numerics.REASSOCIATED
+    for m in (5, 3, 9) if dynamic else (5,):
+        x = torch.randn(2, m, K)
+        assert_within(compiled(x), layer(x), numerics)
+
+
+def test_compiled_exactly_where_codes_are_integers():
+    assert TOLERANCES[build(COMPILED[0]).selection(torch.empty(1, K)).kernel.numerics, torch.float32].atol == 0
+
+
+def test_compiled_without_rows():
+    layer = build(FLOAT8[2])
+    compiled = torch.compile(layer, backend="fx_quant", options={"strict": True})
+    assert compiled(torch.empty(0, K)).shape == (0, N)
+
+
+def test_compiled_gradients_are_refused_where_they_are_asked_for():
+    layer = build(INT8[0])
+    compiled = torch.compile(layer, backend="fx_quant", options={"strict": True})
+    with torch.enable_grad():
+        x = torch.randn(4, K, requires_grad=True)
+        out = compiled(x)
+        assert torch.equal(out, layer(x))
+        with pytest.raises(FxQuantError, match="a quantized linear is for inference"):
+            out.sum().backward()
+
+
+# --- a whole model ------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Nested, with a linear of two names and one that must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(K, K), nn.ReLU()) for _ in range(2)])
+        self.tied = self.blocks[0][0]
+        self.head = nn.Linear(K, N, bias=False)
+        self.own = _Scaled(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.own(self.tied(x)))
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_quantize_replaces_linears_in_place():
+    model, x = Model().eval(), torch.randn(4, K)
+    expected = model(x)
+    names = quantize_(model, INT8[0])
+    assert names == ["blocks.0.0", "blocks.1.0", "tied", "head"]
+    assert model.tied is model.blocks[0][0]
+    assert isinstance(model.tied, QuantizedLinear) and type(model.own) is _Scaled
+    assert not model.head.training
+    error = (model(x) - expected).norm() / expected.norm()
+    assert error < 0.05
+
+
+def test_a_filter_chooses():
+    model, asked = Model(), []
+
+    def wanted(name: str, linear: nn.Linear) -> bool:
+        asked.append(name)
+        return name != "tied" and linear.bias is not None
+
+    assert quantize_(model, FLOAT8[0], wanted) == ["blocks.0.0", "blocks.1.0"]
+    assert asked == ["blocks.0.0", "blocks.1.0", "tied", "head"]
+    assert type(model.tied) is nn.Linear
+    assert quantize_(Model(), FLOAT8[0], lambda name, linear: False) == []
+
+
+def test_an_attention_that_reads_its_weight_is_left_whole():
+    model = nn.MultiheadAttention(K, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, K)
+    expected = model(x, x, x)[0]
+    assert quantize_(model, INT8[0]) == []
+    assert torch.equal(model(x, x, x)[0], expected)
+
+
+def test_an_encoder_layer_calls_its_quantized_linears():
+    model = nn.TransformerEncoderLayer(K, 4, 2 * K, batch_first=True).eval()
+    x = torch.randn(2, 5, K)
+    expected = model(x)
+    assert quantize_(model, INT8[0]) == ["linear1", "linear2"]
+    assert (model(x) - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "message"),
+    [
+        (nn.Linear(4, 4), INT8[0], "got a linear; use QuantizedLinear.from_float"),
+        (nn.Sequential(), INT8[-1], "no input scales for the static scheme int8 per_tensor asymmetric"),
+        (nn.Sequential(), "float32 x float32", "the weight of a scheme must be quantized, got float32 x float32"),
+        (
+            nn.Sequential(nn.ReLU(), nn.Linear(3, 4)),
+            "float32 x int4 per_channel",
+            "^1: codes must have an even k, got 3",
+        ),
+        (nn.Sequential(), "int8", "a scheme must read 'activation x weight', got 'int8'"),
+    ],
+)
+def test_quantize_errors(model, scheme, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_(model, scheme)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+CODES, SCALE = torch.zeros(8, 6, dtype=torch.int8), torch.ones(8)
+SHIFT = torch.zeros(8, dtype=torch.int32)
+DYNAMIC, STATIC = INT8[0], "int8 per_tensor (static) x int8 per_channel"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "weight", "scale", "given", "message"),
+    [
+        (DYNAMIC, CODES.float(), SCALE, {}, r"weight must be int8 \[n, k\] with k > 0, got float32 \[8, 6\]"),
+        (DYNAMIC, CODES[0], SCALE, {}, r"got int8 \[6\]"),
+        (DYNAMIC, CODES[:, :0], SCALE, {}, r"k > 0, got int8 \[8, 0\]"),
+        (
+            DYNAMIC,
+            CODES,
+            SCALE[:6],
+            {},
+            r"weight_scale of int8 per_channel must be float of shape \[8, 1\], got float32 \[6\]",
+        ),
+        (DYNAMIC, CODES, SHIFT, {}, r"must be float of shape \[8, 1\], got int32 \[8\]"),
+        (DYNAMIC, CODES, -SCALE, {}, r"weight_scale must be finite and positive, got -1.0 \(8 of 8 elements are not\)"),
+        (DYNAMIC, CODES, SCALE.clone().index_fill_(0, torch.tensor(2), float("nan")), {}, r"got nan \(1 of 8"),
+        (DYNAMIC, CODES, SCALE * float("inf"), {}, "got inf"),
+        (DYNAMIC, CODES, SCALE * 0, {}, "must be finite and positive, got 0.0"),
+        (DYNAMIC, CODES, SCALE, {"bias": torch.ones(6)}, r"bias must be .* of shape \[8\], got float32 \[6\]"),
+        (DYNAMIC, CODES, SCALE, {"bias": torch.ones(8).double()}, r"got float64 \[8\]"),
+        (DYNAMIC, CODES, SCALE, {"weight_zero_point": SHIFT}, "weight of int8 per_channel takes no weight_zero_point"),
+        (DYNAMIC, CODES, SCALE, {"input_scale": SCALE[:1]}, "takes no input_scale, got float32"),
+        (STATIC, CODES, SCALE, {}, "needs input_scale of one element, got none"),
+        (STATIC, CODES, SCALE, {"input_scale": SCALE}, r"of one element, got float32 \[8\]"),
+        (STATIC, CODES, SCALE, {"input_scale": SHIFT[:1]}, r"input_scale must be float, got int32 \[1\]"),
+        (STATIC, CODES, SCALE, {"input_scale": -SCALE[:1]}, "input_scale must be finite and positive, got -1.0"),
+        (STATIC, CODES, SCALE, {"input_scale": SCALE[:1], "input_zero_point": SHIFT[:1]}, "takes no input_zero_point"),
+        (INT8[-1], CODES, SCALE, {"input_scale": SCALE[:1]}, "needs input_zero_point of one element, got none"),
+        (
+            INT8[-1],
+            CODES,
+            SCALE,
+            {"input_scale": SCALE[:1], "input_zero_point": SCALE[:1]},
+            r"input_zero_point must be an integer, got float32 \[1\]",
+        ),
+        ("float32 x uint8 per_channel asymmetric", CODES.to(torch.uint8), SCALE, {}, "needs a weight_zero_point"),
+        (
+            "float32 x uint8 per_channel asymmetric",
+            CODES.to(torch.uint8),
+            SCALE,
+            {"weight_zero_point": SCALE},
+            r"weight_zero_point must be integers of shape \[8, 1\], got float32 \[8\]",
+        ),
+        ("float32 x int4 per_channel", CODES, SCALE, {}, r"weight must be uint8 \[n, k\]"),
+        ("float32 x float32", CODES, SCALE, {}, "use nn.Linear for float weights"),
+        ("float32 x int8 per_token", CODES, SCALE, {}, "a weight must be per_tensor, per_channel, per_group"),
+        ("float32 x int8 per_group(0)", CODES, SCALE, {}, "a weight must be per_tensor, per_channel, per_group"),
+        ("float32 x float8_e4m3fn per_channel asymmetric", CODES, SCALE, {}, "asymmetric weight must have an integer"),
+        ("int8 per_token x int8 per_channel asymmetric", CODES, SCALE, {}, "the weight must be symmetric"),
+        ("int8 per_token x int8 per_group(2)", CODES, SCALE, {}, r"the activation must be per_group\(2\)"),
+        (
+            "float8_e4m3fn per_group(2) x float8_e4m3fn per_channel",
+            CODES,
+            SCALE,
+            {},
+            "groups of one size or not at all",
+        ),
+        ("uint8 per_token x int8 per_channel", CODES, SCALE, {}, "must be quantized to int8 or float8, got uint8"),
+        ("int8 per_token (static) x int8 per_channel", CODES, SCALE, {}, "a static activation must be per_tensor"),
+    ],
+)
+def test_operands_that_do_not_fit_are_one_clear_error(scheme, weight, scale, given, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizedLinear(Scheme.parse(scheme), weight, scale, **given)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 63), r"x must be \[..., 64\] of float32, bfloat16 or float16, got float32 \[2, 63\]"),
+        (torch.randn(2, K).double(), r"got float64 \[2, 64\]"),
+        (torch.zeros(2, K, dtype=torch.int8), r"got int8 \[2, 64\]"),
+        (torch.tensor(1.0), r"got float32 \[\]"),
+    ],
+)
+def test_an_input_that_does_not_fit(x, message):
+    with pytest.raises(ValueError, match=message):
+        build(INT8[0])(x)
+
+
+@pytest.mark.parametrize("text", ["float32 x int8 per_channel asymmetric", "float32 x uint8 per_channel"])
+def test_from_float_checks_the_scheme(text):
+    if "uint8" in text:
+        with pytest.raises(ValueError, match="a symmetric weight must have a signed dtype"):
+            QuantizedLinear.from_float(nn.Linear(4, 4), text)
+    else:
+        layer = QuantizedLinear.from_float(nn.Linear(4, 4), text)
+        assert layer.weight_zero_point.dtype is torch.int32
+
+
+def test_from_float_refuses_weights_that_are_not_finite():
+    linear = nn.Linear(4, 4)
+    linear.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="weight must be finite, got 1 NaN"):
+        QuantizedLinear.from_float(linear, INT8[0])
+
+
+def test_apply_linear_returns_the_dtype_that_is_asked_for():
+    layer, x = build(INT8[0]), torch.randn(3, K, dtype=torch.bfloat16)
+    out = apply_linear(x, layer.scheme, layer.weight, layer.weight_scale, layer.bias, out_dtype=torch.float32)
+    assert out.dtype is torch.float32
+    assert torch.equal(out.bfloat16(), layer(x))
+
+
+# --- schemes as text ----------------------------------------------------------------------------------------------
+
+SIZES = st.integers(1, 512)
+ACTIVATIONS: st.SearchStrategy[Granularity] = st.one_of(
+    st.sampled_from([Granularity.PER_TENSOR, Granularity.PER_TOKEN, Granularity.UNSCALED]),
+    st.builds(Granularity.per_group, SIZES),
+)
+WEIGHTS = st.one_of(
+    st.sampled_from([Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.UNSCALED]),
+    st.builds(Granularity.per_group, SIZES),
+    st.builds(Granularity.per_block, SIZES, SIZES),
+)
+CODES_DTYPES = st.sampled_from(sorted(CODE_DTYPES | INT4_DTYPES, key=str))
+FLOAT_SPECS = st.builds(OperandSpec, st.sampled_from(sorted(FLOAT_DTYPES, key=str)))
+SCHEME = st.builds(
+    Scheme,
+    st.one_of(FLOAT_SPECS, st.builds(OperandSpec, CODES_DTYPES, ACTIVATIONS, st.booleans(), st.booleans())),
+    st.one_of(FLOAT_SPECS, st.builds(OperandSpec, CODES_DTYPES, WEIGHTS, st.just(False), st.booleans())),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(scheme=SCHEME)
+def test_a_scheme_prints_what_it_parses_from(scheme):
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+def test_a_quantized_activation_is_dynamic_unless_it_says_static():
+    assert Scheme.parse("int8 per_token x int8 per_channel") == Scheme.parse(INT8[0])
+    assert not Scheme.parse(STATIC).activation.dynamic
+    assert Scheme.parse("bfloat16 x int4 per_group(128)").weight == OperandSpec(INT4, Granularity.per_group(128))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a scheme must read 'activation x weight', got ''"),
+        ("int8 per_token", "for example 'int8 per_token"),
+        ("int8 x int8 x int8", "a scheme must read 'activation x weight'"),
+        ("int7 per_token x int8 per_channel", "cannot read 'int7 per_token' in the scheme"),
+        ("float64 x int8 per_channel", "cannot read 'float64'"),
+        ("int8 per_row x int8 per_channel", "a granularity must be one of per_tensor, .* got per_row in"),
+        ("int8 per_token x int8 per_group", "got per_group in"),
+        ("int8 per_token x int8 per_block(128)", r"got per_block\(128\) in"),
+        ("int8 per_token(3) x int8 per_channel", r"got per_token\(3\) in"),
+        ("int8 per_token (sometimes) x int8 per_channel", "cannot read"),
+    ],
+)
+def test_a_scheme_that_does_not_parse_says_why(text, message):
+    with pytest.raises(ValueError, match=message):
+        Scheme.parse(text)

@@ -1,0 +1,630 @@
+"""vLLM's linear-kernel interface: parameters, configurations, selection and the life of a layer."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+import pytest
+import torch
+from tolerances import assert_within
+from torch import Tensor, nn
+
+import fx_quant.linear_kernels as lk
+from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
+from fx_quant.kernels.base import _KERNELS, kernel, kernels
+from fx_quant.linear import QuantizedLinear
+from fx_quant.linear_kernels.choose import _FAMILIES, _families, _subclasses
+from fx_quant.quantize_weight import quantize_weight
+from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
+from fx_quant.target import named_target, named_targets
+from fx_quant.weights import INT4, UINT4, pack_int4
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+E4M3, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
+N, K = 48, 64
+TOKEN = OperandSpec(E4M3, Granularity.PER_TOKEN, dynamic=True)
+DYNAMIC = OperandSpec(E4M3, Granularity.PER_TENSOR, dynamic=True)
+STATIC = OperandSpec(E4M3, Granularity.PER_TENSOR)
+CHANNEL = OperandSpec(E4M3, Granularity.PER_CHANNEL)
+INT8_CHANNEL = OperandSpec(torch.int8, Granularity.PER_CHANNEL)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def layer_of(**tensors: Any) -> nn.Module:
+    """A module with parameters (``weight``) and buffers; what is None is a plain attribute."""
+    layer = nn.Module()
+    for name, value in tensors.items():
+        if name == "weight":
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        elif isinstance(value, Tensor):
+            layer.register_buffer(name, value)
+        else:
+            setattr(layer, name, value)
+    return layer
+
+
+def fp8(weight=CHANNEL, activation=TOKEN, out=torch.float32, shape=None) -> lk.FP8ScaledMMLinearLayerConfig:
+    return lk.FP8ScaledMMLinearLayerConfig(weight, activation, out, shape)
+
+
+def int8(channelwise=True, static=False, symmetric=True, **kwargs) -> lk.Int8ScaledMMLinearLayerConfig:
+    return lk.Int8ScaledMMLinearLayerConfig(channelwise, static, symmetric, **{"out_dtype": torch.float32, **kwargs})
+
+
+def mp(weight_type=torch.int8, group=-1, zero_points=False, **kwargs) -> lk.MPLinearLayerConfig:
+    return lk.MPLinearLayerConfig((K, N), (K, N), weight_type, torch.float32, group, zero_points, **kwargs)
+
+
+# --- parameters ---------------------------------------------------------------------------------------------------
+
+WEIGHT, SCALE = torch.zeros(N, K, dtype=torch.int8), torch.ones(N, 1)
+
+
+def test_parameters_are_read_by_name_and_optional_ones_may_be_missing():
+    params = lk.Int8Params.from_layer(layer_of(weight=WEIGHT, weight_scale=SCALE))
+    assert params.weight.shape == (N, K) and params.weight_scale is not None
+    assert (params.input_scale, params.input_zero_point, params.azp_adj) == (None, None, None)
+    ub = torch.tensor(2.0)
+    assert lk.FP8Params.from_layer(layer_of(weight=WEIGHT, weight_scale=SCALE, input_scale_ub=ub)).input_scale_ub is ub
+
+
+@pytest.mark.parametrize("value", ["missing", None])
+def test_a_missing_attribute_is_named_with_what_there_is(value):
+    layer = layer_of(weight=WEIGHT, bias=torch.zeros(N), **({} if value else {"weight_scale": None}))
+    with pytest.raises(lk.LayerError) as error:
+        lk.FP8Params.from_layer(layer)
+    assert str(error.value) == (
+        "Module must have 'weight_scale', which FP8Params reads; it has weight, bias. Set it, or name another "
+        "attribute with FP8Params.WEIGHT_SCALE"
+    )
+    assert isinstance(error.value, AttributeError)
+    with pytest.raises(lk.LayerError, match="it has no tensors"):
+        lk.Params.from_layer(nn.Module())
+
+
+@dataclass
+class OwnParams(lk.FP8Params):
+    custom_scale: Tensor
+    extra: Optional[Tensor]  # noqa: UP045
+    price: Decimal | None
+    groups: int = 4
+
+    WEIGHT: ClassVar[str] = "qweight"
+    CUSTOM_SCALE: ClassVar[str] = "my_scale"
+
+
+def test_a_subclass_adds_fields_and_names():
+    layer = layer_of(qweight=WEIGHT, weight_scale=SCALE, my_scale=torch.tensor(3.0))
+    params = OwnParams.from_layer(layer)
+    assert params.weight is layer.qweight and params.custom_scale == 3
+    assert params.extra is None and params.price is None and params.groups == 4
+    layer.groups = 8
+    assert OwnParams.from_layer(layer).groups == 8
+    del layer.my_scale
+    with pytest.raises(lk.LayerError, match=r"'my_scale', which OwnParams reads.*OwnParams\.CUSTOM_SCALE"):
+        OwnParams.from_layer(layer)
+
+
+def test_replace_parameter_keeps_what_loaders_left():
+    layer = layer_of(weight=WEIGHT, weight_scale=SCALE)
+    loader = object()
+    layer.weight.weight_loader = loader
+    layer.weight_scale.note = "kept"
+    new = torch.ones(K, N)
+    lk.replace_parameter(layer, "weight", new)
+    lk.replace_parameter(layer, "weight_scale", torch.zeros(3))
+    assert isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
+    assert layer.weight.weight_loader is loader and torch.equal(layer.weight, new)
+    assert "weight_scale" in dict(layer.named_buffers()) and layer.weight_scale.note == "kept"
+    assert set(layer.state_dict()) == {"weight", "weight_scale"}
+
+
+def test_replace_parameter_keeps_a_buffer_as_persistent_as_it_was():
+    layer = nn.Module()
+    layer.register_buffer("scale", torch.ones(2), persistent=False)
+    lk.replace_parameter(layer, "scale", torch.zeros(2))
+    assert not layer.state_dict() and not layer.scale.any()
+
+
+def test_replace_parameter_takes_plain_attributes_and_refuses_what_is_no_tensor():
+    layer = nn.Module()
+    layer.scale = torch.ones(2)
+    lk.replace_parameter(layer, "scale", torch.zeros(2))
+    assert isinstance(layer.scale, nn.Parameter) and not layer.scale.any()
+    layer.name = "x"
+    for name in ("name", "nothing"):
+        with pytest.raises(lk.LayerError, match=f"Module must have a parameter '{name}' to replace"):
+            lk.replace_parameter(layer, name, torch.zeros(2))
+
+
+# --- configurations -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (fp8(), "float8_e4m3fn per_token (dynamic) x float8_e4m3fn per_channel, m=0.. n=4096 k=4096 -> float32"),
+        (
+            fp8(activation=STATIC, out=torch.bfloat16, shape=(N, K)),
+            "float8_e4m3fn per_tensor (static) x float8_e4m3fn per_channel, m=0.. n=48 k=64 -> bfloat16",
+        ),
+        (int8(), "int8 per_token (dynamic) x int8 per_channel, m=0.. n=4096 k=4096 -> float32"),
+        (
+            int8(False, True, False, weight_shape=(N, K)),
+            "int8 per_tensor asymmetric (static) x int8 per_tensor, m=0.. n=48 k=64 -> float32",
+        ),
+        (mp(), "float32 x int8 per_channel, m=0.. n=48 k=64 -> float32"),
+        (
+            mp(UINT4, 32, True, out_type=torch.bfloat16),
+            "float32 x uint4 per_group(32) asymmetric, m=0.. n=48 k=64 -> bfloat16",
+        ),
+    ],
+)
+def test_a_configuration_is_a_problem(config, text):
+    assert str(config.problem()) == text
+
+
+def test_configurations_that_are_none():
+    with pytest.raises(ValueError, match="group_size must be positive, or -1 for one scale a channel, got 0"):
+        mp(group=0).problem()
+    with pytest.raises(NotImplementedError):
+        lk.ScaledMMLinearLayerConfig().problem()
+    with pytest.raises(FxQuantError, match="a kernel of ours needs an FP8ScaledMMLinearLayerConfig.* got MMLinear"):
+        lk.CPUInt8ScaledMMLinearKernel.can_implement(lk.MMLinearLayerConfig())
+
+
+# --- what a class answers -----------------------------------------------------------------------------------------
+
+CLASSES = [c for family in _FAMILIES for c in _subclasses(family)]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_every_class_names_kernels_of_its_family(cls):
+    family = next(f for f in _FAMILIES if issubclass(cls, f))
+    for name in cls.KERNELS:
+        assert family in _families(kernel(name)), name
+    assert cls.__name__ in lk.__all__
+
+
+def test_every_kernel_of_ours_has_a_class():
+    named = {name for cls in CLASSES for name in cls.KERNELS}
+    ours = {k.name for k in kernels() if k.provider in {kernel(n).provider for n in named}}
+    assert ours <= named
+
+
+@pytest.mark.parametrize("name", named_targets())
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_is_supported_is_read_off_the_requirements(cls, name):
+    target = named_target(name)
+    unmet = [kernel(each).requires.unmet_by_target(target) for each in cls.KERNELS]
+    ok, reason = cls.is_supported(name)
+    assert (ok, reason) == cls.is_supported(target)
+    assert ok == any(not each for each in unmet)
+    assert (reason is None) == ok
+    if not ok:
+        assert all(text in reason for each in unmet for text in each)
+
+
+def test_is_supported_takes_a_capability_or_this_machine():
+    assert lk.PerTensorTorchFP8ScaledMMLinearKernel.is_supported(90) == (True, None)
+    ok, reason = lk.PerTensorTorchFP8ScaledMMLinearKernel.is_supported(80)
+    assert not ok and "pytorch_scaled_mm: needs sm89 or newer, target is sm80" in reason
+    with pytest.raises(ValueError, match="major \\* 10 \\+ minor"):
+        lk.PerTensorTorchFP8ScaledMMLinearKernel.is_supported(9)
+    with pytest.raises(UnknownNameError, match="unknown target 'sm9'"):
+        lk.PerTensorTorchFP8ScaledMMLinearKernel.is_supported("sm9")
+    if not torch.cuda.is_available():
+        assert lk.TorchInt8ScaledMMLinearKernel.is_supported() == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "reason"),
+    [
+        (lk.CPUInt8ScaledMMLinearKernel, int8(), None),
+        (lk.CPUInt8ScaledMMLinearKernel, int8(symmetric=False, static=True), None),
+        (lk.CPUInt8ScaledMMLinearKernel, fp8(), "cpu_int8_vnni: has no float8_e4m3fn x float8_e4m3fn matmul"),
+        (lk.PerTensorTorchFP8ScaledMMLinearKernel, fp8(), "pytorch_scaled_mm: has no per_token x per_channel scales"),
+        (lk.RowWiseTorchFP8ScaledMMLinearKernel, fp8(), "returns bfloat16, asked for float32"),
+        (lk.RowWiseTorchFP8ScaledMMLinearKernel, fp8(out=torch.bfloat16), None),
+        (lk.AiterInt8ScaledMMLinearKernel, int8(symmetric=False), "aiter_int8: has no zero point of the activation"),
+        (lk.CPUWeightOnlyLinearKernel, mp(E4M3), "cpu_weight_only_int8: has no float32 x float8_e4m3fn matmul"),
+        (lk.TorchMPLinearKernel, mp(UINT4, 32, True), None),
+        (lk.TorchMPLinearKernel, mp(has_g_idx=True), "groups must be neighbours along k, got a g_idx"),
+    ],
+)
+def test_can_implement_is_read_off_the_requirements(cls, config, reason):
+    ok, found = cls.can_implement(config)
+    assert ok == (reason is None)
+    assert (found is None) if ok else (reason in found)
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+
+def made(name: str, supported: bool = True, can: bool = True) -> type[lk.MMLinearKernel]:
+    """A kernel of somebody else; abstract methods are filled in."""
+    body = {
+        "is_supported": classmethod(lambda cls, cc=None: (supported, None if supported else f"not on {cc}")),
+        "can_implement": classmethod(lambda cls, config: (can, None if can else "not that")),
+        "process_weights_after_loading": lambda self, layer: None,
+        "_get_layer_params": lambda self, layer, **kwargs: None,
+        "apply_weights": lambda self, layer, x, bias=None, **kwargs: x,
+    }
+    return type(name, (lk.MMLinearKernel,), body)
+
+
+A, B, C = made("KernelA", supported=False), made("KernelB", can=False), made("KernelC")
+D = made("KernelD")
+CONFIG = lk.MMLinearLayerConfig()
+
+
+def test_the_first_that_can_is_chosen():
+    assert lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [A, B, C, D], "cpu": [D]}, 90) is C
+    assert lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [A, B, C, D], "cpu": [D]}, "x86") is D
+    assert lk.is_supported_and_can_implement_kernel(C, CONFIG, 90) == (True, "")
+
+
+def test_the_error_holds_every_reason():
+    with pytest.raises(ValueError, match="Reasons") as error:
+        lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [A, B]}, 90)
+    assert isinstance(error.value, NoKernelError)
+    assert str(error.value) == (
+        "no kernel can run MMLinearLayerConfig() on sm90. Reasons:\nKernelA: not on 90\nKernelB: not that"
+    )
+    with pytest.raises(NoKernelError, match="no kernel is listed for rocm"):
+        lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [C]}, "gfx942")
+
+
+def test_a_forced_class_runs_or_raises():
+    assert lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [C]}, 90, force_kernel=D) is D
+    with pytest.raises(NoKernelError, match=r"forced kernel cannot run .* on sm90: KernelB: not that"):
+        lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [C]}, 90, force_kernel=B)
+
+
+@pytest.mark.parametrize("off", ["KernelC", "KernelC, KernelA"])
+def test_a_class_is_disabled_by_its_name(off, monkeypatch):
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", off)
+    assert lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [C, D]}, 90) is D
+    ok, reason = lk.is_supported_and_can_implement_kernel(C, CONFIG, 90)
+    assert not ok and reason == "KernelC: is disabled by environment variable"
+    with pytest.raises(NoKernelError, match="is disabled by environment variable"):
+        lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [D]}, 90, force_kernel=C)
+
+
+@pytest.mark.parametrize("off", ["cpu_int8_vnni", "cpu", "CPUInt8ScaledMMLinearKernel"])
+def test_a_class_of_ours_is_disabled_by_kernel_provider_or_class(off, monkeypatch):
+    assert type(lk.init_int8_linear_kernel(True, False, True, compute_capability="x86_vnni")) is (
+        lk.CPUInt8ScaledMMLinearKernel
+    )
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", off)
+    assert type(lk.init_int8_linear_kernel(True, False, True, compute_capability="x86_vnni")) is (
+        lk.TorchInt8ScaledMMLinearKernel
+    )
+
+
+def test_one_kernel_of_a_class_may_be_disabled(monkeypatch):
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", "pytorch_scaled_mm")
+    config = fp8(OperandSpec(E4M3, Granularity.PER_TENSOR), DYNAMIC, torch.bfloat16)
+    ok, reason = lk.is_supported_and_can_implement_kernel(lk.PerTensorTorchFP8ScaledMMLinearKernel, config, 90)
+    assert not ok and "pytorch_scaled_mm: is disabled" in reason
+    assert lk.is_supported_and_can_implement_kernel(lk.PerTensorTorchFP8ScaledMMLinearKernel, config, "gfx950")[0]
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", "nonsense")
+    with pytest.raises(UnknownNameError, match="unknown kernel or provider 'nonsense'"):
+        lk.is_supported_and_can_implement_kernel(C, CONFIG, 90)
+
+
+def test_lists_are_in_the_order_of_selection():
+    order = [k.name for k in kernels()]
+    for family in _FAMILIES:
+        for platform, classes in lk.possible_kernels(family).items():
+            best = [min(order.index(name) for name in c.KERNELS) for c in classes]
+            assert best == sorted(best)
+            assert all(any(platform in k.requires.platforms for k in c.kernels()) for c in classes)
+    assert lk.possible_kernels(lk.Int8ScaledMMLinearKernel)["cpu"] == [
+        lk.CPUInt8ScaledMMLinearKernel,
+        lk.TorchInt8ScaledMMLinearKernel,
+    ]
+
+
+def test_a_kernel_of_an_installed_provider_gets_a_class(monkeypatch):
+    from dataclasses import replace
+
+    theirs = replace(kernel("pytorch_int_mm"), name="their_int8", provider="their")
+    monkeypatch.setitem(_KERNELS, "their_int8", theirs)
+    monkeypatch.setitem(importlib.import_module("fx_quant.kernels.base")._PRIORITY, "their_int8", 99)
+    first = lk.possible_kernels(lk.Int8ScaledMMLinearKernel)["cpu"][0]
+    assert first.__name__ == "TheirInt8ScaledMMLinearKernel" and first.KERNELS == ("their_int8",)
+    assert lk.possible_kernels(lk.Int8ScaledMMLinearKernel)["cpu"][0] is first
+    assert first not in lk.possible_kernels(lk.FP8ScaledMMLinearKernel)["cpu"]
+    assert type(lk.init_int8_linear_kernel(True, False, True)) is first
+
+
+def test_mixed_precision():
+    assert lk.choose_mp_linear_kernel(mp(E4M3), "x86") is lk.TorchMPLinearKernel
+    with pytest.raises(NoKernelError, match="got a g_idx; reorder the weight"):
+        lk.choose_mp_linear_kernel(mp(has_g_idx=True), "x86")
+
+
+@pytest.mark.parametrize(
+    ("target", "cls", "rows"),
+    [
+        (90, "PerTensorTorchFP8ScaledMMLinearKernel", 17),
+        ("gfx942", "ROCmFP8ScaledMMLinearKernel", None),
+        ("gfx950", "ROCmFP8ScaledMMLinearKernel", None),
+        ("x86_vnni", "CPUFP8ScaledMMLinearKernel", None),
+    ],
+)
+def test_init_fp8_chooses_per_target_and_pads_where_torch_gains(target, cls, rows, monkeypatch):
+    monkeypatch.setattr("fx_quant.target.installed_packages", lambda: {"torch": torch.__version__})
+    dtype = FNUZ if target == "gfx942" else E4M3
+    specs = OperandSpec(dtype, Granularity.PER_TENSOR, dynamic=True), OperandSpec(dtype, Granularity.PER_TENSOR)
+    made = lk.init_fp8_linear_kernel(*specs, torch.bfloat16, compute_capability=target)
+    assert type(made).__name__ == cls
+    assert made.get_output_padding() == rows
+    assert made.config == fp8(specs[1], specs[0], torch.bfloat16)
+
+
+def test_init_names_the_module_in_its_error(monkeypatch):
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", "cpu,pytorch")
+    with pytest.raises(NoKernelError, match=r"^model\.layers\.0\.qkv: no kernel can run FP8.*on x86"):
+        lk.init_fp8_linear_kernel(TOKEN, CHANNEL, torch.bfloat16, None, "model.layers.0.qkv", compute_capability="x86")
+    with pytest.raises(NoKernelError, match=r"^down: no kernel can run Int8.*on x86"):
+        lk.init_int8_linear_kernel(True, True, True, "down", compute_capability="x86")
+    forced = lk.PerTensorTorchFP8ScaledMMLinearKernel
+    with pytest.raises(NoKernelError, match="^up: forced kernel cannot run"):
+        lk.init_fp8_linear_kernel(TOKEN, CHANNEL, torch.bfloat16, forced, "up", compute_capability=90)
+    with pytest.raises(ValueError, match="out_dtype must be float32, bfloat16 or float16, got int8"):
+        lk.init_fp8_linear_kernel(TOKEN, CHANNEL, torch.int8)
+
+
+# --- the life of a layer ------------------------------------------------------------------------------------------
+
+
+def same_as_module(made: lk.MMLinearKernel, layer: nn.Module, module: QuantizedLinear, x: Tensor) -> None:
+    bias = torch.randn(N)
+    made.process_weights_after_loading(layer)
+    module.bias = nn.Parameter(bias, requires_grad=False)
+    for shape in ((5, K), (2, 3, K), (K,), (0, K)):
+        part = x[: torch.Size(shape).numel() // K].reshape(shape) if shape != (K,) else x[0]
+        assert torch.equal(made.apply_weights(layer, part, bias), module(part))
+    assert layer.fx_quant_prepared.kernel == module.selection(x).kernel.name
+    module.bias = None
+    assert torch.equal(made.apply_weights(layer, x), module(x))
+
+
+X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("weight", [CHANNEL, OperandSpec(E4M3, Granularity.PER_TENSOR)], ids=str)
+@pytest.mark.parametrize("activation", [TOKEN, DYNAMIC, STATIC], ids=str)
+def test_a_float8_layer(activation, weight):
+    found = quantize_weight(torch.randn(N, K), weight)
+    scale = None if activation.dynamic else torch.tensor([0.01])
+    layer = layer_of(weight=found.codes, weight_scale=found.scale, input_scale=scale)
+    made = lk.init_fp8_linear_kernel(activation, weight, torch.float32, weight_shape=(N, K))
+    module = QuantizedLinear(Scheme(activation, weight), found.codes, found.scale, input_scale=scale)
+    same_as_module(made, layer, module, X)
+
+
+def test_a_float8_layer_in_blocks_and_with_a_bounded_scale():
+    weight = OperandSpec(E4M3, Granularity.per_block(16, 16))
+    activation = OperandSpec(E4M3, Granularity.per_group(16), dynamic=True)
+    found = quantize_weight(torch.randn(N, K), weight)
+    made = lk.init_fp8_linear_kernel(activation, weight, torch.float32)
+    module = QuantizedLinear(Scheme(activation, weight), found.codes, found.scale)
+    same_as_module(made, layer_of(weight=found.codes, weight_scale=found.scale), module, X)
+    found = quantize_weight(torch.randn(N, K), CHANNEL)
+    layer = layer_of(weight=found.codes, weight_scale=found.scale, input_scale_ub=torch.tensor(0.1))
+    made = lk.init_fp8_linear_kernel(TOKEN, CHANNEL, torch.float32)
+    made.process_weights_after_loading(layer)
+    bounded = made.apply_weights(layer, X)
+    layer.input_scale_ub = None
+    assert bounded.abs().max() < made.apply_weights(layer, X).abs().max()
+
+
+@pytest.mark.parametrize("channelwise", [True, False])
+@pytest.mark.parametrize(("static", "symmetric"), [(False, True), (False, False), (True, True), (True, False)])
+def test_an_int8_layer(static, symmetric, channelwise):
+    spec = OperandSpec(torch.int8, Granularity.PER_CHANNEL if channelwise else Granularity.PER_TENSOR)
+    found = quantize_weight(torch.randn(N, K), spec)
+    scale = torch.tensor([0.02]) if static else None
+    shift = torch.tensor([7], dtype=torch.int8) if static and not symmetric else None
+    layer = layer_of(
+        weight=found.codes, weight_scale=found.scale, input_scale=scale, input_zero_point=shift, azp_adj=None
+    )
+    made = lk.init_int8_linear_kernel(channelwise, static, symmetric, "qkv", out_dtype=torch.float32)
+    scheme = Scheme(made.config.problem().scheme.activation, spec)
+    module = QuantizedLinear(scheme, found.codes, found.scale, input_scale=scale, input_zero_point=shift)
+    same_as_module(made, layer, module, X)
+    if symmetric:
+        assert layer.azp_adj is None
+    else:
+        assert layer.azp_adj.shape == (1, N) and layer.azp_adj.dtype is torch.int32
+        assert torch.equal(layer.azp_adj[0].long(), found.codes.long().sum(1))
+        assert "azp_adj" not in layer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "zero_points"),
+    [(torch.int8, -1, False), (INT4, 16, False), (UINT4, 16, True), (E4M3, -1, False)],
+)
+def test_a_weight_only_layer(dtype, group, zero_points):
+    config = mp(dtype, group, zero_points)
+    spec = config.problem().scheme.weight
+    found = quantize_weight(torch.randn(N, K), spec)
+    codes = pack_int4(found.codes) if dtype in (INT4, UINT4) else found.codes
+    layer = layer_of(weight=codes, weight_scale=found.scale, weight_zero_point=found.zero_point)
+    made = lk.choose_mp_linear_kernel(config)(config)
+    scheme = Scheme(OperandSpec(torch.float32), spec)
+    module = QuantizedLinear(scheme, codes, found.scale, weight_zero_point=found.zero_point)
+    same_as_module(made, layer, module, X)
+
+
+WIDTHS = [16, 24, 8]
+
+
+def shards(spec: OperandSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of three fused shards of different magnitude, and the float weight that they decode to."""
+    parts = [quantize_weight(torch.randn(w, K) * s, spec) for w, s in zip(WIDTHS, (1, 0.1, 5), strict=True)]
+    return (
+        torch.cat([p.codes for p in parts]),
+        torch.stack([p.scale for p in parts]),
+        torch.cat([p.dequantize() for p in parts]),
+    )
+
+
+@pytest.mark.parametrize("channelwise", [True, False])
+def test_fused_int8_shards_become_channels(channelwise):
+    codes, scales, decoded = shards(OperandSpec(torch.int8, Granularity.PER_TENSOR))
+    layer = layer_of(weight=codes, weight_scale=scales, logical_widths=WIDTHS)
+    made = lk.init_int8_linear_kernel(channelwise, False, True, out_dtype=torch.float32)
+    expected = QuantizedLinear(
+        Scheme(made.config.problem().scheme.activation, INT8_CHANNEL),
+        codes,
+        scales.repeat_interleave(torch.tensor(WIDTHS)),
+    )
+    same_as_module(made, layer, expected, X)
+    assert torch.equal(layer.weight_scale * layer.weight.float(), decoded), "no code changes"
+
+
+def test_fused_float8_shards_share_the_largest_scale_or_become_channels():
+    spec = OperandSpec(E4M3, Granularity.PER_TENSOR)
+    codes, scales, decoded = shards(spec)
+    layer = layer_of(weight=codes, weight_scale=scales, logical_widths=WIDTHS)
+    made = lk.init_fp8_linear_kernel(DYNAMIC, spec, torch.float32)
+    made.process_weights_after_loading(layer)
+    assert layer.weight_scale.numel() == 1 and layer.weight_scale == scales.max()
+    # Half a unit of three bits of significand, or half the least code.
+    error = (layer.weight.float() * layer.weight_scale - decoded).abs()
+    assert (error <= decoded.abs() / 16 + scales.max() * 2**-10).all()
+    assert isinstance(layer.weight, nn.Parameter)
+
+    channels = layer_of(weight=codes, weight_scale=scales, logical_widths=WIDTHS)
+    lk.init_fp8_linear_kernel(TOKEN, CHANNEL, torch.float32).process_weights_after_loading(channels)
+    assert torch.equal(channels.weight_scale * channels.weight.float(), decoded)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_input_scales_of_shards_are_merged(symmetric):
+    codes, _, _ = shards(OperandSpec(torch.int8, Granularity.PER_TENSOR))
+    scales, azps = torch.tensor([0.01, 0.02, 0.015]), torch.tensor([3, -20, 40], dtype=torch.int32)
+    layer = layer_of(
+        weight=codes,
+        weight_scale=torch.rand(N, 1) + 0.1,
+        input_scale=scales,
+        input_zero_point=None if symmetric else azps,
+        logical_widths=WIDTHS,
+    )
+    made = lk.init_int8_linear_kernel(True, True, symmetric, out_dtype=torch.float32)
+    made.process_weights_after_loading(layer)
+    if symmetric:
+        assert layer.input_scale == scales.max()
+    else:
+        high = (scales.double() * (127 - azps)).max()
+        low = (scales.double() * (-128 - azps)).min()
+        torch.testing.assert_close(layer.input_scale.double(), (high - low) / 255, rtol=1e-7, atol=0)
+        assert layer.input_zero_point == (-128 - low * 255 / (high - low)).round()
+    assert made.apply_weights(layer, X).isfinite().all()
+
+
+def test_scales_of_half_precision_become_float32():
+    found = quantize_weight(torch.randn(N, K), INT8_CHANNEL)
+    layer = layer_of(weight=found.codes, weight_scale=found.scale.bfloat16())
+    made = lk.init_int8_linear_kernel(True, False, True, out_dtype=torch.float32)
+    made.process_weights_after_loading(layer)
+    assert layer.weight_scale.dtype is torch.float32
+    wide = QuantizedLinear(made.config.problem().scheme, found.codes, found.scale.bfloat16())
+    assert torch.equal(made.apply_weights(layer, X), wide(X))
+
+
+def test_the_result_has_the_dtype_of_the_configuration():
+    found = quantize_weight(torch.randn(N, K), INT8_CHANNEL)
+    layer = layer_of(weight=found.codes, weight_scale=found.scale)
+    made = lk.init_int8_linear_kernel(True, False, True)
+    made.process_weights_after_loading(layer)
+    assert made.apply_weights(layer, X).dtype is torch.bfloat16
+
+
+def test_a_layer_compiles():
+    found = quantize_weight(torch.randn(N, K), INT8_CHANNEL)
+    layer = layer_of(weight=found.codes, weight_scale=found.scale)
+    made = lk.init_int8_linear_kernel(True, False, False, out_dtype=torch.float32)
+    made.process_weights_after_loading(layer)
+    layer.forward = lambda x: made.apply_weights(layer, x)
+    compiled = torch.compile(layer, backend="fx_quant", options={"strict": True})
+    assert_within(compiled(X), layer.forward(X), Numerics.EXACT)
+
+
+def test_apply_before_processing_is_an_error():
+    made = lk.init_int8_linear_kernel(True, False, True)
+    with pytest.raises(FxQuantError, match=r"process_weights_after_loading\(layer\) must be called before apply_weig"):
+        made.apply_weights(layer_of(weight=WEIGHT, weight_scale=SCALE), X)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({"weight": WEIGHT.float()}, int8(), r"weight must be int8 \[n, k\].* got float32"),
+        ({"weight_scale": torch.ones(7)}, int8(), r"weight_scale of int8 per_channel must be .*\[48, 1\].*\[7\]"),
+        ({"weight_scale": -SCALE}, int8(), "weight_scale must be finite and positive, got -1.0"),
+        ({"weight_scale": SCALE * float("nan")}, int8(), "weight_scale must be finite and positive, got nan"),
+        ({"weight_scale": None}, int8(), "must have 'weight_scale'"),
+        ({}, int8(static=True), "needs input_scale of one element, got none"),
+        ({"input_scale": torch.tensor(0.0)}, int8(static=True), "input_scale must be finite and positive, got 0.0"),
+        ({"input_scale": torch.tensor(1.0)}, int8(), "takes no input_scale"),
+        ({"input_scale": torch.tensor(1.0)}, int8(static=True, symmetric=False), "needs input_zero_point"),
+        (
+            {},
+            int8(weight_shape=(N, 32)),
+            r"weight must be \[n, k\] = \[48, 32\] as the configuration says, got \[48, 64\]",
+        ),
+        ({"weight_scale": torch.ones(3)}, int8(False), "must say the rows of each in 'logical_widths'"),
+        (
+            {"weight_scale": torch.ones(3), "logical_widths": [1, 2]},
+            int8(False),
+            "one for each of the 2 logical_widths",
+        ),
+    ],
+)
+def test_a_layer_that_does_not_fit_is_one_clear_error(tensors, config, message):
+    layer = layer_of(**{"weight": WEIGHT, "weight_scale": SCALE, **tensors})
+    made = lk.TorchInt8ScaledMMLinearKernel(config)
+    with pytest.raises((ValueError, lk.LayerError), match=message):
+        made.process_weights_after_loading(layer)
+
+
+def test_an_input_of_another_k_is_an_error():
+    made, layer = lk.TorchInt8ScaledMMLinearKernel(int8()), layer_of(weight=WEIGHT, weight_scale=SCALE)
+    made.process_weights_after_loading(layer)
+    with pytest.raises(ValueError, match=r"x must be \[..., 64\].* got float32 \[2, 63\]"):
+        made.apply_weights(layer, torch.randn(2, 63))
+
+
+def test_a_class_that_cannot_run_here_says_why():
+    found = quantize_weight(torch.randn(N, K), CHANNEL)
+    layer = layer_of(weight=found.codes, weight_scale=found.scale)
+    with pytest.raises(
+        NoKernelError, match=r"RowWiseTorch.* cannot run .* on .*: pytorch_scaled_mm_rowwise: needs plat"
+    ):
+        lk.RowWiseTorchFP8ScaledMMLinearKernel(fp8()).process_weights_after_loading(layer)
+
+
+def test_the_interface_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        lk.MMLinearKernel(CONFIG)  # type: ignore[abstract]
+    assert C(CONFIG).get_output_padding() is None
+
+
+def test_the_worked_example_runs(capsys):
+    example = importlib.import_module("02_own_kernel")
+    assert example.main() == 0
+    assert "on an A100: no kernel can run MyKernelConfig" in capsys.readouterr().out
