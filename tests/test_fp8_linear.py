@@ -92,7 +92,9 @@ def test_input_scale_ub_bounds_the_scale_of_a_row():
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
-@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.full((1, 1), 0.3), torch.rand(2 * M, 1)], ids=str)
+@pytest.mark.parametrize(
+    "scale", [torch.tensor(0.3), torch.full((1, 1), 0.3), torch.rand(2 * M, 1)], ids=["one", "one of 1 x 1", "rows"]
+)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_codes_are_taken_as_they_are(out_dtype, scale, dtype):
     b, codes = weight(), torch.randn(2, M, K).to(dtype)

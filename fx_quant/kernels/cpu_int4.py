@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fx_quant.kernels.base import KERNEL_SCHEMA, Kernel, Requires, fake_kernel, register_kernel
-from fx_quant.kernels.packing import Layout, prepack, register_layout
+from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.ops import MATMUL_TAGS, dequantize, register
-from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics, dtype_name
+from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _GROUPS = (32, 64, 128, 256)
 
@@ -37,25 +37,13 @@ register_layout(
         align=16,
     )
 )
-for _dtype in sorted(FLOAT_DTYPES, key=dtype_name):
-    register_layout(
-        Layout(
-            name=f"aten_int4_scales_{dtype_name(_dtype)}",
-            weights=frozenset({torch.float32}),
-            dtype=_dtype,
-            shape=lambda n, groups: (groups, n, 2),
-            pack=lambda scale, dtype=_dtype: _scales(scale.to(dtype), torch.zeros_like(scale, dtype=dtype)),
-            unpack=None,
-        )
-    )
 
 
 def _weight_only_int4(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
     """``torch.ops.aten._weight_int4pack_mm_for_cpu``, whose scales have the activation's dtype."""
-    if b_zero_point is None:
-        (scales,) = prepack([b_scale], [f"aten_int4_scales_{dtype_name(a.dtype)}"])
-    else:
-        scales = _scales(b_scale.to(a.dtype), (-b_scale * b_zero_point).to(a.dtype))
+    # Not kept from call to call: a graph may compute the scales, into memory that it uses again.
+    shift = torch.zeros_like(b_scale) if b_zero_point is None else -b_scale * b_zero_point
+    scales = _scales(b_scale.to(a.dtype), shift.to(a.dtype))
     out = torch.ops.aten._weight_int4pack_mm_for_cpu(a.contiguous(), b, block[1], scales)
     return dequantize(out, None, None, bias, out_dtype)
 

@@ -19,6 +19,7 @@ arguments. vLLM is imported when a matmul runs, never before.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,12 @@ _ORDER = {4: (4, 0, 3, 6, 1, 7, 2, 5), 8: (4, 0, 3, 6, 1, 2, 7, 5)}
 _BACK = {bits: tuple(order.index(dim) for dim in range(8)) for bits, order in _ORDER.items()}
 
 
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def scalar_type(bits: int, bias: int) -> int:
-    """vLLM's id of the unsigned integers of ``bits`` that stand for ``code - bias`` (``csrc/core/scalar_type.hpp``).
+    """The id, to vLLM, of unsigned integers of ``bits`` that stand for ``code - bias`` (``csrc/core/scalar_type.hpp``).
 
     Fields from the lowest bit: 8 of exponent, 8 of mantissa, the sign, 32 of bias, "finite only", and 8 of how NaN is
     written, 1 where the type says nothing of it.
@@ -105,24 +110,32 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _grouped(x: Tensor, n: int, groups: int, grouped: bool) -> Tensor:
-    """A scale or zero point as ``[groups, n']``, ``n'`` in whole tiles, whatever stands beyond the weight being 1."""
-    whole = n + -n % _TILE_N
-    if not grouped:
-        return F.pad(x.reshape(1, -1).expand(1, n), (0, whole - n), value=1).expand(groups, whole)
-    # One group may be asked for as several that are equal.
-    rows = x.t() if x.shape[1] > 1 else x.t().expand(groups, n)
-    return F.pad(rows, (0, whole - n, 0, groups - rows.shape[0]), value=1)
+def _padded(x: Tensor, columns: int, rows: int = 0, value: float = 0) -> Tensor:
+    """``x`` with more columns and rows of ``value``; itself where none are missing."""
+    missing = columns - x.shape[-1], max(rows - x.shape[0], 0)
+    if not any(missing):
+        return x
+    return F.pad(x, (0, missing[0]) if x.dim() == 1 else (0, missing[0], 0, missing[1]), value=value)
 
 
-def _in_columns(x: Tensor) -> Tensor:
+def _rows_of_groups(x: Tensor, n: int, whole: int, groups: int, block: Sequence[int] | None) -> Tensor:
+    """A scale or zero point as ``[groups, whole]``, of any strides; what stands beyond the weight is 1."""
+    rows = x.reshape(1, -1).expand(1, n) if block is None else x.t()
+    # One group of the caller's may be several that are equal.
+    rows = rows.expand(groups, n) if rows.shape[0] == 1 else rows
+    return _padded(rows, whole, groups, 1)
+
+
+def _in_columns(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``[..., n]`` in the order in which a thread holds the columns of the result."""
-    return x.unflatten(-1, (-1, 4, 4, 2)).transpose(-2, -3).flatten(-4).contiguous()
+    ordered = x.unflatten(-1, (-1, 4, 4, 2)).transpose(-2, -3)
+    return ordered.to(dtype, memory_format=torch.contiguous_format).flatten(-4)
 
 
-def _in_fragments(x: Tensor) -> Tensor:
+def _in_fragments(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``[..., n]`` in the order in which a thread holds the columns of the weight."""
-    return x.unflatten(-1, (-1, 8, 8)).transpose(-1, -2).flatten(-3).contiguous()
+    ordered = x.unflatten(-1, (-1, 8, 8)).transpose(-1, -2)
+    return ordered.to(dtype, memory_format=torch.contiguous_format).flatten(-3)
 
 
 def _zero_points(zero_points: Tensor) -> Tensor:
@@ -130,31 +143,31 @@ def _zero_points(zero_points: Tensor) -> Tensor:
     shifted = zero_points.to(torch.int32) + 8
     # Asked on the device, so that nothing waits for the answer.
     torch._assert_async(((shifted & ~0xF) == 0).all(), "marlin_int4: a zero point of int4 codes must be in -8..7")
-    ordered = _in_fragments(shifted.to(torch.uint8)).unflatten(1, (-1, 4, 2)).transpose(-1, -2)
-    return _bytes(ordered.unflatten(-1, (2, 2))).reshape(zero_points.shape[0], -1).view(torch.int32)
+    ordered = _in_fragments(shifted, torch.uint8).unflatten(1, (-1, 4, 2)).transpose(-1, -2)
+    return _bytes(ordered.unflatten(-1, (2, 2))).reshape(shifted.shape[0], -1).view(torch.int32)
 
 
-def _matmul(bits: int, a, b, b_scale, b_zero_point, bias, n, block) -> Tensor:
+def _matmul(bits: int, a, b, b_scale, b_zero_point, bias, n, out_dtype, block) -> Tensor:
     """``marlin_gemm`` on operands padded to whole tiles."""
-    m, k = a.shape[0], b.shape[0] * _TILE_K
+    m, k, whole = a.shape[0], b.shape[0] * _TILE_K, _up(n, _TILE_N)
+    if not m:
+        return a.new_empty((0, n), dtype=out_dtype)
     groups = 1 if block is None else k // block[1]
     if bits == 4 and groups == 1:
         # With one group it would scale the sum after rounding it to float16, which may overflow; with more it scales
         # the codes.
-        groups = k // _STEP_K if k > _STEP_K else 2
-    scales = _grouped(b_scale, n, groups, block is not None).to(a.dtype)
-    scales = _in_columns(scales) if groups == 1 else _in_fragments(scales)
+        groups = max(k // _STEP_K, 2)
+    scales = _rows_of_groups(b_scale, n, whole, groups, block)
+    scales = _in_columns(scales, a.dtype) if groups == 1 else _in_fragments(scales, a.dtype)
     zero_points, kind = None, scalar_type(bits, 1 << bits - 1)
     if b_zero_point is not None:
-        zero_points, kind = _zero_points(_grouped(b_zero_point, n, groups, block is not None)), scalar_type(bits, 0)
-    whole = scales.shape[1]
-    if bias is not None:
-        bias = _in_columns(F.pad(bias, (0, whole - n)))
-    # Locks, which it leaves at zero; others would have to wait for this stream before they could share them. It asks
-    # for one to a multiprocessor, vLLM gives it four.
+        zero_points = _zero_points(_rows_of_groups(b_zero_point, n, whole, groups, block))
+        kind = scalar_type(bits, 0)
+    bias = None if bias is None else _in_columns(_padded(bias, whole), a.dtype)
+    # Locks, which it finds and leaves at zero; kept for the next call, another stream could meet them in between. It
+    # asks for one to a multiprocessor, vLLM gives it four.
     locks = torch.zeros(4 * multiprocessors(a.device), dtype=torch.int32, device=a.device)
-    a = dense(F.pad(a, (0, k - a.shape[1])))
-    sizes = (m, whole, k)
+    a, sizes = dense(_padded(a, k)), (m, whole, k)
     out = vllm_op("_C", "marlin_gemm")(
         a, None, b, bias, scales, None, None, zero_points, locks, kind, *sizes, False, True, False
     )
@@ -163,20 +176,12 @@ def _matmul(bits: int, a, b, b_scale, b_zero_point, bias, n, block) -> Tensor:
 
 def _int4(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
     """``marlin_gemm`` of a weight in the layout ``marlin_int4``."""
-    if not a.shape[0]:
-        return a.new_empty((0, n), dtype=out_dtype)
-    return _matmul(4, a, b, b_scale, b_zero_point, bias, n, block)
+    return _matmul(4, a, b, b_scale, b_zero_point, bias, n, out_dtype, block)
 
 
 def _int8(a, b, a_scale, b_scale, bias, n, out_dtype, *, block=None, **_) -> Tensor:
     """``marlin_gemm`` of a weight in the layout ``marlin_int8``."""
-    if not a.shape[0]:
-        return a.new_empty((0, n), dtype=out_dtype)
-    return _matmul(8, a, b, b_scale, None, bias, n, block)
-
-
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile) * tile
+    return _matmul(8, a, b, b_scale, None, bias, n, out_dtype, block)
 
 
 register_layout(
@@ -184,7 +189,7 @@ register_layout(
         name="marlin_int4",
         weights=frozenset({torch.uint8}),
         dtype=torch.int32,
-        shape=lambda n, k: (_tiles(2 * k, _STEP_K) // _TILE_K, 2 * _tiles(n, _TILE_N)),
+        shape=lambda n, k: (_up(2 * k, _STEP_K) // _TILE_K, 2 * _up(n, _TILE_N)),
         pack=pack_int4,
         unpack=unpack_int4,
     )
@@ -194,7 +199,7 @@ register_layout(
         name="marlin_int8",
         weights=frozenset({torch.int8}),
         dtype=torch.int32,
-        shape=lambda n, k: (_tiles(k, _STEP_K) // _TILE_K, 4 * _tiles(n, _TILE_N)),
+        shape=lambda n, k: (_up(k, _STEP_K) // _TILE_K, 4 * _up(n, _TILE_N)),
         pack=pack_int8,
         unpack=unpack_int8,
     )
