@@ -119,11 +119,11 @@ class Report:
         return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
 
     def _losers(self) -> str:
-        """Why each kernel of the target's platform was not chosen, once per distinct reason."""
+        """Why each kernel of the target's platform that has the codes was not chosen, once per distinct reason."""
         seen: dict[str, list[str]] = {}
         for site in self.sites:
             for kernel, reasons in site.losers.items():
-                if any(reason.startswith("needs platform") for reason in reasons):
+                if any(reason.startswith("needs platform") or reason.endswith(" matmul") for reason in reasons):
                     continue
                 text = "; ".join(reasons)
                 seen.setdefault(kernel, [])

@@ -683,9 +683,8 @@ def test_what_triton_runs_where(asked, sm80, sm90, gfx942, gfx950):
         ("int8", "sm90", "pytorch_int_mm_cuda"),
         ("int8", "gfx942", "triton_int8"),
         ("float8 tensor", "sm90", "pytorch_scaled_mm"),
-        # Where torch._scaled_mm would return float32 to a second kernel.
-        ("float8 row, float16, float32 bias", "sm90", "triton_float8"),
-        ("fnuz row, float16", "gfx942", "triton_float8_fnuz"),
+        ("float8 row, float16, float32 bias", "sm90", "pytorch_channelwise"),
+        ("fnuz row, float16", "gfx942", "pytorch_channelwise_rocm_fnuz"),
         ("w8", "sm90", "triton_weight_only"),
         ("w4", "gfx942", "triton_weight_only_int4"),
     ],

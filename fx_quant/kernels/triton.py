@@ -305,6 +305,9 @@ _WEIGHTS = frozenset(
     for weight in (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
 )
 
+# Below every matmul of PyTorch, above dequantizing first: what was not measured yet is not preferred.
+_PRIORITY = 5
+
 register_kernel(
     Kernel(
         name="triton_int8",
@@ -324,8 +327,7 @@ register_kernel(
         numerics=Numerics.EXACT,
         note="our Triton tiles of int8, epilogue in the kernel",
     ),
-    # Below torch._int_mm on CUDA: what was not measured is not preferred.
-    priority=5,
+    priority=_PRIORITY,
 )
 # gfx942 has codes of its own; the others have the OCP ones.
 for _feature, _platforms, _codes, _suffix in (
@@ -348,8 +350,7 @@ for _feature, _platforms, _codes, _suffix in (
             numerics=Numerics.SAME_ACCUM,
             note="our Triton tiles of float8, epilogue in the kernel",
         ),
-        # Below torch._scaled_mm; above its float32 result, which costs a second kernel and 4 bytes an element.
-        priority=15,
+        priority=_PRIORITY,
     )
     register_kernel(
         Kernel(
@@ -360,7 +361,7 @@ for _feature, _platforms, _codes, _suffix in (
             numerics=Numerics.SAME_ACCUM,
             note="our Triton tiles of float8, scales of blocks applied along k",
         ),
-        priority=15,
+        priority=_PRIORITY,
     )
 _requires = Requires(platforms=_GPUS, min_capability=80, packages=_TRITON, granularities=_WEIGHTS, out_dtypes=_FLOATS)
 # Triton converts e4m3 from sm89 on, and every float8 on AMD.
@@ -379,5 +380,5 @@ for _suffix, _codes, _needs, _note in (
             numerics=Numerics.REASSOCIATED,
             note=f"our Triton tiles of a half-precision activation and {_note} weights",
         ),
-        priority=20,
+        priority=_PRIORITY,
     )
