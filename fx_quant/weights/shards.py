@@ -1,72 +1,26 @@
-"""Checkpoint transforms: scales, codes and layouts of weights, as a kernel wants them.
-
-Each function runs once, at load: it checks values as well as shapes, so it wants real tensors, not fake or meta ones.
-None modifies its inputs, except those named with a trailing underscore. A weight is ``[n, k]``, one row per output
-channel, and int4 codes are unpacked (one per element) everywhere but in ``pack_int4`` and ``unpack_int4``.
-"""
+"""Scales and codes of fused shards, of activations, and of other hardware's float8."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fx_quant.errors import FxQuantError
-from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, INT4_DTYPES, INT8_DTYPES, dtype_name
-
-# pyrefly: ignore [missing-attribute]
-INT4: torch.dtype = torch.int4
-# pyrefly: ignore [missing-attribute]
-UINT4: torch.dtype = torch.uint4
+from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, INT8_DTYPES, dtype_name
+from fx_quant.weights.checks import (
+    checked_scale,
+    require,
+    require_block,
+    require_codes,
+    require_float,
+    scale_of_blocks,
+    scale_of_rows,
+)
 
 # A loader starts the scale of every shard at finfo(float32).min. Doubled (fnuz) or rounded to bfloat16 it becomes -inf,
 # so anything below every float8 is "never loaded".
 _NEVER_LOADED = torch.finfo(torch.float8_e4m3fn).min
-
-
-class WeightError(FxQuantError, ValueError):
-    """Codes, scales or shapes of a weight that do not fit together, or that a transform does not take."""
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise ``WeightError(message)`` unless ``holds``."""
-    if not holds:
-        raise WeightError(message)
-
-
-def _require_codes(codes: Tensor, dtypes: Collection[torch.dtype] = CODE_DTYPES, what: str = "weight") -> None:
-    known = ", ".join(sorted(map(dtype_name, dtypes)))
-    require(codes.dtype in dtypes, f"{what} must be codes of dtype {known}, got {dtype_name(codes.dtype)}")
-    require(codes.dim() == 2, f"{what} must be [n, k], got {list(codes.shape)}; flatten or split it first")
-
-
-def _require_float(scale: Tensor, what: str) -> None:
-    # Those of one byte, float8_e8m0fnu among them, have no arithmetic.
-    floating = scale.dtype.is_floating_point and scale.dtype.itemsize > 1
-    require(floating, f"{what} must be a float tensor (float32), got {dtype_name(scale.dtype)}; decode it first")
-
-
-def _require_block(block: tuple[int, int]) -> None:
-    fits = len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
-    require(fits, f"block must be (rows, columns), both positive, got {block}")
-
-
-def _require_multiple(multiple: int, what: str) -> None:
-    require(isinstance(multiple, int) and multiple > 0, f"{what} must be a positive integer, got {multiple}")
-
-
-def _checked_scale(scale: Tensor, what: str = "scale") -> Tensor:
-    """``scale`` in float32, without its autograd history; every value finite and not negative."""
-    _require_float(scale, what)
-    scale = scale.detach().float()
-    bad = scale[~(scale.isfinite() & (scale >= 0))]
-    if bad.numel():
-        raise WeightError(
-            f"{what} must be finite and not negative, got {bad.numel()} of {scale.numel()} that are not "
-            f"(first: {bad[0].item():g}); load every shard's scale, and never an inverse scale, before this"
-        )
-    return scale
 
 
 # --- fused shards with one scale each -------------------------------------------------------------------------
@@ -74,7 +28,7 @@ def _checked_scale(scale: Tensor, what: str = "scale") -> Tensor:
 
 def _shards_with_rows(weight_scale: Tensor, logical_widths: Sequence[int]) -> list[tuple[int, float]]:
     """``(rows, scale)`` of each shard that has rows; a scale that was never loaded is resolved or an error."""
-    _require_float(weight_scale, "weight_scale")
+    require_float(weight_scale, "weight_scale")
     widths = list(logical_widths)
     require(
         all(isinstance(width, int) and width >= 0 for width in widths),
@@ -96,7 +50,7 @@ def _shards_with_rows(weight_scale: Tensor, logical_widths: Sequence[int]) -> li
             f"fused, got {len(loaded)}; load the missing scales",
         )
         shards = [(width, loaded[0]) for width, _ in shards]
-    _checked_scale(torch.tensor([scale for _, scale in shards]), "weight_scale")
+    checked_scale(torch.tensor([scale for _, scale in shards]), "weight_scale")
     return shards
 
 
@@ -136,7 +90,7 @@ def per_tensor_dequantize(codes: Tensor, scale: Tensor | float) -> Tensor:
         WeightError: not codes; more than one scale, or one that is negative or not finite.
     """
     require(codes.dtype in CODE_DTYPES, f"codes must be int8, uint8 or float8, got {dtype_name(codes.dtype)}")
-    factor = _checked_scale(torch.as_tensor(scale, dtype=None if isinstance(scale, Tensor) else torch.float32))
+    factor = checked_scale(torch.as_tensor(scale, dtype=None if isinstance(scale, Tensor) else torch.float32))
     require(factor.numel() == 1, f"scale must have one element, got {list(factor.shape)}; see dequantize_blockwise")
     return codes.detach().float() * factor.reshape(()).to(codes.device)
 
@@ -172,7 +126,7 @@ def requantize_with_max_scale_(
     weight: Tensor, weight_scale: Tensor, logical_widths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """``requantize_with_max_scale`` that writes the codes into ``weight`` and returns it."""
-    _require_codes(weight, FLOAT8_DTYPES)
+    require_codes(weight, FLOAT8_DTYPES)
     shards = _shards_with_rows(weight_scale, logical_widths)
     rows = sum(width for width, _ in shards)
     require(rows == weight.shape[0], f"logical_widths must sum to the n = {weight.shape[0]} of weight, got {rows}")
@@ -227,45 +181,21 @@ def merge_shards(
         f"merge_shards wants as many weights as scales, and one at least, got {len(weights)} and {len(scales)}",
     )
     for weight in weights:
-        _require_codes(weight)
+        require_codes(weight)
     kinds = sorted({f"{dtype_name(weight.dtype)} with k = {weight.shape[1]}" for weight in weights})
     require(len(kinds) == 1, f"shards must have one dtype and one k, got {'; '.join(kinds)}")
     if block is None:
-        rows = [_scale_of_rows(scale, weight.shape[0]) for weight, scale in zip(weights, scales, strict=True)]
+        rows = [scale_of_rows(scale, weight.shape[0]) for weight, scale in zip(weights, scales, strict=True)]
         return torch.cat([weight.detach() for weight in weights]), torch.cat(rows)
-    _require_block(block)
+    require_block(block)
     for i, weight in enumerate(weights[:-1]):
         require(
             weight.shape[0] % block[0] == 0,
             f"every shard but the last must end where a block of {block[0]} rows ends, got {weight.shape[0]} rows in "
             f"shard {i}; dequantize and quantize it again, or keep the projections apart",
         )
-    blocks = [_scale_of_blocks(scale, block, weight.shape) for weight, scale in zip(weights, scales, strict=True)]
+    blocks = [scale_of_blocks(scale, block, weight.shape) for weight, scale in zip(weights, scales, strict=True)]
     return torch.cat([weight.detach() for weight in weights]), torch.cat(blocks)
-
-
-def _scale_of_rows(scale: Tensor, n: int) -> Tensor:
-    """``scale`` of one element, ``[n]`` or ``[n, 1]`` as ``[n, 1]``, float32."""
-    scale = _checked_scale(scale)
-    if scale.numel() == 1:
-        return scale.reshape(1, 1).expand(n, 1)
-    require(
-        scale.shape in ((n,), (n, 1)),
-        f"scale must have one element or shape [n] = [{n}] or [n, 1], got {list(scale.shape)}; "
-        "for groups and blocks say block=(rows, columns)",
-    )
-    return scale.reshape(n, 1)
-
-
-def _scale_of_blocks(scale: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
-    """``scale`` of ``[ceil(n / r), ceil(k / c)]``, float32."""
-    _require_block(block)
-    grid = [_ceil_div(size, step) for size, step in zip(shape, block, strict=True)]
-    require(
-        list(scale.shape) == grid,
-        f"scale of a {list(shape)} weight in blocks of {block} must be {grid}, got {list(scale.shape)}",
-    )
-    return _checked_scale(scale)
 
 
 # --- activations' scales and zero points ----------------------------------------------------------------------
@@ -293,11 +223,11 @@ def merge_input_scales(scales: Tensor, azps: Tensor | None = None) -> tuple[Tens
     Raises:
         WeightError: no scale was loaded; one that is negative or not finite; another number of azps than of scales.
     """
-    _require_float(scales, "scales")
+    require_float(scales, "scales")
     scales = scales.detach().flatten()
     loaded = ~(scales <= _NEVER_LOADED)
     require(bool(loaded.any()), f"merge_input_scales needs a loaded scale, got none of {scales.numel()}")
-    known = _checked_scale(scales[loaded], "scales")
+    known = checked_scale(scales[loaded], "scales")
     if azps is None:
         largest = known.max()
         return torch.where(largest > 0, largest, 1.0), None
@@ -330,7 +260,7 @@ def azp_adjoint(weight: Tensor, azp: Tensor | int | None = None) -> Tensor:
     Raises:
         WeightError: not integer codes; an azp that is not one integer.
     """
-    _require_codes(weight, INT8_DTYPES)
+    require_codes(weight, INT8_DTYPES)
     sums = weight.sum(dim=1, dtype=torch.int64)[None]
     if isinstance(azp, Tensor):
         _require_integer(azp, "azp")
@@ -387,176 +317,10 @@ def normalize_e4m3fn_to_e4m3fnuz_(
     )
     for what, scale in (("weight_scale", weight_scale), ("input_scale", input_scale)):
         if scale is not None:
-            _require_float(scale, what)
+            require_float(scale, what)
     bits = weight.detach().view(torch.uint8)
     nan = (bits & 0x7F) == 0x7F
     # -0 first: the NaN of fnuz has its bits.
     bits.masked_fill_(bits == 0x80, 0).masked_fill_(nan, 0x80)
     doubled = None if input_scale is None else input_scale.detach() * 2
     return bits.view(torch.float8_e4m3fnuz), weight_scale.detach() * 2, doubled
-
-
-# --- layouts --------------------------------------------------------------------------------------------------
-
-
-def _ceil_div(size: int, step: int) -> int:
-    return -(-size // step)
-
-
-def _pad_to(x: Tensor, shape: Sequence[int], value: float) -> Tensor:
-    """``x`` in the first corner of a tensor of ``shape`` filled with ``value``; ``x`` itself if it has that shape."""
-    if list(x.shape) == list(shape):
-        return x
-    # Not F.pad: constant_pad_nd has no float8 everywhere.
-    out = torch.full(tuple(shape), value, dtype=torch.float32, device=x.device).to(x.dtype)
-    out[tuple(slice(size) for size in x.shape)] = x.detach()
-    return out
-
-
-def pad_weight(
-    weight: Tensor,
-    scale: Tensor,
-    multiple_n: int,
-    multiple_k: int,
-    bias: Tensor | None = None,
-    *,
-    block: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A symmetric weight made wide and deep enough for a kernel's alignment; slice its output to the old n.
-
-    Codes pad with 0, scales with 1 (finite, so that no 0 * inf arises), the bias with 0. A scale of one element covers
-    the padding already. What needs no padding is returned as it came, without a copy.
-
-    Args:
-        weight: ``[n, k]`` codes; n and k are padded to multiples of ``multiple_n`` and ``multiple_k``.
-        scale: one element, ``[n]`` or ``[n, 1]``; with ``block`` ``[ceil(n / r), ceil(k / c)]``.
-        bias: ``[n]``, any dtype.
-        block: ``(r, c)``: rows and columns that share a scale; ``(1, g)`` for groups.
-
-    Returns:
-        ``(weight, scale, bias)``, padded; ``scale`` keeps its number of dimensions and its dtype.
-
-    Raises:
-        WeightError: a scale or bias that does not fit the weight; a multiple below 1.
-    """
-    _require_codes(weight)
-    _require_multiple(multiple_n, "multiple_n")
-    _require_multiple(multiple_k, "multiple_k")
-    n, k = weight.shape
-    wide = (_ceil_div(n, multiple_n) * multiple_n, _ceil_div(k, multiple_k) * multiple_k)
-    if bias is not None:
-        require(list(bias.shape) == [n], f"bias must have shape [n] = [{n}], got {list(bias.shape)}")
-        bias = _pad_to(bias, wide[:1], 0)
-    if block is not None:
-        _scale_of_blocks(scale, block, weight.shape)
-        scale = _pad_to(scale, [_ceil_div(size, step) for size, step in zip(wide, block, strict=True)], 1)
-    else:
-        _scale_of_rows(scale, n)
-        if scale.numel() != 1:
-            scale = _pad_to(scale, (wide[0], *scale.shape[1:]), 1)
-    return _pad_to(weight, wide, 0), scale, bias
-
-
-def expand_block_scale(scale: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
-    """One scale per block as one per code: ``out[n, k] = scale[n // r, k // c]``.
-
-    Args:
-        scale: ``[ceil(n / r), ceil(k / c)]``; the last block of a row or column may be cut short.
-        block: ``(r, c)``; ``(1, g)`` for groups.
-        shape: ``(n, k)``.
-
-    Returns:
-        ``[n, k]``, float32, contiguous.
-
-    Raises:
-        WeightError: a scale of another shape, negative or not finite.
-    """
-    return repeat_blocks(_scale_of_blocks(scale, block, shape), block, shape)
-
-
-def repeat_blocks(values: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
-    """``out[n, k] = values[n // r, k // c]`` for any dtype and sign, such as zero points; nothing is checked."""
-    rows, columns = (torch.arange(size, device=values.device) // step for size, step in zip(shape, block, strict=True))
-    return values.index_select(0, rows).index_select(1, columns)
-
-
-def dequantize_blockwise(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """``out[n, k] = float32(codes[n, k]) * scale[n // r, k // c]``; see ``expand_block_scale``."""
-    _require_codes(codes, what="codes")
-    return codes.detach().float() * expand_block_scale(scale, block, codes.shape)
-
-
-def column_major_scales(scale: Tensor, align: int = 1) -> Tensor:
-    """The same values with m as the fastest dimension: shape ``[m, g]``, strides ``(1, m')``.
-
-    ``m'`` is m rounded up to a multiple of ``align`` (TMA wants 4 float32); the memory between is 1. Always a copy.
-
-    Raises:
-        WeightError: ``scale`` is not 2-D; ``align`` below 1.
-    """
-    require(scale.dim() == 2, f"scale must be [m, g], got {list(scale.shape)}")
-    _require_multiple(align, "align")
-    m, groups = scale.shape
-    columns = torch.ones(groups, _ceil_div(m, align) * align, dtype=scale.dtype, device=scale.device)
-    columns[:, :m] = scale.detach().t()
-    return columns.t()[:m]
-
-
-def round_scales_to_power_of_two(scale: Tensor) -> Tensor:
-    """Scales that fit in ue8m0: ``2 ** ceil(log2(scale))``, exactly; never below ``scale``, so no code overflows.
-
-    0 and everything below become 2**-127, the smallest ue8m0. The codes belong to the old scale: quantize them again.
-
-    Returns:
-        The shape of ``scale``, float32.
-
-    Raises:
-        WeightError: a scale above 2**127, the largest ue8m0, negative or not finite.
-    """
-    scale = _checked_scale(scale)
-    require(bool((scale <= 2.0**127).all()), "scale must not exceed 2**127, the largest ue8m0")
-    fraction, exponent = torch.frexp(scale.double())
-    # scale == fraction * 2**exponent with a fraction in [0.5, 1): 0.5 is the power of two itself.
-    exponent = torch.where(fraction == 0.5, exponent - 1, exponent)
-    exponent = torch.where(scale == 0, -127, exponent).clamp(min=-127)
-    return torch.ldexp(torch.ones_like(scale, dtype=torch.float64), exponent).float()
-
-
-# --- int4 -----------------------------------------------------------------------------------------------------
-
-
-def pack_int4(codes: Tensor) -> Tensor:
-    """Two 4-bit codes per byte along k, the even k in the low nibble: ``packed[n, j] = u[n, 2j] | u[n, 2j + 1] << 4``.
-
-    Args:
-        codes: ``[n, k]``, k even. uint8 codes (``torch.uint4``, 0..15) are stored as they are, ``u = code``; int8 codes
-            (``torch.int4``, -8..7) with an offset, ``u = code + 8``.
-
-    Returns:
-        ``[n, k / 2]``, uint8.
-
-    Raises:
-        WeightError: an odd k; a code that does not fit in four bits.
-    """
-    _require_codes(codes, INT8_DTYPES, "codes")
-    require(codes.shape[1] % 2 == 0, f"codes must have an even k, got {codes.shape[1]}; pad with pad_weight(..., 1, 2)")
-    low = -8 if codes.dtype is torch.int8 else 0
-    outside = int(((codes < low) | (codes > low + 15)).sum())
-    require(not outside, f"4-bit {dtype_name(codes.dtype)} codes must be in {low}..{low + 15}, got {outside} outside")
-    nibbles = (codes - low).to(torch.uint8)
-    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
-
-
-def unpack_int4(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The codes of ``pack_int4``: ``[n, k / 2]`` uint8 to ``[n, k]``.
-
-    Args:
-        dtype: what a code means: ``torch.int4`` gives int8 codes in -8..7, ``torch.uint4`` uint8 codes in 0..15.
-
-    Raises:
-        WeightError: ``packed`` is not 2-D uint8, or another dtype.
-    """
-    _require_codes(packed, (torch.uint8,), "packed")
-    require(dtype in INT4_DTYPES, f"dtype must be torch.int4 or torch.uint4, got {dtype_name(dtype)}")
-    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
-    return codes.to(torch.int8) - 8 if dtype is INT4 else codes
