@@ -18,6 +18,18 @@ from fx_quant.selection import Selection
 PADDED_ROWS = 17  # vLLM's: torch._scaled_mm on CUDA is faster with more than 16 rows
 
 
+# Made here, because Dynamo of torch 2.11 breaks the graph where a spec is made.
+_SPECS = {
+    (dtype, name): OperandSpec(dtype, granularity, dynamic=name != "static")
+    for dtype in FLOAT8_DTYPES
+    for name, granularity in (
+        ("static", Granularity.PER_TENSOR),
+        ("per_tensor", Granularity.PER_TENSOR),
+        ("per_token", Granularity.PER_TOKEN),
+    )
+}
+
+
 class Fp8LinearOp:
     """A float8 linear as a function of its tensors, with the interface of vLLM's ``Fp8LinearOp``.
 
@@ -90,8 +102,7 @@ class Fp8LinearOp:
         if x.dtype in FLOAT8_DTYPES:
             assert scale is not None
             return x, scale.float() if scale.numel() != 1 else scale.float().reshape(())
-        granularity = Granularity.PER_TOKEN if per_token and scale is None else Granularity.PER_TENSOR
-        spec = OperandSpec(dtype, granularity, dynamic=scale is None)
+        spec = _SPECS[dtype, "static" if scale is not None else "per_token" if per_token else "per_tensor"]
         codes, found, _ = quantize_activation(x, spec, scale, scale_ub=scale_ub)
         return codes, found
 
