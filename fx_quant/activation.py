@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_quant.ops import quantize_dynamic  # noqa: F401  (registers the ops)
-from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, OperandSpec, dtype_name
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, OperandSpec, dtype_name, float8_max
 
 # Least scale of a dynamic float8 quantization is 1 / (max * 512), as in vLLM: an all-zero row has finite codes.
 _FLOAT8_FLOOR_DIVISOR = 512.0
@@ -16,11 +16,6 @@ _INT8_STEPS = 255
 _TINY = torch.finfo(torch.float32).tiny
 
 Quantized = tuple[Tensor, Tensor, Tensor | None]
-
-
-def float8_max(dtype: torch.dtype) -> float:
-    """Largest code that quantization gives: the dtype's largest value, but 224 for e4m3fnuz, as in vLLM."""
-    return 224.0 if dtype is torch.float8_e4m3fnuz else torch.finfo(dtype).max
 
 
 def quantize_activation(

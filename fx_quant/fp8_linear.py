@@ -12,11 +12,9 @@ from fx_quant.activation import quantize_activation
 from fx_quant.eager import eager_selection, run_kernel, target_of
 from fx_quant.inference_only import without_gradient
 from fx_quant.linear_operands import describe, linear_problem, must
+from fx_quant.padding import SCALED_MM_ROWS
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, OperandSpec, Scheme
 from fx_quant.selection import Selection
-
-PADDED_ROWS = 17  # vLLM's: torch._scaled_mm on CUDA is faster with more than 16 rows
-
 
 # Made here, because Dynamo of torch 2.11 breaks the graph where a spec is made.
 _SPECS = {
@@ -112,7 +110,7 @@ class Fp8LinearOp:
         if not self.pad_output or _is_rocm(codes.device):
             return torch.ops.fx_quant.scaled_mm(codes, weight, a_scale, b_scale, bias, dtype)
         m = codes.shape[0]
-        missing = torch.sym_max(PADDED_ROWS - m, 0)
+        missing = torch.sym_max(SCALED_MM_ROWS - m, 0)
         codes = F.pad(codes, (0, 0, 0, missing))  # pyrefly: ignore [bad-argument-type]
         if a_scale.dim():
             a_scale = F.pad(a_scale, (0, 0, 0, missing), value=1.0)  # pyrefly: ignore [bad-argument-type]
@@ -150,7 +148,7 @@ class Fp8LinearOp:
         selection = eager_selection(problem, target_of(codes.device), self.force_kernel)
         if self.pad_output is None:
             return selection
-        rows = PADDED_ROWS if self.pad_output and selection.target.platform != "rocm" else 0
+        rows = SCALED_MM_ROWS if self.pad_output and selection.target.platform != "rocm" else 0
         return replace(selection, padding=replace(selection.padding, rows=rows))
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from fx_quant.problem import Problem
 
+SCALED_MM_ROWS = 17  # vLLM's: torch._scaled_mm on CUDA is faster with more than 16 rows
+
 # Eager calls, and the whole graph of one compile.
 MODES = ("eager", "graph")
 

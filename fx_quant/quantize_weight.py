@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, OperandSpec, dtype_name
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, OperandSpec, dtype_name, float8_max
 from fx_quant.weights import INT4, UINT4, repeat_blocks, require
 
 # The dtype that holds the codes, and their range.
@@ -16,11 +16,6 @@ _INTEGERS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
     torch.uint8: (torch.uint8, 0, 255),
     INT4: (torch.int8, -8, 7),
     UINT4: (torch.uint8, 0, 15),
-}
-# Of e4m3fnuz, 224 rather than its 240: the codes and decoded values are then those of an e4m3fn weight after
-# normalize_e4m3fn_to_e4m3fnuz, bit for bit, so both kinds of hardware run one model. vLLM has 224 too.
-_FLOAT8_MAX: dict[torch.dtype, float] = {dtype: torch.finfo(dtype).max for dtype in FLOAT8_DTYPES} | {
-    torch.float8_e4m3fnuz: 224.0
 }
 # Below it a float32 loses precision, and with it the promise that no code is further than half a step away.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -98,7 +93,7 @@ def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
 
 
 def _largest(dtype: torch.dtype) -> float:
-    return _FLOAT8_MAX[dtype] if dtype in FLOAT8_DTYPES else _INTEGERS[dtype][2]
+    return float8_max(dtype) if dtype in FLOAT8_DTYPES else _INTEGERS[dtype][2]
 
 
 def _codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: OperandSpec) -> Tensor:
@@ -159,9 +154,9 @@ def _check_weight(weight: Tensor) -> None:
 
 def _check_spec(spec: OperandSpec) -> None:
     dtype, kind, size = spec.dtype, spec.granularity.kind, spec.granularity.size
-    known = sorted(map(dtype_name, (*_INTEGERS, *_FLOAT8_MAX)))
+    known = sorted(map(dtype_name, (*_INTEGERS, *FLOAT8_DTYPES)))
     require(
-        dtype in _INTEGERS or dtype in _FLOAT8_MAX, f"spec.dtype must be {', '.join(known)}, got {dtype_name(dtype)}"
+        dtype in _INTEGERS or dtype in FLOAT8_DTYPES, f"spec.dtype must be {', '.join(known)}, got {dtype_name(dtype)}"
     )
     require(not spec.dynamic, "spec.dynamic is for activations: a weight is quantized once; say dynamic=False")
     require(

@@ -24,6 +24,15 @@ INT4_DTYPES: frozenset[torch.dtype] = frozenset({torch.int4, torch.uint4})
 FLOAT_DTYPES: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
+def float8_max(dtype: torch.dtype) -> float:
+    """Largest code that quantizing to a float8 ``dtype`` gives: its largest value, but 224 for e4m3fnuz.
+
+    Not its 240: codes and decoded values are then those of an e4m3fn weight after ``normalize_e4m3fn_to_e4m3fnuz``, bit
+    for bit, so both kinds of hardware run one model. vLLM has 224 too.
+    """
+    return 224.0 if dtype is torch.float8_e4m3fnuz else torch.finfo(dtype).max
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float8_e4m3fn`` -> ``float8_e4m3fn``."""
     return str(dtype).removeprefix("torch.")

@@ -13,10 +13,10 @@ import fx_quant.fp8_linear
 from fx_quant.activation import quantize_activation
 from fx_quant.eager import run_kernel
 from fx_quant.errors import FxQuantError, NoKernelError
-from fx_quant.fp8_linear import PADDED_ROWS, Fp8LinearOp
+from fx_quant.fp8_linear import Fp8LinearOp
 from fx_quant.kernels.base import KERNEL_SCHEMA, Kernel, Requires, fake_kernel
 from fx_quant.ops import MATMUL_TAGS, dequantize, register
-from fx_quant.padding import Padding
+from fx_quant.padding import SCALED_MM_ROWS, Padding
 from fx_quant.scheme import Granularity, Numerics, OperandSpec
 from fx_quant.target import named_target
 
@@ -246,7 +246,7 @@ def test_padded_rows_have_finite_scales_and_are_cut_off(per_token, m, picky):
     codes, a_scale, _ = quantize_activation(x, spec)
     op = Fp8LinearOp(per_token, pad_output=True)
     selected = op.selection(codes, a_scale, b, b_scale, bias, torch.float32)
-    selected = replace(selected, kernel=kernel, padding=Padding(32, 64, PADDED_ROWS))
+    selected = replace(selected, kernel=kernel, padding=Padding(32, 64, SCALED_MM_ROWS))
     out = run_kernel(selected, codes, b.t(), a_scale, b_scale, bias)
     assert_within(out, reference(codes, b, a_scale, b_scale, bias, torch.float32), Numerics.SAME_ACCUM)
     assert out.shape == (m, 30) and out.is_contiguous()

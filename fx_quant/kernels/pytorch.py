@@ -20,6 +20,7 @@ from fx_quant.kernels.base import (
     register_kernel,
 )
 from fx_quant.ops import MATMUL_TAGS, correct, dequantize, dequantize_weight, register
+from fx_quant.padding import SCALED_MM_ROWS
 from fx_quant.scheme import CODE_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _HALF = frozenset({torch.bfloat16, torch.float16})
@@ -39,7 +40,6 @@ _ANYWHERE = frozenset({"cpu", "cuda", "rocm"})
 _OCP, _FNUZ_ONLY = frozenset({"float8"}), frozenset({"float8_fnuz"})
 
 
-SCALED_MM_ROWS = 17  # vLLM's: torch._scaled_mm on CUDA is faster with more than 16 rows
 CUDA_INT_MM_ROWS = 17  # cuBLASLt's int8 matmul asserts more than 16 rows
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fx_quant.ops.library import MATMUL_TAGS, register
-from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, INT8_DTYPES, dtype_name
+from fx_quant.scheme import FLOAT8_DTYPES, INT8_DTYPES, dtype_name
 
 OUT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int32})
 
@@ -176,20 +176,7 @@ def scaled_mm(
 
     A zero scale gives zeros. ``m == 0`` returns an empty tensor.
     """
-    _check_operands(a, b)
-    check_scaled_mm(
-        a.shape[0],
-        a.dtype,
-        a.shape[1],
-        b.shape[1],
-        a_scale,
-        b_scale,
-        bias,
-        out_dtype,
-        "scaled_mm",
-        a_zero_point=a_zero_point,
-        block=block,
-    )
+    _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, block)
     if block is not None:
         assert b_scale is not None
         acc = accumulate_blocks(a, b, a_scale, b_scale, block)
@@ -206,7 +193,7 @@ def accumulate_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Ten
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
     for j in range(_blocks(a.shape[1], columns)):
         along = slice(j * columns, (j + 1) * columns)
-        part = accumulate(a[:, along], b[along]).float() if a.dtype in CODE_DTYPES else a[:, along].float() @ b[along]
+        part = accumulate(a[:, along], b[along]).float()
         scale = b_scale[:, j].repeat_interleave(rows)[: b.shape[1]]
         out += (part if a_scale is None else part * a_scale[:, j : j + 1]) * scale
     return out
@@ -227,21 +214,15 @@ def _check_operands(a, b) -> None:
     )
 
 
-def _scaled_mm_fake(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None):
+def _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, block) -> None:
     _check_operands(a, b)
-    check_scaled_mm(
-        a.shape[0],
-        a.dtype,
-        a.shape[1],
-        b.shape[1],
-        a_scale,
-        b_scale,
-        bias,
-        out_dtype,
-        "scaled_mm",
-        a_zero_point=a_zero_point,
-        block=block,
-    )
+    (m, k), n = a.shape, b.shape[1]
+    extras = {"a_zero_point": a_zero_point, "block": block}
+    check_scaled_mm(m, a.dtype, k, n, a_scale, b_scale, bias, out_dtype, "scaled_mm", **extras)
+
+
+def _scaled_mm_fake(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None):
+    _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, block)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
