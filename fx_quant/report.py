@@ -62,12 +62,43 @@ class MissReport:
 
 
 @dataclass(frozen=True)
+class RecognisedReport:
+    """One quantized matmul that was understood and left as it was, because nothing on the target runs it faster.
+
+    Args:
+        module, source, op: where it is, as in ``SiteReport``.
+        scheme, m, n, k: what it is; ``""`` and None where a library's own kernel hides it.
+        reason: why it is left.
+        losers: kernels that cannot run it, each with its reasons.
+    """
+
+    module: str
+    source: str
+    op: str
+    scheme: str
+    m: str
+    n: int | None
+    k: int | None
+    reason: str
+    losers: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
 class Report:
-    """Sites and misses of a model on a target; prints as a table."""
+    """What became of each quantized matmul of a model on a target; prints as tables.
+
+    Args:
+        target: the machine.
+        sites: rewritten.
+        misses: left as they were, because a rule failed.
+        recognised: left as they were, because nothing on the target runs them faster.
+        graphs, graph_breaks: how the model was captured.
+    """
 
     target: str
     sites: tuple[SiteReport, ...]
     misses: tuple[MissReport, ...]
+    recognised: tuple[RecognisedReport, ...] = ()
     graphs: int = 1
     graph_breaks: int = 0
 
@@ -81,16 +112,19 @@ class Report:
             self,
             sites=self.sites + other.sites,
             misses=self.misses + other.misses,
+            recognised=self.recognised + other.recognised,
             graphs=self.graphs + other.graphs,
             graph_breaks=self.graph_breaks + other.graph_breaks,
         )
 
     def summary(self) -> str:
-        """One line: how many were rewritten, and how many were missed."""
-        total = len(self.sites) + len(self.misses)
+        """One line: how many were rewritten, recognised and missed."""
+        total = len(self.sites) + len(self.misses) + len(self.recognised)
         if not total:
             return f"no quantized matmul found ({self._graphs()}); the model compiles unchanged"
-        return f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}, {len(self.misses)} missed"
+        kept = f"{len(self.recognised)} recognised and left, " if self.recognised else ""
+        counts = f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}"
+        return f"{counts}, {kept}{len(self.misses)} missed"
 
     def _graphs(self) -> str:
         breaks = f", {self.graph_breaks} graph breaks" if self.graph_breaks else ""
@@ -101,9 +135,11 @@ class Report:
         if self.sites:
             parts.append(self._site_table())
             parts.append(self._losers())
+        if self.recognised:
+            parts.append(self._recognised_table())
         if self.misses:
             parts.append(self._miss_table())
-        if self.graph_breaks and (self.sites or self.misses):
+        if self.graph_breaks and (self.sites or self.misses or self.recognised):
             parts.append(f"The model was captured in {self._graphs()}; matmuls outside the graphs are not seen.")
         return "\n\n".join(part for part in parts if part)
 
@@ -135,6 +171,21 @@ class Report:
         for kernel, texts in seen.items():
             body = " | ".join(texts)
             lines.append(textwrap.fill(f"{kernel}: {body}", 118, initial_indent="  ", subsequent_indent="      "))
+        return "\n".join(lines)
+
+    def _recognised_table(self) -> str:
+        """One line a matmul that is left; those of repeated layers share one."""
+        alike: dict[tuple[str, ...], list[RecognisedReport]] = {}
+        for row in self.recognised:
+            shape = "" if row.n is None else f"m={row.m} n={row.n} k={row.k}"
+            alike.setdefault((without_numbers(row.module), row.scheme, shape, row.op, row.reason), []).append(row)
+        lines = ["recognised, and left as they are:"]
+        for (module, scheme, shape, op, reason), rows in alike.items():
+            where = (rows[0].module if len(rows) == 1 else module) or rows[0].source or op
+            times = f" x {len(rows)}" if len(rows) > 1 else ""
+            what = f"{op}, {scheme} {shape}" if scheme else op
+            text = f"{where}{times}: {what}: {reason}"
+            lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
         return "\n".join(lines)
 
     def _miss_table(self) -> str:

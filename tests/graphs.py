@@ -192,12 +192,35 @@ def _quantize_in_float64(
     return _codes_in_float64(x, scale, **codes_arguments), scale
 
 
-def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype):
-    y = a.double() @ b.double()
+def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None):
+    a, b = a.double(), b.double()
+    if a_zero_point is not None:
+        a = a - a_zero_point
+    if block is not None:
+        a = a if a_scale is None else a * a_scale.repeat_interleave(block[1], 1)[:, : a.shape[1]]
+        a_scale, b_scale, b = None, None, _decoded(b, b_scale, None, block)
+    y = a @ b
     for scale in (a_scale, b_scale):
         y = y if scale is None else y * scale
     y = y if bias is None else y + bias
     return y.to(torch.int32) if out_dtype is torch.int32 else y
+
+
+def _weight_only_mm_in_float64(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None):
+    if b.shape[0] != x.shape[1]:
+        b = torch.stack((b & 15, b >> 4), 1).reshape(x.shape[1], b.shape[1]).double() - 8
+    y = x.double() @ _decoded(b, b_scale, b_zero_point, block)
+    return y if bias is None else y + bias
+
+
+def _decoded(b, scale, zero_point, block):
+    def spread(t):
+        if block is None:
+            return t
+        return t.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: b.shape[1], : b.shape[0]].t()
+
+    b = b.double() if zero_point is None else b.double() - spread(zero_point)
+    return b * spread(scale)
 
 
 def _aten_scaled_mm_in_float64(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, fast=False):
@@ -208,6 +231,7 @@ _FLOAT64_BODIES = {
     torch.ops.fx_quant.quantize.default: _codes_in_float64,
     torch.ops.fx_quant.quantize.dynamic: _quantize_in_float64,
     torch.ops.fx_quant.scaled_mm.default: _scaled_mm_in_float64,
+    torch.ops.fx_quant.weight_only_mm.default: _weight_only_mm_in_float64,
     torch.ops.aten._scaled_mm.default: _aten_scaled_mm_in_float64,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
 from fx_quant.passes.annotate import Annotation
+from fx_quant.passes.axes import REPEAT, own_dims
 from fx_quant.passes.matrices import axis_of, holds_exactly, matrix_base
-from fx_quant.passes.values import Affine, Axis, Broadcast, Codes, ColumnSum, Product, Unknown, Value
+from fx_quant.passes.values import Affine, Axis, Codes, ColumnSum, Product, Unknown, Value
 from fx_quant.scheme import Numerics
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,6 +36,10 @@ def row() -> Tensor:
 
 def column() -> Tensor:
     return torch.rand(N)
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-8, 8, shape, dtype=torch.int32)
 
 
 def along_k() -> Tensor:
@@ -125,14 +131,14 @@ def test_a_number_is_a_scalar_factor():
     ],
 )
 def test_codes_are_held_exactly_where_every_code_fits(codes, offset, to, exact):
-    assert holds_exactly(Codes(fake_node(codes, 4), (), offset), to) is exact
+    assert holds_exactly(dataclasses.replace(Codes.of(fake_node(codes, 4)), offset=offset), to) is exact
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz])
 @pytest.mark.parametrize("to", [BF16, F16, F32])
 def test_every_float8_code_survives_the_casts_that_are_called_exact(dtype, to):
     codes = torch.arange(256, dtype=torch.int32).to(UINT8).view(dtype)
-    assert holds_exactly(Codes(fake_node(dtype, 4)), to)
+    assert holds_exactly(Codes.of(fake_node(dtype, 4)), to)
     torch.testing.assert_close(codes.to(to).double(), codes.double(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -199,17 +205,19 @@ def test_an_inexact_cast_of_shifted_codes_starts_new_codes():
 def test_a_reshape_of_codes_is_codes_under_a_view():
     value = value_of(lambda a: a.float().reshape(2, M // 2, K), A)
     assert isinstance(value, Codes)
-    assert [view.target for view in value.views] == [torch.ops.aten.view.default]
+    assert [[piece.size for piece in dim] for dim in value.dims] == [[2], [M // 2], [K]]
+    assert {piece.axis for dim in value.dims[:2] for piece in dim} == {0}
 
 
-def test_a_weight_repeated_over_the_batch_is_a_broadcast():
+def test_a_weight_repeated_over_the_batch_is_itself_beside_a_dim_that_repeats():
     value = value_of(lambda w: w.float().t().unsqueeze(0).expand(3, K, N), W)
-    assert isinstance(value, Broadcast)
+    assert value.dims[1:] == own_dims(value.node)[::-1]
+    assert [piece.axis for piece in value.dims[0]] == [REPEAT]
 
 
-def test_a_weight_stretched_along_k_is_no_broadcast_of_it():
-    value = value_of(lambda w: w[:, :1].float().t().unsqueeze(0).expand(3, 1, N).expand(3, K, N), W)
-    assert not isinstance(value, Broadcast)
+def test_a_weight_stretched_along_k_is_no_matrix_of_codes():
+    rule = rule_of(lambda a, w: a.float() @ w[:, :1].float().t().expand(K, N), A, W)
+    assert rule == "a batched matmul whose second operand differs from batch to batch"
 
 
 @pytest.mark.parametrize(
@@ -227,42 +235,79 @@ def test_the_base_of_a_weight_is_found_through_its_views(function, expected):
     graph = trace(function, W)
     (output,) = graph.find_nodes(op="output")
     (weight,) = graph.find_nodes(op="placeholder")
-    assert matrix_base(Annotation(graph).value(output.args[0])) == (weight, expected)
+    value = Annotation(graph).value(output.args[0])
+    assert matrix_base(value.node, value.dims) == (weight, expected)
+    assert matrix_base(output.args[0]) == (weight, expected)
 
 
 def test_another_view_of_a_weight_is_a_base_of_its_own():
     graph = trace(lambda w: w.reshape(K, N).t(), W)
     (weight,) = graph.find_nodes(op="placeholder")
     (output,) = graph.find_nodes(op="output")
-    assert matrix_base(Annotation(graph).value(output.args[0]))[0] is not weight
+    assert (matrix_base(output.args[0]) or (None,))[0] is not weight
 
 
 # --- dequantized tensors ----------------------------------------------------------------------------------------
 
 
+def varied(value: Affine, factors: str = "scales") -> list[list[tuple[int, int]]]:
+    """Axis of the codes and size of each piece that each factor varies along."""
+    return [[(of.axis, of.size) for of, _ in factor.pairs] for factor in getattr(value, factors)]
+
+
 @pytest.mark.parametrize(
-    ("function", "axes"),
+    ("function", "pieces"),
     [
-        (lambda a: a.float() * row(), [Axis.ROW]),
-        (lambda a: row() * a.float(), [Axis.ROW]),
-        (lambda a: a.float() * along_k(), [Axis.COLUMN]),
-        (lambda a: a.float() * 0.5 * row(), [Axis.SCALAR, Axis.ROW]),
-        (lambda a: (a.float() * row()).t(), [Axis.COLUMN]),
-        (lambda a: (a.float() * row()).t().t(), [Axis.ROW]),
-        (lambda a: (a.float() * row()).to(BF16), [Axis.ROW]),
-        (lambda a: (a.float() * row()).reshape(2, 2, K), [Axis.ROW]),
-        (lambda a: (a.float() * 0.5).reshape(-1), [Axis.SCALAR]),
+        (lambda a: a.float() * row(), [[(0, M)]]),
+        (lambda a: row() * a.float(), [[(0, M)]]),
+        (lambda a: a.float() * along_k(), [[(1, K)]]),
+        (lambda a: a.float() * 0.5 * row(), [[], [(0, M)]]),
+        (lambda a: (a.float() * row()).t(), [[(0, M)]]),
+        (lambda a: (a.float() * row()).t().t(), [[(0, M)]]),
+        (lambda a: (a.float() * row()).to(BF16), [[(0, M)]]),
+        (lambda a: (a.float() * row()).reshape(2, 2, K), [[(0, M)]]),
+        (lambda a: (a.float() * row()).reshape(-1, 2), [[(0, M)]]),
+        (lambda a: (a.float().view(2, 2, K) * torch.rand(2, 2, 1)).permute(1, 0, 2), [[(0, 2), (0, 2)]]),
+        (lambda a: (a.float() * 0.5).reshape(-1), [[]]),
+        (lambda a: a.float().view(M, 2, K // 2) * torch.rand(M, 2, 1), [[(0, M), (1, 2)]]),
+        (lambda a: a.float().view(M, 2, K // 2) * torch.rand(2, 1), [[(1, 2)]]),
+        (lambda a: a.float() * torch.rand(M, 2).repeat_interleave(K // 2, 1), [[(0, M), (1, 2)]]),
+        (lambda a: a.float() * torch.rand(2, 2).repeat_interleave(2, 0).repeat_interleave(4, 1), [[(0, 2), (1, 2)]]),
+        (lambda a: a.float() * torch.rand(2, 1).expand(2, 4).reshape(-1), [[(1, 2)]]),
     ],
 )
-def test_scaled_codes_are_affine_along_the_axis_of_the_scale(function, axes):
+def test_scaled_codes_are_affine_along_the_pieces_of_the_scale(function, pieces):
     value = value_of(function, A)
     assert isinstance(value, Affine)
-    assert [factor.axis for factor in value.factors] == axes
+    assert varied(value) == pieces
 
 
-def test_a_divided_scale_is_an_inverse_factor():
-    value = value_of(lambda a: a.float() / row(), A)
-    assert [factor.inverse for factor in value.factors] == [True]
+@pytest.mark.parametrize(
+    ("function", "pieces"),
+    [
+        (lambda a: a.to(torch.int32) - integers(M, 1), [[(0, M)]]),
+        (lambda a: a.float() - integers(M, 1), [[(0, M)]]),
+        (lambda a: a.float() - integers(M, 1).to(BF16).float(), [[(0, M)]]),
+        (lambda a: a.float().view(M, 2, 4) - integers(M, 2).to(INT8).unsqueeze(-1), [[(0, M), (1, 2)]]),
+        (lambda a: (a.float() - integers()) * row(), [[]]),
+    ],
+)
+def test_an_integer_that_is_subtracted_before_the_scale_is_a_zero_point(function, pieces):
+    value = value_of(function, A)
+    assert isinstance(value, Affine)
+    assert varied(value, "zero_points") == pieces
+
+
+@pytest.mark.parametrize(
+    ("function", "epsilon"),
+    [
+        (lambda a: a.to(torch.int32) - integers(M, 1), 0.0),
+        (lambda a: a.to(BF16) - integers(M, 1).to(INT8), 0.0),
+        (lambda a: a.to(BF16) - integers(M, 1).to(BF16), torch.finfo(BF16).eps),
+    ],
+)
+def test_a_zero_point_of_more_than_a_byte_may_round(function, epsilon):
+    assert value_of(function, A).epsilon == epsilon
 
 
 @pytest.mark.parametrize(
@@ -285,21 +330,23 @@ def test_an_affine_value_remembers_its_coarsest_rounding(function, epsilon):
         (lambda a: row() / a.float(), "no rule proves aten.div.Tensor of quantized codes"),
         (lambda a: a.to(torch.int32) * 2, "the codes are scaled in torch.int32, which has no rule"),
         (lambda a: a.double() * 0.5, "the codes are scaled in torch.float64, which has no rule"),
+        (lambda a: a.float() * torch.rand(M, K), "every code has a scale of its own"),
         (
-            lambda a: a.float().view(M, 2, K // 2) * torch.ones(M, 2, 1).expand(M, 2, K // 2),
-            "the scale is neither scalar, per row nor per column (groups and blocks have no rule yet)",
+            lambda a: a.float() - torch.rand(M, 1),
+            "the zero point is no integer tensor that follows the rows, columns, groups or blocks",
         ),
         (
-            lambda a: a.float() - torch.ones(M, 1),
-            "a zero point or offset is added to the codes: asymmetric quantization has no rule yet",
+            lambda a: a.float() + integers(M, 1),
+            "something is added to the codes: a zero point must be subtracted from them",
         ),
         (
-            lambda a: (a.float() * row()).reshape(-1, 2),
-            "a reshape splits the dimension along which the scale varies",
+            lambda a: a.float() * row() - integers(M, 1),
+            "something is added to the dequantized tensor: a zero point must come before the scale",
         ),
+        (lambda a: a.to(E4M3).float() - integers(), "something is added to float8 codes, which have no zero point"),
         (
-            lambda a: (a.float().view(2, 2, K) * torch.ones(2, 2, 1)).permute(1, 0, 2),
-            "a permutation mixes the rows along which the scale varies",
+            lambda a: a - integers(M, 1).to(INT8),
+            "a zero point is subtracted in torch.int8, where the difference may wrap around",
         ),
         (lambda a: (a.to(torch.int32) + 130).to(BF16), "a cast of the codes to torch.bfloat16 is not exact"),
     ],
@@ -309,8 +356,8 @@ def test_a_dequantize_step_without_a_rule_says_so(function, rule):
 
 
 def test_the_failed_rule_is_carried_to_the_matmul():
-    rule = rule_of(lambda a, w: ((a.float() - torch.ones(M, 1)) * row()) @ w.float().t(), A, W)
-    assert rule == "a zero point or offset is added to the codes: asymmetric quantization has no rule yet"
+    rule = rule_of(lambda a, w: a.float() @ ((w.float() - torch.rand(N, 1)) * torch.rand(N, 1)).t(), A, W)
+    assert rule == "the zero point is no integer tensor that follows the rows, columns, groups or blocks"
 
 
 @pytest.mark.parametrize(
@@ -381,22 +428,14 @@ def test_scales_of_the_operands_leave_the_sum(function, rows, columns):
     ("function", "rule"),
     [
         (
-            lambda a, w: (a.float() * along_k()) @ w.t().float(),
-            "the scale of a varies along k, so it cannot leave the sum",
-        ),
-        (
             lambda a, w: a.float() @ (w.float() * along_k()).t(),
             "the scale of b varies along k, so it cannot leave the sum",
         ),
         (
-            lambda a, w: a.to(torch.int32) @ (w.t().to(torch.int32) + 3),
-            "the weight's codes carry an offset: asymmetric weights have no rule yet",
+            lambda a, w: a.to(torch.int32) @ (w.t().to(torch.int32) - integers(K, 1)),
+            "the zero point of b varies along k, so it cannot leave the sum",
         ),
         (lambda a, w: a.float() @ w.to(E4M3).float().t(), "one operand is float8 and the other integer"),
-        (
-            lambda a, w: torch.randn(M, K) @ w.t().float(),
-            "weight-only quantization: the activation is floating point, and no kernel takes that yet",
-        ),
         (
             lambda a, w: a.float().round().to(INT8).float() @ torch.randn(K, N),
             "only the activation is quantized; the weight is floating point",
@@ -486,10 +525,125 @@ def test_scaled_mm_that_returns_codes_is_unknown():
     assert rule == "_scaled_mm that returns torch.float8_e4m3fn has no rule"
 
 
-def test_scaled_mm_with_scales_per_block_is_unknown():
-    a, w = torch.ones(128, 256).to(E4M3), torch.ones(128, 256).to(E4M3)
-    rule = rule_of(lambda a, w: scaled_mm(a, w, scale_a=torch.ones(128, 2), scale_b=torch.ones(2, 1)), a, w)
-    assert rule == "_scaled_mm with scales that are neither per tensor nor row-wise float32"
+@pytest.mark.parametrize(
+    ("scale_b", "block"),
+    [((2, 3), (128, 128)), ((2, 300), (1, 128))],
+)
+def test_scaled_mm_with_scales_of_blocks_of_128(scale_b, block):
+    a, w = torch.ones(16, 256).to(E4M3), torch.ones(300, 256).to(E4M3)
+    value = value_of(lambda a, w: scaled_mm(a, w, scale_a=torch.rand(16, 2), scale_b=torch.rand(scale_b)), a, w)
+    assert isinstance(value, Product)
+    assert value.block == block
+
+
+def test_scaled_mm_with_one_scale_for_128_rows_of_the_activation_is_unknown():
+    a, w = torch.ones(128, 256).to(E4M3), torch.ones(256, 256).to(E4M3)
+    rule = rule_of(lambda a, w: scaled_mm(a, w, scale_a=torch.rand(1, 2), scale_b=torch.rand(2, 256)), a, w)
+    assert rule == (
+        "_scaled_mm with scales that are neither float32 per tensor, row-wise nor of blocks of 128 "
+        "(scale_a [1, 2], scale_b [2, 256])"
+    )
+
+
+# --- weight-only, groups, blocks and zero points ----------------------------------------------------------------
+
+
+def grouped(x: Tensor, scale: Tensor) -> Tensor:
+    """``x [rows, k]`` times one scale for each group along k."""
+    return (x.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+
+
+WEIGHT_ONLY = {
+    "unscaled": (lambda x, w: x @ w.float().t(), None, 0),
+    "per_channel": (lambda x, w: x @ (w.float() * torch.rand(N, 1)).t(), None, 0),
+    "per_group": (lambda x, w: x @ grouped(w.float(), torch.rand(N, 2)).t(), (1, 4), 0),
+    "per_group_of_all_rows": (lambda x, w: x @ grouped(w.float(), torch.rand(1, 2)).t(), (N, 4), 0),
+    "per_block": (lambda x, w: x @ grouped(w.float(), torch.rand(3, 2).repeat_interleave(2, 0)).t(), (2, 4), 0),
+    "zero_point": (lambda x, w: x @ ((w.float() - integers(N, 1)) * torch.rand(N, 1)).t(), None, 1),
+    "batch": (lambda x, w: torch.bmm(x.expand(3, M, K), w.float().t().expand(3, K, N)), None, 0),
+    "linear_3d": (lambda x, w: torch.nn.functional.linear(x.expand(3, M, K), w.float()), None, 0),
+}
+
+
+@pytest.mark.parametrize(("function", "block", "zero_points"), WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
+def test_a_float_activation_times_a_dequantized_weight_is_weight_only(function, block, zero_points):
+    value = value_of(function, torch.rand(M, K), W)
+    assert isinstance(value, Product)
+    assert isinstance(value.a, Node)
+    assert (value.block, len(value.b_zero_points)) == (block, zero_points)
+
+
+@pytest.mark.parametrize(
+    ("function", "obstacle"),
+    [
+        (
+            lambda a, w: (a.float() * along_k()) @ w.t().float(),
+            "the scale of a varies along k, so it cannot leave the sum",
+        ),
+        (
+            lambda a, w: grouped(a.float(), torch.rand(M, 4)) @ grouped(w.float(), torch.rand(N, 2)).t(),
+            "the scales of a and b have groups of different sizes along k",
+        ),
+        (
+            lambda a, w: (a.float() - integers(M, 1)) @ grouped(w.float(), torch.rand(N, 2)).t(),
+            "a zero point beside scales that vary along k cannot leave the sum",
+        ),
+    ],
+)
+def test_what_cannot_be_a_matmul_of_codes_is_weight_only_and_says_why(function, obstacle):
+    value = value_of(function, A, W)
+    assert isinstance(value, Product)
+    assert isinstance(value.a, Node)
+    assert value.obstacle == obstacle
+
+
+@pytest.mark.parametrize(
+    ("function", "block"),
+    [
+        (lambda a, w: grouped(a.float(), torch.rand(M, 2)) @ grouped(w.float(), torch.rand(N, 2)).t(), (1, 4)),
+        (lambda a, w: (a.float() * row()) @ grouped(w.float(), torch.rand(N, 2)).t(), (1, 4)),
+        (lambda a, w: grouped(a.float(), torch.rand(M, 2)) @ (w.float() * column()[:, None]).t(), (1, 4)),
+    ],
+)
+def test_scales_of_groups_along_k_leave_the_sum_group_by_group(function, block):
+    value = value_of(function, A8, W8)
+    assert isinstance(value, Product)
+    assert isinstance(value.a, Codes)
+    assert value.block == block
+
+
+def test_zero_points_of_both_operands_leave_the_sum():
+    value = value_of(lambda a, w: (a.to(torch.int32) - integers(M, 1)) @ (w.to(torch.int32) - integers(N, 1)).t(), A, W)
+    assert isinstance(value, Product)
+    assert (len(value.a_zero_points), len(value.b_zero_points), value.numerics) == (1, 1, Numerics.EXACT)
+
+
+def test_a_zero_point_corrected_after_the_sum_is_a_zero_point():
+    value = value_of(lambda a, w: int_mm(a, w) - integers(M, 1) * w.sum(1, dtype=torch.int32), A, W)
+    assert isinstance(value, Product)
+    assert (len(value.a_zero_points), value.numerics) == (1, Numerics.EXACT)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, w: int_mm(a, w) + integers(M, 1) * w.sum(1, dtype=torch.int32),
+        lambda a, w: int_mm(a, w) - integers(M, 1) * w.sum(0, dtype=torch.int32)[:N],
+        lambda a, w: int_mm(a, w) - integers(M, 1) * (w + 0).clone().roll(1, 0).sum(1, dtype=torch.int32),
+        lambda a, w: int_mm(a, w) - (integers(M, 1) * w.sum(1, dtype=torch.int32)) * integers(M, 1),
+    ],
+)
+def test_another_term_is_no_correction(function):
+    assert not isinstance(value_of(function, A, W), Product)
+
+
+def test_nibbles_are_codes_of_sixteen_values():
+    def unpacked(p: Tensor) -> Tensor:
+        return torch.stack([p & 15, p >> 4], -1).flatten(1)
+
+    value = value_of(unpacked, torch.ones(N, K // 2, dtype=UINT8))
+    assert isinstance(value, Codes)
+    assert value.bounds == (0, 15)
 
 
 # --- epilogues --------------------------------------------------------------------------------------------------

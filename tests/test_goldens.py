@@ -14,7 +14,7 @@ import torch
 from graphs import Captured, capture
 from models import ADVERSARIAL, POSITIVE, build, inputs
 
-from fx_quant.passes.sites import Miss, Site
+from fx_quant.passes.sites import Miss, Recognised, Site
 
 GOLDENS = Path(__file__).parent / "goldens" / "graphs"
 
@@ -67,6 +67,11 @@ def miss_line(miss: Miss) -> str:
     return f"{miss.gemm.target}: {miss.rule}"
 
 
+def recognised_line(found: Recognised) -> str:
+    problem = "" if found.site is None else f"{found.site.problem}: "
+    return f"{found.gemm.target}: {problem}{found.reason}"
+
+
 def golden_text(captured: Captured) -> str:
     """The graph at each step, then sites and misses."""
     state = captured.state
@@ -77,6 +82,8 @@ def golden_text(captured: Captured) -> str:
         "sites": "".join(f"{line}\n" for site in state.selections for line in site_lines(captured, site)),
         "misses": "".join(f"{miss_line(miss)}\n" for miss in state.misses),
     }
+    if state.recognised:
+        parts["recognised"] = "".join(f"{recognised_line(found)}\n" for found in state.recognised)
     return "\n".join(f"=== {title}\n" + (text or "none\n") for title, text in parts.items())
 
 

@@ -16,9 +16,9 @@ from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError, UnknownNameError
 from fx_quant.passes import pipeline
-from fx_quant.passes.nodes import MATMULS
 from fx_quant.passes.pipeline import Rewriting, report_on, rewrite_graph, to_kernels
 from fx_quant.passes.printer import print_graph
+from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.verify import VerificationError, verify
 from fx_quant.report import Report
 from fx_quant.scheme import Numerics
@@ -26,7 +26,7 @@ from fx_quant.target import named_target
 
 ops = torch.ops.fx_quant
 X86 = named_target("x86_vnni")
-BF16 = torch.bfloat16
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 M, K, N = 4, 16, 6
 
 
@@ -109,7 +109,7 @@ def test_a_graph_without_a_quantized_matmul_is_left_byte_for_byte(name):
 
 
 def test_a_graph_with_misses_only_is_left_byte_for_byte():
-    graph = trace(lambda x, w: x @ w.t().to(BF16), sample(M, K), weight())
+    graph = trace(lambda x, w: decoded(x) @ w.t(), sample(M, K), sample(N, K))
     nodes = list(graph.nodes)
     assert rewritten(graph).misses
     assert all(new is old for new, old in zip(graph.nodes, nodes, strict=True))
@@ -243,7 +243,7 @@ def test_a_residual_of_one_row_is_not_computed_twice():
     source = trace(function, *given)
     state = rewrite(source)
     assert len(state.selections) == 2
-    assert not [node for node in state.graph.nodes if node.target in MATMULS]
+    assert not [node for node in state.graph.nodes if is_matmul(node)]
     assert_same_bits(source, rewrite(source, numerics="exact").graph, *given)
 
 
@@ -464,11 +464,28 @@ def test_a_lower_cap_leaves_dequantized_operands_as_they_are(cap):
     ]
 
 
-def test_weight_only_is_a_miss_that_says_so():
+def test_weight_only_is_rewritten_to_the_weight_only_op():
     graph = trace(lambda x, w, s: F.linear(x, decoded_weight(w, s)), sample(M, K), weight(), SCALE)
+    state = rewrite(graph)
+    (site,) = state.selections
+    assert str(site.scheme) == "bfloat16 x int8 per_channel"
+    assert len(calls(state.graph, ops.weight_only_mm.default)) == 1
+
+
+def test_weight_only_without_a_kernel_is_recognised_and_left():
+    graph = trace(lambda x, w, s: F.linear(x, decoded_weight(w, s)), sample(M, K), weight().to(E4M3), SCALE)
+    text = print_graph(graph)
     report = rewritten(graph)
-    assert [miss.reason for miss in report.misses] == [
-        "weight-only quantization: the activation is floating point, and no kernel takes that yet"
+    assert (report.sites, report.misses) == ((), ())
+    assert "no kernel of x86_vnni runs this scheme" in report.recognised[0].reason
+    assert print_graph(graph) == text
+
+
+def test_a_quantized_tensor_that_changes_from_call_to_call_is_no_weight():
+    graph = trace(lambda x, w, s: F.linear(x, decoded_weight(w, s)), sample(M, K), weight(), SCALE)
+    report = rewrite(graph, static=(2,))
+    assert [miss.rule for miss in report.misses] == [
+        "the dequantized operand changes from call to call; only weights are rewritten"
     ]
 
 
@@ -487,10 +504,10 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.ModuleDict({"query": Int8Linear(BF16, True)})
-        self.register_buffer("weight", weight(48, 48))
+        self.register_buffer("weight", weight(48, 48).float())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.attention["query"](x), self.weight.to(x.dtype))
+        return F.linear(decoded(self.attention["query"](x)), self.weight.to(x.dtype))
 
 
 def report_of(model: Callable[..., object], *given: Tensor, **arguments: object) -> Report:
@@ -516,7 +533,7 @@ def test_a_miss_names_its_module_line_and_reason():
     (miss,) = report_of(Outer(), inputs(BF16, 2)).misses
     assert miss.module == "block"
     assert miss.source.startswith(f"{__file__}:")
-    assert miss.reason.startswith("weight-only quantization")
+    assert miss.reason == "only the activation is quantized; the weight is floating point"
 
 
 def test_static_rows_are_an_exact_range():
@@ -569,7 +586,7 @@ def test_the_report_shows_what_a_cap_costs():
 
 
 def test_strict_raises_for_a_miss_and_leaves_the_graph():
-    graph = trace(lambda x, w: x @ w.t().to(BF16), sample(M, K), weight())
+    graph = trace(lambda x, w: decoded(x) @ w.t(), sample(M, K), sample(N, K))
     text = print_graph(graph)
     with pytest.raises(MissError, match="1 quantized matmuls were missed"):
         rewritten(graph, strict=True)

@@ -240,6 +240,7 @@ register_kernel(
         name="pytorch_dequantized_block",
         provider="pytorch",
         op="pytorch_dequantized_block",
+        dequantizes=True,
         requires=Requires(
             platforms=_ANYWHERE,
             codes=FLOAT8_PAIRS,
@@ -256,6 +257,7 @@ register_kernel(
         name="pytorch_weight_only",
         provider="pytorch",
         op="pytorch_weight_only",
+        dequantizes=True,
         requires=Requires(
             platforms=_ANYWHERE,
             codes=frozenset(itertools.product(_FLOATS, CODE_DTYPES | INT4_DTYPES)),

@@ -15,7 +15,6 @@ from fx_quant.passes.nodes import (
     COPIES,
     DIVISIONS,
     EXPANDS,
-    MATMULS,
     MULTIPLICATIONS,
     PERMUTES,
     RESHAPES,
@@ -24,8 +23,8 @@ from fx_quant.passes.nodes import (
     dtype,
     tensor,
 )
-from fx_quant.passes.rules import RULES
-from fx_quant.passes.values import Affine, Broadcast, Codes, Unknown, Value
+from fx_quant.passes.rulebook import is_matmul, rule_of
+from fx_quant.passes.values import Affine, Codes, Unknown, Value
 from fx_quant.scheme import CODE_DTYPES
 
 
@@ -47,14 +46,14 @@ class Annotation:
         if tensor(node) is None:
             return None
         if node.op == "call_function":
-            rule = RULES.get(node.target)
+            rule = rule_of(node)
             if rule is not None:
                 value = rule(self, node)
                 if value is not None:
                     return value
         # Whatever computed them, low-bit values are codes of something.
         if dtype(node) in CODE_DTYPES:
-            return Codes(node)
+            return Codes.of(node)
         if node.op == "call_function" and node.target in _CARRIERS:
             return self._carried(node)
         return None
@@ -66,10 +65,10 @@ class Annotation:
         if floats and (node.target in ADDITIONS | SUBTRACTIONS or not all(is_full(s, node) for s in inputs)):
             return None
         for source in inputs:
-            value = None if source.target in MATMULS else self.value(source)
+            value = None if is_matmul(source) else self.value(source)
             if isinstance(value, Unknown):
                 return value
-            if isinstance(value, (Codes, Affine, Broadcast)):
+            if isinstance(value, (Codes, Affine)):
                 return Unknown(node, f"no rule proves {_op_name(node)} of {_describe(value)}")
         return None
 
@@ -82,7 +81,6 @@ def _describe(value: Value) -> str:
     names: dict[type, str] = {
         Codes: "quantized codes",
         Affine: "a dequantized tensor",
-        Broadcast: "a broadcast quantized tensor",
     }
     return names.get(type(value), "a quantized value")
 

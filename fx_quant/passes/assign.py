@@ -13,7 +13,6 @@ from fx_quant.passes.canonical import Operands, operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.nodes import args_of, aten, is_single
-from fx_quant.passes.values import Codes
 from fx_quant.selection import Selection
 
 
@@ -111,7 +110,7 @@ def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, 
     index: dict[Node, dict[str, int]] = {}
     with graph.inserting_before(head):
         for node, field, layout in wanted:
-            found = matrix_base(Codes(args_of(node)[1]))
+            found = matrix_base(args_of(node)[1])
             assert found is not None  # selection has asked for a constant
             base, transposed = found
             key = (base, transposed, layout)

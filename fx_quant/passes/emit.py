@@ -84,13 +84,17 @@ class Emitter:
 
     def size_node(self, size: torch.SymInt, before: Node) -> Node:
         """An existing node before ``before`` that holds the symbolic ``size``; raises LookupError when none does."""
+        return self.expression_node(size.node.expr, before)
+
+    def expression_node(self, expression: Any, before: Node) -> Node:
+        """As ``size_node``, of the symbolic size's expression."""
         for node in self.graph.nodes:
             if node is before:
                 break
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+            if isinstance(value, torch.SymInt) and value.node.expr == expression:
                 return node
-        raise LookupError(f"no node holds the symbolic size {size}")
+        raise LookupError(f"no node holds the symbolic size {expression}")
 
 
 def _fake_mode(graph: Graph) -> FakeTensorMode:

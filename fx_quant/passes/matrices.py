@@ -5,24 +5,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.nodes import (
-    COPIES,
-    EXPANDS,
-    PERMUTES,
-    RESHAPES,
-    args_of,
-    aten,
-    constant,
-    dtype,
-    is_one,
-    is_op,
-    same_shape,
-    same_size,
-    shape,
-    tensor,
-)
+from fx_quant.passes.axes import Dims, own_dims, seen_through
+from fx_quant.passes.nodes import constant, dtype, is_one, same_shape, same_size, shape, tensor
 from fx_quant.passes.values import Axis, Codes
 
+# Dtypes of an integer matmul's sum, which an epilogue in floating point follows.
+ACCUMULATORS = (torch.int32, torch.int64)
 EPILOGUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Largest integer n for which every integer of magnitude up to n is exact.
@@ -58,11 +46,13 @@ def axis_of(factor: object, like: Node) -> Axis | None:
 
 def integer_range(codes: Codes) -> tuple[int, int] | None:
     """Inclusive range of integer codes with their offset; None for float8."""
-    code_dtype = dtype(codes.node)
-    if code_dtype is None or code_dtype.is_floating_point:
-        return None
-    info = torch.iinfo(code_dtype)
-    return info.min + codes.offset, info.max + codes.offset
+    bounds, code_dtype = codes.bounds, dtype(codes.node)
+    if bounds is None:
+        if code_dtype is None or code_dtype.is_floating_point:
+            return None
+        info = torch.iinfo(code_dtype)
+        bounds = (info.min, info.max)
+    return bounds[0] + codes.offset, bounds[1] + codes.offset
 
 
 def holds_exactly(codes: Codes, to: torch.dtype) -> bool:
@@ -80,45 +70,22 @@ def holds_exactly(codes: Codes, to: torch.dtype) -> bool:
     return info.min <= low and high <= info.max
 
 
-def matrix_base(codes: Codes) -> tuple[Node, bool] | None:
-    """The tensor that 2-D ``codes`` are a view of, and whether transposed; None behind any other view."""
-    transposed = False
-    node: Node = codes.node
-    for view in reversed(codes.views):
-        if is_transpose(view):
-            transposed = not transposed
-        elif view.target not in COPIES and not _is_identity_view(view):
-            return None
-    while isinstance(node, Node) and node.op == "call_function":
-        if is_transpose(node):
-            transposed = not transposed
-        elif node.target not in COPIES and not _is_identity_view(node):
-            break
-        node = args_of(node)[0]
-    return (node, transposed) if len(shape(node)) == 2 else None
+def matrix_base(node: Node, dims: Dims | None = None) -> tuple[Node, bool] | None:
+    """The 2-D tensor that a matrix is a view of, and whether transposed; None behind any other view.
 
-
-def is_transpose(node: Node) -> bool:
-    """Whether ``node`` swaps the two dims of a matrix."""
-    if len(shape(node)) != 2 or not is_op(node, *PERMUTES):
-        return False
-    if node.target is aten.permute.default:
-        return [d % 2 for d in args_of(node)[1]] == [1, 0]
-    if node.target is aten.transpose.int:
-        return {d % 2 for d in args_of(node)[1:3]} == {0, 1}
-    return True
-
-
-def _is_identity_view(node: Node) -> bool:
-    """Whether a view leaves the matrix as it is; leading dims of one may come and go."""
-    return is_op(node, *RESHAPES, *EXPANDS) and same_shape(_matrix_shape(node), _matrix_shape(args_of(node)[0]))
-
-
-def _matrix_shape(node: object) -> tuple[int | torch.SymInt, ...]:
-    sizes = shape(node)
-    while len(sizes) > 2 and is_one(sizes[0]):
-        sizes = sizes[1:]
-    return sizes
+    Args:
+        node: the matrix, or the tensor behind it where ``dims`` are given; leading dims of one may come and go.
+        dims: the dims of the matrix in terms of ``node``'s axes.
+    """
+    base, seen = seen_through(node)
+    if dims is not None:
+        base, seen = node, dims
+    own = own_dims(base)
+    if len(own) != 2 or len(seen) < 2 or any(seen[:-2]):
+        return None
+    if seen[-2:] == own:
+        return base, False
+    return (base, True) if seen[-2:] == own[::-1] else None
 
 
 def is_full(operand: object, node: Node) -> bool:

@@ -34,10 +34,6 @@ MULTIPLICATIONS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 ADDITIONS = frozenset({aten.add.Tensor, aten.add.Scalar})
 SUBTRACTIONS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
-MATMULS = frozenset(
-    {aten.mm.default, aten.bmm.default, aten.addmm.default, aten._int_mm.default, aten._scaled_mm.default}
-)
-
 Size = int | torch.SymInt
 
 

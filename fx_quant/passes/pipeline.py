@@ -12,20 +12,21 @@ from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import assign
+from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
+from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.nodes import dtype, module_path, source_line
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.rewrite import (
-    canonicalize,
     collapse_reshapes,
     merge_duplicates,
     quantizers_of,
     remove_identities,
     rewrite_quantizers,
 )
-from fx_quant.passes.sites import Miss, Site, classify_inputs, find_sites
+from fx_quant.passes.sites import Miss, Recognised, Site, find_sites
 from fx_quant.passes.verify import verify
-from fx_quant.report import MissReport, Report, SiteReport
+from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
 from fx_quant.scheme import CODE_DTYPES, dtype_name
 from fx_quant.selection import Selection, check_kernel_names, select
 from fx_quant.target import Target
@@ -41,7 +42,8 @@ class Rewriting:
         before: the normalised source graph.
         graph: the graph being rewritten.
         selections: the kernel of each site.
-        misses: what is left as it is.
+        misses: what is left as it is, because a rule failed.
+        recognised: what is left as it is, because nothing here runs it faster.
         canonical: each site's op in ``graph``, canonical first and then its kernel's.
         quantizers: what was recognised of the quantize behind each site.
     """
@@ -50,6 +52,7 @@ class Rewriting:
     graph: Graph
     selections: dict[Site, Selection] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
+    recognised: list[Recognised] = field(default_factory=list)
     canonical: dict[Site, Node] = field(default_factory=dict)
     quantizers: dict[Site, Quantizer | str] = field(default_factory=dict)
 
@@ -73,17 +76,11 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     before, _ = copy_graph(work)
     state = Rewriting(before, work)
     inputs = classify_inputs(work, static_indices)
-    sites, state.misses = find_sites(work, Annotation(work), inputs, options.numerics)
-    for site in sites:
-        try:
-            state.selections[site] = select(
-                site.problem, target, force_kernel=options.force_kernel, disabled=options.disabled_kernels
-            )
-        except NoKernelError as error:
-            if options.force_kernel is not None:
-                raise
-            state.misses.append(Miss(site.gemm, site.gemm, str(error)))
-    recognised = quantizers_of(state.selections)
+    found = find_sites(work, Annotation(work), inputs, options.numerics)
+    state.misses, state.recognised = found.misses, found.recognised
+    for site in found.sites:
+        _select(state, site, target, options)
+    quantizers = quantizers_of(state.selections)
     if not state.selections:
         return state
     emitter = Emitter(work)
@@ -91,7 +88,7 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
         try:
             state.canonical[site] = canonicalize(emitter, site)
             if site.codes is not None:
-                state.quantizers[site] = recognised[site.codes]
+                state.quantizers[site] = quantizers[site.codes]
         except LookupError as error:
             del state.selections[site]
             state.misses.append(Miss(site.gemm, site.gemm, str(error)))
@@ -100,6 +97,23 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     merge_duplicates(emitter)
     work.eliminate_dead_code()
     return state
+
+
+def _select(state: Rewriting, site: Site, target: Target, options: Options) -> None:
+    """Give ``site`` its kernel, or say why it is left as it is."""
+    try:
+        selection = select(site.problem, target, force_kernel=options.force_kernel, disabled=options.disabled_kernels)
+    except NoKernelError as error:
+        if options.force_kernel is not None:
+            raise
+        state.misses.append(Miss(site.gemm, site.gemm, str(error)))
+        return
+    if site.product is not None and selection.kernel.dequantizes and options.force_kernel is None:
+        reason = f"no kernel of {target} runs this scheme; the source's own dequantize and float matmul stay"
+        reason = f"{site.product.obstacle}; {reason}" if site.product.obstacle else reason
+        state.recognised.append(Recognised(site.gemm, reason, site, selection))
+        return
+    state.selections[site] = selection
 
 
 def to_kernels(state: Rewriting) -> None:
@@ -133,33 +147,56 @@ def rewrite_graph(graph: Graph, target: Target, options: Options, static_indices
 
 
 def report_on(state: Rewriting, target: Target) -> Report:
-    """Sites and misses of ``state``, in words."""
+    """Sites, recognised matmuls and misses of ``state``, in words."""
     sites = tuple(_site_report(site, selection, state) for site, selection in state.selections.items())
     misses = tuple(
         MissReport(
             module=module_path(miss.gemm),
             source=source_line(miss.gemm),
-            op=str(miss.gemm.target).removesuffix(".default"),
+            op=_op_name(miss.gemm),
             node=miss.node.name,
             reason=miss.rule,
         )
         for miss in state.misses
     )
-    return Report(str(target), sites, misses)
+    return Report(str(target), sites, misses, tuple(map(_recognised_report, state.recognised)))
 
 
-def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteReport:
-    problem = site.problem
-    losers = {
+def _recognised_report(found: Recognised) -> RecognisedReport:
+    site = found.site
+    return RecognisedReport(
+        module=module_path(found.gemm),
+        source=source_line(found.gemm),
+        op=_op_name(found.gemm),
+        scheme="" if site is None else str(site.scheme),
+        m="" if site is None else str(site.problem.m),
+        n=None if site is None else site.problem.n,
+        k=None if site is None else site.problem.k,
+        reason=found.reason,
+        losers={} if found.selection is None else _losers(found.selection),
+    )
+
+
+def _op_name(gemm: Node) -> str:
+    return str(gemm.target).removesuffix(".default")
+
+
+def _losers(selection: Selection) -> dict[str, list[str]]:
+    """Why each other kernel was not chosen."""
+    return {
         verdict.kernel: list(verdict.reasons) or ["can run, lower priority"]
         for verdict in selection.verdicts
         if verdict.kernel != selection.kernel.name
     }
+
+
+def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteReport:
+    problem = site.problem
     return SiteReport(
         module=module_path(site.gemm),
         source=source_line(site.gemm),
-        op=str(site.gemm.target).removesuffix(".default"),
-        scheme=str(problem.scheme),
+        op=_op_name(site.gemm),
+        scheme=str(site.scheme),
         m=str(problem.m),
         n=problem.n,
         k=problem.k,
@@ -168,5 +205,5 @@ def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteRepo
         padding=selection.padding.describe(problem),
         numerics=str(max(site.numerics, selection.kernel.numerics)),
         quantize=str(state.quantizers.get(site, "")),
-        losers=losers,
+        losers=_losers(selection),
     )

@@ -1,4 +1,4 @@
-"""Sites to canonical ops: the matmul and its scales first, the quantize formula second."""
+"""Around the canonical ops: identities dropped before them, quantizes and duplicates rewritten after them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.matrices import axis_of
 from fx_quant.passes.nodes import (
     CASTS,
     EXPANDS,
@@ -26,7 +25,6 @@ from fx_quant.passes.nodes import (
 )
 from fx_quant.passes.quantizers import Quantizer, recognise_quantizer
 from fx_quant.passes.sites import Site
-from fx_quant.passes.values import Axis, Codes, Factor
 
 
 def remove_identities(graph: Graph) -> None:
@@ -106,84 +104,6 @@ def _key(argument: object) -> object:
     if isinstance(argument, dict):
         return tuple((name, _key(value)) for name, value in sorted(argument.items()))
     return type(argument), repr(argument)
-
-
-def canonicalize(emitter: Emitter, site: Site) -> Node:
-    """Replace the site's root by ``fx_quant::scaled_mm``; returns the new op.
-
-    Raises:
-        LookupError: a symbolic size that the new nodes need has no node in the graph.
-    """
-    product, root = site.product, site.root
-    if product is None:
-        return emitter.current(root)
-    with emitter.graph.inserting_before(root):
-        a = _matrix(emitter, product.a, root)
-        b = _matrix(emitter, product.b, root)
-        a_scale = _scale(emitter, product.rows, root, [-1, 1])
-        b_scale = _scale(emitter, product.columns, root, [-1])
-        bias = None if product.bias is None else _bias(emitter, product.bias, site)
-        out = emitter.call(torch.ops.fx_quant.scaled_mm.default, a, b, a_scale, b_scale, bias, product.dtype, like=root)
-        result = out
-        if len(shape(root)) != 2:
-            sizes = emitter.size_args(shape(root), root, like=root)
-            result = emitter.reshape(out, sizes, like=root)
-    emitter.replace(root, result)
-    return out
-
-
-def _matrix(emitter: Emitter, codes: Codes, like: Node) -> Node:
-    """``codes`` as a 2-D tensor of their low-bit dtype; an offset is left out, as its correction is."""
-    node = codes.node
-    for view in codes.views:
-        node = emitter.call(view.target, node, *view.args[1:], like=like, **view.kwargs)
-    if len(shape(node)) != 2:
-        node = emitter.reshape(node, [-1, shape(node)[-1]], like=like)
-    return node
-
-
-def _scale(emitter: Emitter, factors: tuple[Factor, ...], like: Node, sizes: list[int]) -> Node | None:
-    """The product of ``factors`` in float32: ``[]`` when all are scalars, else of shape ``sizes``."""
-    scale = None
-    for factor in factors:
-        vector = _vector(emitter, factor, like)
-        if factor.axis is not Axis.SCALAR:
-            vector = emitter.reshape(vector, sizes, like=like)
-        scale = vector if scale is None else emitter.call(aten.mul.Tensor, scale, vector, like=like)
-    return scale
-
-
-def _vector(emitter: Emitter, factor: Factor, like: Node) -> Node:
-    """``factor`` in float32, flattened over the axis along which it varies; ``[]`` for a scalar."""
-    source = factor.source
-    if not isinstance(source, Node):
-        number = 1.0 / source if factor.inverse else source
-        device = like.meta["val"].device
-        return emitter.call(aten.full.default, [], number, dtype=torch.float32, device=device, like=like)
-    node = emitter.cast(source, torch.float32, like=like)
-    if factor.inverse:
-        node = emitter.call(aten.reciprocal.default, node, like=like)
-    if factor.axis is Axis.SCALAR:
-        return emitter.reshape(node, [], like=like)
-    # The factor may have met the value before a transpose: flatten it as it stood there.
-    if axis_of(source, factor.like) is Axis.ROW:
-        lead = shape(factor.like)[:-1]
-        if not same_shape(shape(node)[:-1], lead) and len(lead) > 1:
-            sizes = [size if isinstance(size, int) else emitter.size_node(size, like) for size in lead]
-            node = emitter.call(aten.expand.default, node, [*sizes, 1], like=like)
-    return node
-
-
-def _bias(emitter: Emitter, bias: Factor, site: Site) -> Node:
-    """``bias`` as ``[n]`` in its own dtype."""
-    n, root = site.problem.n, site.root
-    if not isinstance(bias.source, Node):
-        device = root.meta["val"].device
-        return emitter.call(aten.full.default, [n], bias.source, dtype=torch.float32, device=device, like=root)
-    node = emitter.reshape(bias.source, [-1], like=root)
-    if bias.axis is Axis.SCALAR and n != 1:
-        node = emitter.call(aten.expand.default, node, [n], like=root)
-    return node
 
 
 def quantizers_of(sites: Iterable[Site]) -> dict[Node, Quantizer | str]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.annotate import Annotation
+from fx_quant.passes.axes import Dims
 from fx_quant.passes.canonical import CANONICAL, operands_of
+from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, matrix_base
-from fx_quant.passes.nodes import MATMULS, dtype, is_op, is_single, shape, tensor
-from fx_quant.passes.values import Axis, Codes, Factor, Product, Unknown
+from fx_quant.passes.nodes import dtype, is_op, is_single, shape
+from fx_quant.passes.problems import corrects_weight, problem_of, scheme_of
+from fx_quant.passes.rulebook import is_matmul, own_kernel
+from fx_quant.passes.values import Codes, Product, Unknown
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
+from fx_quant.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,15 @@ class Site:
         gemm: the matmul node.
         root: the node that the canonical op replaces, at or below ``gemm``; ``gemm`` itself where that is canonical.
         product: what is proven of ``root``; None for a canonical op, which says it all.
-        problem: the GEMM as data.
+        problem: the GEMM as data, as a kernel is asked.
+        scheme: how the source quantizes; what the kernel is asked leaves out what the graph corrects around it.
     """
 
     gemm: Node
     root: Node
     product: Product | None
     problem: Problem
+    scheme: Scheme
 
     @property
     def numerics(self) -> Numerics:
@@ -40,7 +47,9 @@ class Site:
     @property
     def codes(self) -> Node | None:
         """The node of the activation's codes; None for a float activation."""
-        node = self.gemm.args[0] if self.product is None else self.product.a.node
+        if self.product is not None:
+            return self.product.a.node if isinstance(self.product.a, Codes) else None
+        node = self.gemm.args[0]
         return node if isinstance(node, Node) and dtype(node) in CODE_DTYPES else None
 
 
@@ -54,84 +63,88 @@ class Miss:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Which nodes hold the same value in every call of the compiled graph.
+class Recognised:
+    """One quantized matmul that is understood and left as it is, because nothing here would run it faster.
 
     Args:
-        constant: parameters, buffers and constants of the graph.
-        runtime: nodes that depend on anything else.
+        gemm: the matmul node.
+        reason: why it is left.
+        site: what a kernel was asked; None for a library's own fused kernel.
+        selection: what was answered.
     """
 
-    constant: frozenset[Node]
-    runtime: frozenset[Node]
+    gemm: Node
+    reason: str
+    site: Site | None = None
+    selection: Selection | None = None
 
 
-def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inputs:
-    """Split nodes by whether they can change from call to call.
+@dataclass
+class Found:
+    """Every quantized matmul of a graph, in graph order within each kind."""
 
-    Args:
-        static_indices: positions of the placeholders that are parameters or buffers; None (a bare graph) takes those
-            that hold codes or float vectors for such.
-    """
-    constant, runtime = set(), set()
-    for index, node in enumerate(graph.find_nodes(op="placeholder")):
-        static = _looks_static(node) if static_indices is None else index in static_indices
-        if static:
-            constant.add(node)
-        elif tensor(node) is not None:
-            runtime.add(node)
-    constant.update(graph.find_nodes(op="get_attr"))
-    for node in graph.nodes:
-        # A size depends on the input's shape alone, and what is expanded to it holds the same values in every call.
-        is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
-        if not is_size and any(source in runtime for source in node.all_input_nodes):
-            runtime.add(node)
-    return Inputs(frozenset(constant), frozenset(runtime))
+    sites: list[Site] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    recognised: list[Recognised] = field(default_factory=list)
 
 
-def _looks_static(node: Node) -> bool:
-    return dtype(node) in CODE_DTYPES or (tensor(node) is not None and len(shape(node)) < 2)
-
-
-def find_sites(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics) -> tuple[list[Site], list[Miss]]:
-    """All sites and misses of ``graph``, in graph order; rewrites past ``cap`` are not proposed."""
-    sites, misses = [], []
+def find_sites(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Found:
+    """All quantized matmuls of ``graph``; rewrites past ``cap`` are not proposed."""
+    found = Found()
     for gemm in graph.nodes:
-        if is_op(gemm, *CANONICAL):
-            found = canonical_site(gemm, inputs)
-            (sites if isinstance(found, Site) else misses).append(found)
-            continue
-        if gemm.op != "call_function" or gemm.target not in MATMULS:
-            continue
-        value = annotation.value(gemm)
-        if isinstance(value, Unknown):
-            misses.append(Miss(gemm, value.node, value.rule))
-        elif isinstance(value, Product):
-            found = _site(gemm, value, annotation, inputs, cap)
-            (sites if isinstance(found, Site) else misses).append(found)
-    return sites, misses
+        one = _find(gemm, annotation, inputs, cap)
+        if isinstance(one, Site):
+            found.sites.append(one)
+        elif isinstance(one, Miss):
+            found.misses.append(one)
+        elif isinstance(one, Recognised):
+            found.recognised.append(one)
+    return found
 
 
-def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Site | Miss:
+def _find(gemm: Node, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Site | Miss | Recognised | None:
+    if is_op(gemm, *CANONICAL):
+        return canonical_site(gemm, inputs)
+    library = own_kernel(gemm)
+    if library is not None:
+        return Recognised(gemm, f"the source calls {library} itself, over a weight in that kernel's own layout")
+    if not is_matmul(gemm):
+        return None
+    value = annotation.value(gemm)
+    if isinstance(value, Unknown):
+        return Miss(gemm, value.node, value.rule)
+    return _site(gemm, value, annotation, inputs, cap) if isinstance(value, Product) else None
+
+
+def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Site | Miss | None:
+    if not isinstance(product.a, Codes) and product.b.node in inputs.runtime:
+        if not (product.columns or product.b_zero_points):
+            return None  # integers as such, a mask or an image, are no quantized weight
+        return Miss(
+            gemm, product.b.node, "the dequantized operand changes from call to call; only weights are rewritten"
+        )
     chain = _chain(gemm, annotation)
     allowed = [(node, value) for node, value in chain if _can_end(value)]
     if not allowed:
-        return Miss(
-            gemm, chain[-1][0], f"the codes carry an offset of {product.offset} that nothing corrects after the matmul"
-        )
+        return Miss(gemm, chain[-1][0], f"nothing that can be returned is proven: the sum ends in {product.dtype}")
     capped = [(node, value) for node, value in allowed if value.numerics <= cap]
     if not capped:
         least = min(value.numerics for _, value in allowed)
         return Miss(gemm, gemm, f"the rewrite is of class {least}, and numerics={cap} does not allow that")
     root, product = _choose_root(capped)
-    n, k = shape(gemm)[-1], shape(gemm.args[-1] if gemm.target not in _SCALED else gemm.args[1])[-2]
+    n, k = shape(gemm)[-1], _summed(product, gemm)
     if not isinstance(n, int) or not isinstance(k, int):
         return Miss(gemm, gemm, f"n and k must be static, got n={n} k={k}")
-    rows = _size_range(shape(gemm)[:-1])
-    return Site(gemm, root, product, _problem(product, rows, n, k, inputs))
+    scheme = scheme_of(product, inputs)
+    if corrects_weight(product) and k * 255 * 255 >= 2**31:
+        return Miss(gemm, gemm, f"zero points of both operands are corrected in int32, which k={k} may leave")
+    problem = problem_of(product, scheme, _size_range(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
+    return Site(gemm, root, product, problem, scheme)
 
 
-_SCALED = frozenset({torch.ops.aten._scaled_mm.default})
+def _summed(product: Product, gemm: Node) -> int | torch.SymInt:
+    a = gemm.args[1] if is_op(gemm, torch.ops.aten.addmm.default) else gemm.args[0]
+    return shape(a)[-1]
 
 
 def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
@@ -159,9 +172,9 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
         k=k,
         out_dtype=of.out_dtype,
         bias=dtype(of.bias),
-        constant_weight=is_constant(Codes(of.b), inputs),
+        constant_weight=_is_constant_matrix(of.b, None, inputs),
     )
-    return Site(node, node, None, problem)
+    return Site(node, node, None, problem, problem.scheme)
 
 
 def _dtype_of(node: Node) -> torch.dtype:
@@ -206,10 +219,8 @@ def _choose_root(candidates: list[tuple[Node, Product]]) -> tuple[Node, Product]
 
 
 def _can_end(product: Product) -> bool:
-    if product.offset != 0:
-        return False
     if product.dtype is torch.int32:
-        return not product.rows and not product.columns and product.bias is None
+        return not product.rows and not product.columns and product.bias is None and not corrects_weight(product)
     return product.dtype in EPILOGUE_DTYPES
 
 
@@ -230,40 +241,11 @@ def _size_range(sizes: tuple[int | torch.SymInt, ...]) -> SizeRange:
     return SizeRange(low, high)
 
 
-def _problem(product: Product, rows: SizeRange, n: int, k: int, inputs: Inputs) -> Problem:
-    a_dtype, b_dtype = dtype(product.a.node), dtype(product.b.node)
-    assert a_dtype is not None
-    assert b_dtype is not None
-    return Problem(
-        scheme=Scheme(
-            OperandSpec(
-                a_dtype,
-                _granularity(product.rows, Axis.ROW, Granularity.PER_TOKEN),
-                dynamic=any(f.source in inputs.runtime for f in product.rows),
-            ),
-            OperandSpec(b_dtype, _granularity(product.columns, Axis.COLUMN, Granularity.PER_CHANNEL)),
-        ),
-        m=rows,
-        n=n,
-        k=k,
-        out_dtype=product.dtype,
-        bias=None if product.bias is None else _bias_dtype(product.bias),
-        constant_weight=is_constant(product.b, inputs),
-    )
-
-
 def is_constant(codes: Codes, inputs: Inputs) -> bool:
     """Whether ``codes`` are a view of a parameter, buffer or constant."""
-    base = matrix_base(codes)
+    return _is_constant_matrix(codes.node, codes.dims, inputs)
+
+
+def _is_constant_matrix(node: Node, dims: Dims | None, inputs: Inputs) -> bool:
+    base = matrix_base(node, dims)
     return base is not None and base[0] in inputs.constant
-
-
-def _granularity(factors: tuple[Factor, ...], axis: Axis, named: Granularity) -> Granularity:
-    if not factors:
-        return Granularity.UNSCALED
-    return named if any(f.axis is axis for f in factors) else Granularity.PER_TENSOR
-
-
-def _bias_dtype(bias: Factor) -> torch.dtype:
-    found = dtype(bias.source)
-    return torch.float32 if found is None else found

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch.fx import Node
 
+from fx_quant.passes.axes import Dims, Extent, Pair, Segment, block_size, own_dims
 from fx_quant.scheme import Numerics
 
 
@@ -44,48 +45,100 @@ class Factor:
 
 @dataclass(frozen=True)
 class Codes:
-    """``value == views(node) + offset``, exactly, in whatever dtype holds it.
+    """``value == codes + offset``, exactly, in whatever dtype and under whatever views it stands.
 
     Args:
-        node: a tensor of low-bit codes.
-        views: view nodes to apply to it, in order.
+        node: the tensor of low-bit codes.
+        dims: the dims of the value in terms of ``node``'s axes.
         offset: integer that was added.
+        bounds: inclusive range of integer codes where it is narrower than their dtype's.
     """
 
     node: Node
-    views: tuple[Node, ...] = ()
+    dims: Dims
     offset: int = 0
+    bounds: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, node: Node, bounds: tuple[int, int] | None = None) -> Codes:
+        """The codes that ``node`` holds."""
+        return cls(node, own_dims(node), bounds=bounds)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A scale or a zero point of codes, by the pieces of their axes along which it varies.
+
+    Args:
+        source: the tensor behind all views, or a Python number.
+        pairs: pieces of the codes' axes, each with the piece of ``source``'s that it runs along.
+        inverse: the factor is ``1 / source``.
+    """
+
+    source: Node | float
+    pairs: tuple[Pair, ...] = ()
+    inverse: bool = False
 
 
 @dataclass(frozen=True)
 class Affine:
-    """``value == codes * product(factors)``, up to the rounding of the dtypes it was computed in.
+    """``value == (codes - sum(zero_points)) * product(scales)``, up to the roundings of the dtypes it was computed in.
 
     Args:
         codes: what was dequantized.
-        factors: what it was multiplied by.
+        scales: what it was multiplied by.
+        zero_points: integers that were subtracted before.
         epsilon: machine epsilon of the coarsest of those dtypes.
     """
 
     codes: Codes
-    factors: tuple[Factor, ...]
+    scales: tuple[Decode, ...] = ()
+    zero_points: tuple[Decode, ...] = ()
     epsilon: float = 0.0
 
 
 @dataclass(frozen=True)
-class Broadcast:
-    """``value`` repeats the matrix ``of``, which may have leading dims of one, along leading dims."""
-
-    of: Codes | Affine
-
-
-@dataclass(frozen=True)
 class ColumnSum:
-    """``value == multiplier * sum of base over dim``, an exact integer vector."""
+    """``value == multiplier * zero_point * (sum of base over dim)``, an exact integer vector, or matrix with rows.
+
+    Args:
+        base: codes ``[n, k]`` or ``[k, n]``.
+        dim: the dim of ``base`` that was summed.
+        multiplier: an integer.
+        zero_point: an integer factor, a scalar or one for each row; None is 1.
+    """
 
     base: Node
     dim: int
     multiplier: int
+    zero_point: Factor | None = None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A scale or zero point as what it is to one operand of a matmul.
+
+    Args:
+        source: the tensor behind all views, or a Python number.
+        rows: the segments of the operand's free side: m of the activation, n of the weight.
+        along_k: the segments of the summed side.
+        inverse: the factor is ``1 / source``.
+    """
+
+    source: Node | float
+    rows: tuple[Segment, ...] = ()
+    along_k: tuple[Segment, ...] = ()
+    inverse: bool = False
+
+    @property
+    def row_block(self) -> Extent | None:
+        """How many neighbours of the free side share a value; None when all do, 0 when they are no neighbours."""
+        return block_size(self.rows)
+
+    @property
+    def group(self) -> Extent | None:
+        """How many neighbours along k share a value; None when all do, 0 when they are no neighbours."""
+        return block_size(self.along_k)
 
 
 class Stage(Enum):
@@ -100,31 +153,40 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class Product:
-    """``value == cast(sum_k (a + a_offset)(b) * product(rows) * product(columns) + bias)``.
+    """``value == cast(sum_k (a + offset - a_zero_points) (b - b_zero_points) * product(rows, columns) + bias)``.
 
     Args:
         gemm: the matmul node.
-        a, b: codes of the operands, ``[..., k]`` and ``[k, n]``.
-        rows, columns: factors on the activation's and the weight's side, in the order they were met.
+        a: codes of the activation ``[..., k]``, or the float activation itself (weight-only).
+        b: codes of the weight ``[k, n]``.
+        rows, columns: scales on the activation's and the weight's side, in the order they were met: those of the
+            operands, then those that the result was multiplied by.
         bias: what is added last.
         dtype: dtype of the value.
         stage: the last canonical step that was met.
-        offset: integer still to be corrected: the value holds an extra ``offset * sum_k b``.
         numerics: class of replacing the value by the canonical op.
+        offset: integer that was added to ``a``'s codes.
+        a_zero_points, b_zero_points: integers subtracted from the codes.
+        block: rows and columns of the weight ``[n, k]`` that share one scale, where scales vary along k.
         skipped: roundings to a narrower dtype on the way to the value that the canonical op does not make.
+        obstacle: why the activation's codes are none here, though there are some; ``""`` where there are none.
     """
 
     gemm: Node
-    a: Codes
+    a: Codes | Node
     b: Codes
-    rows: tuple[Factor, ...]
-    columns: tuple[Factor, ...]
+    rows: tuple[Factor | Tile, ...]
+    columns: tuple[Factor | Tile, ...]
     bias: Factor | None
     dtype: torch.dtype
     stage: Stage
-    offset: int
     numerics: Numerics
+    offset: int = 0
+    a_zero_points: tuple[Factor | Tile, ...] = ()
+    b_zero_points: tuple[Factor | Tile, ...] = ()
+    block: tuple[int, int] | None = None
     skipped: int = 0
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +197,7 @@ class Unknown:
     rule: str
 
 
-Value = Codes | Affine | Broadcast | ColumnSum | Product | Unknown
+Value = Codes | Affine | ColumnSum | Product | Unknown
 
 
 class Environment(Protocol):

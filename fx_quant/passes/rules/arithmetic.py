@@ -7,7 +7,16 @@ import dataclasses
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, holds_exactly, integer_range, is_full, matrix_base
+from fx_quant.passes.axes import REPEAT, seen_through
+from fx_quant.passes.matrices import (
+    ACCUMULATORS,
+    EPILOGUE_DTYPES,
+    axis_of,
+    holds_exactly,
+    integer_range,
+    is_full,
+    matrix_base,
+)
 from fx_quant.passes.nodes import (
     ADDITIONS,
     DIVISIONS,
@@ -22,7 +31,16 @@ from fx_quant.passes.nodes import (
     shape,
     uniform_value,
 )
-from fx_quant.passes.rules.steps import as_affine, factor_source, rounded, stepped
+from fx_quant.passes.rules.steps import (
+    as_affine,
+    factor_source,
+    is_integer,
+    rounded,
+    scale_of,
+    stepped,
+    varies_everywhere,
+    zero_point_of,
+)
 from fx_quant.passes.values import (
     Affine,
     Axis,
@@ -43,7 +61,7 @@ def _in_float32(product: Product, node: Node, other: object) -> bool:
     other_dtype = dtype(other)
     return (
         dtype(node) is torch.float32
-        and product.dtype in (torch.int32, torch.float32)
+        and product.dtype in (*ACCUMULATORS, torch.float32)
         and (other_dtype is None or is_widening(other_dtype, torch.float32))
     )
 
@@ -53,11 +71,18 @@ def _operands(env: Environment, node: Node, kinds: tuple[type, ...]) -> tuple[Va
     left, right = args_of(node)[0], args_of(node)[1]
     if left is right:
         return None  # one row times itself would fit as a scale, and be computed twice
+    found = []
     for operand, other, on_left in ((left, right, True), (right, left, False)):
         value = env.value(operand)
         if isinstance(value, kinds) and same_shape(shape(operand), shape(node)):
-            return value, other, on_left
-    return None
+            found.append((value, other, on_left))
+    # Of two dequantized tensors, one that was repeated to the full shape is a scale that is itself quantized.
+    return min(found, key=lambda operands: _repeats(operands[0]), default=None)
+
+
+def _repeats(value: Value) -> bool:
+    codes = value.codes if isinstance(value, Affine) else value
+    return isinstance(codes, Codes) and any(piece.axis == REPEAT for dim in codes.dims for piece in dim)
 
 
 def _scale(env: Environment, node: Node) -> Value | None:
@@ -71,20 +96,21 @@ def _scale(env: Environment, node: Node) -> Value | None:
     value, other, on_left = found
     if divides and not on_left:
         return None
-    axis = axis_of(other, node)
     if isinstance(value, Product):
-        return _scale_product(value, node, other, axis, divides)
+        return _scale_product(value, node, other, axis_of(other, node), divides)
     to = dtype(node)
     if to is None or to not in EPILOGUE_DTYPES:
         return Unknown(node, f"the codes are scaled in {to}, which has no rule")
     if isinstance(env.value(other), Unknown):
         return None
-    if axis is None:
-        return Unknown(node, "the scale is neither scalar, per row nor per column (groups and blocks have no rule yet)")
     affine = as_affine(value)
     assert affine is not None
-    factors = (*affine.factors, Factor(factor_source(other), axis, node, divides))
-    return rounded(dataclasses.replace(affine, factors=factors), to)
+    scale = scale_of(affine.codes, node, other, inverse=divides)
+    if scale is None:
+        return Unknown(node, "the scale does not follow the rows, columns, groups or blocks of the codes")
+    if varies_everywhere(affine.codes, scale.pairs):
+        return Unknown(node, "every code has a scale of its own")
+    return rounded(dataclasses.replace(affine, scales=(*affine.scales, scale)), to)
 
 
 def _scale_product(product: Product, node: Node, other: object, axis: Axis | None, divides: bool) -> Product | None:
@@ -93,9 +119,13 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
         return None
     if isinstance(other, Node) and dtype(other) not in EPILOGUE_DTYPES:
         return None
+    weight_only = isinstance(product.a, Node)
+    if weight_only and axis not in (Axis.SCALAR, Axis.COLUMN):
+        return None  # the canonical op has no scale of its rows
     if axis is None:
         return _scale_product_by_both(product, node, other, divides)
-    on_rows = axis is Axis.ROW or (axis is Axis.SCALAR and not product.rows and product.stage is Stage.ACCUMULATOR)
+    first = not product.rows and product.stage is Stage.ACCUMULATOR
+    on_rows = not weight_only and (axis is Axis.ROW or (axis is Axis.SCALAR and first))
     side, stage = ("rows", Stage.A_SCALE) if on_rows else ("columns", Stage.B_SCALE)
     factors = getattr(product, side)
     exact = _in_float32(product, node, other) and not divides and not factors
@@ -122,17 +152,19 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
 
 
 def _scaled_sum(env: Environment, node: Node) -> Value | None:
-    """A column sum times an integer."""
+    """A column sum times an integer, or times an integer zero point."""
+    if node.target not in MULTIPLICATIONS or dtype(node) not in (torch.int32, torch.int64):
+        return None
     for operand, other in ((args_of(node)[0], args_of(node)[1]), (args_of(node)[1], args_of(node)[0])):
         value = env.value(operand)
+        if not isinstance(value, ColumnSum):
+            continue
         number = uniform_value(other)
-        if (
-            isinstance(value, ColumnSum)
-            and isinstance(number, int)
-            and node.target in MULTIPLICATIONS
-            and dtype(node) in (torch.int32, torch.int64)
-        ):
+        if isinstance(number, int):
             return dataclasses.replace(value, multiplier=value.multiplier * number)
+        axis = axis_of(other, node)
+        if value.zero_point is None and is_integer(dtype(other)) and axis in (Axis.SCALAR, Axis.ROW):
+            return dataclasses.replace(value, zero_point=Factor(factor_source(other), axis, node))
     return None
 
 
@@ -155,14 +187,50 @@ def _shift(env: Environment, node: Node) -> Value | None:
     number = uniform_value(other)
     if number == 0:
         return value if _same_kind(value, node) else None
-    if isinstance(value, Codes) and isinstance(number, int):
-        moved = dataclasses.replace(value, offset=value.offset + (-number if subtracts else number))
+    if isinstance(value, Codes) and number is not None and number == int(number):
+        moved = dataclasses.replace(value, offset=value.offset + int(-number if subtracts else number))
         node_dtype = dtype(node)
         if integer_range(value) is not None and node_dtype is not None and holds_exactly(moved, node_dtype):
             return moved
-    if is_full(other, node):
+    if is_full(other, node) and not _spreads(other):
         return None
-    return Unknown(node, "a zero point or offset is added to the codes: asymmetric quantization has no rule yet")
+    return _zero_point(value, node, other, subtracts)
+
+
+def _spreads(operand: object) -> bool:
+    """Whether a tensor of the full shape only repeats the elements of a smaller one."""
+    return isinstance(operand, Node) and any(piece.axis == REPEAT for dim in seen_through(operand)[1] for piece in dim)
+
+
+def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Value:
+    """Codes minus an integer that one scale's worth of them share."""
+    affine = as_affine(value)
+    assert affine is not None
+    if affine.scales:
+        return Unknown(node, "something is added to the dequantized tensor: a zero point must come before the scale")
+    if integer_range(affine.codes) is None:
+        return Unknown(node, "something is added to float8 codes, which have no zero point")
+    if not subtracts:
+        return Unknown(node, "something is added to the codes: a zero point must be subtracted from them")
+    zero_point = zero_point_of(affine.codes, node, other)
+    if zero_point is None:
+        return Unknown(node, "the zero point is no integer tensor that follows the rows, columns, groups or blocks")
+    if varies_everywhere(affine.codes, zero_point.pairs):
+        return Unknown(node, "every code has a zero point of its own")
+    moved = dataclasses.replace(affine, zero_points=(*affine.zero_points, zero_point))
+    to = dtype(node)
+    assert to is not None
+    # A difference of two bytes is exact in every dtype that holds them.
+    exact = not to.is_floating_point or (
+        affine.codes.offset == 0 and not affine.zero_points and _is_byte(dtype(zero_point.source))
+    )
+    if not to.is_floating_point and to not in (torch.int32, torch.int64):
+        return Unknown(node, f"a zero point is subtracted in {to}, where the difference may wrap around")
+    return moved if exact else rounded(moved, to)
+
+
+def _is_byte(kind: torch.dtype | None) -> bool:
+    return kind in (torch.int8, torch.uint8)
 
 
 def _same_kind(value: Value, node: Node) -> bool:
@@ -187,24 +255,38 @@ def _shift_product(env: Environment, product: Product, node: Node, other: object
 
 
 def _correct(product: Product, node: Node, other: object, correction: ColumnSum, subtracts: bool) -> Product | None:
-    """``sum (a + offset) b  -  offset * sum b``: the correction of codes that were shifted before the matmul."""
-    base = matrix_base(product.b)
-    if base is None or product.dtype is not torch.int32 or dtype(node) is not torch.int32:
+    """``sum_k a b  -  zero_point * sum_k b``: the correction of codes that have a zero point, or were shifted."""
+    base = matrix_base(product.b.node, product.b.dims)
+    to = dtype(node)
+    if base is None or product.dtype not in ACCUMULATORS or to not in ACCUMULATORS:
+        return None
+    # In 64 bits nothing wraps around, so it is the canonical sum only where that does not in 32 bits.
+    if to is torch.int64 and not _fits_int32(product):
         return None
     node_of_b, transposed = base
-    along_n = axis_of(other, node) in (Axis.COLUMN, Axis.SCALAR)
-    sums_k = along_n and correction.base is node_of_b and correction.dim == (1 if transposed else 0)
+    sums_k = correction.base is node_of_b and correction.dim == (1 if transposed else 0)
     multiplier = correction.multiplier if subtracts else -correction.multiplier
-    if not sums_k or product.stage is not Stage.ACCUMULATOR or multiplier != product.offset:
+    if not sums_k or product.stage is not Stage.ACCUMULATOR or product.b.offset != 0:
         return None
-    return dataclasses.replace(product, offset=0)
+    if correction.zero_point is not None:
+        if multiplier != 1 or product.offset != 0:
+            return None
+        return dataclasses.replace(product, dtype=to, a_zero_points=(*product.a_zero_points, correction.zero_point))
+    along_n = axis_of(other, node) in (Axis.COLUMN, Axis.SCALAR)
+    return dataclasses.replace(product, dtype=to, offset=0) if along_n and multiplier == product.offset else None
+
+
+def _fits_int32(product: Product) -> bool:
+    """Whether no sum of products of bytes less a byte can leave int32."""
+    k = shape(product.gemm.args[0])[-1]
+    return isinstance(k, int) and k * 255 * 255 < 2**31
 
 
 def _sum(env: Environment, node: Node) -> Value | None:
     value = env.value(args_of(node)[0])
     if not isinstance(value, Codes) or value.offset != 0 or len(shape(args_of(node)[0])) != 2:
         return None
-    base, dims = matrix_base(value), args_of(node)[1]
+    base, dims = matrix_base(value.node, value.dims), args_of(node)[1]
     if base is None or not isinstance(dims, (list, tuple)) or len(dims) != 1:
         return None
     if dtype(node) not in (torch.int32, torch.int64):

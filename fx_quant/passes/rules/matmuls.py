@@ -3,102 +3,183 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 
+from fx_quant.passes.axes import REPEAT, Dims, Piece, flat, segments
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range
-from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_one, is_op, shape, through, uniform_value
+from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_op, shape, through
 from fx_quant.passes.rules.steps import as_affine
 from fx_quant.passes.values import (
     Affine,
     Axis,
-    Broadcast,
     Codes,
+    Decode,
     Environment,
     Factor,
     Product,
     Rule,
     Stage,
+    Tile,
     Unknown,
     Value,
 )
-from fx_quant.scheme import FLOAT8_DTYPES, Numerics
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Numerics
 
 
-def _operand_error(side: str, operand: Affine, gemm: Node) -> Unknown | None:
-    """A scale that varies along k cannot leave the sum."""
-    along_k = Axis.COLUMN if side == "a" else Axis.ROW
-    if any(factor.axis is along_k for factor in operand.factors):
-        return Unknown(gemm, f"the scale of {side} varies along k, so it cannot leave the sum")
-    return None
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One operand of a matmul, its scales and zero points as what they are to a matrix.
+
+    Args:
+        codes: ``[..., k]`` or ``[k, n]``.
+        scales, zero_points: tiles of the free side x k.
+        epsilon: machine epsilon of the coarsest dtype it was dequantized in.
+    """
+
+    codes: Codes
+    scales: tuple[Tile, ...] = ()
+    zero_points: tuple[Tile, ...] = ()
+    epsilon: float = 0.0
+
+    @property
+    def group(self) -> int | None:
+        """How many neighbours along k share a scale or zero point; None when all do."""
+        return next((tile.group for tile in (*self.scales, *self.zero_points) if tile.group is not None), None)
+
+
+def operand(affine: Affine, side: str, gemm: Node) -> Operand | Unknown:
+    """``affine`` as operand ``side`` (``a [..., k]`` or ``b [k, n]``) of ``gemm``, or why it is none."""
+    dims = affine.codes.dims
+    if side == "a":
+        free, along_k = flat(dims[:-1]), dims[-1]
+    else:
+        free, along_k = dims[-1], dims[-2]
+    tiles: dict[str, tuple[Tile, ...]] = {}
+    for name, factors in (("scale", affine.scales), ("zero point", affine.zero_points)):
+        found = [_tile(factor, free, along_k) for factor in factors]
+        if any(tile is None or tile.group in (0, 1) for tile in found):
+            return Unknown(gemm, f"the {name} of {side} varies along k, so it cannot leave the sum")
+        tiles[name] = tuple(tile for tile in found if tile is not None)
+    if len({tile.group for of in tiles.values() for tile in of} - {None}) > 1:
+        return Unknown(gemm, f"scales and zero points of {side} have groups of different sizes along k")
+    return Operand(affine.codes, tiles["scale"], tiles["zero point"], affine.epsilon)
+
+
+def _tile(factor: Decode, free: Sequence[Piece], along_k: Sequence[Piece]) -> Tile | None:
+    rows, columns = segments(free, factor.pairs), segments(along_k, factor.pairs)
+    if rows is None or columns is None:
+        return None
+    placed = sum(part.factor is not None for part in (*rows, *columns))
+    return Tile(factor.source, rows, columns, factor.inverse) if placed == len(factor.pairs) else None
 
 
 def _matmul(env: Environment, node: Node) -> Value | None:
     """``mm``, ``bmm``, ``addmm`` and ``_int_mm`` of codes, dequantized or not."""
     operands = args_of(node)[1:3] if is_op(node, aten.addmm.default) else args_of(node)[:2]
-    values = [env.value(operand) for operand in operands]
-    if is_op(node, aten.bmm.default):
-        weight = values[1]
-        if isinstance(weight, Broadcast):
-            values[1] = weight.of
-        elif isinstance(weight, (Codes, Affine)) and not is_one(shape(operands[1])[0]):
-            return Unknown(node, "a batched matmul whose second operand differs from batch to batch")
-    for value in values:
-        if isinstance(value, Broadcast):
-            return Unknown(node, "an operand is repeated along the batch, which has no rule yet")
-        if isinstance(value, Unknown):
-            return value
-    a, b = map(as_affine, values)
-    if a is None or b is None:
-        return _one_sided(node, a, b)
-    for side, operand in (("a", a), ("b", b)):
-        error = _operand_error(side, operand, node)
-        if error is not None:
-            return error
-    if b.codes.offset != 0:
-        return Unknown(node, "the weight's codes carry an offset: asymmetric weights have no rule yet")
-    if (dtype(a.codes.node) in FLOAT8_DTYPES) != (dtype(b.codes.node) in FLOAT8_DTYPES):
-        return Unknown(node, "one operand is float8 and the other integer")
-    return _start(node, a, b)
+    left, right = map(env.value, operands)
+    if isinstance(right, Unknown):
+        return right
+    a, b = as_affine(left), as_affine(right)
+    if b is None:
+        return left if isinstance(left, Unknown) else _float_weight(node, a)
+    dims = _without_batch(b.codes.dims)
+    if dims is None:
+        return Unknown(node, "a batched matmul whose second operand differs from batch to batch")
+    b = dataclasses.replace(b, codes=dataclasses.replace(b.codes, dims=dims))
+    if a is None:
+        return _weight_only(node, operands[0], b)
+    product = _both(node, a, b)
+    # What cannot be a matmul of codes is at least one of a float activation and a quantized weight.
+    if isinstance(product, Unknown) and dtype(operands[0]) in FLOAT_DTYPES and (a.scales or a.zero_points):
+        fallback = _weight_only(node, operands[0], b)
+        return dataclasses.replace(fallback, obstacle=product.rule) if isinstance(fallback, Product) else product
+    return product
 
 
-def _one_sided(node: Node, a: Affine | None, b: Affine | None) -> Unknown | None:
-    if b is not None:
-        return Unknown(node, "weight-only quantization: the activation is floating point, and no kernel takes that yet")
+def _without_batch(dims: Dims) -> Dims | None:
+    """``[k, n]`` of a weight that is the same for each matmul of a batch; None when it is not."""
+    batch, matrix = dims[:-2], dims[-2:]
+    if any(piece.axis != REPEAT for dim in batch for piece in dim):
+        return None
+    return None if any(piece.axis == REPEAT for dim in matrix for piece in dim) else matrix
+
+
+def _float_weight(node: Node, a: Affine | None) -> Unknown | None:
     # Integer inputs such as images are no quantized activations; only what was computed as codes is.
     if a is not None and a.codes.node.op == "call_function" and through(a.codes.node, CASTS) is not a.codes.node:
         return Unknown(node, "only the activation is quantized; the weight is floating point")
     return None
 
 
-def _start(node: Node, a: Affine, b: Affine) -> Value | None:
+def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
+    """A matmul whose operands are both codes."""
+    if (dtype(a.codes.node) in FLOAT8_DTYPES) != (dtype(b.codes.node) in FLOAT8_DTYPES):
+        return Unknown(node, "one operand is float8 and the other integer")
+    of_a, of_b = operand(a, "a", node), operand(b, "b", node)
+    for found in (of_a, of_b):
+        if isinstance(found, Unknown):
+            return found
+    assert isinstance(of_a, Operand)
+    assert isinstance(of_b, Operand)
+    groups = {of_a.group, of_b.group} - {None}
+    if len(groups) > 1:
+        return Unknown(node, "the scales of a and b have groups of different sizes along k")
+    if groups and (of_a.zero_points or of_b.zero_points or of_a.codes.offset or of_b.codes.offset):
+        return Unknown(node, "a zero point beside scales that vary along k cannot leave the sum")
     to = dtype(node)
     integer = dtype(a.codes.node) not in FLOAT8_DTYPES
-    numerics, stage = Numerics.EXACT, Stage.ACCUMULATOR
-    if to is not torch.int32 or not integer:
-        if to not in EPILOGUE_DTYPES:
-            return Unknown(node, f"a matmul of codes that returns {to} has no rule")
-        numerics = (
-            Numerics.SAME_ACCUM if not integer else _float_sum_class(a.codes, b.codes, shape(args_of(node)[-1])[-2], to)
-        )
-        stage = Stage.ACCUMULATOR if to is torch.float32 else Stage.CAST
-    if a.factors or b.factors:
-        # Operands that were rounded more coarsely than the result are another value, not another order.
-        coarse = max(a.epsilon, b.epsilon) > (0.0 if to is torch.int32 else torch.finfo(to).eps)
-        numerics = Numerics.APPROXIMATE if coarse else Numerics.REASSOCIATED
+    if to is torch.int32 and integer:
+        numerics = Numerics.EXACT
+    elif to in EPILOGUE_DTYPES:
+        numerics = _float_sum_class(of_a, of_b, _k(node), to) if integer else Numerics.SAME_ACCUM
+    else:
+        return Unknown(node, f"a matmul of codes that returns {to} has no rule")
+    if of_a.scales or of_b.scales or max(of_a.epsilon, of_b.epsilon):
+        numerics = _moved_out_class(max(of_a.epsilon, of_b.epsilon), to)
+    return _started(node, of_a.codes, of_a, of_b, numerics)
+
+
+def _weight_only(node: Node, x: object, b: Affine) -> Product | Unknown:
+    """A float activation times a quantized weight."""
+    found, to = operand(b, "b", node), dtype(node)
+    if isinstance(found, Unknown):
+        return found
+    if to not in EPILOGUE_DTYPES or dtype(x) is not to or not isinstance(x, Node):
+        return Unknown(node, f"a weight-only matmul of {dtype(x)} that returns {to} has no rule")
+    numerics = _moved_out_class(found.epsilon, to) if found.scales or found.epsilon else Numerics.SAME_ACCUM
+    return _started(node, x, None, found, numerics)
+
+
+def _moved_out_class(epsilon: float, to: torch.dtype | None) -> Numerics:
+    """Operands that were rounded more coarsely than the result are another value, not another order."""
+    coarse = epsilon > (0.0 if to is None or not to.is_floating_point else torch.finfo(to).eps)
+    return Numerics.APPROXIMATE if coarse else Numerics.REASSOCIATED
+
+
+def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, numerics: Numerics) -> Product | Unknown:
+    to = dtype(node)
+    assert to is not None
+    block = _block(of_a, of_b, shape(node)[-1])
+    if isinstance(block, str):
+        return Unknown(node, block)
+    stage = Stage.ACCUMULATOR if to in (torch.int32, torch.float32) else Stage.CAST
     product = Product(
         gemm=node,
-        a=a.codes,
-        b=b.codes,
-        rows=a.factors,
-        columns=b.factors,
+        a=a,
+        b=of_b.codes,
+        rows=() if of_a is None else of_a.scales,
+        columns=of_b.scales,
         bias=None,
         dtype=to,
         stage=stage,
-        offset=a.codes.offset,
         numerics=numerics,
+        offset=a.offset if isinstance(a, Codes) else 0,
+        a_zero_points=() if of_a is None else of_a.zero_points,
+        b_zero_points=of_b.zero_points,
+        block=block,
     )
     if not is_op(node, aten.addmm.default):
         return product
@@ -115,51 +196,34 @@ def _start(node: Node, a: Affine, b: Affine) -> Value | None:
     )
 
 
-def _float_sum_class(a: Codes, b: Codes, k: int | torch.SymInt, to: torch.dtype) -> Numerics:
+def _block(of_a: Operand | None, of_b: Operand, n: int | torch.SymInt) -> tuple[int, int] | str | None:
+    """Rows and columns of the weight ``[n, k]`` that share one scale, where any scale varies along k; else None."""
+    group = of_b.group if of_a is None or of_a.group is None else of_a.group
+    if group is None:
+        return None
+    blocks = {tile.row_block for tile in (*of_b.scales, *of_b.zero_points)}
+    if not isinstance(group, int) or not isinstance(n, int):
+        return "groups along k must be of a static size"
+    rows = next(iter(blocks)) if len(blocks) == 1 else 1
+    # One scale for all rows is a block as high as the weight; rows that are no neighbours have a scale each.
+    return (n if rows is None else rows or 1, group)
+
+
+def _k(node: Node) -> int | torch.SymInt:
+    return shape(args_of(node)[-1])[-2]
+
+
+def _float_sum_class(a: Operand, b: Operand, k: int | torch.SymInt, to: torch.dtype) -> Numerics:
     """Integer codes summed in float32 are exact as long as no partial sum can pass 2**24."""
-    a_range, b_range = integer_range(a), integer_range(b)
+    a_range, b_range = integer_range(a.codes), integer_range(b.codes)
     if to is not torch.float32 or not isinstance(k, int) or a_range is None or b_range is None:
+        return Numerics.SAME_ACCUM
+    if a.zero_points or b.zero_points:
         return Numerics.SAME_ACCUM
     largest = max(-a_range[0], a_range[1]) * max(-b_range[0], b_range[1]) * k
     return Numerics.EXACT if largest <= 2**24 else Numerics.SAME_ACCUM
 
 
-def _scaled_mm(env: Environment, node: Node) -> Value | None:
-    """``aten._scaled_mm``: scales and bias inside the op."""
-    names = ("self", "mat2", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum")
-    given: dict[str, Any] = dict(zip(names, args_of(node), strict=False)) | dict(node.kwargs)
-    a, b = env.value(given["self"]), env.value(given["mat2"])
-    if not isinstance(a, Codes) or not isinstance(b, Codes):
-        return Unknown(node, "_scaled_mm of operands that are not plain codes")
-    if given.get("scale_result") is not None:
-        return Unknown(node, "_scaled_mm with scale_result, which compiled code ignores")
-    to = dtype(node)
-    if to not in EPILOGUE_DTYPES:
-        return Unknown(node, f"_scaled_mm that returns {to} has no rule")
-    factors = []
-    for operand, wanted in ((given["scale_a"], Axis.ROW), (given["scale_b"], Axis.COLUMN)):
-        axis = axis_of(operand, node)
-        if axis is None or axis not in (Axis.SCALAR, wanted) or dtype(operand) is not torch.float32:
-            return Unknown(node, "_scaled_mm with scales that are neither per tensor nor row-wise float32")
-        factors.append(() if uniform_value(operand) == 1 else (Factor(operand, axis, node),))
-    bias, stage = given.get("bias"), Stage.B_SCALE
-    if bias is not None:
-        stage = Stage.BIAS
-    return Product(
-        gemm=node,
-        a=a,
-        b=b,
-        rows=factors[0],
-        columns=factors[1],
-        bias=None if bias is None else Factor(bias, Axis.COLUMN, node),
-        dtype=to,
-        stage=stage if to is torch.float32 else Stage.CAST,
-        offset=0,
-        numerics=Numerics.SAME_ACCUM,
-    )
-
-
-RULES: dict[object, Rule] = {
-    **dict.fromkeys((aten.mm.default, aten.bmm.default, aten.addmm.default, aten._int_mm.default), _matmul),
-    aten._scaled_mm.default: _scaled_mm,
-}
+RULES: dict[object, Rule] = dict.fromkeys(
+    (aten.mm.default, aten.bmm.default, aten.addmm.default, aten._int_mm.default), _matmul
+)

@@ -1,22 +1,26 @@
-"""Steps that rules share: rounding a dequantized value, and one more step down a matmul's epilogue."""
+"""Steps that rules share: rounding a dequantized value, its scales and zero points, and one more step down a matmul's
+epilogue.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.nodes import constant
-from fx_quant.passes.values import Affine, Codes, Product, Stage, Value
+from fx_quant.passes.axes import Pair, broadcast_pairs, extent, own_dims, seen_through
+from fx_quant.passes.nodes import CASTS, args_of, constant, dtype, is_op, is_widening, shape, uniform_value
+from fx_quant.passes.values import Affine, Codes, Decode, Product, Stage, Value
 from fx_quant.scheme import Numerics
 
 
 def as_affine(value: Value | None) -> Affine | None:
-    """Codes as the affine value without factors; None for anything but codes and affine values."""
+    """Codes as the affine value without scales; None for anything but codes and affine values."""
     if isinstance(value, Codes):
-        return Affine(value, ())
+        return Affine(value)
     return value if isinstance(value, Affine) else None
 
 
@@ -27,6 +31,80 @@ def factor_source(operand: object) -> Node | float:
         return float(number)
     assert isinstance(operand, Node)
     return operand
+
+
+def scale_of(codes: Codes, node: Node, operand: object, *, inverse: bool = False) -> Decode | None:
+    """``operand`` as a scale of the codes at ``node``, where it broadcasts; None where it does not.
+
+    Args:
+        codes: as they stand at ``node``.
+        node: gives the shape that ``operand`` broadcasts to.
+    """
+    if constant(operand) is not None:
+        return Decode(factor_source(operand), inverse=inverse)
+    return _decode(codes, node, operand, lambda _: False, inverse) if isinstance(operand, Node) else None
+
+
+def zero_point_of(codes: Codes, node: Node, operand: object) -> Decode | None:
+    """``operand``, of an integer tensor in whatever dtype, as a zero point of the codes at ``node``; else None."""
+    number = uniform_value(operand)
+    if number is not None:
+        return Decode(float(number)) if number == int(number) else None
+    if not isinstance(operand, Node):
+        return None
+    found = _decode(codes, node, operand, _holds_integers, inverse=False)
+    return found if found is not None and is_integer(dtype(found.source)) else None
+
+
+def _decode(codes: Codes, node: Node, operand: Node, cast: Callable[[Node], bool], inverse: bool) -> Decode | None:
+    base, dims = seen_through(operand, cast)
+    sizes = [extent(size) for size in shape(node)]
+    pairs = broadcast_pairs(codes.dims, sizes, dims, [extent(size) for size in shape(operand)])
+    return None if pairs is None else Decode(base, pairs, inverse)
+
+
+def _holds_integers(node: Node) -> bool:
+    """Whether ``node`` casts what may hold integers to a dtype that may round large ones, but wraps none around."""
+    if not is_op(node, *CASTS):
+        return False
+    source, to = dtype(args_of(node)[0]), dtype(node)
+    if source is None or to is None:
+        return False
+    if source.is_floating_point:
+        return to.is_floating_point and is_widening(source, to)
+    if not is_integer(source):
+        return False
+    if to.is_floating_point:
+        return True
+    inner, outer = torch.iinfo(source), torch.iinfo(to)
+    return is_integer(to) and outer.min <= inner.min and inner.max <= outer.max
+
+
+def is_integer(kind: torch.dtype | None) -> bool:
+    """Whether ``kind`` is an integer dtype."""
+    return kind is not None and not kind.is_floating_point and not kind.is_complex and kind is not torch.bool
+
+
+def along_dim(codes: Codes, dim: int, operand: Node) -> Decode | None:
+    """The vector ``operand`` as a scale or zero point with one element for each index of dim ``dim`` of the codes."""
+    if all(extent(size) == 1 for size in shape(operand)):
+        return Decode(operand)
+    dims = (codes.dims[dim],)
+    pairs = broadcast_pairs(dims, [_length(dims[0])], own_dims(operand), [extent(s) for s in shape(operand)])
+    return None if pairs is None else Decode(operand, pairs)
+
+
+def _length(pieces: tuple) -> Any:
+    length = 1
+    for piece in pieces:
+        length = length * piece.size
+    return length
+
+
+def varies_everywhere(codes: Codes, pairs: tuple[Pair, ...]) -> bool:
+    """Whether each code has an element of its own."""
+    size = sum(1 for dim in codes.dims for _ in dim)
+    return size > 0 and {of for of, _ in pairs} == {piece for dim in codes.dims for piece in dim}
 
 
 def rounded(value: Affine, to: torch.dtype) -> Affine:

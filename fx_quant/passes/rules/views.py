@@ -7,109 +7,61 @@ import dataclasses
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, holds_exactly, is_transpose
+from fx_quant.passes.axes import viewed
+from fx_quant.passes.matrices import ACCUMULATORS, EPILOGUE_DTYPES, holds_exactly
 from fx_quant.passes.nodes import (
     CASTS,
     COPIES,
-    EXPANDS,
     PERMUTES,
     RESHAPES,
+    VIEWS,
     args_of,
     aten,
     dtype,
-    is_one,
+    is_op,
     same_shape,
     same_size,
     shape,
 )
 from fx_quant.passes.rules.steps import rounded, stepped
-from fx_quant.passes.values import (
-    Affine,
-    Axis,
-    Broadcast,
-    Codes,
-    ColumnSum,
-    Environment,
-    Product,
-    Rule,
-    Stage,
-    Unknown,
-    Value,
-)
+from fx_quant.passes.values import Affine, Codes, ColumnSum, Environment, Product, Rule, Stage, Unknown, Value
 from fx_quant.scheme import CODE_DTYPES
 
 
-def _keeps_columns(node: Node) -> bool:
-    """Whether a reshape leaves the last dim alone, so that rows keep their flattened order."""
-    before, after = shape(args_of(node)[0]), shape(node)
-    return bool(before) and bool(after) and same_size(before[-1], after[-1])
-
-
-def _viewed(codes: Codes, node: Node) -> Codes:
-    if not codes.views and codes.offset == 0 and dtype(codes.node) == dtype(node):
-        return Codes(node)
-    return dataclasses.replace(codes, views=(*codes.views, node))
-
-
 def _view(env: Environment, node: Node) -> Value | None:
+    """Any op that only regroups axes: reshape, permute, expand, copy."""
     value = env.value(args_of(node)[0])
     if isinstance(value, Codes):
-        return _viewed(value, node)
+        dims = viewed(node, value.dims)
+        if dims is not None:
+            return dataclasses.replace(value, dims=dims)
+        # Low-bit codes in another arrangement are codes of their own.
+        return None if dtype(node) in CODE_DTYPES else Unknown(node, "a view mixes rows and columns of the codes")
     if isinstance(value, Affine):
-        if _keeps_columns(node) or all(f.axis is Axis.SCALAR for f in value.factors):
-            return dataclasses.replace(value, codes=_viewed(value.codes, node))
-        return Unknown(node, "a reshape splits the dimension along which the scale varies")
-    if isinstance(value, Broadcast):
-        return value if same_shape(shape(node), shape(args_of(node)[0])) else None
+        dims = viewed(node, value.codes.dims)
+        if dims is None:
+            return Unknown(node, "a view mixes rows and columns of the codes")
+        return dataclasses.replace(value, codes=dataclasses.replace(value.codes, dims=dims))
     if isinstance(value, Product):
         return value if _keeps_columns(node) else None
     if isinstance(value, ColumnSum):
-        return value
+        keeps = is_op(node, *COPIES, *RESHAPES) if value.zero_point is None else is_op(node, *COPIES)
+        return value if keeps or same_shape(shape(node), shape(args_of(node)[0])) else None
     return None
 
 
-def _permute(env: Environment, node: Node) -> Value | None:
-    value = env.value(args_of(node)[0])
-    if isinstance(value, Codes):
-        return _viewed(value, node)
-    if isinstance(value, Affine):
-        codes = _viewed(value.codes, node)
-        if all(f.axis is Axis.SCALAR for f in value.factors):
-            return dataclasses.replace(value, codes=codes)
-        if is_transpose(node):
-            factors = tuple(dataclasses.replace(f, axis=f.axis.transposed()) for f in value.factors)
-            return dataclasses.replace(value, codes=codes, factors=factors)
-        return Unknown(node, "a permutation mixes the rows along which the scale varies")
-    return None
-
-
-def _expand(env: Environment, node: Node) -> Value | None:
-    value = env.value(args_of(node)[0])
+def _keeps_columns(node: Node) -> bool:
+    """Whether a view leaves the last dim alone, so that rows keep their flattened order."""
     before, after = shape(args_of(node)[0]), shape(node)
-    if same_shape(after, before):
-        return value
-    repeats = len(before) >= 2 and same_shape(after[-2:], before[-2:])
-    if isinstance(value, Broadcast):
-        return value if repeats else None
-    if isinstance(value, (Codes, Affine)) and repeats and all(map(is_one, before[:-2])):
-        return Broadcast(value)
-    return _viewed(value, node) if isinstance(value, Codes) else None
-
-
-def _copy(env: Environment, node: Node) -> Value | None:
-    value = env.value(args_of(node)[0])
-    if isinstance(value, Codes):
-        return _viewed(value, node)
-    if isinstance(value, Affine):
-        return dataclasses.replace(value, codes=_viewed(value.codes, node))
-    return value
+    if is_op(node, *RESHAPES):
+        return bool(before) and bool(after) and same_size(before[-1], after[-1])
+    return not is_op(node, *PERMUTES) and same_shape(before, after)
 
 
 def _slice(env: Environment, node: Node) -> Value | None:
     """A slice that keeps everything, such as the unpad of an operand that was not padded."""
-    if same_shape(shape(node), shape(args_of(node)[0])):
-        return _copy(env, node) if not isinstance(env.value(args_of(node)[0]), Codes) else env.value(args_of(node)[0])
-    return None
+    source = args_of(node)[0]
+    return env.value(source) if same_shape(shape(node), shape(source)) else None
 
 
 def _cast(env: Environment, node: Node) -> Value | None:
@@ -130,7 +82,7 @@ def _cast(env: Environment, node: Node) -> Value | None:
             return value if to == value.dtype else None
         if value.dtype == to:
             return value
-        if value.dtype is torch.int32:
+        if value.dtype in ACCUMULATORS:
             stage = value.stage if to is torch.float32 else Stage.CAST
             return dataclasses.replace(value, dtype=to, stage=stage)
         if value.dtype is torch.float32:
@@ -141,10 +93,7 @@ def _cast(env: Environment, node: Node) -> Value | None:
 
 
 RULES: dict[object, Rule] = {
-    **dict.fromkeys(RESHAPES, _view),
-    **dict.fromkeys(PERMUTES, _permute),
-    **dict.fromkeys(EXPANDS, _expand),
-    **dict.fromkeys(COPIES, _copy),
+    **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(CASTS, _cast),
     aten.slice.Tensor: _slice,
 }

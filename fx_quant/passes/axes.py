@@ -1,0 +1,267 @@
+"""How the dims of a node are made of the axes of the tensor it is a view of.
+
+Views, permutations and expansions only regroup axes. So a value under any chain of them is known by the tensor at its
+head and, for each dim of the node, the pieces of that tensor's axes that it runs over. A factor that broadcasts against
+such a node is a relation between the pieces of two tensors, and what it is to a matrix (one for each row, group or
+block) is read off the pieces, whatever shapes it was computed in.
+
+Sizes are ints or symbolic expressions, compared as expressions: nothing here adds a guard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fx_quant.passes.nodes import COPIES, EXPANDS, PERMUTES, RESHAPES, VIEWS, args_of, aten, is_op, shape
+
+# An int, or the sympy expression of a symbolic size.
+Extent = Any
+REPEAT = -1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one axis of a tensor: its index there is ``... + index * inner + ...``.
+
+    Args:
+        axis: the axis of the tensor; ``REPEAT`` for a dim along which the tensor only repeats.
+        size: how many values the piece's index takes.
+        inner: product of the sizes of the less significant pieces of the same axis.
+    """
+
+    axis: int
+    size: Extent
+    inner: Extent = 1
+
+    @property
+    def stop(self) -> Extent:
+        """``inner`` of the next more significant piece."""
+        return self.inner * self.size
+
+
+# For each dim of a node, its pieces, most significant first; a dim of size one has none.
+Dims = tuple[tuple[Piece, ...], ...]
+
+
+def extent(size: int | torch.SymInt) -> Extent:
+    """``size`` as an int or a sympy expression."""
+    return size if isinstance(size, int) else size.node.expr
+
+
+def own_dims(node: object) -> Dims:
+    """The dims of a node in terms of its own axes."""
+    sizes = map(extent, shape(node))
+    return tuple(() if size == 1 else (Piece(axis, size),) for axis, size in enumerate(sizes))
+
+
+def flat(dims: Iterable[tuple[Piece, ...]]) -> tuple[Piece, ...]:
+    """The pieces of ``dims`` in order, neighbours of one axis joined."""
+    joined: list[Piece] = []
+    for piece in (piece for dim in dims for piece in dim):
+        last = joined[-1] if joined else None
+        if last is not None and last.axis == piece.axis and last.inner == piece.stop and piece.axis != REPEAT:
+            joined[-1] = replace(piece, size=last.size * piece.size)
+        else:
+            joined.append(piece)
+    return tuple(joined)
+
+
+def viewed(node: Node, dims: Dims) -> Dims | None:
+    """The dims of the view ``node``, whose input has ``dims``; None when it does more than regroup axes."""
+    if is_op(node, *COPIES):
+        return dims
+    if is_op(node, *RESHAPES):
+        return _reshaped(dims, [extent(size) for size in shape(node)])
+    if is_op(node, *PERMUTES):
+        order = _order(node)
+        return None if order is None else tuple(dims[i] for i in order)
+    if is_op(node, *EXPANDS):
+        return _expanded(dims, args_of(node)[0], node)
+    return None
+
+
+def _order(node: Node) -> list[int] | None:
+    rank = len(shape(node))
+    if node.target is aten.permute.default:
+        return [int(d) % rank for d in args_of(node)[1]]
+    order = list(range(rank))
+    if node.target is aten.transpose.int:
+        i, j = (int(d) % rank for d in args_of(node)[1:3])
+        order[i], order[j] = order[j], order[i]
+    elif rank == 2:
+        order.reverse()
+    return order
+
+
+def _reshaped(dims: Dims, sizes: Sequence[Extent]) -> Dims | None:
+    pieces = list(reversed(flat(dims)))
+    out = []
+    for size in sizes:
+        dim, missing = [], size
+        while missing != 1:
+            if not pieces:
+                return None
+            piece = pieces.pop()
+            outer = _quotient(missing, piece.size)
+            if outer is not None:
+                dim.append(piece)
+                missing = outer
+                continue
+            rest = _quotient(piece.size, missing)
+            if rest is None:
+                return None
+            dim.append(Piece(piece.axis, missing, piece.inner * rest))
+            pieces.append(Piece(piece.axis, rest, piece.inner))
+            missing = 1
+        out.append(tuple(dim))
+    return None if pieces else tuple(out)
+
+
+def _quotient(size: Extent, by: Extent) -> Extent | None:
+    """``size / by`` when that is known to be whole."""
+    if size == by:
+        return 1
+    if isinstance(size, int) and isinstance(by, int):
+        return size // by if by and size % by == 0 else None
+    if by == 0:
+        return None
+    quotient = size / by
+    denominator = quotient.as_numer_denom()[1]
+    return quotient if denominator == 1 else None
+
+
+def _expanded(dims: Dims, before: object, after: Node) -> Dims | None:
+    old, new = shape(before), shape(after)
+    dims = ((),) * (len(new) - len(old)) + dims
+    sizes = [1] * (len(new) - len(old)) + [extent(size) for size in old]
+    return tuple(
+        (Piece(REPEAT, extent(size)),) if was == 1 and extent(size) != 1 else dim
+        for dim, was, size in zip(dims, sizes, new, strict=True)
+    )
+
+
+def seen_through(node: Node, cast: Callable[[Node], bool] = lambda _: False) -> tuple[Node, Dims]:
+    """The tensor that ``node`` is a view of, and the dims of ``node`` in terms of its axes.
+
+    Args:
+        cast: which casts to look through as well.
+    """
+    chain = [node]
+    while is_op(chain[-1], *VIEWS) or cast(chain[-1]):
+        chain.append(args_of(chain[-1])[0])
+    # Where a view is more than a regrouping, what it returns is a tensor of its own.
+    base, dims = chain[-1], own_dims(chain[-1])
+    for view in reversed(chain[:-1]):
+        found = viewed(view, dims) if is_op(view, *VIEWS) else dims
+        base, dims = (view, own_dims(view)) if found is None else (base, found)
+    return base, dims
+
+
+Pair = tuple[Piece, Piece]
+
+
+def broadcast_pairs(
+    dims: Dims, sizes: Sequence[Extent], factor: Dims, factor_sizes: Sequence[Extent]
+) -> tuple[Pair, ...] | None:
+    """Which pieces of a tensor a factor varies along, each with the factor's own piece; ``()`` for a scalar.
+
+    Args:
+        dims, sizes: of a node, in terms of a tensor's axes.
+        factor, factor_sizes: of what is broadcast to its shape, in terms of the factor's axes.
+
+    Returns None where the factor does not broadcast to that shape or is not a relation of pieces.
+    """
+    missing = len(sizes) - len(factor_sizes)
+    if missing < 0:
+        return None
+    pairs: list[Pair] = []
+    for i, (own, size) in enumerate(zip(factor, factor_sizes, strict=True)):
+        if size == 1:
+            continue
+        if size != sizes[missing + i]:
+            return None
+        found = _refined(dims[missing + i], own)
+        if found is None:
+            return None
+        pairs += found
+    varied = [(of, by) for of, by in pairs if by.axis != REPEAT]
+    return None if any(of.axis == REPEAT for of, _ in varied) else tuple(varied)
+
+
+def _refined(left: tuple[Piece, ...], right: tuple[Piece, ...]) -> list[Pair] | None:
+    """The two sides of one dim cut into pieces of equal sizes."""
+    lefts, rights, pairs = list(left), list(right), []
+    while lefts and rights:
+        one, other = lefts.pop(), rights.pop()
+        if one.size != other.size:
+            rest, lefts_is_larger = _quotient(one.size, other.size), True
+            if rest is None:
+                rest, lefts_is_larger = _quotient(other.size, one.size), False
+            if rest is None:
+                return None
+            larger, size = (one, other.size) if lefts_is_larger else (other, one.size)
+            (lefts if lefts_is_larger else rights).append(Piece(larger.axis, rest, larger.inner * size))
+            cut = Piece(larger.axis, size, larger.inner)
+            one, other = (cut, other) if lefts_is_larger else (one, cut)
+        pairs.append((one, other))
+    return None if lefts or rights else pairs[::-1]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of one side of a matrix: ``size`` indices, and the factor's piece that varies along it, or None."""
+
+    size: Extent
+    factor: Piece | None
+
+
+def segments(side: Sequence[Piece], pairs: Sequence[Pair]) -> tuple[Segment, ...] | None:
+    """``side`` cut where the factor of ``pairs`` starts or stops varying, most significant first.
+
+    None where a piece of the factor lies across two pieces of the side.
+    """
+    out: list[Segment] = []
+    for piece in side:
+        inside = [(of, by) for of, by in pairs if of.axis == piece.axis and _within(of, piece)]
+        rest = piece.stop
+        for of, by in sorted(inside, key=lambda pair: _order_key(pair[0].inner), reverse=True):
+            gap = _quotient(rest, of.stop)
+            if gap is None:
+                return None
+            if gap != 1:
+                out.append(Segment(gap, None))
+            out.append(Segment(of.size, by))
+            rest = of.inner
+        gap = _quotient(rest, piece.inner)
+        if gap is None:
+            return None
+        if gap != 1:
+            out.append(Segment(gap, None))
+    return tuple(out)
+
+
+def _within(part: Piece, whole: Piece) -> bool:
+    if part == whole:
+        return True
+    sizes = (part.inner, part.stop, whole.inner, whole.stop)
+    return all(isinstance(size, int) for size in sizes) and whole.inner <= part.inner and part.stop <= whole.stop
+
+
+def _order_key(inner: Extent) -> float:
+    return inner if isinstance(inner, int) else math.inf
+
+
+def block_size(parts: Sequence[Segment]) -> Extent | None:
+    """How many neighbours of a side share one value of the factor; None when all do, 0 when they are no neighbours."""
+    varied = [i for i, part in enumerate(parts) if part.factor is not None]
+    if not varied:
+        return None
+    if varied != list(range(len(varied))):
+        return 0
+    return math.prod(part.size for part in parts[len(varied) :])

@@ -1,0 +1,79 @@
+"""PT2E: ``quantized_decomposed`` quantizes and dequantizes around float matmuls.
+
+``dequantize``: ``(float32(q) - zero_point) * scale``, cast to ``out_dtype`` (float32 when not given). The quantize ops
+return plain codes, which need no rule. Source: ``torch/ao/quantization/fx/_decomposed.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch.fx import Node
+
+from fx_quant.passes.nodes import args_of, constant, dtype, is_single
+from fx_quant.passes.rules.steps import along_dim, is_integer, rounded, scale_of
+from fx_quant.passes.values import Affine, Codes, Decode, Environment, Rule, Unknown, Value
+
+
+def _per_tensor(env: Environment, node: Node) -> Value | None:
+    codes, scale, zero_point = args_of(node)[:3]
+    return _affine(env, node, codes, lambda of: _single(scale), lambda of: _single(zero_point))
+
+
+def _single(operand: Any) -> Decode | None:
+    number = constant(operand)
+    if number is not None:
+        return Decode(float(number))
+    return Decode(operand) if is_single(operand) else None
+
+
+def _per_channel(env: Environment, node: Node) -> Value | None:
+    codes, scales, zero_points, axis = args_of(node)[:4]
+    return _affine(
+        env,
+        node,
+        codes,
+        lambda of: along_dim(of, axis, scales),
+        lambda of: None if zero_points is None else along_dim(of, axis, zero_points),
+        symmetric=zero_points is None,
+    )
+
+
+def _per_token(env: Environment, node: Node) -> Value | None:
+    codes, scales, zero_points = args_of(node)[:3]
+    return _affine(env, node, codes, lambda of: scale_of(of, node, scales), lambda of: scale_of(of, node, zero_points))
+
+
+def _affine(env: Environment, node: Node, source: Node, scale, zero_point, *, symmetric: bool = False) -> Value | None:
+    codes = env.value(source)
+    if not isinstance(codes, Codes):
+        return None
+    of_scale, of_zero_point = scale(codes), None if symmetric else zero_point(codes)
+    if of_scale is None or (of_zero_point is None and not symmetric):
+        return Unknown(node, "the scale or zero point does not follow the tensor, a row or a channel of the codes")
+    points = _integers(of_zero_point)
+    if points is None:
+        return Unknown(node, "the zero point is no integer tensor")
+    to = dtype(node)
+    assert to is not None
+    return rounded(Affine(codes, (of_scale,), points), to)
+
+
+def _integers(zero_point: Decode | None) -> tuple[Decode, ...] | None:
+    """The zero point in a tuple, empty where it is 0; None where it may be no integer."""
+    if zero_point is None or zero_point.source == 0.0:
+        return ()
+    if isinstance(zero_point.source, float):
+        return (zero_point,) if zero_point.source == int(zero_point.source) else None
+    return (dataclasses.replace(zero_point),) if is_integer(dtype(zero_point.source)) else None
+
+
+_NAMESPACE = "quantized_decomposed."
+RULES: dict[str, Rule] = {
+    f"{_NAMESPACE}dequantize_per_tensor.default": _per_tensor,
+    f"{_NAMESPACE}dequantize_per_tensor.tensor": _per_tensor,
+    f"{_NAMESPACE}dequantize_per_tensor.tensor2": _per_tensor,
+    f"{_NAMESPACE}dequantize_per_channel.default": _per_channel,
+    f"{_NAMESPACE}dequantize_per_token.default": _per_token,
+}

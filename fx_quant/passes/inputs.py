@@ -1,0 +1,51 @@
+"""Which nodes of a graph hold the same value in every call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from fx_quant.passes.nodes import dtype, shape, tensor
+from fx_quant.scheme import CODE_DTYPES
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Which nodes hold the same value in every call of the compiled graph.
+
+    Args:
+        constant: parameters, buffers and constants of the graph.
+        runtime: nodes that depend on anything else.
+    """
+
+    constant: frozenset[Node]
+    runtime: frozenset[Node]
+
+
+def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inputs:
+    """Split nodes by whether they can change from call to call.
+
+    Args:
+        static_indices: positions of the placeholders that are parameters or buffers; None (a bare graph) takes those
+            that hold codes or float vectors for such.
+    """
+    constant, runtime = set(), set()
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        static = _looks_static(node) if static_indices is None else index in static_indices
+        if static:
+            constant.add(node)
+        elif tensor(node) is not None:
+            runtime.add(node)
+    constant.update(graph.find_nodes(op="get_attr"))
+    for node in graph.nodes:
+        # A size depends on the input's shape alone, and what is expanded to it holds the same values in every call.
+        is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
+        if not is_size and any(source in runtime for source in node.all_input_nodes):
+            runtime.add(node)
+    return Inputs(frozenset(constant), frozenset(runtime))
+
+
+def _looks_static(node: Node) -> bool:
+    return dtype(node) in CODE_DTYPES or (tensor(node) is not None and len(shape(node)) < 2)

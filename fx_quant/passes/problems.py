@@ -1,0 +1,92 @@
+"""A proven product as data: its scheme, and the GEMM that a kernel is asked to run for it."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from fx_quant.passes.inputs import Inputs
+from fx_quant.passes.matrices import integer_range
+from fx_quant.passes.nodes import dtype
+from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
+from fx_quant.problem import Problem, SizeRange
+from fx_quant.scheme import Granularity, OperandSpec, Scheme
+
+
+def corrects_weight(product: Product) -> bool:
+    """Whether the sum holds a zero point of the weight beside codes of the activation.
+
+    No kernel takes one: its correction is arithmetic around the raw sum.
+    """
+    return isinstance(product.a, Codes) and (bool(product.b_zero_points) or product.b.offset != 0)
+
+
+def is_unsigned(product: Product) -> bool:
+    """Whether the activation's codes are bytes, which kernels are given as int8, 128 less."""
+    return isinstance(product.a, Codes) and dtype(product.a.node) is torch.uint8
+
+
+def scheme_of(product: Product, inputs: Inputs) -> Scheme:
+    """How the source of ``product`` quantizes its operands."""
+    return Scheme(_activation(product, inputs), _weight(product))
+
+
+def _activation(product: Product, inputs: Inputs) -> OperandSpec:
+    if not isinstance(product.a, Codes):
+        return OperandSpec(_dtype(product.a))
+    if product.block is not None and product.rows:
+        granularity = Granularity.per_group(product.block[1])
+    else:
+        granularity = _granularity(product.rows, Axis.ROW, Granularity.PER_TOKEN)
+    return OperandSpec(
+        torch.int8 if is_unsigned(product) else _dtype(product.a.node),
+        granularity,
+        dynamic=any(factor.source in inputs.runtime for factor in product.rows),
+        symmetric=not product.a_zero_points and product.offset == 0 and not is_unsigned(product),
+    )
+
+
+def _weight(product: Product) -> OperandSpec:
+    if product.block is not None:
+        rows, group = product.block
+        granularity = Granularity.per_group(group) if rows == 1 else Granularity.per_block(rows, group)
+    else:
+        granularity = _granularity(product.columns, Axis.COLUMN, Granularity.PER_CHANNEL)
+    symmetric = not product.b_zero_points and product.b.offset == 0
+    return OperandSpec(_code_dtype(product.b), granularity, symmetric=symmetric)
+
+
+def _code_dtype(codes: Codes) -> torch.dtype:
+    """The narrowest dtype that is known to hold the codes: int4 for 16 values, whatever they are stored in."""
+    bounds = integer_range(codes)
+    if bounds is not None and bounds[1] - bounds[0] < 16:
+        return torch.int4  # pyrefly: ignore[missing-attribute]
+    found = _dtype(codes.node)
+    return found if found.is_floating_point or found in (torch.int8, torch.uint8) else torch.uint8
+
+
+def _dtype(node: Node) -> torch.dtype:
+    found = dtype(node)
+    assert found is not None
+    return found
+
+
+def _granularity(factors: tuple[Factor | Tile, ...], axis: Axis, named: Granularity) -> Granularity:
+    if not factors:
+        return Granularity.UNSCALED
+    return named if any(_varies(factor, axis) for factor in factors) else Granularity.PER_TENSOR
+
+
+def _varies(factor: Factor | Tile, axis: Axis) -> bool:
+    return factor.row_block is not None if isinstance(factor, Tile) else factor.axis is axis
+
+
+def problem_of(product: Product, scheme: Scheme, rows: SizeRange, n: int, k: int, constant_weight: bool) -> Problem:
+    """What a kernel is asked to run for ``product``."""
+    bias = None if product.bias is None else dtype(product.bias.source) or torch.float32
+    if not corrects_weight(product):
+        return Problem(scheme, rows, n, k, product.dtype, bias, constant_weight)
+    plain = Scheme(
+        OperandSpec(scheme.activation.dtype, symmetric=scheme.activation.symmetric), OperandSpec(scheme.weight.dtype)
+    )
+    return Problem(plain, rows, n, k, torch.int32, None, constant_weight)

@@ -1,0 +1,30 @@
+"""Which rule proves the value of which op: ATen's rules, then the dialects' facts."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from fx_quant.passes import dialects
+from fx_quant.passes.rules import arithmetic, matmuls, packing, scaled_matmuls, views
+from fx_quant.passes.values import Rule
+
+_MATMULS: dict[object, Rule] = {**matmuls.RULES, **scaled_matmuls.RULES}
+_RULES: dict[object, Rule] = {**views.RULES, **arithmetic.RULES, **packing.RULES, **_MATMULS}
+_NAMED: dict[str, Rule] = {**dialects.RULES, **dialects.MATMUL_RULES}
+
+
+def rule_of(node: Node) -> Rule | None:
+    """The rule for the op that ``node`` calls."""
+    return _RULES.get(node.target) or _NAMED.get(str(node.target))
+
+
+def is_matmul(node: object) -> bool:
+    """Whether ``node`` is a matmul, of ATen or of a library."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    return node.target in _MATMULS or str(node.target) in dialects.MATMUL_RULES
+
+
+def own_kernel(node: Node) -> str | None:
+    """What fused kernel of a library ``node`` calls, in words; None for any other op."""
+    return dialects.OWN_KERNELS.get(str(node.target)) if node.op == "call_function" else None

@@ -1,0 +1,51 @@
+"""Values behind the bit operations that unpack codes narrower than a byte."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from fx_quant.passes.matrices import integer_range
+from fx_quant.passes.nodes import args_of, aten, dtype, uniform_value
+from fx_quant.passes.rules.steps import is_integer
+from fx_quant.passes.values import Codes, Environment, Rule, Value
+
+_NARROW = 256
+
+
+def _mask(env: Environment, node: Node) -> Value | None:
+    """``packed & mask``: codes ``0..mask``, whatever they were packed in."""
+    mask = uniform_value(args_of(node)[1])
+    if not is_integer(dtype(node)) or not isinstance(mask, int) or not 0 < mask < _NARROW:
+        return None
+    return Codes.of(node, bounds=(0, mask))
+
+
+def _shift(env: Environment, node: Node) -> Value | None:
+    """``packed >> bits`` of bytes: codes of the remaining bits."""
+    value, bits = env.value(args_of(node)[0]), uniform_value(args_of(node)[1])
+    if not isinstance(value, Codes) or not isinstance(bits, int) or dtype(node) is not torch.uint8:
+        return None
+    bounds = integer_range(value)
+    return None if bounds is None or bounds[0] < 0 else Codes.of(node, bounds=(0, bounds[1] >> bits))
+
+
+def _joined(env: Environment, node: Node) -> Value | None:
+    """``cat`` or ``stack`` of codes: their common range."""
+    values = [env.value(part) for part in args_of(node)[0]]
+    if not values or not all(isinstance(value, Codes) for value in values):
+        return None
+    bounds = [integer_range(value) for value in values if isinstance(value, Codes)]
+    known = [found for found in bounds if found is not None]
+    if len(known) < len(bounds) or not is_integer(dtype(node)):
+        return None
+    return Codes.of(node, bounds=(min(low for low, _ in known), max(high for _, high in known)))
+
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys((aten.bitwise_and.Scalar, aten.bitwise_and.Tensor, aten.__and__.Scalar), _mask),
+    **dict.fromkeys(
+        (aten.bitwise_right_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor, aten.__rshift__.Scalar), _shift
+    ),
+    **dict.fromkeys((aten.cat.default, aten.stack.default), _joined),
+}

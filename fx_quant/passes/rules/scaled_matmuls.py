@@ -1,0 +1,151 @@
+"""Values of ATen's matmuls that take scales: ``_scaled_mm``, ``_scaled_mm_v2`` and ``_weight_int8pack_mm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fx_quant.passes.axes import Piece, Segment, extent
+from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of
+from fx_quant.passes.nodes import args_of, aten, dtype, same_shape, shape, uniform_value
+from fx_quant.passes.values import Axis, Codes, Environment, Factor, Product, Rule, Stage, Tile, Unknown, Value
+from fx_quant.scheme import Numerics
+
+_NAMES = ("self", "mat2", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum")
+_NAMES_V2 = (
+    *("self", "mat2", "scale_a", "recipe_a", "swizzle_a", "scale_b", "recipe_b", "swizzle_b", "bias", "out_dtype"),
+    *("contraction_dim", "use_fast_accum"),
+)
+
+
+def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
+    return dict(zip(names, args_of(node), strict=False)) | dict(node.kwargs)
+
+
+def _scaled_mm(env: Environment, node: Node) -> Value | None:
+    """``aten._scaled_mm``: the shapes of the scales say what they are."""
+    given = _arguments(node, _NAMES)
+    if given.get("scale_result") is not None:
+        return Unknown(node, "_scaled_mm with scale_result, which compiled code ignores")
+    return _product(env, node, given)
+
+
+def _scaled_mm_v2(env: Environment, node: Node) -> Value | None:
+    """``aten._scaled_mm_v2``, which ``torch.nn.functional.scaled_mm`` calls: recipes beside the scales."""
+    given = _arguments(node, _NAMES_V2)
+    if len(given["scale_a"]) != 1 or len(given["scale_b"]) != 1:
+        return Unknown(node, "_scaled_mm_v2 with two levels of scales (NVFP4) has no rule")
+    if any(map(int, (*(given["swizzle_a"] or ()), *(given["swizzle_b"] or ())))) or given.get("contraction_dim"):
+        return Unknown(node, "_scaled_mm_v2 with swizzled scales or contraction_dim has no rule")
+    return _product(env, node, given | {"scale_a": given["scale_a"][0], "scale_b": given["scale_b"][0]})
+
+
+def _product(env: Environment, node: Node, given: dict[str, Any]) -> Value | None:
+    a, b = env.value(given["self"]), env.value(given["mat2"])
+    if not isinstance(a, Codes) or not isinstance(b, Codes):
+        return Unknown(node, "_scaled_mm of operands that are not plain codes")
+    to = dtype(node)
+    if to not in EPILOGUE_DTYPES or to is None:
+        return Unknown(node, f"_scaled_mm that returns {to} has no rule")
+    scales = _rowwise(node, given["scale_a"], given["scale_b"])
+    block = None
+    if scales is None:
+        found = _blockwise(given)
+        if found is None:
+            return Unknown(
+                node,
+                "_scaled_mm with scales that are neither float32 per tensor, row-wise nor of blocks of 128 "
+                f"(scale_a {list(shape(given['scale_a']))}, scale_b {list(shape(given['scale_b']))})",
+            )
+        scales, block = found
+    bias = given.get("bias")
+    stage = Stage.B_SCALE if bias is None else Stage.BIAS
+    return Product(
+        gemm=node,
+        a=a,
+        b=b,
+        rows=scales[0],
+        columns=scales[1],
+        bias=None if bias is None else Factor(bias, Axis.COLUMN, node),
+        dtype=to,
+        stage=stage if to is torch.float32 else Stage.CAST,
+        numerics=Numerics.SAME_ACCUM,
+        offset=a.offset,
+        block=block,
+    )
+
+
+_Scales = tuple[tuple[Factor | Tile, ...], tuple[Factor | Tile, ...]]
+
+
+def _rowwise(node: Node, scale_a: Node, scale_b: Node) -> _Scales | None:
+    factors: list[tuple[Factor | Tile, ...]] = []
+    for scale, wanted in ((scale_a, Axis.ROW), (scale_b, Axis.COLUMN)):
+        axis = axis_of(scale, node)
+        if axis not in (Axis.SCALAR, wanted) or axis is None or dtype(scale) is not torch.float32:
+            return None
+        factors.append(() if uniform_value(scale) == 1 else (Factor(scale, axis, node),))
+    return factors[0], factors[1]
+
+
+_BLOCK = 128
+
+
+def _blockwise(given: dict[str, Any]) -> tuple[_Scales, tuple[int, int]] | None:
+    """Scales ``[m, k / 128]`` and ``[k / 128, n / 128]`` or ``[k / 128, n]``."""
+    scale_a, scale_b = given["scale_a"], given["scale_b"]
+    (m, k), n = shape(given["self"]), shape(given["mat2"])[1]
+    if not isinstance(k, int) or not isinstance(n, int) or k % _BLOCK:
+        return None
+    if dtype(scale_a) is not torch.float32 or dtype(scale_b) is not torch.float32:
+        return None
+    groups, wide = k // _BLOCK, -(-n // _BLOCK)
+    if not same_shape(shape(scale_a), (m, groups)):
+        return None
+    if same_shape(shape(scale_b), (groups, wide)):
+        rows, high = (Segment(wide, Piece(1, wide)), Segment(_BLOCK, None)), _BLOCK
+    elif same_shape(shape(scale_b), (groups, n)):
+        rows, high = (Segment(n, Piece(1, n)),), 1
+    else:
+        return None
+    along_k = lambda axis: (Segment(groups, Piece(axis, groups)), Segment(_BLOCK, None))  # noqa: E731
+    of_a = Tile(scale_a, (Segment(extent(m), Piece(0, extent(m))),), along_k(1))
+    return ((of_a,), (Tile(scale_b, rows, along_k(0)),)), (high, _BLOCK)
+
+
+def _int8pack_mm(env: Environment, node: Node) -> Value | None:
+    """``aten._weight_int8pack_mm(x [m, k], weight [n, k], scales [n])``."""
+    x, weight, scales = args_of(node)[:3]
+    codes, to = env.value(weight), dtype(node)
+    if not isinstance(codes, Codes) or to not in EPILOGUE_DTYPES or to is None or codes.offset != 0:
+        return Unknown(node, "_weight_int8pack_mm of a weight that is not plain codes")
+    b = Codes(codes.node, codes.dims[::-1], bounds=codes.bounds)
+    return scaled_product(node, x, b, scales)
+
+
+def scaled_product(node: Node, a: Codes | Node, b: Codes, scale: Node) -> Product | Unknown:
+    """The product of a library's op ``a [..., k], b [k, n], scale [n]`` that multiplies by the scale."""
+    to, axis = dtype(node), axis_of(scale, node)
+    if to is None or axis not in (Axis.SCALAR, Axis.COLUMN):
+        return Unknown(node, "a matmul whose scale is neither a scalar nor one for each column")
+    return Product(
+        gemm=node,
+        a=a,
+        b=b,
+        rows=(),
+        columns=(Factor(scale, axis, node),),
+        bias=None,
+        dtype=to,
+        stage=Stage.B_SCALE if to is torch.float32 else Stage.CAST,
+        numerics=Numerics.REASSOCIATED,
+    )
+
+
+RULES: dict[object, Rule] = {
+    aten._scaled_mm.default: _scaled_mm,
+    aten._weight_int8pack_mm.default: _int8pack_mm,
+}
+if hasattr(aten, "_scaled_mm_v2"):
+    RULES[aten._scaled_mm_v2.default] = _scaled_mm_v2
