@@ -90,14 +90,9 @@ class FlashInferFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
 
 
 class ROCmFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """vLLM's skinny kernel for up to four rows, ``torch._scaled_mm`` for any number."""
+    """vLLM's skinny kernel for up to four rows, ``torch._scaled_mm`` for more."""
 
-    KERNELS = (
-        "rocm_skinny_float8",
-        "rocm_skinny_float8_fnuz",
-        "pytorch_scaled_mm_rocm",
-        "pytorch_scaled_mm_rocm_fnuz",
-    )
+    KERNELS = ("rocm_float8", "rocm_float8_fnuz")
 
 
 class AiterFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
