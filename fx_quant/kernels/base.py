@@ -43,6 +43,7 @@ class Requires:
         bias_dtypes: dtypes of the bias it can add (a missing bias is always fine).
         bias_as_out: a bias must have the dtype of the result.
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
+        align_n: ``n`` must be a multiple of it too, and is not padded to it.
         whole_groups: ``k`` must be a multiple of the group that shares a scale.
         m: smallest number of rows it accepts.
         max_k: largest ``k`` it accepts.
@@ -63,6 +64,7 @@ class Requires:
     bias_dtypes: frozenset[torch.dtype] = frozenset()
     bias_as_out: bool = False
     align: int = 1
+    align_n: int = 1
     paddable: bool = True
     whole_groups: bool = False
     m: int = 0
@@ -120,6 +122,8 @@ class Requires:
         reasons += self.unmet_by_bias(problem.bias, problem.out_dtype)
         if not self.paddable and (problem.n % self.align or problem.k % self.align):
             reasons.append(f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}")
+        if problem.n % self.align_n:
+            reasons.append(f"needs n in multiples of {self.align_n}, got n={problem.n}")
         group = weight.granularity.size[-1:]
         if self.whole_groups and group and problem.k % group[0]:
             reasons.append(f"needs k in whole groups of {group[0]}, got k={problem.k}")

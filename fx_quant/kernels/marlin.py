@@ -35,7 +35,7 @@ from fx_quant.kernels.base import (
     register_kernel,
     weight_scales,
 )
-from fx_quant.kernels.operands import dense, vllm_op
+from fx_quant.kernels.operands import dense, scalar_type, vllm_op
 from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.scheme import HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
@@ -53,15 +53,6 @@ _BACK = {bits: tuple(order.index(dim) for dim in range(8)) for bits, order in _O
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def scalar_type(bits: int, bias: int) -> int:
-    """The id, to vLLM, of unsigned integers of ``bits`` that stand for ``code - bias`` (``csrc/core/scalar_type.hpp``).
-
-    Fields from the lowest bit: 8 of exponent, 8 of mantissa, the sign, 32 of bias, "finite only", and 8 of how NaN is
-    written, 1 where the type says nothing of it.
-    """
-    return bits << 8 | bias << 17 | 1 << 50
 
 
 def _nibbles(pairs: Tensor) -> Tensor:

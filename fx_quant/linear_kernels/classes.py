@@ -59,6 +59,18 @@ class TorchMPLinearKernel(MPLinearKernel):
     KERNELS = ("pytorch_weight_only",)
 
 
+class MacheteLinearKernel(MPLinearKernel):
+    """vLLM's Machete kernels, for Hopper."""
+
+    KERNELS = ("machete_int4", "machete_int8")
+
+
+class MarlinLinearKernel(MPLinearKernel):
+    """vLLM's Marlin kernels."""
+
+    KERNELS = ("marlin_int4", "marlin_int8")
+
+
 class CutlassFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
     """vLLM's CUTLASS kernels."""
 
