@@ -1,14 +1,14 @@
-# make demo | test | lint | bench | setup. Each does all the set-up it needs; the second time there is nothing to do.
+# make demo | test | lint | bench | dialects | setup. Each does all the set-up it needs, the first time only.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench dialects clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Extra arguments of pytest, of the demo and of the benchmark: make test ARGS="-k ops"
+# Extra arguments of pytest, of the demo, of the benchmark and of the table: make test ARGS="-k ops"
 ARGS ?=
 
 # The environment is up to date when the stamp of these two files' content is there. Its name is their checksum, so a
@@ -19,12 +19,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 help:
-	@echo "make demo    a real sentence encoder, quantized twice and compiled by fx_quant (some minutes)"
-	@echo "make test    the tests"
-	@echo "make lint    formatting, lint and types"
-	@echo "make bench   the demo's models, timed"
-	@echo "make setup   only install, into $(VENV)"
-	@echo "make clean   remove $(VENV) and what tools left behind"
+	@echo "make demo      a real sentence encoder, quantized twice and compiled by fx_quant (some minutes)"
+	@echo "make test      the tests"
+	@echo "make lint      formatting, lint and types"
+	@echo "make bench     the demo's models, timed"
+	@echo "make dialects  what becomes of each way to quantize a linear; ARGS='--group all --variants all' for every one"
+	@echo "make setup     only install, into $(VENV)"
+	@echo "make clean     remove $(VENV) and what tools left behind"
 
 setup: $(STAMP)
 
@@ -58,6 +59,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/minilm.py $(ARGS)
+
+dialects: $(STAMP)
+	@$(BIN)/python -m tests.dialects $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build

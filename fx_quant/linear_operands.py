@@ -136,11 +136,16 @@ def check_operands(
         weight_zero_point is None or (_is_integer(weight_zero_point) and _is_shape(weight_zero_point, shape)),
         lambda: f"weight_zero_point must be integers of shape {list(shape)}, got {describe(weight_zero_point)}",
     )
+    check_bias(bias, n)
+    _check_input(scheme, input_scale, input_zero_point)
+
+
+def check_bias(bias: Tensor | None, n: int) -> None:
+    """Raise ``ValueError`` unless ``bias`` is that of a linear with ``n`` outputs, or None."""
     must(
         bias is None or (bias.dtype in FLOAT_DTYPES and bias.shape == (n,)),
         lambda: f"bias must be float32, bfloat16 or float16 of shape [{n}], got {describe(bias)}",
     )
-    _check_input(scheme, input_scale, input_zero_point)
 
 
 def _check_input(scheme: Scheme, scale: Tensor | None, zero_point: Tensor | None) -> None:

@@ -21,7 +21,8 @@ INT8_DTYPES: frozenset[torch.dtype] = frozenset({torch.int8, torch.uint8})
 CODE_DTYPES: frozenset[torch.dtype] = FLOAT8_DTYPES | INT8_DTYPES
 # pyrefly: ignore [missing-attribute]
 INT4_DTYPES: frozenset[torch.dtype] = frozenset({torch.int4, torch.uint4})
-FLOAT_DTYPES: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
+HALF_DTYPES: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float16})
+FLOAT_DTYPES: frozenset[torch.dtype] = HALF_DTYPES | {torch.float32}
 
 
 def float8_max(dtype: torch.dtype) -> float:

@@ -7,9 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from fx_quant.errors import NoKernelError, unknown_name
-from fx_quant.kernels.base import PLATFORM_REASON, Kernel, kernel, kernels, names_to_disable
+from fx_quant.kernels.base import Kernel, kernel, kernels
 from fx_quant.padding import Padding, plan_padding
 from fx_quant.problem import Problem
+from fx_quant.reasons import for_platform
 from fx_quant.target import Target
 
 DISABLED_VARIABLE = "FX_QUANT_DISABLED_KERNELS"
@@ -30,7 +31,7 @@ class Verdict:
     @property
     def for_platform(self) -> bool:
         """Whether the kernel is for the target's platform at all."""
-        return not any(reason.startswith(PLATFORM_REASON) for reason in self.reasons)
+        return for_platform(self.reasons)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Selection:
 
 
 def disabled_kernels() -> frozenset[str]:
-    """Kernels and providers that ``FX_QUANT_DISABLED_KERNELS`` (comma-separated) switches off.
+    """Kernels, providers and kernel classes that ``FX_QUANT_DISABLED_KERNELS`` (comma-separated) switches off.
 
     Raises:
-        UnknownNameError: the variable names neither a kernel nor a provider.
+        UnknownNameError: the variable names none of these.
     """
     names = frozenset(name.strip() for name in os.environ.get(DISABLED_VARIABLE, "").split(",") if name.strip())
     check_kernel_names(names)
@@ -56,8 +57,17 @@ def disabled_kernels() -> frozenset[str]:
 
 
 def check_kernel_names(names: Collection[str]) -> None:
-    """Raise ``UnknownNameError`` unless each name is a kernel or a provider."""
-    known = names_to_disable()
+    """Raise ``UnknownNameError`` unless each name is a kernel, a provider or a class of ``fx_quant.linear_kernels``.
+
+    A class of somebody else is known once it is defined.
+    """
+    found = kernels()
+    known = {each.name for each in found} | {each.provider for each in found}
+    if known.issuperset(names):
+        return
+    from fx_quant.linear_kernels.choose import class_names  # the interface, which few programs need, is above this
+
+    known |= class_names()
     for name in sorted(names):
         if name not in known:
             raise unknown_name("kernel or provider", name, known)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from fx_quant.errors import NoKernelError
-from fx_quant.kernels.base import PLATFORM_REASON, kernels
+from fx_quant.kernels.base import kernels
 from fx_quant.problem import Problem, SizeRange
+from fx_quant.reasons import is_candidate
 from fx_quant.scheme import Scheme
 from fx_quant.selection import select
 from fx_quant.target import Target
@@ -65,7 +66,7 @@ class Support:
         """The choice, then each other kernel of the platform that has the codes."""
         lines = [f"{self.scheme} -> {self.kernel or 'no kernel'}"]
         for name, reasons in self.losers.items():
-            if not any(reason.startswith(PLATFORM_REASON) or reason.endswith(" matmul") for reason in reasons):
+            if is_candidate(reasons):
                 lines.append(f"    not {name}: {'; '.join(reasons)}")
         return "\n".join(lines)
 

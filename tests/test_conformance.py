@@ -31,7 +31,7 @@ DEVICE = "cpu" if HERE.platform == "cpu" else "cuda"
 RUN_HERE = [kernel for kernel in kernels() if not kernel.requires.unmet_by_target(HERE)]
 
 # Aligned, ragged, one column, one k, longer than a panel; k even, as int4 codes come in pairs.
-SIZES = ((64, 128), (70, 36), (1, 2), (200, 130))
+SIZES = ((128, 256), (70, 36), (1, 2), (200, 130))
 ROWS = (0, 1, 17)
 EPILOGUES = (
     (torch.float32, None),

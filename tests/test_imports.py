@@ -16,7 +16,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-LEAVES = ("config", "errors", "scheme", "target", "problem")
+LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons")
 PROVIDERS = [
     f"fx_quant.kernels.{path.stem}"
     for path in sorted((PACKAGE / "kernels").glob("*.py"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import pytest
@@ -12,8 +15,10 @@ from tolerances import assert_within
 from torch import Tensor, nn
 
 import fx_quant.linear_kernels as lk
+from fx_quant.activation import quantize_activation
 from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
-from fx_quant.kernels.base import _KERNELS, kernel, kernels
+from fx_quant.kernels import base
+from fx_quant.kernels.base import Kernel, kernel, kernels
 from fx_quant.linear import QuantizedLinear
 from fx_quant.linear_kernels.choose import _FAMILIES, _families, _subclasses
 from fx_quant.quantize_weight import quantize_weight
@@ -50,6 +55,12 @@ def layer_of(**tensors: Any) -> nn.Module:
         else:
             setattr(layer, name, value)
     return layer
+
+
+def register(added: Kernel, monkeypatch) -> None:
+    """Make ``added`` the best kernel until the test ends."""
+    monkeypatch.setitem(base._KERNELS, added.name, added)
+    monkeypatch.setitem(base._PRIORITY, added.name, 99)
 
 
 def fp8(weight=CHANNEL, activation=TOKEN, out=torch.float32, shape=None) -> lk.FP8ScaledMMLinearLayerConfig:
@@ -322,6 +333,25 @@ def test_one_kernel_of_a_class_may_be_disabled(monkeypatch):
         lk.is_supported_and_can_implement_kernel(C, CONFIG, 90)
 
 
+@pytest.mark.parametrize("name", ["CPUInt8ScaledMMLinearKernel", "TheirInt8ScaledMMLinearKernel", "nonsense"])
+@pytest.mark.parametrize("imported", ["", "import fx_quant.linear_kernels; "])
+def test_class_names_are_known_whatever_was_imported(name, imported):
+    code = (
+        f"{imported}from dataclasses import replace; from fx_quant.kernels.base import kernel, register_kernel; "
+        "their = replace(kernel('pytorch_int_mm'), name='their_int8', provider='their'); "
+        "register_kernel(their, priority=0); "
+        "from fx_quant.selection import disabled_kernels; print(*disabled_kernels())"
+    )
+    environment = {**os.environ, "FX_QUANT_DISABLED_KERNELS": name}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    if name == "nonsense":
+        assert "unknown kernel or provider 'nonsense'" in done.stderr
+        assert "CPUInt8ScaledMMLinearKernel" in done.stderr
+    else:
+        assert done.stdout.strip() == name, done.stderr
+
+
 def test_lists_are_in_the_order_of_selection():
     order = [k.name for k in kernels()]
     for family in _FAMILIES:
@@ -336,11 +366,7 @@ def test_lists_are_in_the_order_of_selection():
 
 
 def test_a_kernel_of_an_installed_provider_gets_a_class(monkeypatch):
-    from dataclasses import replace
-
-    theirs = replace(kernel("pytorch_int_mm"), name="their_int8", provider="their")
-    monkeypatch.setitem(_KERNELS, "their_int8", theirs)
-    monkeypatch.setitem(importlib.import_module("fx_quant.kernels.base")._PRIORITY, "their_int8", 99)
+    register(replace(kernel("pytorch_int_mm"), name="their_int8", provider="their"), monkeypatch)
     first = lk.possible_kernels(lk.Int8ScaledMMLinearKernel)["cpu"][0]
     assert first.__name__ == "TheirInt8ScaledMMLinearKernel" and first.KERNELS == ("their_int8",)
     assert lk.possible_kernels(lk.Int8ScaledMMLinearKernel)["cpu"][0] is first
@@ -358,8 +384,8 @@ def test_mixed_precision():
     ("target", "cls", "rows"),
     [
         (90, "PerTensorTorchFP8ScaledMMLinearKernel", 17),
-        ("gfx942", "ROCmFP8ScaledMMLinearKernel", None),
-        ("gfx950", "ROCmFP8ScaledMMLinearKernel", None),
+        ("gfx942", "PerTensorTorchFP8ScaledMMLinearKernel", None),
+        ("gfx950", "PerTensorTorchFP8ScaledMMLinearKernel", None),
         ("x86_vnni", "CPUFP8ScaledMMLinearKernel", None),
     ],
 )
@@ -371,6 +397,12 @@ def test_init_fp8_chooses_per_target_and_pads_where_torch_gains(target, cls, row
     assert type(made).__name__ == cls
     assert made.get_output_padding() == rows
     assert made.config == fp8(specs[1], specs[0], torch.bfloat16)
+
+
+def test_rocm_with_vllm_gets_its_skinny_kernel_for_any_number_of_rows():
+    target = named_target("gfx950", packages={"vllm": "0.33"})
+    made = lk.init_fp8_linear_kernel(DYNAMIC, STATIC, torch.bfloat16, compute_capability=target)
+    assert type(made) is lk.ROCmFP8ScaledMMLinearKernel
 
 
 def test_init_names_the_module_in_its_error(monkeypatch):
@@ -554,13 +586,56 @@ def test_the_result_has_the_dtype_of_the_configuration():
     assert made.apply_weights(layer, X).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "limit",
+    [{"bias": False}, {"bias_dtypes": frozenset({torch.float16})}, {"bias_as_out": True}],
+    ids=lambda limit: next(iter(limit)),
+)
+def test_a_bias_that_the_kernel_does_not_add_is_added_after_it(limit, bias_dtype, out, monkeypatch):
+    requires = replace(kernel("pytorch_int_mm").requires, **limit)
+    register(replace(kernel("pytorch_int_mm"), name="their_int8", provider="their", requires=requires), monkeypatch)
+    found, bias = quantize_weight(torch.randn(N, K), INT8_CHANNEL), torch.randn(N).to(bias_dtype)
+    layer = layer_of(weight=found.codes, weight_scale=found.scale)
+    made = lk.init_int8_linear_kernel(True, False, True, out_dtype=out)
+    made.process_weights_after_loading(layer)
+    assert layer.fx_quant_prepared.kernel == "their_int8"
+    a, a_scale, _ = quantize_activation(X, made.config.problem().scheme.activation)
+    exact = (a.double() @ found.codes.double().t()) * a_scale.double() * found.scale.double().t()
+    assert_within(made.apply_weights(layer, X), exact.to(out), Numerics.SAME_ACCUM)
+    biased = made.apply_weights(layer, X, bias)
+    assert_within(biased, (exact + bias.double()).to(out), Numerics.REASSOCIATED, exact.abs().max().item())
+    assert made.apply_weights(layer, X.reshape(2, 3, K), bias).shape == (2, 3, N)
+    assert torch.equal(made.apply_weights(layer, X.reshape(2, 3, K), bias).reshape(6, N), biased)
+    compiled = torch.compile(lambda x: made.apply_weights(layer, x, bias), backend="eager", fullgraph=True)
+    assert_within(compiled(X), (exact + bias.double()).to(out), Numerics.SAME_ACCUM, exact.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(1), torch.randn(N, 1), torch.zeros(N, dtype=torch.int32)],
+    ids=lambda bias: f"{bias.dtype}{list(bias.shape)}",
+)
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_bias_that_does_not_fit_is_an_error(adds, bias, monkeypatch):
+    requires = replace(kernel("pytorch_int_mm").requires, bias=adds)
+    register(replace(kernel("pytorch_int_mm"), name="their_int8", provider="their", requires=requires), monkeypatch)
+    found = quantize_weight(torch.randn(N, K), INT8_CHANNEL)
+    layer = layer_of(weight=found.codes, weight_scale=found.scale)
+    made = lk.init_int8_linear_kernel(True, False, True)
+    made.process_weights_after_loading(layer)
+    with pytest.raises(ValueError, match=r"bias must be float32, bfloat16 or float16 of shape \[48\], got"):
+        made.apply_weights(layer, X, bias)
+
+
 def test_a_layer_compiles():
     found = quantize_weight(torch.randn(N, K), INT8_CHANNEL)
     layer = layer_of(weight=found.codes, weight_scale=found.scale)
     made = lk.init_int8_linear_kernel(True, False, False, out_dtype=torch.float32)
     made.process_weights_after_loading(layer)
     layer.forward = lambda x: made.apply_weights(layer, x)
-    compiled = torch.compile(layer, backend="fx_quant", options={"strict": True})
+    compiled = torch.compile(layer, backend="fx_quant", options={"strict": True}, fullgraph=True)
     assert_within(compiled(X), layer.forward(X), Numerics.EXACT)
 
 

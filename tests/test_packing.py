@@ -50,7 +50,9 @@ def parameter(n: int = 70, k: int = 9) -> nn.Parameter:
 
 def all_layouts():
     kernels()  # providers bring layouts of their own
-    return [(layout.name, dtype) for layout in layouts() for dtype in sorted(layout.weights, key=str)]
+    # Machete's is the order of an op of vLLM's, see test_machete.py.
+    ours = [layout for layout in layouts() if not layout.name.startswith("machete_")]
+    return [(layout.name, dtype) for layout in ours for dtype in sorted(layout.weights, key=str)]
 
 
 @pytest.mark.parametrize(("name", "dtype"), [each for each in all_layouts() if packed_layout(each[0]).unpack])

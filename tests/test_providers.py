@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fx_quant.backend import static_input_indices
 from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.config import Options
+from fx_quant.eager import run_kernel
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels import rocm
 from fx_quant.kernels.aiter import shuffle, unshuffle
@@ -86,7 +87,7 @@ class Calls(list):
 
 
 class Vllm:
-    """The ops of vLLM 0.33 on CUDA and on ROCm."""
+    """The ops of vLLM 0.33 on CUDA and on ROCm, and the ``torch._scaled_mm`` of a ROCm build."""
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
@@ -144,6 +145,17 @@ class Vllm:
         assert_scale(scale_b, 1)
         y = exact_sum(in_b, in_a.t()) * scale_a * scale_b
         out_c.copy_(y if in_bias is None else y + in_bias)
+
+    def scaled_mm(self, a, b, *, scale_a, scale_b, bias, out_dtype):
+        self.calls.append(("_scaled_mm", (a, b, scale_a, scale_b, bias, out_dtype)))
+        (m, k), n = a.shape, b.shape[1]
+        assert m > 0 and b.shape == (k, n) and n % 16 == 0 and k % 16 == 0
+        assert a.is_contiguous() and b.stride(0) == 1 and a.dtype is b.dtype and a.dtype in (E4M3, FNUZ)
+        assert out_dtype in (BF16, F16) and (bias is None or (bias.dtype is out_dtype and bias.shape == (n,)))
+        assert_scale(scale_a, 1)
+        assert_scale(scale_b, 1)
+        y = exact_sum(a, b) * scale_a * scale_b
+        return (y if bias is None else y + bias).to(out_dtype)
 
 
 SCHEMAS = {
@@ -260,6 +272,7 @@ def calls(monkeypatch) -> Iterator[Calls]:
     monkeypatch.setitem(sys.modules, "flashinfer.gemm", flashinfer.gemm)
     monkeypatch.setitem(sys.modules, "aiter", aiter_module(recorded))
     monkeypatch.setattr(rocm, "compute_units", lambda device: 304)
+    monkeypatch.setattr(torch, "_scaled_mm", vllm.scaled_mm)
     yield recorded
     for library in libraries:
         library._destroy()
@@ -348,10 +361,7 @@ def takes_bias(chosen: Kernel) -> bool:
     return "adds no bias" not in chosen.requires.unmet_by_problem(biased)
 
 
-def rows_of(chosen: Kernel) -> tuple[int, ...]:
-    return tuple(m for m in (1, 2, 3, 4, 5, 33) if chosen.requires.max_m is None or m <= chosen.requires.max_m)
-
-
+ROWS = (1, 2, 3, 4, 5, 33)
 EACH = [(name, pair) for name, chosen in MINE.items() for pair in pairs_of(chosen)]
 
 
@@ -377,17 +387,17 @@ def sizes_of(chosen: Kernel) -> tuple[int, int]:
 def test_an_op_equals_the_canonical_one(calls, name, pair, with_bias):
     chosen = MINE[name]
     n, k = sizes_of(chosen)
-    for m in rows_of(chosen):
+    for m in ROWS:
         for out in chosen.requires.out_dtypes:
             assert_same(name, operands(pair, dtype_of(chosen), m, n, k, out, with_bias))
-    assert len(calls) == len(rows_of(chosen)) * len(chosen.requires.out_dtypes)
+    assert len(calls) == len(ROWS) * len(chosen.requires.out_dtypes)
 
 
 @pytest.mark.parametrize(("name", "pair"), EACH, ids=spelled)
 def test_strides_and_addresses_do_not_matter(calls, name, pair):
     chosen = MINE[name]
     n, k = sizes_of(chosen)
-    for m in rows_of(chosen):
+    for m in ROWS:
         given = operands(
             pair, dtype_of(chosen), m, n, k, sorted(chosen.requires.out_dtypes, key=str)[0], takes_bias(chosen)
         )
@@ -470,6 +480,39 @@ def test_opcheck(calls, name, pair):
     assert all(torch.equal(x.float(), was.float()) for x, was in zip(inputs, before, strict=True))
     assert all(got.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in inputs)
     assert got.shape == (3, n) and got.is_contiguous()
+
+
+# --- few rows and many ---
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("gfx950", E4M3), ("gfx942", FNUZ)])
+def test_rocm_asks_for_the_rows_when_it_runs(calls, target, dtype):
+    """The kernel is chosen without them, eagerly and in a graph of any m."""
+    asked = replace(FP8 if dtype is E4M3 else FNUZ_TENSOR, m=SizeRange(0, None), n=32, k=48)
+    selections = [select(asked, named_target(target, packages=ALL), mode=mode) for mode in ("eager", "graph")]
+    assert {each.kernel.op for each in selections} == {"rocm_float8"}
+    for m in (0, 1, 4, 5, 64):
+        given = operands((TENSOR, TENSOR), dtype, m, 32, 48, bias=False)
+        weight, scales = given["b"].t(), (given["a_scale"], given["b_scale"])
+        got = run_kernel(selections[0], given["a"], weight, *scales, None)
+        assert_within(got, expected(given), Numerics.SAME_ACCUM)
+    assert calls.ops() == ["wvSplitKQ", "wvSplitKQ", "_scaled_mm", "_scaled_mm"]
+
+
+def test_a_dynamic_graph_of_rocm_has_one_op_and_no_guard_on_the_rows(calls):
+    given, graphs = operands((TENSOR, TENSOR), E4M3, 3, 32, 48), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    weight, scales = given["b"], (given["a_scale"], given["b_scale"], given["bias"])
+    compiled = torch.compile(lambda a: fxq.rocm_float8(a, weight, *scales, 32, BF16), backend=backend, dynamic=True)
+    for m in (3, 4, 5, 33):
+        part = operands((TENSOR, TENSOR), E4M3, m, 32, 48)["a"]
+        assert_within(compiled(part), expected({**given, "a": part}), Numerics.SAME_ACCUM)
+    assert len(graphs) == 1
+    assert calls.ops() == ["wvSplitKQ", "wvSplitKQ", "_scaled_mm", "_scaled_mm"]
 
 
 # --- zero points ------------------------------------------------------------------------------------------------------
@@ -609,7 +652,6 @@ PROBLEMS = {
     "fp8 tensor, ragged": replace(FP8, n=36, k=72),
     "fp8 tensor, one row": replace(FP8, m=ONE, bias=BF16),
     "fp8 tensor, up to four rows": replace(FP8, m=FOUR),
-    "fp8 tensor, up to five rows": replace(FP8, m=SizeRange(1, 5)),
     "fp8 row": FP8_ROW,
     "fp8 row, bias": replace(FP8_ROW, bias=BF16),
     "fp8 row, ragged": replace(FP8_ROW, n=36, k=72),
@@ -620,6 +662,7 @@ PROBLEMS = {
     "fp8 block, float16": replace(FP8_BLOCK, out_dtype=F16),
     "fp8 block, ragged": replace(FP8_BLOCK, n=576, k=400),
     "fp8 block of 64": problem(*of(E4M3, Granularity.per_group(64), Granularity.per_block(64, 64))),
+    "fnuz tensor": FNUZ_TENSOR,
     "fnuz tensor, one row": replace(FNUZ_TENSOR, m=ONE),
     "fnuz row": FNUZ_ROW,
     "fnuz row, bias": replace(FNUZ_ROW, bias=BF16),
@@ -638,7 +681,6 @@ CHOICES: dict[str, dict[str, str]] = {
                 "fp8 tensor, ragged",
                 "fp8 tensor, one row",
                 "fp8 tensor, up to four rows",
-                "fp8 tensor, up to five rows",
                 "fp8 row",
                 "fp8 row, bias",
                 "fp8 row, ragged",
@@ -660,7 +702,6 @@ CHOICES["sm100"] = CHOICES["sm120"] = {
     "fp8 tensor": "flashinfer_float8",
     "fp8 tensor, ragged": "flashinfer_float8",
     "fp8 tensor, up to four rows": "flashinfer_float8",
-    "fp8 tensor, up to five rows": "flashinfer_float8",
     **dict.fromkeys(
         ["fp8 block", "fp8 block, bias", "fp8 block, float16", "fp8 block, ragged"], "cutlass_float8_block"
     ),
@@ -668,8 +709,10 @@ CHOICES["sm100"] = CHOICES["sm120"] = {
 AITER_INT8 = dict.fromkeys(["int8", "int8, bias", "int8, tensors", "int8, deep", "int8, ragged"], "aiter_int8")
 CHOICES["gfx950"] = {
     **AITER_INT8,
-    "fp8 tensor, one row": "rocm_skinny_float8",
-    "fp8 tensor, up to four rows": "rocm_skinny_float8",
+    **dict.fromkeys(
+        ["fp8 tensor", "fp8 tensor, bias", "fp8 tensor, ragged", "fp8 tensor, one row", "fp8 tensor, up to four rows"],
+        "rocm_float8",
+    ),
     "fp8 row": "aiter_float8_preshuffled",
     "fp8 row, bias": "aiter_float8_rowwise",
     "fp8 row, ragged": "aiter_float8_rowwise",
@@ -678,7 +721,8 @@ CHOICES["gfx950"] = {
 }
 CHOICES["gfx942"] = {
     **AITER_INT8,
-    "fnuz tensor, one row": "rocm_skinny_float8_fnuz",
+    "fnuz tensor": "rocm_float8_fnuz",
+    "fnuz tensor, one row": "rocm_float8_fnuz",
     "fnuz row": "aiter_float8_preshuffled_fnuz",
     "fnuz row, bias": "aiter_float8_rowwise_fnuz",
     "fnuz block": "aiter_float8_block_fnuz",
@@ -758,11 +802,10 @@ def test_a_missing_or_old_library_is_the_only_reason(name):
         ("flashinfer_float8", "sm100", "fp8 row", ["has no per_token x per_channel scales"]),
         ("flashinfer_float8_block_sm90", "sm100", "fp8 block", ["needs sm90 or older, target is sm100"]),
         ("flashinfer_float8_block_sm90", "sm90", "fp8 block, float16", ["returns bfloat16, asked for float16"]),
-        ("rocm_skinny_float8", "gfx950", "fp8 tensor", ["needs m <= 4, m may be 1.."]),
-        ("rocm_skinny_float8", "gfx950", "fp8 tensor, up to five rows", ["needs m <= 4, m may be 1..5"]),
-        ("rocm_skinny_float8", "gfx942", "fp8 tensor, one row", ["needs float8, which gfx942 has not"]),
-        ("rocm_skinny_float8_fnuz", "gfx950", "fnuz tensor, one row", ["needs float8_fnuz, which gfx950 has not"]),
-        ("rocm_skinny_float8", "sm90", "fp8 tensor, one row", ["needs platform rocm, target is cuda"]),
+        ("rocm_float8", "gfx950", "fp8 row", ["has no per_token x per_channel scales"]),
+        ("rocm_float8", "gfx942", "fp8 tensor", ["needs float8, which gfx942 has not"]),
+        ("rocm_float8_fnuz", "gfx950", "fnuz tensor", ["needs float8_fnuz, which gfx950 has not"]),
+        ("rocm_float8", "sm90", "fp8 tensor", ["needs platform rocm, target is cuda"]),
         ("aiter_float8_preshuffled", "gfx950", "fp8 row, bias", ["adds no bias"]),
         (
             "aiter_float8_preshuffled",
@@ -828,8 +871,9 @@ def compiled(given: Mapping[str, Any], target: Target) -> tuple[Tensor, str]:
         ("sm100", (GROUP, BLOCK), E4M3, BF16, True, (5, 200, 300), "cutlass_float8_block"),
         ("sm90", (GROUP, BLOCK), E4M3, BF16, True, (5, 200, 300), "flashinfer_float8_block_sm90"),
         ("sm90", (GROUP, BLOCK), E4M3, BF16, False, (2, 1, 1), "flashinfer_float8_block_sm90"),
-        ("gfx950", (TENSOR, TENSOR), E4M3, BF16, True, (1, 36, 72), "rocm_skinny_float8"),
-        ("gfx942", (TENSOR, TENSOR), FNUZ, F16, False, (4, 15, 17), "rocm_skinny_float8_fnuz"),
+        ("gfx950", (TENSOR, TENSOR), E4M3, BF16, True, (1, 36, 72), "rocm_float8"),
+        ("gfx942", (TENSOR, TENSOR), FNUZ, F16, False, (4, 15, 17), "rocm_float8_fnuz"),
+        ("gfx950", (TENSOR, TENSOR), E4M3, BF16, True, (5, 36, 72), "rocm_float8"),
         ("gfx950", (TOKEN, CHANNEL), E4M3, BF16, False, (5, 256, 512), "aiter_float8_preshuffled"),
         ("gfx942", (TOKEN, TENSOR), FNUZ, F16, False, (3, 512, 256), "aiter_float8_preshuffled_fnuz"),
         ("gfx950", (TOKEN, CHANNEL), E4M3, BF16, True, (5, 36, 72), "aiter_float8_rowwise"),

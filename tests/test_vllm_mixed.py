@@ -366,7 +366,8 @@ def problem(dtype: torch.dtype = INT4, granularity: Granularity = GROUP, *, symm
     ids=str,
 )
 def test_it_is_chosen_before_triton(target, asked, chosen):
-    assert select(asked, named_target(target, packages=PACKAGES)).kernel.name == chosen
+    # Machete comes before it on sm90.
+    assert select(asked, named_target(target, packages=PACKAGES), disabled=["machete"]).kernel.name == chosen
     without = {name: version for name, version in PACKAGES.items() if name != "vllm"}
     assert select(asked, named_target(target, packages=without)).kernel.provider == "triton"
 

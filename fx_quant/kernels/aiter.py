@@ -18,17 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_quant.kernels.base import INT8_PAIRS, KERNEL_SCHEMA, ROW_SCALES, Kernel, Requires, fake_kernel, register_kernel
+from fx_quant.kernels.base import (
+    INT8_PAIRS,
+    KERNEL_SCHEMA,
+    ROCM,
+    ROCM_FLOAT8,
+    ROW_SCALES,
+    TENSOR_SCALES,
+    Kernel,
+    Requires,
+    fake_kernel,
+    register_kernel,
+)
 from fx_quant.kernels.operands import BLOCK_SCALES, add_bias, dense, one_or_each, whole_blocks
 from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.ops import MATMUL_TAGS, register
-from fx_quant.scheme import Granularity, Numerics
+from fx_quant.scheme import HALF_DTYPES, Numerics
 
-_HALF = frozenset({torch.bfloat16, torch.float16})
-_ROCM = frozenset({"rocm"})
 _AITER = {"amd-aiter": "0.1.9"}
-_TENSOR = Granularity.PER_TENSOR
-_FLOAT8_SCALES = ROW_SCALES - {(_TENSOR, _TENSOR)}
+_FLOAT8_SCALES = ROW_SCALES - TENSOR_SCALES
 
 # A tile of the preshuffled weight: 16 rows x two runs of 16 bytes along k.
 _TILE_N, _TILE_K, _RUN = 16, 32, 16
@@ -102,12 +110,12 @@ register_kernel(
         provider="aiter",
         op="aiter_rowwise",
         requires=Requires(
-            platforms=_ROCM,
+            platforms=ROCM,
             packages=_AITER,
             codes=INT8_PAIRS,
             granularities=ROW_SCALES,
-            out_dtypes=_HALF,
-            bias_dtypes=_HALF,
+            out_dtypes=HALF_DTYPES,
+            bias_dtypes=HALF_DTYPES,
             bias_as_out=True,
             align=16,
         ),
@@ -116,16 +124,14 @@ register_kernel(
     ),
     priority=50,
 )
-for _suffix, _feature, _codes in (
-    ("", "float8", torch.float8_e4m3fn),
-    ("_fnuz", "float8_fnuz", torch.float8_e4m3fnuz),
-):
+for _feature, _pairs, _suffix in ROCM_FLOAT8:
+    ((_codes, _),) = _pairs
     _target = {
-        "platforms": _ROCM,
+        "platforms": ROCM,
         "features": frozenset({_feature}),
         "packages": _AITER,
-        "codes": frozenset({(_codes, _codes)}),
-        "out_dtypes": _HALF,
+        "codes": _pairs,
+        "out_dtypes": HALF_DTYPES,
     }
     register_layout(
         Layout(
@@ -158,7 +164,9 @@ for _suffix, _feature, _codes in (
             name=f"aiter_float8_rowwise{_suffix}",
             provider="aiter",
             op="aiter_rowwise",
-            requires=Requires(**_target, granularities=_FLOAT8_SCALES, bias_dtypes=_HALF, bias_as_out=True, align=16),
+            requires=Requires(
+                **_target, granularities=_FLOAT8_SCALES, bias_dtypes=HALF_DTYPES, bias_as_out=True, align=16
+            ),
             numerics=Numerics.SAME_ACCUM,
             note="aiter.gemm_a8w8, scales and bias in its epilogue",
         ),

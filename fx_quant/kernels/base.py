@@ -17,11 +17,11 @@ from packaging.version import Version
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import check_scaled_mm
 from fx_quant.problem import Problem
+from fx_quant.reasons import other_codes, other_platform
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, dtype_name
 from fx_quant.target import Target
 
 ENTRY_POINT_GROUP = "fx_quant.kernels"
-PLATFORM_REASON = "needs platform"
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Requires:
         bias_dtypes: dtypes of the bias it can add (a missing bias is always fine).
         bias_as_out: a bias must have the dtype of the result.
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
+        align_n: ``n`` must be a multiple of it too, and is not padded to it.
         whole_groups: ``k`` must be a multiple of the group that shares a scale.
         m: smallest number of rows it accepts.
-        max_m: largest number of rows it accepts.
         max_k: largest ``k`` it accepts.
         asymmetric: operands (``"activation"``, ``"weight"``) that may have a zero point.
         constant_weight: the weight must be a parameter or constant, because it is packed once.
@@ -64,10 +64,10 @@ class Requires:
     bias_dtypes: frozenset[torch.dtype] = frozenset()
     bias_as_out: bool = False
     align: int = 1
+    align_n: int = 1
     paddable: bool = True
     whole_groups: bool = False
     m: int = 0
-    max_m: int | None = None
     max_k: int | None = None
     asymmetric: frozenset[str] = frozenset()
     constant_weight: bool = False
@@ -76,7 +76,7 @@ class Requires:
         """Reasons why ``target`` cannot run the kernel at all; empty when it can."""
         reasons = []
         if self.platforms and target.platform not in self.platforms:
-            reasons.append(f"{PLATFORM_REASON} {_one_of(self.platforms)}, target is {target.platform}")
+            reasons.append(other_platform(_one_of(self.platforms), target.platform))
         capability = target.capability
         if capability is not None and self.min_capability is not None and capability < self.min_capability:
             reasons.append(f"needs sm{self.min_capability} or newer, target is {target.arch}")
@@ -98,7 +98,7 @@ class Requires:
         activation, weight = problem.scheme.activation, problem.scheme.weight
         reasons = []
         if self.codes and (activation.dtype, weight.dtype) not in self.codes:
-            reasons.append(f"has no {dtype_name(activation.dtype)} x {dtype_name(weight.dtype)} matmul")
+            reasons.append(other_codes(dtype_name(activation.dtype), dtype_name(weight.dtype)))
         pair = (activation.granularity, weight.granularity)
         # A missing scale is the scalar 1, so a kernel with per-tensor scales can take it.
         as_scaled = [Granularity.PER_TENSOR if g == Granularity.UNSCALED else g for g in pair]
@@ -119,30 +119,33 @@ class Requires:
             reasons.append(
                 f"returns the activation's {dtype_name(activation.dtype)}, asked for {dtype_name(problem.out_dtype)}"
             )
-        if not self.bias and problem.bias is not None:
-            reasons.append("adds no bias")
-        elif self.bias_dtypes and problem.bias is not None and problem.bias not in self.bias_dtypes:
-            reasons.append(
-                f"adds a bias of {_one_of(map(dtype_name, self.bias_dtypes))}, got {dtype_name(problem.bias)}"
-            )
-        elif self.bias_as_out and problem.bias is not None and problem.bias != problem.out_dtype:
-            reasons.append(
-                f"adds a bias of the result's dtype, got {dtype_name(problem.bias)} for {dtype_name(problem.out_dtype)}"
-            )
+        reasons += self.unmet_by_bias(problem.bias, problem.out_dtype)
         if not self.paddable and (problem.n % self.align or problem.k % self.align):
             reasons.append(f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}")
+        if problem.n % self.align_n:
+            reasons.append(f"needs n in multiples of {self.align_n}, got n={problem.n}")
         group = weight.granularity.size[-1:]
         if self.whole_groups and group and problem.k % group[0]:
             reasons.append(f"needs k in whole groups of {group[0]}, got k={problem.k}")
         if problem.m.low < self.m:
             reasons.append(f"needs m >= {self.m}, m may be {problem.m}")
-        if self.max_m is not None and (problem.m.high is None or problem.m.high > self.max_m):
-            reasons.append(f"needs m <= {self.max_m}, m may be {problem.m}")
         if self.max_k is not None and problem.k > self.max_k:
             reasons.append(f"needs k <= {self.max_k}, got k={problem.k}")
         if self.constant_weight and not problem.constant_weight:
             reasons.append("packs its weight once, so the weight must be a parameter, buffer or constant")
         return reasons
+
+    def unmet_by_bias(self, bias: torch.dtype | None, out_dtype: torch.dtype) -> list[str]:
+        """Reasons why the kernel cannot add a ``bias`` of that dtype to a result of ``out_dtype``; empty if it can."""
+        if bias is None:
+            return []
+        if not self.bias:
+            return ["adds no bias"]
+        if self.bias_dtypes and bias not in self.bias_dtypes:
+            return [f"adds a bias of {_one_of(map(dtype_name, self.bias_dtypes))}, got {dtype_name(bias)}"]
+        if self.bias_as_out and bias != out_dtype:
+            return [f"adds a bias of the result's dtype, got {dtype_name(bias)} for {dtype_name(out_dtype)}"]
+        return []
 
     def unmet(self, problem: Problem, target: Target) -> list[str]:
         """All unmet requirements, those of the target first."""
@@ -205,20 +208,6 @@ _KERNELS: dict[str, Kernel] = {}
 _PRIORITY: dict[str, int] = {}
 
 
-_CLASSES: set[str] = set()
-
-
-def name_class(name: str) -> None:
-    """Make ``name``, of a class of ``fx_quant.linear_kernels``, one that ``FX_QUANT_DISABLED_KERNELS`` may hold."""
-    _CLASSES.add(name)
-
-
-def names_to_disable() -> frozenset[str]:
-    """Names of every kernel, provider and kernel class."""
-    found = kernels()
-    return frozenset({k.name for k in found} | {k.provider for k in found} | _CLASSES)
-
-
 def register_kernel(kernel: Kernel, *, priority: int) -> Kernel:
     """Add ``kernel`` to the registry; among kernels that can run, the highest ``priority`` is chosen.
 
@@ -262,15 +251,29 @@ def _load_providers() -> None:
         entry_point.load()
 
 
+CPU, CUDA, ROCM = frozenset({"cpu"}), frozenset({"cuda"}), frozenset({"rocm"})
+# Operands that may have a zero point.
+ACTIVATION, WEIGHT = frozenset({"activation"}), frozenset({"weight"})
 INT8_PAIRS = frozenset({(torch.int8, torch.int8)})
-ACTIVATION = frozenset({"activation"})
+# The deepest sum of int8 products that an int32 holds: 128 * 128 * k is below 2**31.
+INT8_MAX_K = 131071
+FLOAT8_PAIRS = frozenset((a, b) for a in FLOAT8_DTYPES for b in FLOAT8_DTYPES)
+E4M3_PAIRS = frozenset({(torch.float8_e4m3fn, torch.float8_e4m3fn)})
+FNUZ_PAIRS = frozenset({(torch.float8_e4m3fnuz, torch.float8_e4m3fnuz)})
+# The feature of an AMD GPU, the codes that it multiplies, and what ends the names of their kernels.
+ROCM_FLOAT8 = (("float8", E4M3_PAIRS, ""), ("float8_fnuz", FNUZ_PAIRS, "_fnuz"))
+TENSOR_SCALES = frozenset({(Granularity.PER_TENSOR, Granularity.PER_TENSOR)})
 # Scales that leave the sum: one or one a row of the activation, one or one a column of the result.
 ROW_SCALES = frozenset(
     itertools.product(
         (Granularity.PER_TENSOR, Granularity.PER_TOKEN), (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)
     )
 )
-FLOAT8_PAIRS = frozenset((a, b) for a in FLOAT8_DTYPES for b in FLOAT8_DTYPES)
+
+
+def weight_scales(*weights: Granularity) -> frozenset[tuple[Granularity, Granularity]]:
+    """The pairs of a weight-only kernel that takes these granularities of the weight: the activation has no scale."""
+    return frozenset((Granularity.PER_TENSOR, weight) for weight in weights)
 
 
 def fake_kernel(name: str) -> Callable[..., torch.Tensor]:

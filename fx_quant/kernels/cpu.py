@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     ACTIVATION,
+    CPU,
     FLOAT8_PAIRS,
+    INT8_MAX_K,
     INT8_PAIRS,
     KERNEL_SCHEMA,
     ROW_SCALES,
@@ -21,14 +23,12 @@ from fx_quant.kernels.base import (
     Requires,
     fake_kernel,
     register_kernel,
+    weight_scales,
 )
 from fx_quant.kernels.packing import packed_layout
 from fx_quant.native import FLOAT8_BF16, INT8_VNNI, Dot, matmul
 from fx_quant.ops import MATMUL_TAGS, accumulate, correct, dequantize, register
-from fx_quant.scheme import Granularity, Numerics
-
-_CPU = frozenset({"cpu"})
-_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+from fx_quant.scheme import FLOAT_DTYPES, HALF_DTYPES, Granularity, Numerics
 
 
 def _body(layout: str, dot: Dot | None, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
@@ -72,14 +72,13 @@ register_kernel(
         provider="cpu",
         op="cpu_int8_vnni",
         requires=Requires(
-            platforms=_CPU,
+            platforms=CPU,
             features=frozenset({"avx512", "avx512_vnni", "cpp_compiler"}),
             codes=INT8_PAIRS,
             granularities=ROW_SCALES,
             asymmetric=ACTIVATION,
-            out_dtypes=_FLOATS | {torch.int32},
-            # 128 * 128 * k must be below 2**31.
-            max_k=131071,
+            out_dtypes=FLOAT_DTYPES | {torch.int32},
+            max_k=INT8_MAX_K,
             constant_weight=True,
         ),
         numerics=Numerics.EXACT,
@@ -94,11 +93,11 @@ register_kernel(
         provider="cpu",
         op="cpu_float8_bf16",
         requires=Requires(
-            platforms=_CPU,
+            platforms=CPU,
             features=frozenset({"avx512", "avx512_bf16", "cpp_compiler"}),
             codes=FLOAT8_PAIRS,
             granularities=ROW_SCALES,
-            out_dtypes=_FLOATS,
+            out_dtypes=FLOAT_DTYPES,
             constant_weight=True,
         ),
         numerics=Numerics.SAME_ACCUM,
@@ -114,7 +113,7 @@ register_kernel(
         provider="cpu",
         op="cpu_float8_float32",
         requires=Requires(
-            platforms=_CPU, codes=FLOAT8_PAIRS, granularities=ROW_SCALES, out_dtypes=_FLOATS, constant_weight=True
+            platforms=CPU, codes=FLOAT8_PAIRS, granularities=ROW_SCALES, out_dtypes=FLOAT_DTYPES, constant_weight=True
         ),
         numerics=Numerics.SAME_ACCUM,
         note="float8 codes widened to float32, float matmul, epilogue fused by Inductor",
@@ -129,14 +128,9 @@ register_kernel(
         provider="cpu",
         op="cpu_weight_only_int8",
         requires=Requires(
-            platforms=_CPU,
-            codes=frozenset({(torch.bfloat16, torch.int8), (torch.float16, torch.int8)}),
-            granularities=frozenset(
-                {
-                    (Granularity.PER_TENSOR, Granularity.PER_TENSOR),
-                    (Granularity.PER_TENSOR, Granularity.PER_CHANNEL),
-                }
-            ),
+            platforms=CPU,
+            codes=frozenset((dtype, torch.int8) for dtype in HALF_DTYPES),
+            granularities=weight_scales(Granularity.PER_TENSOR, Granularity.PER_CHANNEL),
             out_as_activation=True,
             # ATen reads past the end of a row whose k is no multiple of 16 (torch 2.13).
             align=16,

@@ -7,7 +7,16 @@ import itertools
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.base import KERNEL_SCHEMA, Kernel, Requires, fake_kernel, register_kernel
+from fx_quant.kernels.base import (
+    CPU,
+    KERNEL_SCHEMA,
+    WEIGHT,
+    Kernel,
+    Requires,
+    fake_kernel,
+    register_kernel,
+    weight_scales,
+)
 from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.ops import MATMUL_TAGS, dequantize, register
 from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics
@@ -56,10 +65,10 @@ register_kernel(
         provider="cpu",
         op="cpu_weight_only_int4",
         requires=Requires(
-            platforms=frozenset({"cpu"}),
+            platforms=CPU,
             codes=frozenset(itertools.product(FLOAT_DTYPES, INT4_DTYPES)),
-            granularities=frozenset((Granularity.PER_TENSOR, Granularity.per_group(size)) for size in _GROUPS),
-            asymmetric=frozenset({"weight"}),
+            granularities=weight_scales(*map(Granularity.per_group, _GROUPS)),
+            asymmetric=WEIGHT,
             out_as_activation=True,
             align=16,
             paddable=False,

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     ACTIVATION,
+    CUDA,
+    E4M3_PAIRS,
+    INT8_MAX_K,
     INT8_PAIRS,
     KERNEL_SCHEMA,
     ROW_SCALES,
@@ -29,11 +32,7 @@ from fx_quant.kernels.base import (
 )
 from fx_quant.kernels.operands import BLOCK, BLOCK_SCALES, add_bias, dense, one_or_each, vllm_op, whole_blocks
 from fx_quant.ops import MATMUL_TAGS, column_sums, register
-from fx_quant.scheme import Numerics
-
-_HALF = frozenset({torch.bfloat16, torch.float16})
-_E4M3 = frozenset({(torch.float8_e4m3fn, torch.float8_e4m3fn)})
-_CUDA = frozenset({"cuda"})
+from fx_quant.scheme import HALF_DTYPES, Numerics
 
 
 def _rows(a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, **_) -> Tensor:
@@ -81,13 +80,13 @@ register_kernel(
         provider="cutlass",
         op="cutlass_float8",
         requires=Requires(
-            platforms=_CUDA,
+            platforms=CUDA,
             min_capability=89,
             packages={"vllm": "0.13"},
-            codes=_E4M3,
+            codes=E4M3_PAIRS,
             granularities=ROW_SCALES,
-            out_dtypes=_HALF,
-            bias_dtypes=_HALF,
+            out_dtypes=HALF_DTYPES,
+            bias_dtypes=HALF_DTYPES,
             bias_as_out=True,
             align=16,
         ),
@@ -103,12 +102,12 @@ register_kernel(
         op="cutlass_float8_block",
         # Before 0.33 it wanted m in multiples of 4 on sm90.
         requires=Requires(
-            platforms=_CUDA,
+            platforms=CUDA,
             min_capability=90,
             packages={"vllm": "0.33"},
-            codes=_E4M3,
+            codes=E4M3_PAIRS,
             granularities=BLOCK_SCALES,
-            out_dtypes=_HALF,
+            out_dtypes=HALF_DTYPES,
             align=16,
         ),
         # It adds no bias, so a bias meets a rounded sum: where the two cancel, that rounding is what is left.
@@ -124,19 +123,19 @@ register_kernel(
         op="cutlass_int8",
         # Tensor cores from sm100 on have no int8 that it uses, and its zero point has kernels up to sm90.
         requires=Requires(
-            platforms=_CUDA,
+            platforms=CUDA,
             min_capability=75,
             max_capability=99,
             packages={"vllm": "0.13"},
             codes=INT8_PAIRS,
             granularities=ROW_SCALES,
             asymmetric=ACTIVATION,
-            out_dtypes=_HALF,
-            bias_dtypes=_HALF,
+            out_dtypes=HALF_DTYPES,
+            bias_dtypes=HALF_DTYPES,
             bias_as_out=True,
             align=16,
-            # Up to sm89 its sum saturates: 128 * 128 * k must be below 2**31.
-            max_k=131071,
+            # Up to sm89 its sum saturates.
+            max_k=INT8_MAX_K,
         ),
         numerics=Numerics.SAME_ACCUM,
         note="vLLM's CUTLASS matmul, scales, zero point and bias in its epilogue",

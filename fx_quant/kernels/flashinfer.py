@@ -17,14 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_quant.kernels.base import KERNEL_SCHEMA, Kernel, Requires, fake_kernel, register_kernel
+from fx_quant.kernels.base import (
+    CUDA,
+    E4M3_PAIRS,
+    KERNEL_SCHEMA,
+    TENSOR_SCALES,
+    Kernel,
+    Requires,
+    fake_kernel,
+    register_kernel,
+)
 from fx_quant.kernels.operands import BLOCK, BLOCK_SCALES, add_bias, dense, one_or_each
 from fx_quant.ops import MATMUL_TAGS, register
-from fx_quant.scheme import Granularity, Numerics
-
-_E4M3 = frozenset({(torch.float8_e4m3fn, torch.float8_e4m3fn)})
-_CUDA = frozenset({"cuda"})
-_TENSOR = Granularity.PER_TENSOR
+from fx_quant.scheme import HALF_DTYPES, Numerics
 
 
 def _tensor(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
@@ -80,12 +85,12 @@ register_kernel(
         # On sm89 and sm90 it has cuBLASLt and cuDNN alone, and PyTorch brings cuBLASLt with a bias in its epilogue.
         requires=Requires(
             bias=False,
-            platforms=_CUDA,
+            platforms=CUDA,
             min_capability=100,
             packages={"flashinfer-python": "0.6"},
-            codes=_E4M3,
-            granularities=frozenset({(_TENSOR, _TENSOR)}),
-            out_dtypes=frozenset({torch.bfloat16, torch.float16}),
+            codes=E4M3_PAIRS,
+            granularities=TENSOR_SCALES,
+            out_dtypes=HALF_DTYPES,
             align=16,
         ),
         numerics=Numerics.SAME_ACCUM,
@@ -99,11 +104,11 @@ register_kernel(
         provider="flashinfer",
         op="flashinfer_float8_block_sm90",
         requires=Requires(
-            platforms=_CUDA,
+            platforms=CUDA,
             min_capability=90,
             max_capability=90,
             packages={"flashinfer-python": "0.6"},
-            codes=_E4M3,
+            codes=E4M3_PAIRS,
             granularities=BLOCK_SCALES,
             # It takes a float16 result and writes bfloat16 bits to it.
             out_dtypes=frozenset({torch.bfloat16}),

@@ -25,13 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_quant.kernels.base import KERNEL_SCHEMA, Kernel, Requires, fake_kernel, register_kernel
-from fx_quant.kernels.operands import dense, vllm_op
+from fx_quant.kernels.base import (
+    CUDA,
+    KERNEL_SCHEMA,
+    WEIGHT,
+    Kernel,
+    Requires,
+    fake_kernel,
+    register_kernel,
+    weight_scales,
+)
+from fx_quant.kernels.operands import dense, scalar_type, vllm_op
 from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.ops import MATMUL_TAGS, register
-from fx_quant.scheme import INT4_DTYPES, Granularity, Numerics
+from fx_quant.scheme import HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
-_HALF = frozenset({torch.bfloat16, torch.float16})
 _GROUPS = (32, 64, 128)
 
 # A tile of the packed weight is 16 codes along k x 64 columns; the matmul takes whole steps of 128 along k.
@@ -45,15 +53,6 @@ _BACK = {bits: tuple(order.index(dim) for dim in range(8)) for bits, order in _O
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def scalar_type(bits: int, bias: int) -> int:
-    """The id, to vLLM, of unsigned integers of ``bits`` that stand for ``code - bias`` (``csrc/core/scalar_type.hpp``).
-
-    Fields from the lowest bit: 8 of exponent, 8 of mantissa, the sign, 32 of bias, "finite only", and 8 of how NaN is
-    written, 1 where the type says nothing of it.
-    """
-    return bits << 8 | bias << 17 | 1 << 50
 
 
 def _nibbles(pairs: Tensor) -> Tensor:
@@ -207,7 +206,7 @@ register_layout(
 
 # It has no unsigned 8-bit codes without a zero point, and 8-bit zero points are not compiled.
 for _name, _body, _codes, _asymmetric in (
-    ("marlin_int4", _int4, INT4_DTYPES, frozenset({"weight"})),
+    ("marlin_int4", _int4, INT4_DTYPES, WEIGHT),
     ("marlin_int8", _int8, frozenset({torch.int8}), frozenset()),
 ):
     register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
@@ -217,17 +216,12 @@ for _name, _body, _codes, _asymmetric in (
             provider="marlin",
             op=_name,
             requires=Requires(
-                platforms=frozenset({"cuda"}),
+                platforms=CUDA,
                 min_capability=80,
                 packages={"vllm": "0.33"},
-                codes=frozenset(itertools.product(_HALF, _codes)),
-                granularities=frozenset(
-                    (Granularity.PER_TENSOR, weight)
-                    for weight in (
-                        Granularity.PER_TENSOR,
-                        Granularity.PER_CHANNEL,
-                        *map(Granularity.per_group, _GROUPS),
-                    )
+                codes=frozenset(itertools.product(HALF_DTYPES, _codes)),
+                granularities=weight_scales(
+                    Granularity.PER_TENSOR, Granularity.PER_CHANNEL, *map(Granularity.per_group, _GROUPS)
                 ),
                 asymmetric=_asymmetric,
                 out_as_activation=True,

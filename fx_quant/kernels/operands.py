@@ -39,6 +39,15 @@ def vllm_op(namespace: str, name: str) -> torch._ops.OpOverload:
     return getattr(ops, name).default
 
 
+def scalar_type(bits: int, bias: int) -> int:
+    """The id, to vLLM, of unsigned integers of ``bits`` that stand for ``code - bias`` (``csrc/core/scalar_type.hpp``).
+
+    Fields from the lowest bit: 8 of exponent, 8 of mantissa, the sign, 32 of bias, "finite only", and 8 of how NaN is
+    written, 1 where the type says nothing of it.
+    """
+    return bits << 8 | bias << 17 | 1 << 50
+
+
 def dense(x: Tensor) -> Tensor:
     """``x [rows, columns]`` row by row without gaps, at an address that is a multiple of 16, copied only if it is not.
 

@@ -10,23 +10,27 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     ACTIVATION,
+    CPU,
+    CUDA,
+    E4M3_PAIRS,
     FLOAT8_PAIRS,
+    FNUZ_PAIRS,
     INT8_PAIRS,
     KERNEL_SCHEMA,
+    ROCM,
     ROW_SCALES,
+    TENSOR_SCALES,
+    WEIGHT,
     Kernel,
     Requires,
     fake_kernel,
     register_kernel,
 )
+from fx_quant.kernels.operands import BLOCK_SCALES
 from fx_quant.ops import MATMUL_TAGS, correct, dequantize, dequantize_weight, register
 from fx_quant.padding import SCALED_MM_ROWS
-from fx_quant.scheme import CODE_DTYPES, INT4_DTYPES, Granularity, Numerics
+from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
-_HALF = frozenset({torch.bfloat16, torch.float16})
-_FLOATS = _HALF | {torch.float32}
-_E4M3 = frozenset({(torch.float8_e4m3fn, torch.float8_e4m3fn)})
-_FNUZ = frozenset({(torch.float8_e4m3fnuz, torch.float8_e4m3fnuz)})
 _MIXED_E5M2 = frozenset(
     {
         (torch.float8_e5m2, torch.float8_e4m3fn),
@@ -34,11 +38,8 @@ _MIXED_E5M2 = frozenset(
     }
 )
 _NONE: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
-_TENSOR = Granularity.PER_TENSOR
-_CUDA, _ROCM = frozenset({"cuda"}), frozenset({"rocm"})
-_ANYWHERE = frozenset({"cpu", "cuda", "rocm"})
+_ANYWHERE = CPU | CUDA | ROCM
 _OCP, _FNUZ_ONLY = frozenset({"float8"}), frozenset({"float8_fnuz"})
-
 
 CUDA_INT_MM_ROWS = 17  # cuBLASLt's int8 matmul asserts more than 16 rows
 
@@ -70,7 +71,7 @@ def scale_operands(a_scale: Tensor | None, b_scale: Tensor | None, m, n: int, li
     return a_rows, b_scale.reshape(1, -1).expand(1, n).contiguous()
 
 
-def _scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
+def scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
     """``torch._scaled_mm`` with its own scales and bias."""
     scale_a, scale_b = scale_operands(a_scale, b_scale, a.shape[0], n, a)
     a, b = a.contiguous(), column_major(b)
@@ -110,7 +111,7 @@ def _weight_only(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=Non
 
 for _name, _body in (
     ("pytorch_int_mm", _int_mm),
-    ("pytorch_scaled_mm", _scaled_mm),
+    ("pytorch_scaled_mm", scaled_mm),
     ("pytorch_scaled_mm_block", _scaled_mm_blocks),
     ("pytorch_channelwise", _channelwise),
     ("pytorch_dequantized_block", _dequantized_blocks),
@@ -123,9 +124,7 @@ register_kernel(
         name="pytorch_int_mm",
         provider="pytorch",
         op="pytorch_int_mm",
-        requires=Requires(
-            platforms=frozenset({"cpu"}), codes=INT8_PAIRS, granularities=ROW_SCALES, asymmetric=ACTIVATION
-        ),
+        requires=Requires(platforms=CPU, codes=INT8_PAIRS, granularities=ROW_SCALES, asymmetric=ACTIVATION),
         numerics=Numerics.EXACT,
         note="torch._int_mm, epilogue fused by Inductor",
     ),
@@ -138,7 +137,7 @@ register_kernel(
         op="pytorch_int_mm",
         # cuBLASLt wants n and k in multiples of 8; the op itself sees to m.
         requires=Requires(
-            platforms=frozenset({"cuda"}),
+            platforms=CUDA,
             min_capability=80,
             codes=INT8_PAIRS,
             granularities=ROW_SCALES,
@@ -155,14 +154,22 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
     (
         "",
         SCALED_MM_ROWS,
-        Requires(platforms=_CUDA, min_capability=89, align=16),
-        _E4M3,
+        Requires(platforms=CUDA, min_capability=89, align=16),
+        E4M3_PAIRS,
         _MIXED_E5M2,
         "cuBLASLt",
         "cuBLASLt or CUTLASS",
     ),
-    ("_rocm", 0, Requires(platforms=_ROCM, features=_OCP, align=16), _E4M3, _MIXED_E5M2, "hipBLASLt", "hipBLASLt"),
-    ("_rocm_fnuz", 0, Requires(platforms=_ROCM, features=_FNUZ_ONLY, align=16), _FNUZ, _NONE, "hipBLASLt", "hipBLASLt"),
+    ("_rocm", 0, Requires(platforms=ROCM, features=_OCP, align=16), E4M3_PAIRS, _MIXED_E5M2, "hipBLASLt", "hipBLASLt"),
+    (
+        "_rocm_fnuz",
+        0,
+        Requires(platforms=ROCM, features=_FNUZ_ONLY, align=16),
+        FNUZ_PAIRS,
+        _NONE,
+        "hipBLASLt",
+        "hipBLASLt",
+    ),
 ):
     register_kernel(
         Kernel(
@@ -172,9 +179,9 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
             requires=replace(
                 _target,
                 codes=_same | _mixed,
-                granularities=frozenset({(_TENSOR, _TENSOR)}),
-                out_dtypes=_HALF,
-                bias_dtypes=_HALF,
+                granularities=TENSOR_SCALES,
+                out_dtypes=HALF_DTYPES,
+                bias_dtypes=HALF_DTYPES,
                 bias_as_out=True,
             ),
             numerics=Numerics.SAME_ACCUM,
@@ -191,7 +198,7 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
             requires=replace(
                 _target,
                 codes=_same,
-                granularities=ROW_SCALES - {(_TENSOR, _TENSOR)},
+                granularities=ROW_SCALES - TENSOR_SCALES,
                 out_dtypes=frozenset({torch.bfloat16}),
                 bias_dtypes=frozenset({torch.bfloat16}),
             ),
@@ -206,7 +213,7 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
             name=f"pytorch_channelwise{_suffix}",
             provider="pytorch",
             op="pytorch_channelwise",
-            requires=replace(_target, codes=_same | _mixed, granularities=ROW_SCALES, out_dtypes=_FLOATS),
+            requires=replace(_target, codes=_same | _mixed, granularities=ROW_SCALES, out_dtypes=FLOAT_DTYPES),
             numerics=Numerics.SAME_ACCUM,
             note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
             eager_rows=_rows,
@@ -220,11 +227,11 @@ register_kernel(
         op="pytorch_scaled_mm_block",
         # Of NVIDIA's, PyTorch has these scales for sm90 alone.
         requires=Requires(
-            platforms=_CUDA,
+            platforms=CUDA,
             min_capability=90,
             max_capability=90,
-            codes=_E4M3,
-            granularities=frozenset({(Granularity.per_group(128), Granularity.per_block(128, 128))}),
+            codes=E4M3_PAIRS,
+            granularities=BLOCK_SCALES,
             out_dtypes=frozenset({torch.bfloat16}),
             align=128,
             paddable=False,
@@ -245,7 +252,7 @@ register_kernel(
             platforms=_ANYWHERE,
             codes=FLOAT8_PAIRS,
             granularities=frozenset({(Granularity.ANY_GROUP, Granularity.ANY_BLOCK)}),
-            out_dtypes=_FLOATS,
+            out_dtypes=FLOAT_DTYPES,
         ),
         numerics=Numerics.REASSOCIATED,
         note="both operands dequantized to float32, then a float matmul",
@@ -260,9 +267,9 @@ register_kernel(
         dequantizes=True,
         requires=Requires(
             platforms=_ANYWHERE,
-            codes=frozenset(itertools.product(_FLOATS, CODE_DTYPES | INT4_DTYPES)),
-            out_dtypes=_FLOATS,
-            asymmetric=frozenset({"weight"}),
+            codes=frozenset(itertools.product(FLOAT_DTYPES, CODE_DTYPES | INT4_DTYPES)),
+            out_dtypes=FLOAT_DTYPES,
+            asymmetric=WEIGHT,
         ),
         numerics=Numerics.REASSOCIATED,
         note="the weight dequantized to the activation's dtype, then a float matmul",

@@ -1,13 +1,13 @@
-"""The skinny float8 matmul for AMD GPUs, from vLLM's op library: few rows, one scale for each operand.
+"""Float8 for AMD GPUs with one scale for each operand: vLLM's skinny matmul for few rows, PyTorch's for more.
 
-Written to the signatures of vLLM 0.13.0 and 0.33.0 (``csrc/rocm/torch_bindings.cpp``) and to the checks of
-``csrc/rocm/skinny_gemms.cu``::
+Written to the signatures of vLLM 0.13.0 and 0.33.0 (``csrc/rocm/torch_bindings.cpp``), to the checks of
+``csrc/rocm/skinny_gemms.cu`` and to the choice that ``ROCmFP8ScaledMMLinearKernel`` makes in each call::
 
     _rocm_C::wvSplitKQ(Tensor in_a, Tensor in_b, Tensor? in_bias, Tensor! out_c, Tensor scale_a, Tensor scale_b,
                        int CuCount) -> ()
 
-``in_a`` is the weight ``[n, k]`` and ``in_b`` the activation ``[m, k]`` of at most 4 rows. vLLM is imported when a
-matmul runs, never before.
+``in_a`` is the weight ``[n, k]`` and ``in_b`` the activation ``[m, k]`` of at most 4 rows. The number of rows is looked
+at when a matmul runs, so a graph of any m has both. vLLM is imported when a matmul of few rows runs, never before.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.base import KERNEL_SCHEMA, Kernel, Requires, fake_kernel, register_kernel
+from fx_quant.kernels.base import (
+    KERNEL_SCHEMA,
+    ROCM,
+    ROCM_FLOAT8,
+    TENSOR_SCALES,
+    Kernel,
+    Requires,
+    fake_kernel,
+    register_kernel,
+)
 from fx_quant.kernels.operands import dense, one_or_each, vllm_op
+from fx_quant.kernels.pytorch import scaled_mm
 from fx_quant.ops import MATMUL_TAGS, register
-from fx_quant.scheme import Granularity, Numerics
+from fx_quant.scheme import HALF_DTYPES, Numerics
 
-_HALF = frozenset({torch.bfloat16, torch.float16})
-_TENSOR = Granularity.PER_TENSOR
-
-# It has one kernel for each number of rows.
+# wvSplitKQ is compiled for each number of rows up to this.
 MAX_ROWS = 4
 
 
@@ -32,8 +39,10 @@ def compute_units(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _skinny(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
-    """``wvSplitKQ``: scales and bias are applied before its only rounding."""
+def _float8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
+    """``wvSplitKQ`` of up to ``MAX_ROWS`` rows, else ``torch._scaled_mm``; both round once, after scales and bias."""
+    if a.shape[0] > MAX_ROWS:
+        return scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype)
     out = a.new_empty((a.shape[0], n), dtype=out_dtype)
     if not a.shape[0]:
         return out
@@ -43,31 +52,28 @@ def _skinny(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
     return out
 
 
-register(f"rocm_skinny_float8{KERNEL_SCHEMA}", _skinny, fake_kernel("rocm_skinny_float8"), MATMUL_TAGS)
+register(f"rocm_float8{KERNEL_SCHEMA}", _float8, fake_kernel("rocm_float8"), MATMUL_TAGS)
 
-for _suffix, _feature, _codes in (
-    ("", "float8", torch.float8_e4m3fn),
-    ("_fnuz", "float8_fnuz", torch.float8_e4m3fnuz),
-):
+for _feature, _pairs, _suffix in ROCM_FLOAT8:
     register_kernel(
         Kernel(
-            name=f"rocm_skinny_float8{_suffix}",
+            name=f"rocm_float8{_suffix}",
             provider="rocm",
-            op="rocm_skinny_float8",
+            op="rocm_float8",
+            # What both matmuls take.
             requires=Requires(
-                platforms=frozenset({"rocm"}),
+                platforms=ROCM,
                 features=frozenset({_feature}),
                 packages={"vllm": "0.13"},
-                codes=frozenset({(_codes, _codes)}),
-                granularities=frozenset({(_TENSOR, _TENSOR)}),
-                out_dtypes=_HALF,
-                bias_dtypes=_HALF,
+                codes=_pairs,
+                granularities=TENSOR_SCALES,
+                out_dtypes=HALF_DTYPES,
+                bias_dtypes=HALF_DTYPES,
                 bias_as_out=True,
                 align=16,
-                max_m=MAX_ROWS,
             ),
             numerics=Numerics.SAME_ACCUM,
-            note="vLLM's wvSplitKQ, for up to 4 rows",
+            note="vLLM's wvSplitKQ for up to 4 rows, torch._scaled_mm for more",
         ),
         priority=40,
     )

@@ -18,14 +18,19 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     ACTIVATION,
+    CUDA,
     FLOAT8_PAIRS,
+    INT8_MAX_K,
     INT8_PAIRS,
     KERNEL_SCHEMA,
+    ROCM,
     ROW_SCALES,
+    WEIGHT,
     Kernel,
     Requires,
     fake_kernel,
     register_kernel,
+    weight_scales,
 )
 from fx_quant.ops import (
     MATMUL_TAGS,
@@ -37,15 +42,11 @@ from fx_quant.ops import (
     unpack_codes,
     weight_only_mm,
 )
-from fx_quant.scheme import INT4_DTYPES, Granularity, Numerics
+from fx_quant.scheme import FLOAT_DTYPES, HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
-_GPUS = frozenset({"cuda", "rocm"})
-_HALF = frozenset({torch.bfloat16, torch.float16})
-_FLOATS = _HALF | {torch.float32}
+_GPUS = CUDA | ROCM
 # The oldest that a torch we support brings (2.11), and that these kernels were compiled by.
 _TRITON = MappingProxyType({"triton": "3.6"})
-
-_WEIGHT = frozenset({"weight"})
 
 # Tiles that share their operands through the L2 cache, counted along m.
 _TILES_M = 8
@@ -300,10 +301,7 @@ for _name, _body in (("triton_scaled_mm", _scaled_mm), ("triton_weight_only_mm",
 _OCP = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _FNUZ = frozenset({torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
 _GROUPS = frozenset({(Granularity.ANY_GROUP, Granularity.ANY_BLOCK), (Granularity.ANY_GROUP, Granularity.ANY_GROUP)})
-_WEIGHTS = frozenset(
-    (Granularity.PER_TENSOR, weight)
-    for weight in (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
-)
+_WEIGHTS = weight_scales(Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
 
 # Below every matmul of PyTorch, above dequantizing first: what was not measured yet is not preferred.
 _PRIORITY = 5
@@ -320,9 +318,9 @@ register_kernel(
             codes=INT8_PAIRS,
             granularities=ROW_SCALES,
             asymmetric=ACTIVATION,
-            out_dtypes=_FLOATS | {torch.int32},
-            # 128 * 128 * k must be below 2**31: `mma.sync` saturates where the canonical sum wraps.
-            max_k=131071,
+            out_dtypes=FLOAT_DTYPES | {torch.int32},
+            # `mma.sync` saturates where the canonical sum wraps.
+            max_k=INT8_MAX_K,
         ),
         numerics=Numerics.EXACT,
         note="our Triton tiles of int8, epilogue in the kernel",
@@ -332,14 +330,14 @@ register_kernel(
 # gfx942 has codes of its own; the others have the OCP ones.
 for _feature, _platforms, _codes, _suffix in (
     ("float8", _GPUS, _OCP, ""),
-    ("float8_fnuz", frozenset({"rocm"}), _FNUZ, "_fnuz"),
+    ("float8_fnuz", ROCM, _FNUZ, "_fnuz"),
 ):
     _requires = Requires(
         platforms=_platforms,
         features=frozenset({_feature}),
         packages=_TRITON,
         codes=frozenset(itertools.product(_codes, _codes)),
-        out_dtypes=_FLOATS,
+        out_dtypes=FLOAT_DTYPES,
     )
     register_kernel(
         Kernel(
@@ -363,20 +361,22 @@ for _feature, _platforms, _codes, _suffix in (
         ),
         priority=_PRIORITY,
     )
-_requires = Requires(platforms=_GPUS, min_capability=80, packages=_TRITON, granularities=_WEIGHTS, out_dtypes=_FLOATS)
+_requires = Requires(
+    platforms=_GPUS, min_capability=80, packages=_TRITON, granularities=_WEIGHTS, out_dtypes=FLOAT_DTYPES
+)
 # Triton converts e4m3 from sm89 on, and every float8 on AMD.
 for _suffix, _codes, _needs, _note in (
-    ("", frozenset({torch.int8, torch.uint8}), replace(_requires, asymmetric=_WEIGHT), "8-bit integer"),
+    ("", frozenset({torch.int8, torch.uint8}), replace(_requires, asymmetric=WEIGHT), "8-bit integer"),
     ("_float8", _OCP, replace(_requires, min_capability=89), "float8"),
-    ("_float8_fnuz", _FNUZ, replace(_requires, platforms=frozenset({"rocm"}), min_capability=None), "float8"),
-    ("_int4", INT4_DTYPES, replace(_requires, asymmetric=_WEIGHT), "packed int4"),
+    ("_float8_fnuz", _FNUZ, replace(_requires, platforms=ROCM, min_capability=None), "float8"),
+    ("_int4", INT4_DTYPES, replace(_requires, asymmetric=WEIGHT), "packed int4"),
 ):
     register_kernel(
         Kernel(
             name=f"triton_weight_only{_suffix}",
             provider="triton",
             op="triton_weight_only_mm",
-            requires=replace(_needs, codes=frozenset(itertools.product(_HALF, _codes))),
+            requires=replace(_needs, codes=frozenset(itertools.product(HALF_DTYPES, _codes))),
             numerics=Numerics.REASSOCIATED,
             note=f"our Triton tiles of a half-precision activation and {_note} weights",
         ),

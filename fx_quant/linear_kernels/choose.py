@@ -103,6 +103,13 @@ def possible_kernels(family: type[RegistryLinearKernel]) -> dict[str, list[type[
     }
 
 
+def class_names() -> frozenset[str]:
+    """Names of every class that there is: ours, those of kernels that no class names, and those that others defined."""
+    for family in _FAMILIES:
+        possible_kernels(family)  # makes the classes of kernels that no class names
+    return frozenset(each.__name__ for each in _descendants(MMLinearKernel))
+
+
 def _platforms(kernel: Kernel) -> Collection[str]:
     return kernel.requires.platforms or PLATFORMS
 
@@ -127,8 +134,13 @@ def _face(family: type[RegistryLinearKernel], name: str) -> type[RegistryLinearK
 
 def _subclasses(family: type[RegistryLinearKernel]) -> list[type[RegistryLinearKernel]]:
     """The classes below ``family`` that name kernels, but those that were made by ``_face``."""
-    found = [each for child in family.__subclasses__() for each in (child, *_subclasses(child))]
-    return [each for each in dict.fromkeys(found) if each.KERNELS and each.__module__ != __name__]
+    return [each for each in _descendants(family) if each.KERNELS and each.__module__ != __name__]
+
+
+def _descendants(family: type[KernelT]) -> list[type[KernelT]]:
+    """Every class below ``family``, once each."""
+    found = [each for child in family.__subclasses__() for each in (child, *_descendants(child))]
+    return list(dict.fromkeys(found))
 
 
 def choose_mp_linear_kernel(

@@ -59,6 +59,18 @@ class TorchMPLinearKernel(MPLinearKernel):
     KERNELS = ("pytorch_weight_only",)
 
 
+class MacheteLinearKernel(MPLinearKernel):
+    """vLLM's Machete kernels, for Hopper."""
+
+    KERNELS = ("machete_int4", "machete_int8")
+
+
+class MarlinLinearKernel(MPLinearKernel):
+    """vLLM's Marlin kernels."""
+
+    KERNELS = ("marlin_int4", "marlin_int8")
+
+
 class CutlassFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
     """vLLM's CUTLASS kernels."""
 
@@ -90,14 +102,9 @@ class FlashInferFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
 
 
 class ROCmFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """vLLM's skinny kernel for up to four rows, ``torch._scaled_mm`` for any number."""
+    """vLLM's skinny kernel for up to four rows, ``torch._scaled_mm`` for more."""
 
-    KERNELS = (
-        "rocm_skinny_float8",
-        "rocm_skinny_float8_fnuz",
-        "pytorch_scaled_mm_rocm",
-        "pytorch_scaled_mm_rocm_fnuz",
-    )
+    KERNELS = ("rocm_float8", "rocm_float8_fnuz")
 
 
 class AiterFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):

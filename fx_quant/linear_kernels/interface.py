@@ -7,7 +7,6 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from fx_quant.kernels.base import name_class
 from fx_quant.linear_kernels.configs import MMLinearLayerConfig
 from fx_quant.linear_kernels.params import Params
 
@@ -22,10 +21,6 @@ class MMLinearKernel(ABC, Generic[ConfigT, ParamsT]):
     Lifecycle: ``is_supported`` and ``can_implement`` are asked first; ``__init__`` takes the configuration;
     ``process_weights_after_loading`` prepares a layer once; ``apply_weights`` runs it.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        name_class(cls.__name__)
 
     @classmethod
     @abstractmethod

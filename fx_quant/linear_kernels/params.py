@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -46,19 +48,37 @@ class Params:
             LayerError: an attribute that may not be None is missing.
         """
         values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            name = getattr(cls, field.name.upper(), field.name)
+        for field, has_default, may_be_none in _fields(cls):
+            name = getattr(cls, field.upper(), field)
             value = getattr(layer, name, None)
-            has_default = field.default is not MISSING or field.default_factory is not MISSING
             if value is None and has_default:
                 continue
-            if value is None and not _may_be_none(field.type):
+            if value is None and not may_be_none:
                 raise LayerError(
                     f"{type(layer).__name__} must have {name!r}, which {cls.__name__} reads; it has "
-                    f"{_tensors_of(layer)}. Set it, or name another attribute with {cls.__name__}.{field.name.upper()}"
+                    f"{_tensors_of(layer)}. Set it, or name another attribute with {cls.__name__}.{field.upper()}"
                 )
-            values[field.name] = value
+            values[field] = value
         return cls(**values)
+
+
+# Dynamo takes the result as it is: it can look neither into dataclasses nor at a cache.
+@torch.compiler.assume_constant_result
+def _fields(cls: type[Params]) -> tuple[tuple[str, bool, bool], ...]:
+    return _found_fields(cls)
+
+
+@functools.cache
+def _found_fields(cls: type[Params]) -> tuple[tuple[str, bool, bool], ...]:
+    """Of each field its name, whether it has a default, and whether it may be None."""
+    return tuple(
+        (
+            field.name,
+            field.default is not MISSING or field.default_factory is not MISSING,
+            _may_be_none(field.type),
+        )
+        for field in dataclasses.fields(cls)
+    )
 
 
 def _may_be_none(annotation: Any) -> bool:

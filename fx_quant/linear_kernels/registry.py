@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fx_quant.errors import FxQuantError, NoKernelError
 from fx_quant.kernels.base import Kernel, kernel
+from fx_quant.kernels.operands import add_bias
 from fx_quant.linear import apply_linear
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
@@ -29,7 +30,7 @@ from fx_quant.linear_kernels.params import (
     replace_parameter,
     set_buffer,
 )
-from fx_quant.linear_operands import check_operands, codes_per_element, linear_problem
+from fx_quant.linear_operands import check_bias, check_operands, codes_per_element, linear_problem
 from fx_quant.problem import Problem
 from fx_quant.scheme import Granularity, Scheme
 from fx_quant.selection import disabled_kernels
@@ -164,30 +165,37 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
         """``[..., k] -> [..., n]``, in the configuration's dtype.
 
+        A bias that the kernel does not add is added to its rounded result, in float32, and rounded once more: the
+        kernel was chosen before there was a bias to ask for.
+
         Raises:
             FxQuantError: ``process_weights_after_loading`` was not called.
-            ValueError: ``x`` does not fit the layer.
-            NoKernelError: the kernel cannot run with this bias or on this device.
+            ValueError: ``x`` or ``bias`` does not fit the layer.
+            NoKernelError: the kernel cannot run on this device.
         """
         prepared = getattr(layer, "fx_quant_prepared", None)
         if prepared is None:
             raise FxQuantError(
                 f"{type(self).__name__}.process_weights_after_loading(layer) must be called before apply_weights"
             )
-        params = self._get_layer_params(layer)
-        return apply_linear(
+        params, out_dtype = self._get_layer_params(layer), problem_of(self.config).out_dtype
+        check_bias(bias, params.weight.shape[0])
+        # Traced, it is the canonical op, and the kernel is chosen anew, with the bias.
+        apart = bias is not None and not torch.compiler.is_compiling() and not _adds(prepared.kernel, bias, out_dtype)
+        out = apply_linear(
             x,
             prepared.scheme,
             params.weight,
             params.weight_scale,
-            bias,
+            None if apart else bias,
             weight_zero_point=getattr(params, "weight_zero_point", None),
             input_scale=params.input_scale,
             input_zero_point=getattr(params, "input_zero_point", None),
             input_scale_ub=getattr(params, "input_scale_ub", None),
-            out_dtype=problem_of(self.config).out_dtype,
+            out_dtype=out_dtype,
             force_kernel=prepared.kernel,
         )
+        return add_bias(out, bias) if apart else out
 
 
 class ScaledMMLinearKernel(RegistryLinearKernel[ConfigT, ParamsT]):
@@ -243,6 +251,11 @@ class MPLinearKernel(RegistryLinearKernel[MPLinearLayerConfig, MPParams]):
     """A float activation and a quantized weight ("mixed precision")."""
 
     PARAMS = MPParams
+
+
+def _adds(name: str, bias: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether the kernel called ``name`` adds this bias itself."""
+    return not kernel(name).requires.unmet_by_bias(bias.dtype, out_dtype)
 
 
 def _has_scale_per_shard(layer: nn.Module, params: Params) -> bool:

@@ -1,0 +1,220 @@
+"""One flow in one variant: built, captured with fx_quant's passes, and compared with eager where numbers are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.fx import Graph, GraphModule
+
+import fx_quant
+from fx_quant.backend import RewritePass, compile_with
+from fx_quant.capture import run_eagerly
+from fx_quant.config import Options
+from fx_quant.report import Report
+from fx_quant.target import named_target
+from tests.dialects.outcome import Outcome, Verdict, as_expected, failed, judged, reasons_of
+from tests.dialects.registry import Flow
+from tests.dialects.variants import Variant
+
+
+def capture(flow: Flow, variant: Variant, *, target: str | None = None, numbers: bool = False) -> Outcome:
+    """Build ``flow`` for ``variant`` and say what fx_quant makes of it on ``target`` (None: this machine).
+
+    Dynamo starts afresh, and Inductor's configuration is afterwards as it was.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    with inductor_config_restored():
+        fields = _captured(flow, variant, target, numbers)
+    fields["expected"] = as_expected(flow, fields["verdict"])
+    return Outcome(flow.name, str(variant), seconds=time.perf_counter() - started, **fields)
+
+
+def _captured(flow: Flow, variant: Variant, target: str | None, numbers: bool) -> dict[str, Any]:
+    """The fields of the outcome, ``expected`` excepted."""
+    try:
+        model = built(flow, variant)
+    except Exception as error:  # noqa: BLE001  (a library may fail in any way)
+        return {"verdict": Verdict.UNBUILDABLE, "reasons": (failed(error),)}
+    try:
+        report = _reported(flow, model, variant, target)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the outcome)
+        return _without_us(flow, variant) or {"verdict": Verdict.FAILED, "reasons": (failed(error),)}
+    breaks = tuple(dict.fromkeys(str(reason).split("\n")[0] for reason in counters["graph_break"]))
+    errors, notes = _errors(flow, model, variant) if numbers and not flow.gpu_only else ({}, ())
+    return {
+        "verdict": judged(flow, report),
+        "kernels": tuple(site.kernel for site in report.sites),
+        "schemes": tuple(site.scheme for site in report.sites),
+        "reasons": reasons_of(report),
+        "graph_breaks": breaks,
+        "errors": errors,
+        "notes": notes,
+    }
+
+
+def _without_us(flow: Flow, variant: Variant) -> dict[str, Any] | None:
+    """What to say of a flow that torch.compile fails on without our passes too; None where it does not."""
+    try:
+        compiled(flow, built(flow, variant), variant, _unchanged, run_eagerly)
+    except Exception as error:  # noqa: BLE001  (whatever it is, it is the outcome)
+        return {"verdict": Verdict.UNCOMPILABLE, "reasons": (failed(error),)}
+    return None
+
+
+def built(flow: Flow, variant: Variant) -> nn.Module:
+    """The module of ``flow``; in ``grad`` mode its plain parameters require a gradient."""
+    model = flow.build(variant.dtype, variant.bias)
+    if variant.mode == "grad":
+        for parameter in model.parameters():
+            # The codes inside a tensor subclass have no gradient.
+            if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1:
+                parameter.requires_grad_(True)
+    return model
+
+
+@contextlib.contextmanager
+def inductor_config_restored() -> Iterator[None]:
+    """Libraries change Inductor's process-wide options and the float32 matmul precision; both are put back."""
+    config = torch._inductor.config
+    saved, precision = config.get_config_copy(), torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        for name, value in config.get_config_copy().items():
+            if name in saved and saved[name] is not value and saved[name] != value:
+                setattr(config, name, saved[name])
+        torch.set_float32_matmul_precision(precision)
+
+
+def fresh() -> None:
+    """Forget what Dynamo compiled and counted."""
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def _unchanged(graph: Graph) -> None:
+    """A pass that rewrites nothing."""
+
+
+def _reported(flow: Flow, model: nn.Module, variant: Variant, target: str | None) -> Report:
+    """What ``explain`` reports; where it cannot run as the variant does, what the passes report in a compile."""
+    if variant.mode in ("grad", "freezing") or flow.gpu_only:
+        inner = None if variant.mode == "freezing" else _not_run if flow.gpu_only else run_eagerly
+        return passes_report(flow, model, variant, target, inner)[1]
+    fresh()
+    args, kwargs = flow.inputs(variant)
+    with variant.context():
+        return fx_quant.explain(model, *args, target=target, **kwargs)
+
+
+def passes_report(
+    flow: Flow, model: nn.Module, variant: Variant, target: str | None, inner: Callable[..., Any] | None
+) -> tuple[Any, Report]:
+    """The output of ``model`` compiled with our passes, and their report.
+
+    Args:
+        inner: what makes the rewritten graph callable; None is Inductor itself.
+    """
+    reports: list[Report] = []
+    machine = None if target is None else named_target(target)
+    rewrite = RewritePass(Options(), machine, reports.append)
+    try:
+        output = compiled(flow, model, variant, rewrite, inner)
+    except NotImplementedError:
+        # The graph was seen, and running it needs another machine.
+        if not flow.gpu_only:
+            raise
+        output = None
+    breaks = sum(counters["graph_break"].values())
+    merged = Report(str(target), (), (), graphs=0, graph_breaks=breaks)
+    for report in reports:
+        merged = merged.merged(report)
+    return output, merged
+
+
+def _not_run(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """An ``inner_compile`` for a graph that only another machine can run."""
+
+    def run(inputs: list[Any]) -> Any:
+        raise NotImplementedError("this graph is looked at, not run")
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def compiled(
+    flow: Flow,
+    model: nn.Module,
+    variant: Variant,
+    rewrite: Callable[[Graph], None],
+    inner: Callable[..., Any] | None,
+) -> Any:
+    """The output of ``model`` compiled with ``rewrite`` on its joint graphs."""
+    fresh()
+    options: dict[str, Any] = {"force_disable_caches": True, "fallback_random": True}
+    options |= {"freezing": True} if variant.mode == "freezing" else {}
+    arguments = {} if inner is None else {"inner_compile": inner}
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return compile_with(gm, example_inputs, rewrite, None, options, **arguments)
+
+    args, kwargs = flow.inputs(variant)
+    with variant.context():
+        return torch.compile(model, backend=backend)(*args, **kwargs)
+
+
+def _errors(flow: Flow, model: nn.Module, variant: Variant) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Errors against eager of the rewritten graph op by op, of fx_quant and of Inductor; and which of them failed."""
+    args, kwargs = flow.inputs(variant)
+    with variant.context():
+        eager = tensor_of(model(*args, **kwargs))
+    ours = RewritePass(Options())
+    freezing = {"freezing": True} if variant.mode == "freezing" else {}
+    runs: dict[str, Callable[[], Any]] = {
+        "rewritten": lambda: compiled(flow, model, variant, ours, run_eagerly),
+        "fx_quant": lambda: _by_name("fx_quant", flow, model, variant, freezing),
+        "inductor": lambda: _by_name("inductor", flow, model, variant, freezing),
+    }
+    errors: dict[str, float] = {}
+    notes: list[str] = []
+    for name, run in runs.items():
+        try:
+            errors[name] = relative_error(tensor_of(run()), eager)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is the note)
+            notes.append(f"{name} fails: {failed(error)}")
+    return errors, tuple(notes)
+
+
+def _by_name(backend: str, flow: Flow, model: nn.Module, variant: Variant, options: dict[str, Any]) -> Any:
+    fresh()
+    args, kwargs = flow.inputs(variant)
+    with variant.context():
+        return torch.compile(model, backend=backend, options=options)(*args, **kwargs)
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The first tensor of a module's output."""
+    return next(leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)).detach()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``max |actual - expected| / max |expected|`` in float64; infinite where one of them is not finite and differs.
+
+    A result of another shape or dtype is an infinite error too.
+    """
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    a, b = actual.double(), expected.double()
+    if not bool(((a == b) | (a.isfinite() & b.isfinite()) | (a.isnan() & b.isnan())).all()):
+        return float("inf")
+    difference = torch.where(a == b, 0.0, a - b).nan_to_num()
+    return float(difference.abs().max() / b[b.isfinite()].abs().max().clamp(min=1e-30)) if b.isfinite().any() else 0.0
