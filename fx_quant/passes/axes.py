@@ -191,7 +191,20 @@ def broadcast_pairs(
             return None
         pairs += found
     varied = [(of, by) for of, by in pairs if by.axis != REPEAT]
-    return None if any(of.axis == REPEAT for of, _ in varied) else tuple(varied)
+    return None if any(of.axis == REPEAT for of, _ in varied) else _joined(varied)
+
+
+def _joined(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    """``pairs`` with neighbours on both sides as one."""
+    out: list[Pair] = []
+    for of, by in pairs:
+        if out:
+            joined = flat([(out[-1][0], of)]), flat([(out[-1][1], by)])
+            if len(joined[0]) == len(joined[1]) == 1:
+                out[-1] = joined[0][0], joined[1][0]
+                continue
+        out.append((of, by))
+    return tuple(out)
 
 
 def _refined(left: tuple[Piece, ...], right: tuple[Piece, ...]) -> list[Pair] | None:
@@ -247,10 +260,11 @@ def segments(side: Sequence[Piece], pairs: Sequence[Pair]) -> tuple[Segment, ...
 
 
 def _within(part: Piece, whole: Piece) -> bool:
-    if part == whole:
-        return True
     sizes = (part.inner, part.stop, whole.inner, whole.stop)
-    return all(isinstance(size, int) for size in sizes) and whole.inner <= part.inner and part.stop <= whole.stop
+    if all(isinstance(size, int) for size in sizes):
+        return whole.inner <= part.inner and part.stop <= whole.stop
+    # Of symbolic sizes only the most and the least significant part are told apart from their neighbours.
+    return part.stop == whole.stop or part.inner == whole.inner
 
 
 def _order_key(inner: Extent) -> float:
