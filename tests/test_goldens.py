@@ -87,9 +87,9 @@ def golden_text(captured: Captured) -> str:
     return "\n".join(f"=== {title}\n" + (text or "none\n") for title, text in parts.items())
 
 
-def assert_golden(name: str, text: str) -> None:
-    """Compare ``text`` with ``goldens/graphs/<name>.txt``, or write it when goldens are being accepted."""
-    path = GOLDENS / f"{name}.txt"
+def assert_golden(name: str, text: str, folder: Path = GOLDENS) -> None:
+    """Compare ``text`` with ``<folder>/<name>.txt``, or write it when goldens are being accepted."""
+    path = folder / f"{name}.txt"
     if os.environ.get("EXPECTTEST_ACCEPT"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

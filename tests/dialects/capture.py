@@ -19,6 +19,7 @@ from fx_quant.backend import RewritePass, compile_with
 from fx_quant.capture import run_eagerly
 from fx_quant.config import Options
 from fx_quant.report import Report
+from fx_quant.scheme import dtype_name
 from fx_quant.target import named_target
 from tests.dialects.outcome import Outcome, Verdict, as_expected, failed, judged, reasons_of
 from tests.dialects.registry import Flow
@@ -64,7 +65,9 @@ def _captured(flow: Flow, variant: Variant, target: str | None, numbers: bool) -
 def _without_us(flow: Flow, variant: Variant) -> dict[str, Any] | None:
     """What to say of a flow that torch.compile fails on without our passes too; None where it does not."""
     try:
-        compiled(flow, built(flow, variant), variant, _unchanged, run_eagerly)
+        # Freezing is Inductor's own, so there is no telling without it.
+        inner = None if variant.mode == "freezing" else run_eagerly
+        compiled(flow, built(flow, variant), variant, _unchanged, inner)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the outcome)
         return {"verdict": Verdict.UNCOMPILABLE, "reasons": (failed(error),)}
     return None
@@ -161,15 +164,19 @@ def compiled(
     """The output of ``model`` compiled with ``rewrite`` on its joint graphs."""
     fresh()
     options: dict[str, Any] = {"force_disable_caches": True, "fallback_random": True}
-    options |= {"freezing": True} if variant.mode == "freezing" else {}
     arguments = {} if inner is None else {"inner_compile": inner}
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         return compile_with(gm, example_inputs, rewrite, None, options, **arguments)
 
     args, kwargs = flow.inputs(variant)
-    with variant.context():
+    with variant.context(), _freezing(variant):
         return torch.compile(model, backend=backend)(*args, **kwargs)
+
+
+def _freezing(variant: Variant) -> contextlib.AbstractContextManager[Any]:
+    """Inductor's option as a user sets it: Dynamo asks it too, before the backend has its own options."""
+    return torch._inductor.config.patch(freezing=variant.mode == "freezing")
 
 
 def _errors(flow: Flow, model: nn.Module, variant: Variant) -> tuple[dict[str, float], tuple[str, ...]]:
@@ -178,27 +185,33 @@ def _errors(flow: Flow, model: nn.Module, variant: Variant) -> tuple[dict[str, f
     with variant.context():
         eager = tensor_of(model(*args, **kwargs))
     ours = RewritePass(Options())
-    freezing = {"freezing": True} if variant.mode == "freezing" else {}
     runs: dict[str, Callable[[], Any]] = {
         "rewritten": lambda: compiled(flow, model, variant, ours, run_eagerly),
-        "fx_quant": lambda: _by_name("fx_quant", flow, model, variant, freezing),
-        "inductor": lambda: _by_name("inductor", flow, model, variant, freezing),
+        "fx_quant": lambda: _by_name("fx_quant", flow, model, variant),
+        "inductor": lambda: _by_name("inductor", flow, model, variant),
     }
     errors: dict[str, float] = {}
     notes: list[str] = []
     for name, run in runs.items():
         try:
-            errors[name] = relative_error(tensor_of(run()), eager)
+            result = tensor_of(run())
+            errors[name] = relative_error(result, eager)
+            if result.dtype is not eager.dtype or result.shape != eager.shape:
+                notes.append(f"{name} returns {_kind(result)} where eager returns {_kind(eager)}")
         except Exception as error:  # noqa: BLE001  (whatever it is, it is the note)
             notes.append(f"{name} fails: {failed(error)}")
     return errors, tuple(notes)
 
 
-def _by_name(backend: str, flow: Flow, model: nn.Module, variant: Variant, options: dict[str, Any]) -> Any:
+def _by_name(backend: str, flow: Flow, model: nn.Module, variant: Variant) -> Any:
     fresh()
     args, kwargs = flow.inputs(variant)
-    with variant.context():
-        return torch.compile(model, backend=backend, options=options)(*args, **kwargs)
+    with variant.context(), _freezing(variant):
+        return torch.compile(model, backend=backend)(*args, **kwargs)
+
+
+def _kind(x: Tensor) -> str:
+    return f"{dtype_name(x.dtype)} {list(x.shape)}"
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -66,6 +66,7 @@ class PackedForCpu(HandLinear):
     def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
         codes, scale, zero_point = uint4_groups(weight, GROUP)
         # The op decodes (codes - 8) * scale + zero.
+        scale = scale.to(dtype).float()
         zero = (8 - zero_point.float()) * scale
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))
         self.register_buffer("scale_and_zero", torch.stack([scale.t(), zero.t()], -1).to(dtype).contiguous())

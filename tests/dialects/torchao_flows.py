@@ -165,7 +165,7 @@ def float8_static():
     )
 
 
-@torchao_flow("i8da_intx4", expected="recognised", why="int8 codes per token against int4 codes per group")
+@torchao_flow("i8da_intx4", expected="recognised", why="a scale per group of 32 along k: one product for each group")
 def int8_dynamic_int4_groups():
     """Int8DynamicActivationIntxWeightConfig, int4 groups of 32 held as int8"""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
