@@ -19,7 +19,16 @@ class MissError(FxQuantError):
 
 
 class NoKernelError(FxQuantError, ValueError):
-    """No kernel can run a problem on a target, or a forced kernel cannot. Carries every reason."""
+    """No kernel can run a problem on a target, or a forced kernel cannot. Carries every reason.
+
+    Args:
+        message: the reasons, in words.
+        verdicts: what was asked of each kernel.
+    """
+
+    def __init__(self, message: str, verdicts: tuple = ()) -> None:
+        super().__init__(message)
+        self.verdicts = verdicts
 
 
 class ToleranceError(FxQuantError, AssertionError):

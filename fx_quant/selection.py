@@ -109,7 +109,7 @@ def select(
             return Selection(problem, target, candidate, padding, verdicts)
     near = [v for v in verdicts if v.for_platform]
     losers = "; ".join(f"{v.kernel}: {', '.join(v.reasons)}" for v in near) or f"none is for {target.platform}"
-    raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}")
+    raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}", verdicts)
 
 
 def _reasons(candidate: Kernel, problem: Problem, target: Target, off: Collection[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ either. What was packed is dropped when its weight's storage dies.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import MATMUL_TAGS, register
+from fx_quant.remembering import drop_at_death, forget_all, remembered, version_of, view_of
 from fx_quant.scheme import FLOAT8_DTYPES, dtype_name
 
 PANEL = 64
@@ -176,67 +177,23 @@ class _Packed:
     tensor: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """How one weight of a group looked: the object itself, or, where that was a passing view, what it viewed."""
-
-    weight: weakref.ref
-    version: int | None
-    storage: StorageWeakRef
-    death: weakref.ref
-    view: tuple
-
-
-@dataclass(frozen=True)
-class _Group:
-    """One call site: how each of its weights looked, and what they were packed to."""
-
-    marks: tuple[_Mark, ...]
-    tensors: tuple[Tensor, ...]
-
-
-_groups: dict[tuple, _Group] = {}
 _packed: dict[tuple, _Packed] = {}
 
 
 def clear_packed_weights() -> None:
     """Forget every packed weight; each is packed again when it is next used."""
-    _groups.clear()
+    forget_all()
     _packed.clear()
-
-
-def _version(weight: Tensor) -> int | None:
-    return None if weight.is_inference() else weight._version
-
-
-def _view(weight: Tensor) -> tuple:
-    """What a tensor shows of the memory at its address."""
-    return weight.shape, weight.stride(), weight.dtype
-
-
-def _at_death(storage: torch.UntypedStorage, entries: dict, key: tuple) -> weakref.ref:
-    return weakref.ref(storage, lambda _: entries.pop(key, None))
-
-
-def _is_current(group: _Group, weights: Sequence[Tensor]) -> bool:
-    # Runs at each call of a compiled graph.
-    for weight, mark in zip(weights, group.marks, strict=True):
-        if mark.weight() is weight:
-            if mark.version is not None and mark.version != weight._version:
-                return False
-        elif mark.storage.expired() or mark.version != _version(weight) or mark.view != _view(weight):
-            return False
-    return True
 
 
 def _packed_once(weight: Tensor, name: str) -> Tensor:
     storage = weight.untyped_storage()
-    key = (storage._cdata, weight.storage_offset(), _view(weight), name)
-    found, version = _packed.get(key), _version(weight)
+    key = (storage._cdata, weight.storage_offset(), view_of(weight), name)
+    found, version = _packed.get(key), version_of(weight)
     if found is not None and not found.storage.expired() and found.version == version:
         return found.tensor
     tensor = pack_weight(weight, name)
-    _packed[key] = _Packed(StorageWeakRef(storage), _at_death(storage, _packed, key), version, tensor)
+    _packed[key] = _Packed(StorageWeakRef(storage), drop_at_death(storage, _packed, key), version, tensor)
     return tensor
 
 
@@ -246,23 +203,8 @@ def prepack(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
     The results are kept and handed out again: do not write to them. They never alias an input; equal inputs give the
     same tensor.
     """
-    key = (*[weight.data_ptr() for weight in weights], *layouts)
-    group = _groups.get(key)
-    if group is not None and _is_current(group, weights):
-        return list(group.tensors)
-    tensors = tuple(_packed_once(weight, layout) for weight, layout in zip(weights, layouts, strict=True))
-    _groups[key] = _Group(tuple(_mark(weight, key) for weight in weights), tensors)
-    return list(tensors)
-
-
-def _mark(weight: Tensor, key: tuple) -> _Mark:
-    storage = weight.untyped_storage()
-    return _Mark(
-        weakref.ref(weight),
-        _version(weight),
-        StorageWeakRef(storage),
-        _at_death(storage, _groups, key),
-        _view(weight),
+    return remembered(
+        weights, tuple(layouts), lambda: [_packed_once(*pair) for pair in zip(weights, layouts, strict=True)]
     )
 
 
@@ -279,4 +221,10 @@ def _prepack_fake(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
     return results
 
 
+register(
+    "pack(Tensor weight, str layout) -> Tensor",
+    pack_weight,
+    lambda weight, layout: _prepack_fake([weight], [layout])[0],
+    MATMUL_TAGS,
+)
 register("prepack(Tensor[] weights, str[] layouts) -> Tensor[]", prepack, _prepack_fake, MATMUL_TAGS)

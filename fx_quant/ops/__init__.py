@@ -6,6 +6,7 @@ stays opaque to AOTAutograd, runs eagerly on every device, and Inductor may stil
 
 from __future__ import annotations
 
+from fx_quant.ops import fold
 from fx_quant.ops.library import LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
 from fx_quant.ops.quantize import choose_scale, quantize, quantize_dynamic
 from fx_quant.ops.quantized_linear import quantized_linear
@@ -33,6 +34,7 @@ __all__ = [
     "correct",
     "dequantize",
     "dequantize_weight",
+    "fold",
     "quantize",
     "quantize_dynamic",
     "quantized_linear",

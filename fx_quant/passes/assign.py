@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,18 +89,38 @@ def _sums(emitter: Emitter, of: Operands, packed: Packed, *, like: Node) -> Node
 
 @dataclass(frozen=True)
 class Packed:
-    """What ``fx_quant::prepack`` gives for one matmul."""
+    """What is computed of a constant weight for one matmul."""
 
     weight: Node | None = None
     sums: Node | None = None
 
 
 def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, Packed]:
-    """One call for everything that is computed of constant weights; nothing where there is nothing."""
-    wanted = [
-        (node, field, layout) for node, selection in selections.items() for field, layout in _layouts(node, selection)
-    ]
-    if not wanted:
+    """Everything that kernels want to be computed of constant weights."""
+    packed: dict[Node, dict[str, Node]] = {}
+    stored: list[tuple[Node, str, Node, bool, str]] = []
+    for node, selection in selections.items():
+        for field, layout in _layouts(node, selection):
+            found = matrix_base(args_of(node)[1])
+            if found is not None and found[0].op != "call_function":
+                stored.append((node, field, *found, layout))
+            else:
+                packed.setdefault(node, {})[field] = _pack_computed(emitter, node, layout)
+    for node, fields in _pack_stored(emitter, stored).items():
+        packed.setdefault(node, {}).update(fields)
+    return {node: Packed(**fields) for node, fields in packed.items()}
+
+
+def _pack_computed(emitter: Emitter, node: Node, layout: str) -> Node:
+    """A weight that the graph computes of constants, packed where it stands; folding takes it out of the graph."""
+    with emitter.graph.inserting_before(node):
+        weight = emitter.call(aten.permute.default, args_of(node)[1], [1, 0], like=node)
+        return emitter.call(torch.ops.fx_quant.pack.default, weight, layout, like=node)
+
+
+def _pack_stored(emitter: Emitter, stored: Sequence[tuple[Node, str, Node, bool, str]]) -> dict[Node, dict[str, Node]]:
+    """Parameters and buffers, packed by one call at the head of the graph."""
+    if not stored:
         return {}
     graph = emitter.graph
     head = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
@@ -109,10 +129,7 @@ def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, 
     known: dict[tuple[Node, bool, str], int] = {}
     index: dict[Node, dict[str, int]] = {}
     with graph.inserting_before(head):
-        for node, field, layout in wanted:
-            found = matrix_base(args_of(node)[1])
-            assert found is not None  # selection has asked for a constant
-            base, transposed = found
+        for node, field, base, transposed, layout in stored:
             key = (base, transposed, layout)
             if key not in known:
                 known[key] = len(weights)
@@ -121,10 +138,10 @@ def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, 
                 weights.append(base if transposed else emitter.call(aten.permute.default, base, [1, 0], like=node))
                 layouts.append(layout)
             index.setdefault(node, {})[field] = known[key]
-        like = wanted[0][0]
+        like = stored[0][0]
         call = emitter.call(torch.ops.fx_quant.prepack.default, weights, layouts, like=like)
         outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(weights))]
-    return {node: Packed(**{field: outs[i] for field, i in fields.items()}) for node, fields in index.items()}
+    return {node: {field: outs[i] for field, i in fields.items()} for node, fields in index.items()}
 
 
 def _layouts(node: Node, selection: Selection) -> Iterator[tuple[str, str]]:

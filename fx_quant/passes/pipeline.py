@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -14,6 +15,7 @@ from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import assign
 from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
+from fx_quant.passes.folding import fold_constants
 from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.nodes import dtype, module_path, source_line
 from fx_quant.passes.quantizers import Quantizer
@@ -24,11 +26,13 @@ from fx_quant.passes.rewrite import (
     remove_identities,
     rewrite_quantizers,
 )
+from fx_quant.passes.rulebook import starts_codes
 from fx_quant.passes.sites import Miss, Recognised, Site, find_sites
+from fx_quant.passes.values import Product
 from fx_quant.passes.verify import verify
 from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
 from fx_quant.scheme import CODE_DTYPES, dtype_name
-from fx_quant.selection import Selection, check_kernel_names, select
+from fx_quant.selection import Selection, Verdict, check_kernel_names, select
 from fx_quant.target import Target
 
 log = logging.getLogger(__name__)
@@ -41,6 +45,7 @@ class Rewriting:
     Args:
         before: the normalised source graph.
         graph: the graph being rewritten.
+        static_indices: positions of the placeholders that are parameters or buffers; None where that is not known.
         selections: the kernel of each site.
         misses: what is left as it is, because a rule failed.
         recognised: what is left as it is, because nothing here runs it faster.
@@ -50,6 +55,7 @@ class Rewriting:
 
     before: Graph
     graph: Graph
+    static_indices: frozenset[int] | None = None
     selections: dict[Site, Selection] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
     recognised: list[Recognised] = field(default_factory=list)
@@ -58,8 +64,8 @@ class Rewriting:
 
 
 def holds_codes(graph: Graph) -> bool:
-    """Whether any node of ``graph`` has a low-bit dtype: without one there is nothing quantized."""
-    return any(dtype(node) in CODE_DTYPES for node in graph.nodes)
+    """Whether anything in ``graph`` may be quantized: a low-bit dtype, packed integers, or a fake quantization."""
+    return any(dtype(node) in CODE_DTYPES or starts_codes(node) for node in graph.nodes)
 
 
 def to_canonical(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Rewriting:
@@ -74,7 +80,7 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     work = common_subexpressions_merged(graph)
     remove_identities(work)
     before, _ = copy_graph(work)
-    state = Rewriting(before, work)
+    state = Rewriting(before, work, static_indices)
     inputs = classify_inputs(work, static_indices)
     found = find_sites(work, Annotation(work), inputs, options.numerics)
     state.misses, state.recognised = found.misses, found.recognised
@@ -106,14 +112,20 @@ def _select(state: Rewriting, site: Site, target: Target, options: Options) -> N
     except NoKernelError as error:
         if options.force_kernel is not None:
             raise
-        state.misses.append(Miss(site.gemm, site.gemm, str(error)))
+        if site.product is None:
+            state.misses.append(Miss(site.gemm, site.gemm, str(error)))
+        else:
+            state.recognised.append(_left(site, site.product, target, error.verdicts))
         return
     if site.product is not None and selection.kernel.dequantizes and options.force_kernel is None:
-        reason = f"no kernel of {target} runs this scheme; the source's own dequantize and float matmul stay"
-        reason = f"{site.product.obstacle}; {reason}" if site.product.obstacle else reason
-        state.recognised.append(Recognised(site.gemm, reason, site, selection))
-        return
-    state.selections[site] = selection
+        state.recognised.append(_left(site, site.product, target, selection.verdicts))
+    else:
+        state.selections[site] = selection
+
+
+def _left(site: Site, product: Product, target: Target, verdicts: tuple[Verdict, ...]) -> Recognised:
+    reason = f"no kernel of {target} runs this scheme; the source's own steps stay"
+    return Recognised(site.gemm, f"{product.obstacle}; {reason}" if product.obstacle else reason, site, verdicts)
 
 
 def to_kernels(state: Rewriting) -> None:
@@ -122,6 +134,7 @@ def to_kernels(state: Rewriting) -> None:
     results = assign(state.graph, selections)
     state.canonical = {site: results[node] for site, node in state.canonical.items()}
     state.graph.eliminate_dead_code()
+    fold_constants(Emitter(state.graph), state.canonical.values(), classify_inputs(state.graph, state.static_indices))
     verify(state.graph, state.before)
 
 
@@ -173,7 +186,7 @@ def _recognised_report(found: Recognised) -> RecognisedReport:
         n=None if site is None else site.problem.n,
         k=None if site is None else site.problem.k,
         reason=found.reason,
-        losers={} if found.selection is None else _losers(found.selection),
+        losers=_losers(found.verdicts),
     )
 
 
@@ -181,12 +194,12 @@ def _op_name(gemm: Node) -> str:
     return str(gemm.target).removesuffix(".default")
 
 
-def _losers(selection: Selection) -> dict[str, list[str]]:
+def _losers(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, list[str]]:
     """Why each other kernel was not chosen."""
     return {
         verdict.kernel: list(verdict.reasons) or ["can run, lower priority"]
-        for verdict in selection.verdicts
-        if verdict.kernel != selection.kernel.name
+        for verdict in verdicts
+        if verdict.kernel != chosen
     }
 
 
@@ -205,5 +218,5 @@ def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteRepo
         padding=selection.padding.describe(problem),
         numerics=str(max(site.numerics, selection.kernel.numerics)),
         quantize=str(state.quantizers.get(site, "")),
-        losers=_losers(selection),
+        losers=_losers(selection.verdicts, selection.kernel.name),
     )

@@ -5,11 +5,19 @@ from __future__ import annotations
 from torch.fx import Node
 
 from fx_quant.passes import dialects
-from fx_quant.passes.rules import arithmetic, matmuls, packing, scaled_matmuls, views
+from fx_quant.passes.rules import arithmetic, fake_quantize, matmuls, packing, scaled_matmuls, views
 from fx_quant.passes.values import Rule
 
 _MATMULS: dict[object, Rule] = {**matmuls.RULES, **scaled_matmuls.RULES}
-_RULES: dict[object, Rule] = {**views.RULES, **arithmetic.RULES, **packing.RULES, **_MATMULS}
+_RULES: dict[object, Rule] = {
+    **views.RULES,
+    **arithmetic.RULES,
+    **packing.RULES,
+    **fake_quantize.RULES,
+    **_MATMULS,
+}
+# Ops that make codes of what has no low-bit dtype.
+_STARTS = frozenset({*packing.RULES, *fake_quantize.STARTS})
 _NAMED: dict[str, Rule] = {**dialects.RULES, **dialects.MATMUL_RULES}
 
 
@@ -23,6 +31,13 @@ def is_matmul(node: object) -> bool:
     if not isinstance(node, Node) or node.op != "call_function":
         return False
     return node.target in _MATMULS or str(node.target) in dialects.MATMUL_RULES
+
+
+def starts_codes(node: Node) -> bool:
+    """Whether ``node`` may make codes of tensors that have no low-bit dtype, or is a library's quantized op."""
+    return node.op == "call_function" and (
+        node.target in _STARTS or str(node.target) in _NAMED or own_kernel(node) is not None
+    )
 
 
 def own_kernel(node: Node) -> str | None:

@@ -18,7 +18,7 @@ from fx_quant.passes.rulebook import is_matmul, own_kernel
 from fx_quant.passes.values import Codes, Product, Unknown
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import Selection
+from fx_quant.selection import Verdict
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Recognised:
         gemm: the matmul node.
         reason: why it is left.
         site: what a kernel was asked; None for a library's own fused kernel.
-        selection: what was answered.
+        verdicts: what was answered, kernel by kernel.
     """
 
     gemm: Node
     reason: str
     site: Site | None = None
-    selection: Selection | None = None
+    verdicts: tuple[Verdict, ...] = ()
 
 
 @dataclass
@@ -113,7 +113,38 @@ def _find(gemm: Node, annotation: Annotation, inputs: Inputs, cap: Numerics) -> 
     value = annotation.value(gemm)
     if isinstance(value, Unknown):
         return Miss(gemm, value.node, value.rule)
-    return _site(gemm, value, annotation, inputs, cap) if isinstance(value, Product) else None
+    if isinstance(value, Product):
+        return _site(gemm, value, annotation, inputs, cap)
+    return _decoded_weight(gemm, annotation, inputs)
+
+
+# Integers of two dims or more are stored codes, packed or not; floats of 8 bits are codes whatever their shape.
+_STORED = CODE_DTYPES | {torch.int32, torch.int64, torch.int16}
+
+
+def _decoded_weight(gemm: Node, annotation: Annotation, inputs: Inputs) -> Miss | None:
+    """A matmul of which nothing is proven, but whose weight is computed of stored codes alone."""
+    for operand in gemm.all_input_nodes:
+        if operand in inputs.runtime or operand.op != "call_function" or len(shape(operand)) < 2:
+            continue
+        chain: list[Node] = []
+        seen, waiting, stored = {operand}, [operand], False
+        while waiting:
+            node = waiting.pop()
+            chain.append(node)
+            stored |= node in inputs.constant and dtype(node) in _STORED and len(shape(node)) > 1
+            for source in node.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    waiting.append(source)
+        if not stored:
+            continue
+        for node in sorted(chain):
+            # The first step after which nothing is known of what was known before it.
+            if annotation.value(node) is None and any(annotation.value(n) for n in node.all_input_nodes):
+                return Miss(gemm, node, f"the weight is decoded from stored codes, and no rule proves {node.target}")
+        return Miss(gemm, operand, "the weight is decoded from stored codes by steps that no rule proves")
+    return None
 
 
 def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Site | Miss | None:
@@ -242,8 +273,10 @@ def _size_range(sizes: tuple[int | torch.SymInt, ...]) -> SizeRange:
 
 
 def is_constant(codes: Codes, inputs: Inputs) -> bool:
-    """Whether ``codes`` are a view of a parameter, buffer or constant."""
-    return _is_constant_matrix(codes.node, codes.dims, inputs)
+    """Whether ``codes`` are a parameter, buffer or constant, or computed of such alone."""
+    if _is_constant_matrix(codes.node, codes.dims, inputs):
+        return True
+    return codes.node.op == "call_function" and codes.node not in inputs.runtime
 
 
 def _is_constant_matrix(node: Node, dims: Dims | None, inputs: Inputs) -> bool:

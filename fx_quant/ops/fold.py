@@ -1,0 +1,122 @@
+"""``fold``: what a graph computes of constants alone, computed once.
+
+Libraries unpack weights, and shape their scales, inside the graph. As these depend on parameters only, the steps are
+written down as a program that runs when one of them has changed, instead of in every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fx_quant.ops.library import MATMUL_TAGS, register
+from fx_quant.remembering import remembered
+
+
+def can_fold(node: Node) -> bool:
+    """Whether ``program_of`` can write ``node`` down: a pure op of tensors and static arguments."""
+    target = node.target
+    if node.op != "call_function":
+        return False
+    if target is not operator.getitem:
+        if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+            return False
+        if torch.Tag.nondeterministic_seeded in target.tags:
+            return False
+    try:
+        json.dumps(_encoded((node.args, node.kwargs), dict.fromkeys(node.all_input_nodes, 0)))
+    except TypeError:
+        return False
+    return True
+
+
+def program_of(inputs: Sequence[Node], steps: Sequence[Node], results: Sequence[Node]) -> str:
+    """``steps`` in order, as text: values are numbered, the inputs first.
+
+    Raises:
+        TypeError: an argument that has no form in text.
+    """
+    index = {node: i for i, node in enumerate((*inputs, *steps))}
+    lines = []
+    for step in steps:
+        name = "getitem" if step.target is operator.getitem else str(step.target)
+        lines.append([name, _encoded(step.args, index), _encoded(step.kwargs, index)])
+    return json.dumps({"steps": lines, "results": [index[node] for node in results]}, separators=(",", ":"))
+
+
+# Types of arguments that JSON has no form for, by the name of torch's attribute.
+_NAMED = (torch.dtype, torch.memory_format, torch.layout)
+
+
+def _encoded(argument: Any, index: dict[Node, int]) -> Any:
+    if isinstance(argument, Node):
+        return {"value": index[argument]}
+    if isinstance(argument, (list, tuple)):
+        return [_encoded(part, index) for part in argument]
+    if isinstance(argument, dict):
+        return {"dict": {name: _encoded(part, index) for name, part in argument.items()}}
+    if isinstance(argument, _NAMED):
+        return {"torch": str(argument).removeprefix("torch.")}
+    if isinstance(argument, torch.device):
+        return {"device": str(argument)}
+    if argument is None or isinstance(argument, (bool, int, float, str)):
+        return argument
+    raise TypeError(f"a constant computation must have static arguments, got {type(argument).__name__}")
+
+
+def _decoded(argument: Any, values: Sequence[Any]) -> Any:
+    if isinstance(argument, list):
+        return [_decoded(part, values) for part in argument]
+    if not isinstance(argument, dict):
+        return argument
+    ((kind, content),) = argument.items()
+    if kind == "value":
+        return values[content]
+    if kind == "dict":
+        return {name: _decoded(part, values) for name, part in content.items()}
+    return torch.device(content) if kind == "device" else getattr(torch, content)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(program: str) -> tuple[tuple[tuple[Callable[..., Any], Any, Any], ...], tuple[int, ...]]:
+    found = json.loads(program)
+    return tuple((_op(name), args, kwargs) for name, args, kwargs in found["steps"]), tuple(found["results"])
+
+
+def _op(name: str) -> Callable[..., Any]:
+    if name == "getitem":
+        return operator.getitem
+    namespace, op, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+
+
+def _run(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
+    steps, results = _parsed(program)
+    values: list[Any] = list(inputs)
+    with torch.no_grad():
+        for op, args, kwargs in steps:
+            values.append(op(*_decoded(args, values), **_decoded(kwargs, values)))
+    return [values[i].contiguous() for i in results]
+
+
+def fold(inputs: list[Tensor], program: str) -> list[Tensor]:
+    """The results of ``program`` on ``inputs``, contiguous; kept and handed out again until an input is written to.
+
+    Do not write to the results. They never alias an input.
+    """
+    return remembered(inputs, (program,), lambda: [_own(result, inputs) for result in _run(inputs, program)])
+
+
+def _own(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    storages = {x.untyped_storage()._cdata for x in inputs}
+    return result.clone() if result.untyped_storage()._cdata in storages else result.detach()
+
+
+register("fold(Tensor[] inputs, str program) -> Tensor[]", fold, _run, MATMUL_TAGS)
