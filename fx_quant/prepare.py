@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fx_quant.adapters.base import Adapter, adapter_of, adapters, difference
+from fx_quant.errors import NoKernelError
 from fx_quant.linear import QuantizedLinear
 from fx_quant.report import without_numbers
 
@@ -203,12 +204,15 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
 def needs_prepare(model: object) -> str | None:
     """What ``prepare_`` would swap, in one line; None when it would change nothing.
 
-    Looks at classes, schemes and hooks only: no weight is read, and no library imported.
+    Looks at classes, schemes and hooks only: no weight is read, and no library imported. So a module whose values turn
+    out not to fit its scheme is counted here, and left by ``prepare_``.
     """
     if not isinstance(model, nn.Module):
         return None
+    found = _found(model)
+    owners = _weight_owners(model) if found else {}
     counts: Counter[Adapter] = Counter(
-        adapter for module, (adapter, _) in _found(model).items() if _objection(module, adapter) is None
+        adapter for module, (adapter, _) in found.items() if _objection(module, adapter, owners) is None
     )
     parts = [
         f"{count} {'module' if count == 1 else 'modules'} of {adapter.library} {adapter.effect}"
@@ -233,9 +237,7 @@ def _swapped_for(
     module: nn.Module, adapter: Adapter, owners: Mapping[nn.Module, str]
 ) -> tuple[QuantizedLinear, str, str] | str:
     """The ``QuantizedLinear`` of ``module``, its numerics class and note; or the reason why there is none."""
-    reason = _objection(module, adapter)
-    if reason is None and module in owners:
-        reason = f"its weight must be its own, but it is that of {owners[module]} too; untie them first"
+    reason = _objection(module, adapter, owners)
     if reason is not None:
         return reason
     try:
@@ -246,11 +248,18 @@ def _swapped_for(
     reason = difference(conversion)
     if reason is not None:
         return reason
-    linear = conversion.linear.to(conversion.weight.device).train(module.training)
+    weight = conversion.weight
+    linear = conversion.linear.to(weight.device).train(module.training)
+    try:
+        linear.selection(weight.new_empty((0, linear.in_features)))
+    except NoKernelError as error:
+        return str(error)
     return linear, str(conversion.numerics), conversion.note
 
 
-def _objection(module: nn.Module, adapter: Adapter) -> str | None:
+def _objection(module: nn.Module, adapter: Adapter, owners: Mapping[nn.Module, str]) -> str | None:
+    if module in owners:
+        return f"its weight must be its own, but it is that of {owners[module]} too; untie them first"
     if parametrize.is_parametrized(module):
         return "it must have no parametrization, which a swap would lose; remove it, leave_parametrized=True"
     own = adapter.own_hooks(module)

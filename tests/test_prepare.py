@@ -508,6 +508,15 @@ def test_schemes_without_a_kernel_are_left(preset, reason):
     assert reason in left.reason and left.scheme.startswith("4-bit")
 
 
+def test_a_linear_that_no_kernel_of_the_machine_can_run_is_left(monkeypatch):
+    from fx_quant.kernels.base import kernels
+
+    model = compressed_net("int8_dynamic", "frozen")
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", ",".join(kernel.name for kernel in kernels()))
+    (left,) = prepare_(model).left
+    assert left.reason.startswith("no kernel can run int8 per_token (dynamic) x int8 per_channel")
+
+
 def test_tied_modules_are_swapped_once_and_stay_tied():
     net = Net()
     model = apply_scheme(nn.ModuleDict({"a": net, "b": net, "c": nn.Sequential(net.fc)}), "w8a16")
@@ -523,6 +532,7 @@ def test_a_weight_of_two_modules_is_left_to_both():
     report = prepare_(model)
     assert report.left[0].reason == "its weight must be its own, but it is that of embedding too; untie them first"
     assert model["head"].weight is model["embedding"].weight
+    assert needs_prepare(model) is None
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -597,7 +607,9 @@ def test_a_llama_from_a_checkpoint_compiles_to_one_graph_with_every_linear_rewri
     assert needs_prepare(model) == (
         "14 modules of compressed-tensors break the graph: fx_quant.prepare_(model) swaps them for QuantizedLinear"
     )
+    unused = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     report = prepare_(model)
+    assert prepare_(unused).swapped == report.swapped
     assert report.summary() == "14 of 14 quantized modules swapped for QuantizedLinear, 0 left"
     assert needs_prepare(model) is None
     with torch.no_grad():
@@ -606,6 +618,8 @@ def test_a_llama_from_a_checkpoint_compiles_to_one_graph_with_every_linear_rewri
     assert ((after.double() - before.double()).norm() / before.double().norm()).item() < 8e-2
     found = fx_quant.explain(model, **tokens())
     assert (len(found.sites), len(found.misses), found.graphs, found.graph_breaks) == (14, 0, 1, 0)
+    with torch.no_grad():
+        assert torch.equal(unused(**tokens()).logits, after)
     assert {site.module for site in found.sites} == {swapped.module for swapped in report.swapped}
 
 
@@ -672,6 +686,7 @@ def test_a_dynamic_model_of_torch_ao_compiles_to_one_graph():
 
 def test_what_torch_ao_has_besides_dynamic_int8_linears_is_left():
     import torch.ao.quantization as quantization
+    from torch.ao.nn.intrinsic.quantized.dynamic import LinearReLU
     from torch.ao.nn.quantized import Linear
     from torch.ao.nn.quantized.dynamic import LSTM
 
@@ -681,7 +696,9 @@ def test_what_torch_ao_has_besides_dynamic_int8_linears_is_left():
         shifted = nn.Sequential(quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)), {nn.Linear})[0])
         codes = torch.quantize_per_tensor(torch.randn(8, 8), 0.05, 3, torch.qint8)
         shifted[0].set_weight_bias(codes, None)
-        model = nn.ModuleDict({"float16": half, "shifted": shifted, "static": Linear(8, 8), "lstm": LSTM(8, 8)})
+        model = nn.ModuleDict(
+            {"float16": half, "shifted": shifted, "static": Linear(8, 8), "lstm": LSTM(8, 8), "relu": LinearReLU(8, 8)}
+        )
     report = prepare_(model)
     assert not report.swapped
     assert {left.module: left.reason.split(",")[0] for left in report.left} == {
@@ -689,6 +706,7 @@ def test_what_torch_ao_has_besides_dynamic_int8_linears_is_left():
         "shifted.0": "its weight must be symmetric beside a quantized activation",
         "static": "it must take and return floats",
         "lstm": "it must be a dynamic Linear of torch.ao",
+        "relu": "it must be a dynamic Linear of torch.ao",
     }
 
 

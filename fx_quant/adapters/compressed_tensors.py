@@ -90,7 +90,7 @@ def _check_devices(module: Any) -> None:
     cache = module._parameters
     onload, offload = getattr(cache, "onload_device", None), getattr(cache, "offload_device", None)
     require(
-        str(onload) == str(offload),
+        _device_name(onload) == _device_name(offload),
         f"its parameters must live where they are used, got them offloaded from {onload} to {offload}; load the model "
         "without offloading",
     )
@@ -99,6 +99,12 @@ def _check_devices(module: Any) -> None:
         all(x is None or x.device.type != "meta" for x in held.values()),
         "its parameters must be loaded, got some on the meta device; load the checkpoint first",
     )
+
+
+def _device_name(device: torch.device | str | None) -> str:
+    """``cuda`` and ``cuda:0`` are one; ``disk`` is not a device, and None is that of no cache."""
+    name = str(device)
+    return name if ":" in name or name in ("cpu", "disk", "meta", "None") else f"{name}:0"
 
 
 @torch.no_grad()
@@ -199,7 +205,7 @@ def _finish(model: nn.Module) -> tuple[str, ...]:
             hook.remove()
             del module.ct_decompress_hook
     caches: list[Any] = [x._parameters for x in model.modules() if hasattr(x._parameters, "offload_device")]
-    devices = sorted({str(device) for cache in caches for device in (cache.onload_device, cache.offload_device)})
+    devices = sorted({_device_name(x) for cache in caches for x in (cache.onload_device, cache.offload_device)})
     if len(devices) > 1:
         where = ", ".join(devices)
         return (f"offloading wrappers break the graph and stay, as the model is spread over {where}; load it on one",)
