@@ -245,6 +245,8 @@ def _swapped_for(
             conversion = adapter.convert(module)
     except ValueError as error:
         return str(error)
+    except ImportError as error:
+        return f"{adapter.library} must be a version that fx_quant can read, got {error}; install another version"
     reason = difference(conversion)
     if reason is not None:
         return reason

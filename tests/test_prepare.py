@@ -405,6 +405,10 @@ def change(fc: Any, how: str) -> None:
     elif how == "forward":
         inner = fc.forward
         fc.forward = lambda x: 2 * inner(x)
+    elif how == "forward_removed":
+        del fc.forward
+    elif how == "no_scale":
+        del fc.weight_scale
     elif how == "submodule":
         fc.observer = nn.Identity()
     elif how == "switched_off":
@@ -427,6 +431,8 @@ REASONS = {
     "load_hook": "got load_state_dict_post_hooks",
     "parametrization": "must have no parametrization",
     "forward": "its forward must be that of compressed-tensors around nn.Linear",
+    "forward_removed": "must be that of compressed-tensors around nn.Linear's, got torch.nn.modules.linear;",
+    "no_scale": "it must have weight and weight_scale, got bias, input_scale, input_zero_point, weight, weight_zero_poin",
     "submodule": "must hold no submodules, got observer",
     "switched_off": "quantization_enabled=False",
     "calibrating": "got calibration; end calibration first",
@@ -444,7 +450,7 @@ def test_what_is_not_the_librarys_own_is_never_lost(how):
         assert not report.swapped and REASONS[how] in report.left[0].reason
         assert "\n" not in report.left[0].reason
         assert model.fc is fc and vars(fc).keys() == kept.keys()
-    if how != "nan_scale":  # the others are seen without looking at values
+    if how not in ("nan_scale", "no_scale"):  # the others are seen without looking at tensors
         assert needs_prepare(model) is None
 
 

@@ -27,7 +27,8 @@ _FROZEN, _COMPRESSED, _DECOMPRESSED = "frozen", "compressed", "decompressed"
 
 
 def _recognizes(module: nn.Module) -> bool:
-    scheme = getattr(module, "quantization_scheme", None)
+    # Of the module itself: a wrapper may pass on the attributes of what it wraps.
+    scheme = vars(module).get("quantization_scheme")
     return scheme is not None and type(scheme).__module__.split(".")[0] == _LIBRARY
 
 
@@ -73,17 +74,19 @@ def _check(module: Any) -> None:
 def _check_forward(module: Any) -> None:
     """Raise unless calling ``module`` runs what compressed-tensors has put around ``nn.Linear.forward``, no more."""
     forward = getattr(module.forward, "__func__", module.forward)
-    home = getattr(forward, "__globals__", {}).get("__name__", "")
-    if home.startswith(f"{_LIBRARY}.offload"):
+    if _home(forward).startswith(f"{_LIBRARY}.offload"):
         forward = getattr(module, "_original_forward_func", forward)
-        home = forward.__globals__["__name__"]
-    if home.startswith(f"{_LIBRARY}.quantization"):
-        forward = forward.__wrapped__
     require(
-        forward is nn.Linear.forward,
-        "its forward must be that of compressed-tensors around nn.Linear, got another "
-        f"({getattr(forward, '__qualname__', forward)!s}); remove what replaced it, for example accelerate's hooks",
+        _home(forward).startswith(f"{_LIBRARY}.quantization")
+        and getattr(forward, "__wrapped__", None) is nn.Linear.forward,
+        "its forward must be that of compressed-tensors around nn.Linear's, got "
+        f"{_home(forward) or type(forward).__name__}; remove what replaced it, for example accelerate's hooks",
     )
+
+
+def _home(function: Any) -> str:
+    """Where a function is defined, whatever ``functools.wraps`` makes it look like."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def _check_devices(module: Any) -> None:
@@ -121,7 +124,6 @@ def _convert(module: Any) -> Conversion:
         dtype=weight.dtype if bias is None else bias.dtype,
     )
     keys = tensors_of(scheme, "", stored, bias is not None)
-    require("weight_scale" in keys, "it must have a weight_scale, got none; load the whole checkpoint")
     linear = decode_linear(like, scheme, {what: stored[key] for what, key in keys.items()})
     numerics = numerics_of(scheme, weight.dtype)
     note = _note(scheme, weight.dtype) if numerics is Numerics.APPROXIMATE else ""
@@ -130,7 +132,14 @@ def _convert(module: Any) -> Conversion:
 
 def _codes_and_weight(module: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of the module with codes for its weight, as a checkpoint has them, and its weight as it is used."""
-    if module.quantization_status.value == _COMPRESSED:
+    compressed = module.quantization_status.value == _COMPRESSED
+    weights = ("weight", "weight_packed") if compressed else ("weight",)
+    require(
+        "weight_scale" in tensors and any(name in tensors for name in weights),
+        f"it must have {' or '.join(weights)} and weight_scale, got {', '.join(sorted(tensors))}; load the whole "
+        "checkpoint",
+    )
+    if compressed:
         return tensors, _decompressed(module, tensors)
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
 
@@ -183,13 +192,17 @@ def _decompressed(module: Any, tensors: Mapping[str, Tensor]) -> Tensor:
 def _note(scheme: Scheme, dtype: torch.dtype) -> str:
     activation = scheme.activation
     differences = []
-    if activation.dynamic and activation.symmetric and activation.dtype not in FLOAT8_DTYPES:
+    if activation.dtype in FLOAT8_DTYPES:
+        differences.append("activations are multiplied by 1 / scale, not divided by it")
+    elif not activation.symmetric:
+        differences.append("zero points are added after rounding, not before")
+    elif activation.dynamic:
         differences.append("activation scales are amax / 127, not / 127.5")
     if activation.dynamic and activation.granularity.kind == "per_token":
         differences.append("each row of a 2-D input has its scale, not all rows one")
     if dtype is not torch.float32:
         differences.append(f"activation codes are rounded in float32, not {dtype_name(dtype)}")
-    return "; ".join(differences) or "activation codes are rounded in another order"
+    return "; ".join(differences)
 
 
 def _own_hooks(module: nn.Module) -> frozenset[int]:

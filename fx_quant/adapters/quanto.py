@@ -78,7 +78,7 @@ def _convert(module: Any) -> Conversion:
 def _note(spec: OperandSpec, dtype: torch.dtype) -> str:
     if dtype is not torch.float32:
         return f"activation codes are rounded in float32, not {dtype_name(dtype)}"
-    return "float8 activations are multiplied by 1 / scale, not divided" if spec.dtype in FLOAT8_DTYPES else ""
+    return "activations are multiplied by 1 / scale, not divided by it" if spec.dtype in FLOAT8_DTYPES else ""
 
 
 _Weight = tuple[Tensor, Tensor, Tensor | None, OperandSpec]
