@@ -181,10 +181,12 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
     swapped: list[SwappedModule] = []
     left: list[LeftModule] = []
     used: dict[str, Adapter] = {}
-    owners = _weight_owners(model)
-    for module, (adapter, names) in _found(model).items():
+    owners, found = _weight_owners(model), _found(model)
+    # Asked before anything changes, as it may raise.
+    unwanted = {module for module, (_, names) in found.items() if filter is not None and not filter(names[0], module)}
+    for module, (adapter, names) in found.items():
         where = (names[0], names[1:], adapter.library, type(module).__name__)
-        if filter is not None and not filter(names[0], module):
+        if module in unwanted:
             left.append(LeftModule(*where, adapter.describe(module), "the filter left it out"))
             continue
         result = _swapped_for(module, adapter, owners)
@@ -196,7 +198,8 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
             model.set_submodule(name, linear)
         used[adapter.library] = adapter
         swapped.append(SwappedModule(*where, str(linear.scheme), numerics, note))
-    _disable_fast_paths(model)
+    if swapped:
+        _disable_fast_paths(model)
     notes = tuple(note for adapter in used.values() for note in adapter.finish(model))
     return PrepareReport(tuple(swapped), tuple(left), already, notes)
 
