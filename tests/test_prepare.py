@@ -1,4 +1,4 @@
-"""``prepare_``: what is swapped computes with the library's codes and scales, and what is not is left, with its reason."""
+"""``prepare_``: what is swapped keeps the codes and scales of its library; what is not is left, with its reason."""
 
 from __future__ import annotations
 
@@ -432,7 +432,7 @@ REASONS = {
     "parametrization": "must have no parametrization",
     "forward": "its forward must be that of compressed-tensors around nn.Linear",
     "forward_removed": "must be that of compressed-tensors around nn.Linear's, got torch.nn.modules.linear;",
-    "no_scale": "it must have weight and weight_scale, got bias, input_scale, input_zero_point, weight, weight_zero_poin",
+    "no_scale": "it must have weight and weight_scale, got bias, input_scale, input_zero_point, weight",
     "submodule": "must hold no submodules, got observer",
     "switched_off": "quantization_enabled=False",
     "calibrating": "got calibration; end calibration first",
