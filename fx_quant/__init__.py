@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fx_quant.fp8_linear import Fp8LinearOp
     from fx_quant.kernels.packing import clear_packed_weights
     from fx_quant.linear import QuantizedLinear, quantize_
+    from fx_quant.prepare import PrepareReport, prepare_
     from fx_quant.report import Report
     from fx_quant.scheme import Granularity, OperandSpec, Scheme
     from fx_quant.selection import select
@@ -29,6 +30,7 @@ _HOMES = {
     "Fp8LinearOp": "fp8_linear",
     "Granularity": "scheme",
     "OperandSpec": "scheme",
+    "PrepareReport": "prepare",
     "QuantizedLinear": "linear",
     "Report": "report",
     "Scheme": "scheme",
@@ -40,6 +42,7 @@ _HOMES = {
     "inductor_pass": "backend",
     "load_quantized_": "checkpoint",
     "named_target": "target",
+    "prepare_": "prepare",
     "quantize_": "linear",
     "select": "selection",
 }
@@ -49,6 +52,7 @@ __all__ = [
     "Fp8LinearOp",
     "Granularity",
     "OperandSpec",
+    "PrepareReport",
     "QuantizedLinear",
     "Report",
     "Scheme",
@@ -60,6 +64,7 @@ __all__ = [
     "inductor_pass",
     "load_quantized_",
     "named_target",
+    "prepare_",
     "quantize_",
     "select",
 ]

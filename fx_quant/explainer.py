@@ -12,6 +12,7 @@ from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import static_input_indices
 from fx_quant.config import Options
 from fx_quant.passes.pipeline import holds_codes, report_on, to_canonical
+from fx_quant.prepare import needs_prepare
 from fx_quant.report import Report
 from fx_quant.target import Target, resolve_target
 
@@ -49,7 +50,7 @@ def explain(
             reports.append(Report(str(resolved), (), ()))
 
     _, breaks = run_captured(model, args, kwargs, on_graph=on_graph, inner_compile=run_eagerly, dynamic=dynamic)
-    report = Report(str(resolved), (), (), graphs=0, graph_breaks=breaks)
+    report = Report(str(resolved), (), (), graphs=0, graph_breaks=breaks, note=needs_prepare(model) or "")
     for each in reports:
         report = report.merged(each)
     return report

@@ -93,6 +93,7 @@ class Report:
         misses: left as they were, because a rule failed.
         recognised: left as they were, because nothing on the target runs them faster.
         graphs, graph_breaks: how the model was captured.
+        note: what to do first, where the model hides its matmuls from every compiler.
     """
 
     target: str
@@ -101,6 +102,7 @@ class Report:
     recognised: tuple[RecognisedReport, ...] = ()
     graphs: int = 1
     graph_breaks: int = 0
+    note: str = ""
 
     def to_json(self) -> str:
         """The whole report as JSON."""
@@ -132,6 +134,8 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f"fx_quant: {self.summary()}"]
+        if self.note:
+            parts.append(textwrap.fill(self.note, 118))
         if self.sites:
             parts.append(self._site_table())
             parts.append(self._losers())

@@ -16,6 +16,11 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
+ADAPTERS = [
+    f"fx_quant.adapters.{path.stem}"
+    for path in sorted((PACKAGE / "adapters").glob("*.py"))
+    if path.stem not in ("__init__", "base")
+]
 LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons")
 PROVIDERS = [
     f"fx_quant.kernels.{path.stem}"
@@ -55,11 +60,11 @@ def crossings(importer, *rooms):
     )
 
 
-def loaded_by(statement):
-    """Top-level and Inductor modules that a fresh process holds after ``statement``."""
+def loaded_by(statement, *rooms):
+    """The modules of ``rooms``, or of Inductor and Triton, that a fresh process holds after ``statement``."""
     code = f"import sys; {statement}; print(*sorted(m for m in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    return {name for name in out.stdout.split() if within(name, "torch._inductor", "triton")}
+    return {name for name in out.stdout.split() if within(name, *(rooms or ("torch._inductor", "triton")))}
 
 
 def test_importing_fx_quant_loads_neither_inductor_nor_triton():
@@ -82,6 +87,19 @@ def test_passes_name_no_kernel_provider():
 
 def test_kernels_import_no_pass_and_no_lowering():
     assert crossings("fx_quant.kernels", "fx_quant.passes", "fx_quant.lowerings") == []
+
+
+def test_adapters_import_no_library_no_pass_no_lowering_and_no_kernel():
+    libraries = ("compressed_tensors", "optimum", "transformers", "torchao")
+    load_all = "from fx_quant.adapters.base import adapters; assert len(adapters()) >= 3; import fx_quant.prepare"
+    assert len(ADAPTERS) >= 3 and loaded_by(load_all, *libraries) == set()
+    rooms = ("fx_quant.passes", "fx_quant.lowerings", "fx_quant.kernels", "fx_quant.backend")
+    assert crossings("fx_quant.adapters", *rooms) == []
+
+
+def test_only_the_registry_names_an_adapter():
+    others = [m for m, path in MODULES.items() if any(within(name, *ADAPTERS) for name in imports(path))]
+    assert others == []
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if f"fx_quant.{leaf}" in MODULES])

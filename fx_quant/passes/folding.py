@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.fx import Node
@@ -17,7 +17,7 @@ from fx_quant.passes.nodes import VIEWS, args_of, is_op, shape
 _PREPACK = "fx_quant.prepack.default"
 
 
-def fold_constants(emitter: Emitter, kernels: Iterable[Node], inputs: Inputs) -> None:
+def fold_constants(emitter: Emitter, kernels: Sequence[Node], inputs: Inputs) -> None:
     """Replace what ``kernels`` (calls of kernel ops) are given of constants alone by one ``fx_quant::fold``.
 
     Vectors are left: Inductor reads them in the epilogue, where their casts and products cost nothing.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.passes.nodes import dtype, shape, tensor
+from fx_quant.passes.nodes import aten, dtype, shape, tensor
 from fx_quant.scheme import CODE_DTYPES
 
 
@@ -16,7 +16,7 @@ class Inputs:
     """Which nodes hold the same value in every call of the compiled graph.
 
     Args:
-        constant: parameters, buffers and constants of the graph.
+        constant: parameters, buffers and constants of the graph that it does not write to.
         runtime: nodes that depend on anything else.
     """
 
@@ -32,9 +32,10 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
             that hold codes or float vectors for such.
     """
     constant, runtime = set(), set()
+    written = {node.args[0] for node in graph.find_nodes(op="call_function", target=aten.copy_.default)}
     for index, node in enumerate(graph.find_nodes(op="placeholder")):
         static = _looks_static(node) if static_indices is None else index in static_indices
-        if static:
+        if static and node not in written:
             constant.add(node)
         elif tensor(node) is not None:
             runtime.add(node)

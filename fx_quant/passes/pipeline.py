@@ -17,7 +17,7 @@ from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.folding import fold_constants
 from fx_quant.passes.inputs import classify_inputs
-from fx_quant.passes.nodes import dtype, module_path, source_line
+from fx_quant.passes.nodes import dtype, is_op, module_path, source_line
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.rewrite import (
     collapse_reshapes,
@@ -134,7 +134,9 @@ def to_kernels(state: Rewriting) -> None:
     results = assign(state.graph, selections)
     state.canonical = {site: results[node] for site, node in state.canonical.items()}
     state.graph.eliminate_dead_code()
-    fold_constants(Emitter(state.graph), state.canonical.values(), classify_inputs(state.graph, state.static_indices))
+    ops = {selection.kernel.overload() for selection in selections.values()}
+    kernels = [node for node in state.graph.nodes if is_op(node, *ops)]
+    fold_constants(Emitter(state.graph), kernels, classify_inputs(state.graph, state.static_indices))
     verify(state.graph, state.before)
 
 
