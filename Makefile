@@ -1,9 +1,10 @@
-# make demo | test | lint | bench | setup. Each does all the set-up it needs; the second time there is nothing to do.
+# make demo | test | lint | bench | bench-eager | setup. Each does all the set-up it needs; the second time there is
+# nothing to do.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench bench-eager clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +24,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make lint    formatting, lint and types"
 	@echo "make bench   the demo's models, timed"
+	@echo "make bench-eager  single quantized linears without torch.compile, timed (some minutes)"
 	@echo "make setup   only install, into $(VENV)"
 	@echo "make clean   remove $(VENV) and what tools left behind"
 
@@ -58,6 +60,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/minilm.py $(ARGS)
+
+bench-eager: $(STAMP)
+	@$(BIN)/python benchmarks/eager.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build
