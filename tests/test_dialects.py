@@ -53,6 +53,9 @@ HAND = [
     if isinstance(each.build, type) and issubclass(each.build, HandLinear) and not each.gpu_only
 ]
 
+# How far quantization itself is from the float linear, as a fraction of its norm: what was measured and a little more.
+NOISE = {"hand": 0.013, "hand_float8": 0.04, "vllm": 0.04, "gptq": 0.09, "microscaling": 0.15}
+
 
 def case_id(value):
     return value.name if isinstance(value, Flow) else str(value)
@@ -104,8 +107,7 @@ def test_hand_written_flow_is_its_float_linear_up_to_quantization(each, variant)
     exact = exact + float_bias(variant.dtype).double() if variant.bias else exact
     assert actual.dtype is variant.dtype
     assert actual.shape == exact.shape
-    # fp4 on both sides is the noisiest of them.
-    assert (actual.double() - exact).norm() / exact.norm() < 0.2
+    assert (actual.double() - exact).norm() / exact.norm() < NOISE[each.build.__module__.rpartition(".")[2]]
 
 
 # --- what the table says ----------------------------------------------------------------------------------------

@@ -111,44 +111,37 @@ def _unchanged(graph: Graph) -> None:
 def _reported(flow: Flow, model: nn.Module, variant: Variant, target: str | None) -> Report:
     """What ``explain`` reports; where it cannot run as the variant does, what the passes report in a compile."""
     if variant.mode in ("grad", "freezing") or flow.gpu_only:
-        inner = None if variant.mode == "freezing" else _not_run if flow.gpu_only else run_eagerly
-        return passes_report(flow, model, variant, target, inner)[1]
+        return passes_report(flow, model, variant, target)
     fresh()
     args, kwargs = flow.inputs(variant)
     with variant.context():
         return fx_quant.explain(model, *args, target=target, **kwargs)
 
 
-def passes_report(
-    flow: Flow, model: nn.Module, variant: Variant, target: str | None, inner: Callable[..., Any] | None
-) -> tuple[Any, Report]:
-    """The output of ``model`` compiled with our passes, and their report.
-
-    Args:
-        inner: what makes the rewritten graph callable; None is Inductor itself.
-    """
+def passes_report(flow: Flow, model: nn.Module, variant: Variant, target: str | None) -> Report:
+    """What our passes report when ``model`` is compiled; the result runs where this machine can run it."""
     reports: list[Report] = []
     machine = None if target is None else named_target(target)
     rewrite = RewritePass(Options(), machine, reports.append)
-    try:
-        output = compiled(flow, model, variant, rewrite, inner)
-    except NotImplementedError:
-        # The graph was seen, and running it needs another machine.
-        if not flow.gpu_only:
-            raise
-        output = None
-    breaks = sum(counters["graph_break"].values())
-    merged = Report(str(target), (), (), graphs=0, graph_breaks=breaks)
+    elsewhere = flow.gpu_only or target is not None
+    inner = _look_only if elsewhere else None if variant.mode == "freezing" else run_eagerly
+    with contextlib.suppress(LookedAt):
+        compiled(flow, model, variant, rewrite, inner)
+    merged = Report(str(target), (), (), graphs=0, graph_breaks=sum(counters["graph_break"].values()))
     for report in reports:
         merged = merged.merged(report)
-    return output, merged
+    return merged
 
 
-def _not_run(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+class LookedAt(Exception):
+    """A graph that another machine would run has been looked at."""
+
+
+def _look_only(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """An ``inner_compile`` for a graph that only another machine can run."""
 
     def run(inputs: list[Any]) -> Any:
-        raise NotImplementedError("this graph is looked at, not run")
+        raise LookedAt
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -161,7 +154,11 @@ def compiled(
     rewrite: Callable[[Graph], None],
     inner: Callable[..., Any] | None,
 ) -> Any:
-    """The output of ``model`` compiled with ``rewrite`` on its joint graphs."""
+    """The output of ``model`` compiled with ``rewrite`` on its joint graphs.
+
+    Args:
+        inner: what makes the rewritten graph callable; None is Inductor itself.
+    """
     fresh()
     options: dict[str, Any] = {"force_disable_caches": True, "fallback_random": True}
     arguments = {} if inner is None else {"inner_compile": inner}
