@@ -21,6 +21,7 @@ from fx_quant.config import Options
 from fx_quant.report import Report
 from fx_quant.scheme import dtype_name
 from fx_quant.target import named_target
+from tests.dialects.codes import collecting, fraction_changed
 from tests.dialects.outcome import Outcome, Verdict, as_expected, failed, judged, reasons_of
 from tests.dialects.registry import Flow
 from tests.dialects.variants import Variant
@@ -177,13 +178,16 @@ def _freezing(variant: Variant) -> contextlib.AbstractContextManager[Any]:
 
 
 def _errors(flow: Flow, model: nn.Module, variant: Variant) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Errors against eager of the rewritten graph op by op, of fx_quant and of Inductor; and which of them failed."""
+    """Codes changed, errors against eager of the rewritten graph op by op, of fx_quant and of Inductor; what failed."""
     args, kwargs = flow.inputs(variant)
     with variant.context():
         eager = tensor_of(model(*args, **kwargs))
     ours = RewritePass(Options())
+    before: list[Tensor] = []
+    after: list[Tensor] = []
     runs: dict[str, Callable[[], Any]] = {
-        "rewritten": lambda: compiled(flow, model, variant, ours, run_eagerly),
+        "source": lambda: compiled(flow, model, variant, _unchanged, collecting(before)),
+        "rewritten": lambda: compiled(flow, model, variant, ours, collecting(after)),
         "fx_quant": lambda: _by_name("fx_quant", flow, model, variant),
         "inductor": lambda: _by_name("inductor", flow, model, variant),
     }
@@ -197,6 +201,9 @@ def _errors(flow: Flow, model: nn.Module, variant: Variant) -> tuple[dict[str, f
                 notes.append(f"{name} returns {_kind(result)} where eager returns {_kind(eager)}")
         except Exception as error:  # noqa: BLE001  (whatever it is, it is the note)
             notes.append(f"{name} fails: {failed(error)}")
+    changed = fraction_changed(before, after)
+    if changed is not None:
+        errors["codes"] = changed
     return errors, tuple(notes)
 
 
