@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,15 @@ def a_report(sites=0, misses=0, breaks=0):
 )
 def test_a_matmul_that_is_not_in_the_report_is_silent_or_outside_the_graphs(report, verdict):
     assert judged(a_flow(matmuls=2), report) is verdict
+
+
+def test_a_recognised_row_is_better_than_a_miss_and_worse_than_a_site():
+    recognised = SimpleNamespace(sites=(SITE,), misses=(), recognised=(MISS,), graph_breaks=0)
+    missed = SimpleNamespace(sites=(), misses=(MISS,), recognised=(MISS,), graph_breaks=0)
+    assert judged(a_flow(matmuls=2), recognised) is Verdict.RECOGNISED
+    assert judged(a_flow(matmuls=2), missed) is Verdict.MISSED
+    assert not as_expected(a_flow(), Verdict.RECOGNISED)
+    assert as_expected(a_flow(expected="recognised", why="because"), Verdict.RECOGNISED)
 
 
 @pytest.mark.parametrize("expected", ["recognised", "prepare", "unsupported"])
