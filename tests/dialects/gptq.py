@@ -31,7 +31,7 @@ class TwoInAByte(HandLinear):
 
 @flow("hand_w4a16_gptq_i32", expected="recognised", why=NOT_FASTER)
 class Int32Words(HandLinear):
-    """GPTQ: int32 qweight [k/8, n] and qzeros [k/32, n/8], shifts by a vector, scales[g_idx] * (codes - zeros[g_idx])"""
+    """GPTQ: int32 qweight [k/8, n] and qzeros [k/32, n/8], shifts by a vector, scales[g] * (codes - zeros[g])"""
 
     def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
         codes, scale, zero_point = uint4_groups(weight, GROUP)
