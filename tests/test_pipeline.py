@@ -495,6 +495,71 @@ def test_activation_only_is_a_miss_that_says_so():
     assert [miss.reason for miss in report.misses] == ["only the activation is quantized; the weight is floating point"]
 
 
+# --- what stands beside a quantized matmul ----------------------------------------------------------------------
+
+
+class WithLora(nn.Module):
+    """A quantized base and a float low-rank branch beside it, as adapters are served."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = Int8Linear(BF16, True)
+        n, k = self.base.weight.shape
+        self.down = nn.Linear(k, 4, bias=False, dtype=BF16)
+        self.up = nn.Linear(4, n, bias=False, dtype=BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 2.0 * self.up(self.down(x))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_low_rank_branch_beside_a_quantized_base_is_left_alone(ndim):
+    model, x = WithLora().eval().requires_grad_(False), inputs(BF16, ndim)
+    (graph,) = capture(model, x)
+    assert (len(graph.state.selections), graph.state.misses, graph.state.recognised) == (1, [], [])
+    floats = [node for node in graph.state.graph.nodes if is_matmul(node)]
+    assert len(floats) == 2
+    (expected, *_), _ = run(graph.source, *graph.inputs)
+    (actual, *_), _ = run(graph.state.graph, *graph.inputs)
+    assert torch.equal(actual, expected)
+
+
+class Chain(nn.Module):
+    """Two quantized linears with an activation between: dequantize, gelu, quantize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Int8Linear(BF16, True)
+        n, _ = self.first.weight.shape
+        self.second = Int8Linear(BF16, True, k=n, n=24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(x)))
+
+
+def test_what_stands_between_two_matmuls_stays_where_inductor_fuses_it():
+    (graph,) = capture(Chain().eval(), inputs(BF16, 2))
+    targets = [node.target for node in graph.state.graph.nodes if node.op == "call_function"]
+    assert targets.count(ops.cpu_int8_vnni.default) == 2
+    between = targets[targets.index(ops.cpu_int8_vnni.default) + 1 :]
+    assert ops.quantize.dynamic in between
+    assert any("erf" in str(target) for target in between)
+
+
+def test_query_key_and_value_share_one_quantize():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(Int8Linear(BF16, True) for _ in range(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(part(x) for part in self.parts)
+
+    (graph,) = capture(Attention().eval(), inputs(BF16, 3))
+    assert len(graph.state.selections) == 3
+    assert len(calls(graph.state.graph, ops.quantize.dynamic)) == 1
+
+
 # --- what the report says ---------------------------------------------------------------------------------------
 
 
