@@ -51,9 +51,12 @@ def _captured(flow: Flow, variant: Variant, target: str | None, numbers: bool) -
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the outcome)
         return _without_us(flow, variant) or {"verdict": Verdict.FAILED, "reasons": (failed(error),)}
     breaks = tuple(dict.fromkeys(str(reason).split("\n")[0] for reason in counters["graph_break"]))
+    verdict = judged(flow, report)
+    if verdict is Verdict.BROKEN:
+        verdict, report = _prepared(flow, model, variant, target, report)
     errors, notes = _errors(flow, model, variant) if numbers and not flow.gpu_only else ({}, ())
     return {
-        "verdict": judged(flow, report),
+        "verdict": verdict,
         "kernels": tuple(site.kernel for site in report.sites),
         "schemes": tuple(site.scheme for site in report.sites),
         "reasons": reasons_of(report),
@@ -61,6 +64,18 @@ def _captured(flow: Flow, variant: Variant, target: str | None, numbers: bool) -
         "errors": errors,
         "notes": notes,
     }
+
+
+def _prepared(
+    flow: Flow, model: nn.Module, variant: Variant, target: str | None, broken: Report
+) -> tuple[Verdict, Report]:
+    """What becomes of ``model`` once ``fx_quant.prepare_`` has swapped what breaks its graph."""
+    prepared = fx_quant.prepare_(model)
+    if not prepared.swapped:
+        return Verdict.BROKEN, broken
+    report = _reported(flow, model, variant, target)
+    verdict = judged(flow, report)
+    return (Verdict.PREPARED if verdict in (Verdict.REWRITTEN, Verdict.RECOGNISED) else verdict), report
 
 
 def _without_us(flow: Flow, variant: Variant) -> dict[str, Any] | None:

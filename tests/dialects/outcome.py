@@ -14,6 +14,8 @@ class Verdict(str, Enum):
 
     REWRITTEN = "rewritten"
     """Every one runs on a kernel of fx_quant."""
+    PREPARED = "rewritten after prepare_"
+    """The graph breaks around them; once ``fx_quant.prepare_`` has swapped their modules, none is missed."""
     RECOGNISED = "recognised"
     """Every one was understood; some were left because no kernel of the target is faster."""
     MISSED = "missed"
@@ -40,8 +42,8 @@ NOT_COUNTED = (Verdict.UNCOMPILABLE, Verdict.UNBUILDABLE)
 _SATISFIED_BY = {
     "rewritten": {Verdict.REWRITTEN},
     "recognised": {Verdict.REWRITTEN, Verdict.RECOGNISED},
-    "prepare": {Verdict.REWRITTEN, Verdict.RECOGNISED, Verdict.BROKEN},
-    "unsupported": {Verdict.REWRITTEN, Verdict.RECOGNISED, Verdict.MISSED, Verdict.BROKEN},
+    "prepare": {Verdict.REWRITTEN, Verdict.RECOGNISED, Verdict.PREPARED},
+    "unsupported": set(Verdict) - {Verdict.SILENT, Verdict.FAILED},
 }
 
 
