@@ -1,9 +1,9 @@
-# make demo | test | lint | bench | dialects | setup. Each does all the set-up it needs, the first time only.
+# make demo | test | lint | bench | bench-passes | dialects | setup. Each does all the set-up it needs, the first time only.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench dialects clean
+.PHONY: help setup demo test lint bench bench-passes dialects clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +23,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make lint      formatting, lint and types"
 	@echo "make bench     the demo's models, timed"
+	@echo "make bench-passes  the passes' share of a Llama's compile time (many minutes)"
 	@echo "make dialects  what becomes of each way to quantize a linear; ARGS='--group all --variants all' for every one"
 	@echo "make setup     only install, into $(VENV)"
 	@echo "make clean     remove $(VENV) and what tools left behind"
@@ -59,6 +60,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/minilm.py $(ARGS)
+
+bench-passes: $(STAMP)
+	@$(BIN)/python benchmarks/pass_time.py $(ARGS)
 
 dialects: $(STAMP)
 	@$(BIN)/python -m tests.dialects $(ARGS)
