@@ -111,6 +111,7 @@ def _first_device() -> str:
 
 def _record(report: Report) -> None:
     counters["fx_quant"]["rewritten"] += len(report.sites)
+    counters["fx_quant"]["recognised"] += len(report.recognised)
     counters["fx_quant"]["missed"] += len(report.misses)
     if report.sites or report.misses:
         log.info("%s", report.summary())

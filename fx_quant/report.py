@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from fx_quant.reasons import is_candidate
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -163,7 +165,7 @@ class Report:
         seen: dict[str, list[str]] = {}
         for site in self.sites:
             for kernel, reasons in site.losers.items():
-                if any(reason.startswith("needs platform") or reason.endswith(" matmul") for reason in reasons):
+                if not is_candidate(reasons):
                     continue
                 text = "; ".join(reasons)
                 seen.setdefault(kernel, [])

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fx_quant import compat, native
 from fx_quant.kernels.base import kernel
+from fx_quant.kernels.cpu import MANY_ROWS
 from fx_quant.kernels.packing import pack_weight
 from fx_quant.problem import Problem, SizeRange
-from fx_quant.scheme import FLOAT8_DTYPES, Granularity, OperandSpec, Scheme
+from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.selection import select
 from fx_quant.target import named_target
 
@@ -167,3 +168,18 @@ def test_which_kernel_a_cpu_gets(dtype, target, changes, chosen):
 def test_no_gpu_gets_a_cpu_kernel(name):
     reasons = kernel(name).requires.unmet(problem(code_dtype(name)), named_target("sm90"))
     assert any("needs platform cpu" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_weights_are_decoded_for_many_rows(dtype, monkeypatch):
+    """Both ways of the op equal the canonical one, and the rows at which one takes over are the ones it says."""
+    ran = []
+    aten = torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: ran.append(len(args[0])) or aten(*args))
+    b, scale = torch.randint(-128, 128, (48, 64), dtype=torch.int8).t(), torch.rand(48) / 512
+    many = MANY_ROWS[dtype]
+    for m in (1, many - 1, many, 2 * many):
+        x = torch.randn(m, 64).to(dtype)
+        got = fxq.cpu_weight_only_int8(x, b, None, scale, None, 48, dtype)
+        assert_within(got, fxq.weight_only_mm(x, b, scale, None, None, dtype), Numerics.REASSOCIATED)
+    assert ran == [1, many - 1]

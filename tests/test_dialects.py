@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from test_goldens import assert_golden, golden_text
 from fx_quant.compat import row_scales_on_cpu
 from fx_quant.report import MissReport, Report, SiteReport
 from tests.dialects.__main__ import main
-from tests.dialects.capture import built, capture, inductor_config_restored, relative_error
+from tests.dialects.capture import built, capture, compiled, inductor_config_restored, relative_error
+from tests.dialects.codes import collecting, fraction_changed
 from tests.dialects.outcome import Outcome, Verdict, as_expected, judged
 from tests.dialects.registry import FLOWS, Flow, flow, load, matching
 from tests.dialects.table import is_as_expected, reason_list, result_table, summary, wrong
@@ -28,20 +31,8 @@ GOLDENS = Path(__file__).parent / "goldens" / "dialects"
 TARGET = "x86_vnni"
 
 # What the rules do not see yet. Removing a flow from here turns its golden on: accept that too.
-_WEIGHT_ONLY = "weight-only quantization has no rule"
-_ZERO_POINT = "asymmetric quantization of a dequantized operand has no rule"
-NOT_YET = {
-    "hand_i8_fakequant_static": _ZERO_POINT,
-    "gptfast_w8a16": _WEIGHT_ONLY,
-    "hand_fp8_row_F": "aten._scaled_mm_v2 is unknown",
-    "hand_fp8_block_dq": "a scale per block has no rule",
-    "hand_fp8_w8a16": _WEIGHT_ONLY,
-    "hand_w4a16_u8pack": "packed int4 has no rule",
-    "torchao_i8wo": _WEIGHT_ONLY,
-    "torchao_f8wo": _WEIGHT_ONLY,
-    "torchao_intxwo4": _ZERO_POINT,
-    "pt2e_x86_static": "quantized_decomposed ops are unknown",
-    "pt2e_x86_dynamic": "quantized_decomposed ops are unknown",
+NOT_YET: dict[str, str] = {
+    "hand_fp8_block_dq": "no kernel of an x86 CPU has scales of blocks",
 }
 
 LINEARS = [each for each in matching(group="developers") if not each.whole_model]
@@ -52,6 +43,9 @@ HAND = [
     for each in load().values()
     if isinstance(each.build, type) and issubclass(each.build, HandLinear) and not each.gpu_only
 ]
+
+# How far quantization itself is from the float linear, as a fraction of its norm: what was measured and a little more.
+NOISE = {"hand": 0.013, "hand_float8": 0.04, "vllm": 0.04, "gptq": 0.09, "microscaling": 0.15}
 
 
 def case_id(value):
@@ -104,8 +98,7 @@ def test_hand_written_flow_is_its_float_linear_up_to_quantization(each, variant)
     exact = exact + float_bias(variant.dtype).double() if variant.bias else exact
     assert actual.dtype is variant.dtype
     assert actual.shape == exact.shape
-    # fp4 on both sides is the noisiest of them.
-    assert (actual.double() - exact).norm() / exact.norm() < 0.2
+    assert (actual.double() - exact).norm() / exact.norm() < NOISE[each.build.__module__.rpartition(".")[2]]
 
 
 # --- what the table says ----------------------------------------------------------------------------------------
@@ -136,6 +129,15 @@ def a_report(sites=0, misses=0, breaks=0):
 )
 def test_a_matmul_that_is_not_in_the_report_is_silent_or_outside_the_graphs(report, verdict):
     assert judged(a_flow(matmuls=2), report) is verdict
+
+
+def test_a_recognised_row_is_better_than_a_miss_and_worse_than_a_site():
+    recognised = SimpleNamespace(sites=(SITE,), misses=(), recognised=(MISS,), graph_breaks=0)
+    missed = SimpleNamespace(sites=(), misses=(MISS,), recognised=(MISS,), graph_breaks=0)
+    assert judged(a_flow(matmuls=2), recognised) is Verdict.RECOGNISED
+    assert judged(a_flow(matmuls=2), missed) is Verdict.MISSED
+    assert not as_expected(a_flow(), Verdict.RECOGNISED)
+    assert as_expected(a_flow(expected="recognised", why="because"), Verdict.RECOGNISED)
 
 
 @pytest.mark.parametrize("expected", ["recognised", "prepare", "unsupported"])
@@ -199,6 +201,15 @@ def _float_linear(dtype, bias):
     return torch.nn.Linear(256, 384, bias=bias).to(dtype).eval()
 
 
+@pytest.mark.slow
+def test_the_command_runs_flows_in_processes_and_writes_json(capsys, tmp_path):
+    path = tmp_path / "outcomes.json"
+    assert main(["hand_fp8_static_tt", "--target", TARGET, "--jobs", "1", "--json", str(path)]) == 0
+    (written,) = json.loads(path.read_text())
+    assert [each["verdict"] for each in written["outcomes"]] == ["rewritten", "rewritten"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 of 1 flows as expected")
+
+
 def test_an_unknown_name_ends_with_two_and_lists_the_flows(capsys):
     assert main(["no_such_flow"]) == 2
     assert "hand_i8_intmm_tok" in capsys.readouterr().err
@@ -231,6 +242,28 @@ def test_plain_parameters_require_a_gradient_in_grad_mode_only():
     for mode, requires in (("grad", True), ("no_grad", False)):
         model = built(FLOWS["hand_i8_intmm_tok"], Variant(torch.float32, 2, False, True, mode))
         assert [parameter.requires_grad for parameter in model.parameters()] == [requires]
+
+
+def test_numbers_blame_the_pass_that_changed_codes_and_result():
+    """A pass that halves each divisor changes the codes and the result; the source graph and Inductor change none."""
+    each, variant = FLOWS["hand_i8_intmm_tok"], FEW[1]
+    before, halved = [], []
+
+    def halve_divisors(graph):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor):
+            node.args = (node.args[0], 63.5) if node.args[1] == 127 else node.args
+
+    with torch.no_grad():
+        model = built(each, variant)
+        (x,), _ = each.inputs(variant)
+        eager = model(x)
+        source = compiled(each, model, variant, lambda graph: None, collecting(before))
+        changed = compiled(each, model, variant, halve_divisors, collecting(halved))
+    assert relative_error(source, eager) == 0.0
+    assert relative_error(changed, eager) > 1e-3
+    assert fraction_changed(before, before) == 0.0
+    assert fraction_changed(before, halved) > 0.5
+    assert fraction_changed(before, []) is None
 
 
 def test_inductors_options_are_put_back():

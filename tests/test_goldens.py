@@ -56,11 +56,13 @@ NEGATIVE_CASES = [
 
 
 def site_lines(captured: Captured, site: Site) -> list[str]:
-    return [
+    lines = [
         f"{site.gemm.target}: {site.problem}",
         f"  kernel {captured.state.selections[site].kernel.name}, {site.product.numerics}",
-        f"  quantize: {captured.state.quantizers[site]}",
     ]
+    if site.scheme != site.problem.scheme:
+        lines.insert(1, f"  for {site.scheme}")
+    return [*lines, f"  quantize: {captured.state.quantizers[site]}"] if site in captured.state.quantizers else lines
 
 
 def miss_line(miss: Miss) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
+from fx_quant import remembering
 from fx_quant.errors import UnknownNameError
 from fx_quant.kernels import packing
 from fx_quant.kernels.base import kernels
@@ -171,7 +172,7 @@ def test_dead_weights_are_dropped():
     prepack([kept, w], ["vnni", "vnni"])
     del w
     gc.collect()
-    assert len(packing._groups) == 0
+    assert len(remembering._groups) == 0
     assert len(packing._packed) == 1
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from fx_quant.kernels.base import (
 )
 from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.ops import MATMUL_TAGS, dequantize, register
-from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics
+from fx_quant.scheme import INT4_DTYPES, Granularity, Numerics
 
 _GROUPS = (32, 64, 128, 256)
 
@@ -66,7 +64,9 @@ register_kernel(
         op="cpu_weight_only_int4",
         requires=Requires(
             platforms=CPU,
-            codes=frozenset(itertools.product(FLOAT_DTYPES, INT4_DTYPES)),
+            # Others it computes without vector instructions: at 16 rows decoding the weight in each call is 10 times as
+            # fast (torch 2.13).
+            codes=frozenset((torch.bfloat16, codes) for codes in INT4_DTYPES),
             granularities=weight_scales(*map(Granularity.per_group, _GROUPS)),
             asymmetric=WEIGHT,
             out_as_activation=True,

@@ -102,7 +102,7 @@ def _dequantized_blocks(a, b, a_scale, b_scale, bias, n, out_dtype, *, block=Non
     return dequantize(wide @ dequantize_weight(b, a.shape[1], b_scale, None, block), None, None, bias, out_dtype)
 
 
-def _weight_only(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
+def weight_only(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
     """The weight dequantized to the activation's dtype, or the result's where that is wider, and a float matmul."""
     dtype = torch.promote_types(a.dtype, out_dtype)
     weight = dequantize_weight(b, a.shape[1], b_scale, b_zero_point, block).to(dtype)
@@ -115,7 +115,7 @@ for _name, _body in (
     ("pytorch_scaled_mm_block", _scaled_mm_blocks),
     ("pytorch_channelwise", _channelwise),
     ("pytorch_dequantized_block", _dequantized_blocks),
-    ("pytorch_weight_only", _weight_only),
+    ("pytorch_weight_only", weight_only),
 ):
     register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
 

@@ -48,7 +48,8 @@ def program_of(inputs: Sequence[Node], steps: Sequence[Node], results: Sequence[
     for step in steps:
         name = "getitem" if step.target is operator.getitem else str(step.target)
         lines.append([name, _encoded(step.args, index), _encoded(step.kwargs, index)])
-    return json.dumps({"steps": lines, "results": [index[node] for node in results]}, separators=(",", ":"))
+    program = {"inputs": len(inputs), "steps": lines, "results": [index[node] for node in results]}
+    return json.dumps(program, separators=(",", ":"))
 
 
 # Types of arguments that JSON has no form for, by the name of torch's attribute.
@@ -88,6 +89,27 @@ def _decoded(argument: Any, values: Sequence[Any]) -> Any:
 def _parsed(program: str) -> tuple[tuple[tuple[Callable[..., Any], Any, Any], ...], tuple[int, ...]]:
     found = json.loads(program)
     return tuple((_op(name), args, kwargs) for name, args, kwargs in found["steps"]), tuple(found["results"])
+
+
+def program_lines(program: str) -> list[str]:
+    """``program`` for a reader: inputs and results are numbered in order."""
+    found = json.loads(program)
+    lines = []
+    for i, (name, args, kwargs) in enumerate(found["steps"]):
+        named = [f"{key}={_text(value)}" for key, value in kwargs["dict"].items()]
+        lines.append(
+            f"v{found['inputs'] + i} = {name.removesuffix('.default')}({', '.join([*map(_text, args), *named])})"
+        )
+    return [*lines, f"return [{', '.join(f'v{i}' for i in found['results'])}]"]
+
+
+def _text(argument: Any) -> str:
+    if isinstance(argument, list):
+        return f"[{', '.join(map(_text, argument))}]"
+    if isinstance(argument, dict):
+        ((kind, content),) = argument.items()
+        return f"v{content}" if kind == "value" else str(content)
+    return str(argument)
 
 
 def _op(name: str) -> Callable[..., Any]:

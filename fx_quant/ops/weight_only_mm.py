@@ -16,8 +16,9 @@ def unpack_codes(b: Tensor, k: int) -> Tensor:
     """Codes ``[k, n]`` of ``b``: itself, or int8 codes -8..7 of nibbles ``[k / 2, n]`` (code + 8, even k low)."""
     if b.shape[0] == k:
         return b
-    nibbles = torch.stack((b & 0xF, b >> 4), 1).reshape(k, b.shape[1])
-    return nibbles.to(torch.int8) - 8
+    weight = b.t()  # as it usually lies in memory
+    nibbles = torch.stack((weight & 0xF, weight >> 4), -1).flatten(1)
+    return (nibbles.to(torch.int8) - 8).t()
 
 
 def dequantize_weight(

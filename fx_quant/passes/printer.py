@@ -9,6 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Graph, Node
 
+from fx_quant.ops.fold import program_lines
+
+_FOLD = torch.ops.fx_quant.fold.default
 _SYMBOLS = "MNOPQRSTUVWXYZ"
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u"}
 
@@ -42,10 +45,13 @@ class _Printer:
             else:
                 self._names[node] = f"%{results}"
                 results += 1
-                arguments = ", ".join([*map(self._argument, node.args), *self._keywords(node.kwargs.items())])
+                program = node.args[1] if node.target is _FOLD else None
+                given = node.args[:1] if program else node.args
+                arguments = ", ".join([*map(self._argument, given), *self._keywords(node.kwargs.items())])
                 lines.append(
                     f"{self._names[node]}: {self._type(node.meta.get('val'))} = {_op(node.target)}({arguments})"
                 )
+                lines += [f"    {line}" for line in program_lines(program)] if isinstance(program, str) else []
         return "\n".join(lines) + "\n"
 
     def _keywords(self, items: Iterable[tuple[str, object]]) -> list[str]:

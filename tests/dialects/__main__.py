@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -74,10 +75,16 @@ def _as_json(flows: Sequence[Flow], outcomes: dict[str, list[Outcome]]) -> list[
             "expected": flow.expected,
             "why": flow.why,
             "unavailable": list(flow.missing()),
-            "outcomes": [dataclasses.asdict(each) for each in outcomes[flow.name]],
+            "outcomes": [_outcome_as_json(each) for each in outcomes[flow.name]],
         }
         for flow in flows
     ]
+
+
+def _outcome_as_json(outcome: Outcome) -> dict[str, object]:
+    # JSON has no infinity.
+    errors = {name: error if math.isfinite(error) else str(error) for name, error in outcome.errors.items()}
+    return {**dataclasses.asdict(outcome), "verdict": str(outcome.verdict), "errors": errors}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from fx_quant.config import Options
 from fx_quant.report import Report
 from fx_quant.scheme import dtype_name
 from fx_quant.target import named_target
+from tests.dialects.codes import collecting, fraction_changed
 from tests.dialects.outcome import Outcome, Verdict, as_expected, failed, judged, reasons_of
 from tests.dialects.registry import Flow
 from tests.dialects.variants import Variant
@@ -111,44 +112,37 @@ def _unchanged(graph: Graph) -> None:
 def _reported(flow: Flow, model: nn.Module, variant: Variant, target: str | None) -> Report:
     """What ``explain`` reports; where it cannot run as the variant does, what the passes report in a compile."""
     if variant.mode in ("grad", "freezing") or flow.gpu_only:
-        inner = None if variant.mode == "freezing" else _not_run if flow.gpu_only else run_eagerly
-        return passes_report(flow, model, variant, target, inner)[1]
+        return passes_report(flow, model, variant, target)
     fresh()
     args, kwargs = flow.inputs(variant)
     with variant.context():
         return fx_quant.explain(model, *args, target=target, **kwargs)
 
 
-def passes_report(
-    flow: Flow, model: nn.Module, variant: Variant, target: str | None, inner: Callable[..., Any] | None
-) -> tuple[Any, Report]:
-    """The output of ``model`` compiled with our passes, and their report.
-
-    Args:
-        inner: what makes the rewritten graph callable; None is Inductor itself.
-    """
+def passes_report(flow: Flow, model: nn.Module, variant: Variant, target: str | None) -> Report:
+    """What our passes report when ``model`` is compiled; the result runs where this machine can run it."""
     reports: list[Report] = []
     machine = None if target is None else named_target(target)
     rewrite = RewritePass(Options(), machine, reports.append)
-    try:
-        output = compiled(flow, model, variant, rewrite, inner)
-    except NotImplementedError:
-        # The graph was seen, and running it needs another machine.
-        if not flow.gpu_only:
-            raise
-        output = None
-    breaks = sum(counters["graph_break"].values())
-    merged = Report(str(target), (), (), graphs=0, graph_breaks=breaks)
+    elsewhere = flow.gpu_only or target is not None
+    inner = _look_only if elsewhere else None if variant.mode == "freezing" else run_eagerly
+    with contextlib.suppress(LookedAt):
+        compiled(flow, model, variant, rewrite, inner)
+    merged = Report(str(target), (), (), graphs=0, graph_breaks=sum(counters["graph_break"].values()))
     for report in reports:
         merged = merged.merged(report)
-    return output, merged
+    return merged
 
 
-def _not_run(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+class LookedAt(Exception):
+    """A graph that another machine would run has been looked at."""
+
+
+def _look_only(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
     """An ``inner_compile`` for a graph that only another machine can run."""
 
     def run(inputs: list[Any]) -> Any:
-        raise NotImplementedError("this graph is looked at, not run")
+        raise LookedAt
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -161,7 +155,11 @@ def compiled(
     rewrite: Callable[[Graph], None],
     inner: Callable[..., Any] | None,
 ) -> Any:
-    """The output of ``model`` compiled with ``rewrite`` on its joint graphs."""
+    """The output of ``model`` compiled with ``rewrite`` on its joint graphs.
+
+    Args:
+        inner: what makes the rewritten graph callable; None is Inductor itself.
+    """
     fresh()
     options: dict[str, Any] = {"force_disable_caches": True, "fallback_random": True}
     arguments = {} if inner is None else {"inner_compile": inner}
@@ -180,13 +178,16 @@ def _freezing(variant: Variant) -> contextlib.AbstractContextManager[Any]:
 
 
 def _errors(flow: Flow, model: nn.Module, variant: Variant) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Errors against eager of the rewritten graph op by op, of fx_quant and of Inductor; and which of them failed."""
+    """Codes changed, errors against eager of the rewritten graph op by op, of fx_quant and of Inductor; what failed."""
     args, kwargs = flow.inputs(variant)
     with variant.context():
         eager = tensor_of(model(*args, **kwargs))
     ours = RewritePass(Options())
+    before: list[Tensor] = []
+    after: list[Tensor] = []
     runs: dict[str, Callable[[], Any]] = {
-        "rewritten": lambda: compiled(flow, model, variant, ours, run_eagerly),
+        "source": lambda: compiled(flow, model, variant, _unchanged, collecting(before)),
+        "rewritten": lambda: compiled(flow, model, variant, ours, collecting(after)),
         "fx_quant": lambda: _by_name("fx_quant", flow, model, variant),
         "inductor": lambda: _by_name("inductor", flow, model, variant),
     }
@@ -200,6 +201,9 @@ def _errors(flow: Flow, model: nn.Module, variant: Variant) -> tuple[dict[str, f
                 notes.append(f"{name} returns {_kind(result)} where eager returns {_kind(eager)}")
         except Exception as error:  # noqa: BLE001  (whatever it is, it is the note)
             notes.append(f"{name} fails: {failed(error)}")
+    changed = fraction_changed(before, after)
+    if changed is not None:
+        errors["codes"] = changed
     return errors, tuple(notes)
 
 

@@ -1,8 +1,8 @@
 """compressed-tensors: what vLLM and llm-compressor checkpoints are, in the states in which a model can be compiled.
 
-``frozen`` is a calibrated model before compression: the weight is fake-quantized in each forward. ``decompressed`` is what
-Hugging Face leaves after the first forward: dense weights, fake-quantized activations. ``compressed`` holds codes, and a
-hook inside the traced call would decompress them.
+``frozen`` is a calibrated model before compression: the weight is fake-quantized in each forward. ``decompressed`` is
+what Hugging Face leaves after the first forward: dense weights, fake-quantized activations. ``compressed`` holds codes,
+and a hook inside the traced call would decompress them.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ class TwoInAByte(HandLinear):
         return F.linear(x, (centred * self.weight_scale[..., None]).view(self.n, self.k), self.bias)
 
 
-@flow("hand_w4a16_gptq_i32", expected="recognised", why=NOT_FASTER)
+@flow("hand_w4a16_gptq_i32", expected="unsupported", why="the values of g_idx are not known to a graph")
 class Int32Words(HandLinear):
-    """GPTQ: int32 qweight [k/8, n] and qzeros [k/32, n/8], shifts by a vector, scales[g_idx] * (codes - zeros[g_idx])"""
+    """GPTQ: int32 qweight [k/8, n] and qzeros [k/32, n/8], shifts by a vector, scales[g] * (codes - zeros[g])"""
 
     def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
         codes, scale, zero_point = uint4_groups(weight, GROUP)

@@ -57,8 +57,9 @@ class Outcome:
         schemes: schemes of the rewritten sites, in order.
         reasons: of every recognised row, miss or exception.
         graph_breaks: why Dynamo broke the graph, each reason once.
-        errors: largest error against eager, as a fraction of the largest eager result: of ``rewritten``, the rewritten
-            graph run op by op; of ``fx_quant`` and ``inductor``, compiled. Empty unless numbers were asked for.
+        errors: largest error against eager, as a fraction of the largest eager result: of ``source`` and ``rewritten``,
+            the graph before and after the passes run op by op; of ``fx_quant`` and ``inductor``, compiled. And
+            ``codes``, the fraction of the codes that the passes changed. Empty unless numbers were asked for.
         notes: what else a reader should know, such as that ``inductor`` cannot compile it.
         seconds: how long it took.
     """

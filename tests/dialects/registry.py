@@ -45,8 +45,9 @@ class Flow:
         build: ``(dtype, bias) -> module``, already quantized and in eval mode.
         what: the module's formula or API in a line.
         group: ``developers`` must be as expected for the command to end with 0.
-        expected: ``rewritten``; ``recognised``, understood but left because no kernel is faster (rewritten is fine too);
-            ``prepare``, no matmul reaches a graph before the modules are converted; ``unsupported``, a miss with a reason.
+        expected: ``rewritten``; ``recognised``, understood but left because no kernel is faster (rewritten is fine
+            too); ``prepare``, no matmul reaches a graph before the modules are converted; ``unsupported``, a miss with
+            a reason.
         why: the reason of any expectation but ``rewritten``.
         matmuls: how many quantized matmuls the module has; fewer in the report is a silent miss.
         needs: distributions that must be installed, such as ``torchao``.

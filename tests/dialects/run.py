@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import logging
 import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
-from tests.dialects.outcome import Outcome
+from tests.dialects.outcome import Outcome, Verdict, failed
 from tests.dialects.registry import Flow, load
 from tests.dialects.table import summary
 
@@ -21,17 +23,41 @@ def run(
     Args:
         progress: called with a line as each flow is done.
     """
-    outcomes: dict[str, list[Outcome]] = {flow.name: [] for flow in flows}
     waiting = [flow.name for flow in flows if not flow.missing()]
+    done: dict[str, list[Outcome]] = {}
+
+    def note(name: str, outcomes: list[Outcome]) -> None:
+        done[name] = outcomes
+        took = sum(each.seconds for each in outcomes)
+        progress(f"[{len(done)}/{len(waiting)}] {name}: {summary(outcomes)} ({took:.1f} s)")
+
+    with contextlib.suppress(BrokenProcessPool):
+        _in_processes(waiting, jobs, (which, target, numbers), note)
+    # A worker that dies takes the others' flows with it, so each of those left has a worker to itself.
+    for name in [name for name in waiting if name not in done]:
+        try:
+            _in_processes([name], 1, (which, target, numbers), note)
+        except BrokenProcessPool as error:
+            note(name, [Outcome(name, which, Verdict.FAILED, False, reasons=(failed(error),))])
+    return {flow.name: done.get(flow.name, []) for flow in flows}
+
+
+def _in_processes(
+    names: Sequence[str],
+    jobs: int,
+    arguments: tuple[str, str | None, bool],
+    note: Callable[[str, list[Outcome]], None],
+) -> None:
+    """Call ``note`` with the outcomes of each flow in ``names`` as it is done.
+
+    Raises:
+        BrokenProcessPool: a worker died.
+    """
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max(1, jobs), context, initializer=_quiet) as pool:
-        futures = {pool.submit(outcomes_of, name, which, target, numbers): name for name in waiting}
-        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            name = futures[future]
-            outcomes[name] = future.result()
-            took = sum(each.seconds for each in outcomes[name])
-            progress(f"[{done}/{len(waiting)}] {name}: {summary(outcomes[name])} ({took:.1f} s)")
-    return outcomes
+    with ProcessPoolExecutor(max(1, min(jobs, len(names))), context, initializer=_quiet) as pool:
+        futures = {pool.submit(outcomes_of, name, *arguments): name for name in names}
+        for future in as_completed(futures):
+            note(futures[future], future.result())
 
 
 def outcomes_of(name: str, which: str, target: str | None, numbers: bool) -> list[Outcome]:

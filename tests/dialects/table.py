@@ -10,6 +10,9 @@ from tabulate import tabulate
 from tests.dialects.outcome import NOT_COUNTED, Outcome, Verdict
 from tests.dialects.registry import Flow
 
+# Columns of measured errors, see ``Outcome``.
+NUMBERS = ("codes", "source", "rewritten", "fx_quant", "inductor")
+
 # Worst last, as the summary of a flow names them.
 _ORDER = list(Verdict)
 
@@ -36,7 +39,7 @@ def result_table(flows: Sequence[Flow], outcomes: Mapping[str, Sequence[Outcome]
     """One row a flow: what became of its variants, what is expected, kernels, and the largest errors if measured."""
     numbers = any(each.errors for of_flow in outcomes.values() for each in of_flow)
     headers = ["", "flow", "variants", "expected", "kernels"]
-    headers += ["rewritten", "fx_quant", "inductor"] if numbers else []
+    headers += [*NUMBERS] if numbers else []
     rows = []
     for flow in flows:
         mine = outcomes[flow.name]
@@ -47,7 +50,7 @@ def result_table(flows: Sequence[Flow], outcomes: Mapping[str, Sequence[Outcome]
             kernels = sorted({kernel for each in mine for kernel in each.kernels})
             row = [sign, flow.name, summary(mine), flow.expected, ", ".join(kernels)]
         if numbers:
-            row += [_largest(mine, name) for name in ("rewritten", "fx_quant", "inductor")]
+            row += [_largest(mine, name) for name in NUMBERS]
         rows.append(row)
     return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
 

@@ -24,7 +24,7 @@ def group_broadcast(scale: Tensor, shape: torch.Size) -> Tensor:
 
 
 def quant_fp8(x: Tensor, scale: Tensor | None = None, *, per_token: bool = False) -> tuple[Tensor, Tensor]:
-    """float8 codes and float32 scales: multiply by the reciprocal, clamp, cast; the scale's floor is 1 / (448 * 512)."""
+    """float8 codes and float32 scales of at least 1 / (448 * 512): multiply by the reciprocal, clamp, cast."""
     if scale is None:
         amax = x.abs().amax(dim=-1).unsqueeze(-1) if per_token else x.abs().max().unsqueeze(-1)
         scale = (amax.to(torch.float32) / E4M3_MAX).clamp(min=_SMALLEST_SCALE)

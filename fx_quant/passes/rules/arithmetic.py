@@ -31,6 +31,7 @@ from fx_quant.passes.nodes import (
     shape,
     uniform_value,
 )
+from fx_quant.passes.rules.packing import GATHERED, is_gathered
 from fx_quant.passes.rules.steps import (
     as_affine,
     factor_source,
@@ -109,7 +110,7 @@ def _scale(env: Environment, node: Node) -> Value | None:
     if scale is None:
         return Unknown(node, "the scale does not follow the rows, columns, groups or blocks of the codes")
     if varies_everywhere(affine.codes, scale.pairs):
-        return Unknown(node, "every code has a scale of its own")
+        return Unknown(node, GATHERED if is_gathered(other) else "every code has a scale of its own")
     return rounded(dataclasses.replace(affine, scales=(*affine.scales, scale)), to)
 
 
@@ -192,6 +193,8 @@ def _shift(env: Environment, node: Node) -> Value | None:
         node_dtype = dtype(node)
         if integer_range(value) is not None and node_dtype is not None and holds_exactly(moved, node_dtype):
             return moved
+    if is_gathered(other):
+        return Unknown(node, GATHERED)
     if is_full(other, node) and not _spreads(other):
         return None
     return _zero_point(value, node, other, subtracts)

@@ -31,7 +31,7 @@ def _first_result(env: Environment, node: Node) -> Value | None:
 
 
 def _clamped(env: Environment, node: Node) -> Value | None:
-    """``clamp(round(x / scale) [+ zero_point], lo, hi)`` in floating point, to at most as many integers as a byte has."""
+    """``clamp(round(x / scale) [+ zero_point], lo, hi)`` in floating point, to no more integers than a byte has."""
     bounds = [bound for bound in map(constant, args_of(node)[1:3]) if bound is not None]
     inner = args_of(node)[0]
     if is_op(inner, aten.clamp_min.default):

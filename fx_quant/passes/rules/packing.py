@@ -1,14 +1,15 @@
-"""Values behind the bit operations that unpack codes narrower than a byte."""
+"""Values behind what unpacks codes narrower than a byte, and behind what looks them up."""
 
 from __future__ import annotations
 
 import torch
 from torch.fx import Node
 
+from fx_quant.passes.axes import seen_through
 from fx_quant.passes.matrices import integer_range
-from fx_quant.passes.nodes import args_of, aten, dtype, uniform_value
+from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_op, shape, uniform_value
 from fx_quant.passes.rules.steps import is_integer
-from fx_quant.passes.values import Codes, Environment, Rule, Value
+from fx_quant.passes.values import Codes, Environment, Rule, Unknown, Value
 
 _NARROW = 256
 
@@ -42,7 +43,31 @@ def _joined(env: Environment, node: Node) -> Value | None:
     return Codes.of(node, bounds=(min(low for low, _ in known), max(high for _, high in known)))
 
 
+def _indexed(env: Environment, node: Node) -> Value | None:
+    """``table[codes]`` of a vector is no affine value of the codes."""
+    if len(shape(args_of(node)[0])) != 1:
+        return None
+    indices = [index for index in args_of(node)[1] if isinstance(index, Node)]
+    if any(isinstance(env.value(index), Codes) and is_integer(dtype(index)) for index in indices):
+        return Unknown(node, "the codes are decoded through a lookup table (as nf4 and fp4 are), which no kernel has")
+    return None
+
+
+def is_gathered(operand: object) -> bool:
+    """Whether ``operand`` is rows of a tensor that are chosen by another, as GPTQ's ``scales[g_idx]``."""
+    if not isinstance(operand, Node):
+        return False
+    base, _ = seen_through(operand, lambda node: is_op(node, *CASTS))
+    return is_op(base, aten.index.Tensor, aten.index_select.default)
+
+
+GATHERED = (
+    "scales and zero points are chosen by an index tensor (GPTQ's g_idx), whose values no rule knows: quantize without "
+    "desc_act"
+)
+
 RULES: dict[object, Rule] = {
+    aten.index.Tensor: _indexed,
     **dict.fromkeys((aten.bitwise_and.Scalar, aten.bitwise_and.Tensor, aten.__and__.Scalar), _mask),
     **dict.fromkeys(
         (aten.bitwise_right_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor, aten.__rshift__.Scalar), _shift

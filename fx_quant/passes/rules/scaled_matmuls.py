@@ -45,7 +45,9 @@ def _scaled_mm_v2(env: Environment, node: Node) -> Value | None:
 def _product(env: Environment, node: Node, given: dict[str, Any]) -> Value | None:
     a, b = env.value(given["self"]), env.value(given["mat2"])
     if not isinstance(a, Codes) or not isinstance(b, Codes):
-        return Unknown(node, "_scaled_mm of operands that are not plain codes")
+        return Unknown(
+            node, f"_scaled_mm of {dtype(given['self'])} and {dtype(given['mat2'])}: only 8-bit codes have a rule"
+        )
     to = dtype(node)
     if to not in EPILOGUE_DTYPES or to is None:
         return Unknown(node, f"_scaled_mm that returns {to} has no rule")
