@@ -55,6 +55,17 @@ def test_the_collector_is_a_step_of_its_own():
     assert gc.callbacks == before
 
 
+@pytest.mark.parametrize("was_on", [True, False])
+def test_the_passes_leave_the_collector_as_it_was(was_on):
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with pytest.raises(AssertionError), pipeline.collector_paused():
+            assert gc.isenabled(), "so that the block ends by an exception"
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("exponent", [1, 2])
 def test_growth_is_the_exponent(exponent):
     assert growth([8, 16, 64], [3 * n**exponent for n in (8, 16, 64)]) == pytest.approx(exponent)
