@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | bench-eager | dialects | setup. Each does all the set-up it needs, the first time
-# only.
+# make demo | test | lint | bench | bench-eager | bench-passes | dialects | setup. Each does all the set-up it needs,
+# the first time only.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-eager dialects clean
+.PHONY: help setup demo test lint bench bench-eager bench-passes dialects clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,14 +20,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 help:
-	@echo "make demo         a real sentence encoder, quantized twice and compiled by fx_quant (some minutes)"
-	@echo "make test         the tests"
-	@echo "make lint         formatting, lint and types"
-	@echo "make bench        the demo's models, timed"
-	@echo "make bench-eager  single quantized linears without torch.compile, timed (some minutes)"
-	@echo "make dialects     what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"
-	@echo "make setup        only install, into $(VENV)"
-	@echo "make clean        remove $(VENV) and what tools left behind"
+	@echo "make demo          a real sentence encoder, quantized twice and compiled by fx_quant (some minutes)"
+	@echo "make test          the tests"
+	@echo "make lint          formatting, lint and types"
+	@echo "make bench         the demo's models, timed"
+	@echo "make bench-eager   single quantized linears without torch.compile, timed (some minutes)"
+	@echo "make bench-passes  what share of a Llama's compile the passes take (many minutes)"
+	@echo "make dialects      what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"
+	@echo "make setup         only install, into $(VENV)"
+	@echo "make clean         remove $(VENV) and what tools left behind"
 
 setup: $(STAMP)
 
@@ -61,6 +62,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/minilm.py $(ARGS)
+
+bench-passes: $(STAMP)
+	@$(BIN)/python benchmarks/pass_time.py $(ARGS)
 
 dialects: $(STAMP)
 	@$(BIN)/python -m tests.dialects $(ARGS)

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _TORCH = Version(torch.__version__).release
 
 
-def common_subexpressions_merged(graph: Graph) -> Graph:
-    """A copy of ``graph`` in which equal pure computations are one node. Inference graphs are not CSE'd by AOT."""
-    from torch._functorch.compile_utils import fx_graph_cse
+def mutates(node: Node) -> bool:
+    """Whether ``node`` writes to memory that others may see, or changes a state of the process."""
+    from torch._inductor.pattern_matcher import is_mutation_op
 
-    return fx_graph_cse(graph)
+    return is_mutation_op(node)
 
 
 def replace_contents(graph: Graph, replacement: Graph) -> dict[Node, Node]:

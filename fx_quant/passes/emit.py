@@ -21,6 +21,7 @@ class Emitter:
         self.graph = graph
         self._fake_mode = _fake_mode(graph)
         self.emitted: set[Node] = set()
+        self._sizes: dict[Any, Node] | None = None
         self._replaced: dict[Node, Node] = {}
 
     def replace(self, old: Node, new: Node) -> None:
@@ -88,13 +89,22 @@ class Emitter:
 
     def expression_node(self, expression: Any, before: Node) -> Node:
         """As ``size_node``, of the symbolic size's expression."""
-        for node in self.graph.nodes:
-            if node is before:
-                break
-            value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and value.node.expr == expression:
-                return node
-        raise LookupError(f"no node holds the symbolic size {expression}")
+        if self._sizes is None:
+            self._sizes = _size_nodes(self.graph)
+        node = self._sizes.get(expression)
+        if node is None or not node < before:
+            raise LookupError(f"no node holds the symbolic size {expression}")
+        return node
+
+
+def _size_nodes(graph: Graph) -> dict[Any, Node]:
+    """The first node that holds each symbolic size, by the size's expression."""
+    found: dict[Any, Node] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            found.setdefault(value.node.expr, node)
+    return found
 
 
 def _fake_mode(graph: Graph) -> FakeTensorMode:

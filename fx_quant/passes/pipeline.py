@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
-from fx_quant.compat import common_subexpressions_merged, copy_graph, replace_contents
+from fx_quant.compat import copy_graph, replace_contents
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes.annotate import Annotation
@@ -17,6 +20,7 @@ from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.folding import fold_constants
 from fx_quant.passes.inputs import classify_inputs
+from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.nodes import dtype, is_op, module_path, source_line
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.rewrite import (
@@ -30,6 +34,7 @@ from fx_quant.passes.rulebook import starts_codes
 from fx_quant.passes.sites import Miss, Recognised, Site, find_sites
 from fx_quant.passes.values import Product
 from fx_quant.passes.verify import verify
+from fx_quant.problem import Problem
 from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
 from fx_quant.scheme import CODE_DTYPES, dtype_name
 from fx_quant.selection import Selection, Verdict, check_kernel_names, select
@@ -84,8 +89,10 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     inputs = classify_inputs(work, static_indices)
     found = find_sites(work, Annotation(work), inputs, options.numerics)
     state.misses, state.recognised = found.misses, found.recognised
+    # The layers of a model ask the same few questions.
+    choose = functools.cache(functools.partial(_choose, target=target, options=options))
     for site in found.sites:
-        _select(state, site, target, options)
+        _select(state, site, choose(site.problem), target, options)
     quantizers = quantizers_of(state.selections)
     if not state.selections:
         return state
@@ -105,17 +112,25 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     return state
 
 
-def _select(state: Rewriting, site: Site, target: Target, options: Options) -> None:
-    """Give ``site`` its kernel, or say why it is left as it is."""
+def _choose(problem: Problem, target: Target, options: Options) -> Selection | NoKernelError:
+    """The kernel for ``problem``, or why there is none; a kernel that the user forces must run."""
     try:
-        selection = select(site.problem, target, force_kernel=options.force_kernel, disabled=options.disabled_kernels)
+        return select(problem, target, force_kernel=options.force_kernel, disabled=options.disabled_kernels)
     except NoKernelError as error:
         if options.force_kernel is not None:
             raise
+        return error
+
+
+def _select(
+    state: Rewriting, site: Site, selection: Selection | NoKernelError, target: Target, options: Options
+) -> None:
+    """Give ``site`` its kernel, or say why it is left as it is."""
+    if isinstance(selection, NoKernelError):
         if site.product is None:
-            state.misses.append(Miss(site.gemm, site.gemm, str(error)))
+            state.misses.append(Miss(site.gemm, site.gemm, str(selection)))
         else:
-            state.recognised.append(_left(site, site.product, target, error.verdicts))
+            state.recognised.append(_left(site, site.product, target, selection.verdicts))
         return
     if site.product is not None and selection.kernel.dequantizes and options.force_kernel is None:
         state.recognised.append(_left(site, site.product, target, selection.verdicts))
@@ -151,6 +166,27 @@ def rewrite_graph(graph: Graph, target: Target, options: Options, static_indices
     """
     if not holds_codes(graph):
         return Report(str(target), (), ())
+    with collector_paused():
+        return _rewrite_graph(graph, target, options, static_indices)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's garbage collector meanwhile, if it was on.
+
+    The passes make several copies of the graph and drop them at the end. A collection in the midst of that walks every
+    object of the process, which may take as long as the passes, and promotes the copies to be walked again.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _rewrite_graph(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Report:
     state = to_canonical(graph, target, options, static_indices)
     report = report_on(state, target)
     if options.strict and report.misses:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.emit import Emitter
+from fx_quant.passes.merge import call_key
 from fx_quant.passes.nodes import (
     CASTS,
     EXPANDS,
@@ -86,24 +87,13 @@ def merge_duplicates(emitter: Emitter) -> None:
     first: dict[tuple, Node] = {}
     for node in list(emitter.graph.nodes):
         if is_op(node, *RESHAPES, *PERMUTES, *EXPANDS, *CASTS, *_SCALE_ARITHMETIC):
-            kept = first.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+            kept = first.setdefault(call_key(node, {}), node)
             if kept is not node and node in emitter.emitted:
                 emitter.replace(node, kept)
                 emitter.graph.erase_node(node)
 
 
 _SCALE_ARITHMETIC = (aten.mul.Tensor, aten.reciprocal.default, aten.full.default)
-
-
-def _key(argument: object) -> object:
-    """``argument`` as something hashable that tells 1, 1.0, True and -0.0, 0.0 apart."""
-    if isinstance(argument, Node):
-        return argument
-    if isinstance(argument, (list, tuple)):
-        return tuple(map(_key, argument))
-    if isinstance(argument, dict):
-        return tuple((name, _key(value)) for name, value in sorted(argument.items()))
-    return type(argument), repr(argument)
 
 
 def quantizers_of(sites: Iterable[Site]) -> dict[Node, Quantizer | str]:
