@@ -163,7 +163,10 @@ def _scaled_sum(env: Environment, node: Node) -> Value | None:
         if isinstance(number, int):
             return dataclasses.replace(value, multiplier=value.multiplier * number)
         axis = axis_of(other, node)
-        if value.zero_point is None and is_integer(dtype(other)) and axis in (Axis.SCALAR, Axis.ROW):
+        # Beside one zero point for each row the sums must lie along the columns; a square hides where they do not.
+        lies = axis is Axis.SCALAR or (axis is Axis.ROW and axis_of(operand, node) in (Axis.COLUMN, Axis.SCALAR))
+        if value.zero_point is None and is_integer(dtype(other)) and lies:
+            assert axis is not None
             return dataclasses.replace(value, zero_point=Factor(factor_source(other), axis, node))
     return None
 
@@ -266,13 +269,17 @@ def _correct(product: Product, node: Node, other: object, correction: ColumnSum,
     node_of_b, transposed = base
     sums_k = correction.base is node_of_b and correction.dim == (1 if transposed else 0)
     multiplier = correction.multiplier if subtracts else -correction.multiplier
-    if not sums_k or product.stage is not Stage.ACCUMULATOR or product.b.offset != 0:
+    if not sums_k or product.stage is not Stage.ACCUMULATOR:
         return None
+    # The sums are those of the weight's codes, not of what is left when its own zero point is subtracted.
+    if product.b.offset != 0 or product.b_zero_points:
+        return None
+    along_n = axis_of(other, node) in (Axis.COLUMN, Axis.SCALAR)
     if correction.zero_point is not None:
-        if multiplier != 1 or product.offset != 0:
+        of_rows = correction.zero_point.axis is Axis.ROW and is_full(other, node)
+        if multiplier != 1 or product.offset != 0 or not (along_n or of_rows):
             return None
         return dataclasses.replace(product, dtype=to, a_zero_points=(*product.a_zero_points, correction.zero_point))
-    along_n = axis_of(other, node) in (Axis.COLUMN, Axis.SCALAR)
     return dataclasses.replace(product, dtype=to, offset=0) if along_n and multiplier == product.offset else None
 
 
