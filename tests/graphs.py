@@ -15,12 +15,23 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fx_quant.capture import run_captured, run_eagerly
-from fx_quant.compat import copy_graph, decompositions_without_matmul, row_scales_on_cpu, static_input_indices
+from fx_quant.compat import (
+    common_subexpressions_merged,
+    copy_graph,
+    decompositions_without_matmul,
+    row_scales_on_cpu,
+    static_input_indices,
+)
 from fx_quant.config import Options
+from fx_quant.passes.annotate import Annotation
+from fx_quant.passes.canonicalize import canonicalize
+from fx_quant.passes.emit import Emitter
+from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.nodes import dtype, is_op
 from fx_quant.passes.pipeline import Rewriting, to_canonical, to_kernels
 from fx_quant.passes.printer import print_graph
-from fx_quant.passes.sites import Site
+from fx_quant.passes.rewrite import remove_identities
+from fx_quant.passes.sites import Found, Miss, Site, find_sites
 from fx_quant.scheme import FLOAT8_DTYPES, Numerics
 from fx_quant.target import named_target
 
@@ -107,6 +118,43 @@ def rewrite(graph: Graph, static: Sequence[int] | None = None, target: str = "x8
     inputs = len(graph.find_nodes(op="placeholder"))
     static = range(1, inputs) if static is None else static
     return to_canonical(graph, named_target(target), Options.parse(options), frozenset(static))
+
+
+@dataclass
+class Proven:
+    """What the algebra proves of a graph, whatever kernels there are.
+
+    Args:
+        before: the normalised source graph.
+        graph: the same with every site as its canonical op.
+        found: sites, misses and what is recognised, as found; a site that cannot be emitted is a miss.
+        results: the name in ``graph`` of what stands for each site's root.
+    """
+
+    before: Graph
+    graph: Graph
+    found: Found
+    results: dict[Site, str]
+
+
+def prove(graph: Graph, static: Sequence[int] | None = None, numerics: str = "reassociated") -> Proven:
+    """``graph`` with all that is proven of it written as canonical ops; arguments as for ``rewrite``."""
+    work = common_subexpressions_merged(graph)
+    remove_identities(work)
+    before = copy_of(work)
+    static = range(1, len(work.find_nodes(op="placeholder"))) if static is None else static
+    found = find_sites(work, Annotation(work), classify_inputs(work, frozenset(static)), Numerics[numerics.upper()])
+    emitter, results = Emitter(work), {}
+    for site in list(found.sites):
+        try:
+            canonicalize(emitter, site)
+        except LookupError as error:
+            found.sites.remove(site)
+            found.misses.append(Miss(site.gemm, site.gemm, str(error)))
+            continue
+        results[site] = emitter.current(site.root).name
+    work.eliminate_dead_code()
+    return Proven(before, work, found, results)
 
 
 def clones(values: Sequence[Any]) -> list[Any]:
@@ -239,6 +287,18 @@ _FLOAT64_BODIES = {
 def run_in_float64(graph: Graph, *inputs: Tensor) -> tuple[list[Any], dict[str, Any]]:
     """As ``run``, in float64 throughout; codes stay codes."""
     return _outputs_of(_InFloat64(graph), [_widened(x) for x in inputs])
+
+
+def assert_same_meaning(source: Graph, rewritten: Graph, inputs: Sequence[Tensor]) -> None:
+    """Without rounding, both graphs give the same."""
+    expected, _ = run_in_float64(source, *inputs)
+    actual, _ = run_in_float64(rewritten, *inputs)
+    for new, old in zip(actual, expected, strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+        expected_values = old.double()
+        finite = expected_values[expected_values.isfinite()].abs()
+        largest = finite.max().item() if finite.numel() else 0.0
+        torch.testing.assert_close(new.double(), expected_values, rtol=1e-9, atol=1e-9 * largest, equal_nan=True)
 
 
 # --- how far a site may be --------------------------------------------------------------------------------------

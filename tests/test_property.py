@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graphs import assert_within_class, copy_of, rewrite, run, run_in_float64, trace
+from graphs import assert_same_meaning, assert_within_class, copy_of, rewrite, run, trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph
 
-from fx_quant.passes.nodes import MATMULS
 from fx_quant.passes.pipeline import Rewriting, to_kernels
+from fx_quant.passes.rulebook import is_matmul
 from fx_quant.scheme import Numerics
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -303,18 +303,6 @@ def function_of(recipe: Recipe) -> Callable[..., tuple[Tensor, ...]]:
 # --- what must hold ---------------------------------------------------------------------------------------------
 
 
-def assert_same_meaning(source: Graph, rewritten: Graph, inputs: tuple[Tensor, ...]) -> None:
-    """Without rounding, both graphs give the same."""
-    expected, _ = run_in_float64(source, *inputs)
-    actual, _ = run_in_float64(rewritten, *inputs)
-    for new, old in zip(actual, expected, strict=True):
-        assert (new.shape, new.dtype) == (old.shape, old.dtype)
-        expected_values = old.double()
-        finite = expected_values[expected_values.isfinite()].abs()
-        largest = finite.max().item() if finite.numel() else 0.0
-        torch.testing.assert_close(new.double(), expected_values, rtol=1e-9, atol=1e-9 * largest, equal_nan=True)
-
-
 def assert_bit_equal(source: Graph, rewritten: Graph, inputs: tuple[Tensor, ...]) -> None:
     """Run op by op, both graphs give the same bits."""
     for new, old in zip(run(rewritten, *inputs)[0], run(source, *inputs)[0], strict=True):
@@ -323,7 +311,7 @@ def assert_bit_equal(source: Graph, rewritten: Graph, inputs: tuple[Tensor, ...]
 
 
 def matmuls(graph: Graph) -> int:
-    return sum(node.op == "call_function" and node.target in MATMULS for node in graph.nodes)
+    return sum(map(is_matmul, graph.nodes))
 
 
 def check_recipe(recipe: Recipe) -> Rewriting | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.matrices import integer_range
+from fx_quant.passes.matrices import integer_range, stored_dtype
 from fx_quant.passes.nodes import args_of, aten, dtype, uniform_value
 from fx_quant.passes.rules.steps import is_integer
 from fx_quant.passes.values import Codes, Environment, Rule, Value
@@ -39,7 +39,8 @@ def _joined(env: Environment, node: Node) -> Value | None:
     known = [found for found in bounds if found is not None]
     if len(known) < len(bounds) or not is_integer(dtype(node)):
         return None
-    return Codes.of(node, bounds=(min(low for low, _ in known), max(high for _, high in known)))
+    joined = Codes.of(node, bounds=(min(low for low, _ in known), max(high for _, high in known)))
+    return None if stored_dtype(joined) is None else joined
 
 
 RULES: dict[object, Rule] = {

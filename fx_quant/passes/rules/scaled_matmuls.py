@@ -140,6 +140,7 @@ def scaled_product(node: Node, a: Codes | Node, b: Codes, scale: Node) -> Produc
         dtype=to,
         stage=Stage.B_SCALE if to is torch.float32 else Stage.CAST,
         numerics=Numerics.REASSOCIATED,
+        offset=a.offset if isinstance(a, Codes) else 0,
     )
 
 
