@@ -487,6 +487,80 @@ def test_a_graph_without_one_premise_is_something_else(name, premise):
     assert outcome(graph, rule.inputs(), dynamic=rule.dynamic) == found
 
 
+# --- ATen's matmuls with scales of blocks -----------------------------------------------------------------------
+
+
+def float8_operands(m: int, k: int, n: int) -> tuple[Tensor, Tensor]:
+    return codes(m, k, dtype=E4M3), codes(n, k, dtype=E4M3)
+
+
+def by_columns(*shape: int) -> Tensor:
+    """Scales with the strides that ATen asks of those of blocks."""
+    return scales(*reversed(shape)).t()
+
+
+BLOCKS = "float8_e4m3fn per_group(128) (static) x float8_e4m3fn per_block(128, 128) -> same_accum"
+COLUMN_GROUPS = "float8_e4m3fn per_group(128) (static) x float8_e4m3fn per_group(128) -> same_accum"
+SCALED_MM = {
+    "blocks": (16, 256, 256, (16, 2), (2, 2), BLOCKS),
+    "ragged_blocks": (16, 256, 272, (16, 2), (2, 3), BLOCKS),
+    "groups": (16, 256, 272, (16, 2), (2, 272), COLUMN_GROUPS),
+    "groups_on_a_square_grid": (16, 2048, 16, (16, 16), (16, 16), COLUMN_GROUPS),
+}
+
+
+@pytest.mark.parametrize("name", SCALED_MM)
+@pytest.mark.parametrize("then", ["nothing", "column"])
+def test_scaled_mm_of_blocks_means_what_aten_says(name, then):
+    m, k, n, shape_a, shape_b, found = SCALED_MM[name]
+
+    def graph(a: Tensor, w: Tensor, s: Tensor, t: Tensor, column: Tensor) -> Tensor:
+        y = torch._scaled_mm(a, w.t(), scale_a=s, scale_b=t, out_dtype=F32)
+        return y if then == "nothing" else y * column
+
+    expected = found
+    if then == "column" and name == "blocks":
+        expected = COLUMN_GROUPS
+    inputs = (*float8_operands(m, k, n), by_columns(*shape_a), by_columns(*shape_b), scales(n))
+    assert outcome(graph, inputs) == expected
+
+
+SCALED_MM_V2 = {
+    "blocks": (16, 512, 256, (16, 4), ("BlockWise1x128", "BlockWise128x128"), (4, 2), BLOCKS),
+    "groups": (16, 256, 272, (16, 2), ("BlockWise1x128", "BlockWise1x128"), (272, 2), COLUMN_GROUPS),
+    "groups_on_a_square_grid": (
+        *(16, 2048, 16, (16, 16), ("BlockWise1x128", "BlockWise1x128"), (16, 16)),
+        COLUMN_GROUPS,
+    ),
+    "rows": (
+        *(16, 256, 32, (16, 1), ("RowWise", "RowWise"), (1, 32)),
+        "float8_e4m3fn per_token (static) x float8_e4m3fn per_channel -> same_accum",
+    ),
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "scaled_mm"), reason="torch.nn.functional.scaled_mm is of 2.10")
+@pytest.mark.parametrize("name", SCALED_MM_V2)
+def test_scaled_mm_of_recipes_means_what_its_recipes_say(name):
+    m, k, n, shape_a, recipes, shape_b, found = SCALED_MM_V2[name]
+    recipe_a, recipe_b = (getattr(torch.nn.functional.ScalingType, recipe) for recipe in recipes)
+
+    def graph(a: Tensor, w: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_mm(a, w.t(), s, recipe_a, t, recipe_b, output_dtype=BF16)
+
+    make = by_columns if "Block" in recipes[0] else scales
+    assert outcome(graph, (*float8_operands(m, k, n), make(*shape_a), make(*shape_b))) == found
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_weight_int8pack_mm_is_weight_only(dtype):
+    inputs = torch.randn(SIZE, SIZE).to(dtype), codes(SIZE, SIZE), scales(SIZE).to(dtype)
+    found = outcome(torch._weight_int8pack_mm, inputs)
+    assert found == f"{str(dtype).removeprefix('torch.')} x int8 per_channel -> reassociated"
+    found = outcome(lambda x, w, s: torch._weight_int8pack_mm(x, (w.to(INT32) + 1).to(INT8), s), inputs)
+    assert found == f"{str(dtype).removeprefix('torch.')} x int8 per_channel -> reassociated"
+
+
 # --- sums that int32 may not hold -------------------------------------------------------------------------------
 
 
