@@ -15,12 +15,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fx_quant.capture import run_captured, run_eagerly
-from fx_quant.compat import copy_graph, decompositions_without_matmul, row_scales_on_cpu, static_input_indices
+from fx_quant.compat import (
+    common_subexpressions_merged,
+    copy_graph,
+    decompositions_without_matmul,
+    row_scales_on_cpu,
+    static_input_indices,
+)
 from fx_quant.config import Options
-from fx_quant.passes.nodes import dtype, is_op
+from fx_quant.passes.annotate import Annotation
+from fx_quant.passes.canonicalize import canonicalize
+from fx_quant.passes.emit import Emitter
+from fx_quant.passes.inputs import classify_inputs
+from fx_quant.passes.nodes import CASTS, MULTIPLICATIONS, VIEWS, dtype, is_op
 from fx_quant.passes.pipeline import Rewriting, to_canonical, to_kernels
 from fx_quant.passes.printer import print_graph
-from fx_quant.passes.sites import Site
+from fx_quant.passes.rewrite import remove_identities
+from fx_quant.passes.rulebook import is_matmul
+from fx_quant.passes.sites import Found, Miss, Site, find_sites
+from fx_quant.passes.values import Codes
 from fx_quant.scheme import FLOAT8_DTYPES, Numerics
 from fx_quant.target import named_target
 
@@ -109,6 +122,43 @@ def rewrite(graph: Graph, static: Sequence[int] | None = None, target: str = "x8
     return to_canonical(graph, named_target(target), Options.parse(options), frozenset(static))
 
 
+@dataclass
+class Proven:
+    """What the algebra proves of a graph, whatever kernels there are.
+
+    Args:
+        before: the normalised source graph.
+        graph: the same with every site as its canonical op.
+        found: sites, misses and what is recognised, as found; a site that cannot be emitted is a miss.
+        results: the name in ``graph`` of what stands for each site's root.
+    """
+
+    before: Graph
+    graph: Graph
+    found: Found
+    results: dict[Site, str]
+
+
+def prove(graph: Graph, static: Sequence[int] | None = None, numerics: str = "reassociated") -> Proven:
+    """``graph`` with all that is proven of it written as canonical ops; arguments as for ``rewrite``."""
+    work = common_subexpressions_merged(graph)
+    remove_identities(work)
+    before = copy_of(work)
+    static = range(1, len(work.find_nodes(op="placeholder"))) if static is None else static
+    found = find_sites(work, Annotation(work), classify_inputs(work, frozenset(static)), Numerics[numerics.upper()])
+    emitter, results = Emitter(work), {}
+    for site in list(found.sites):
+        try:
+            canonicalize(emitter, site)
+        except LookupError as error:
+            found.sites.remove(site)
+            found.misses.append(Miss(site.gemm, site.gemm, str(error)))
+            continue
+        results[site] = emitter.current(site.root).name
+    work.eliminate_dead_code()
+    return Proven(before, work, found, results)
+
+
 def clones(values: Sequence[Any]) -> list[Any]:
     """``values`` with each tensor copied."""
     return [value.clone() if isinstance(value, Tensor) else value for value in values]
@@ -164,7 +214,7 @@ class _InFloat64(_Keeper):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
-        body = _FLOAT64_BODIES.get(target, target)
+        body = _NAMED_FLOAT64_BODIES.get(str(target)) or _FLOAT64_BODIES.get(target, target)
         return super().call_function(body, args, kwargs)
 
 
@@ -192,7 +242,7 @@ def _quantize_in_float64(
     return _codes_in_float64(x, scale, **codes_arguments), scale
 
 
-def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None):
+def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype=None, *, a_zero_point=None, block=None):
     a, b = a.double(), b.double()
     if a_zero_point is not None:
         a = a - a_zero_point
@@ -224,10 +274,48 @@ def _decoded(b, scale, zero_point, block):
 
 
 def _aten_scaled_mm_in_float64(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, fast=False):
+    m, k, n = *a.shape, b.shape[1]
+    if scale_a.numel() > 1 and scale_a.shape == (m, k // 128) and scale_b.shape[0] == k // 128:
+        a, scale_a = a.double() * scale_a.repeat_interleave(128, 1), None
+        wide = scale_b.repeat_interleave(128, 0)
+        b, scale_b = b.double() * (wide if wide.shape[1] == n else wide.repeat_interleave(128, 1)[:, :n]), None
     return _scaled_mm_in_float64(a, b, scale_a, scale_b, bias, out_dtype)
 
 
+def _aten_scaled_mm_v2_in_float64(a, b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, *_):
+    by_column = recipe_a == recipe_b == [4]  # BlockWise1x128
+    return _aten_scaled_mm_in_float64(a, b, scale_a[0], scale_b[0].t() if by_column else scale_b[0], bias)
+
+
+def _int_mm_in_float64(a, b):
+    # PyTorch multiplies unsigned codes here since 2.12 only.
+    return (a.double() @ b.double()).to(torch.int32)
+
+
+def _per_tensor_in_float64(q, scale, zero_point, *_, **__):
+    return (q.double() - zero_point) * scale
+
+
+def _per_channel_in_float64(q, scales, zero_points, axis, *_, **__):
+    sizes = [-1 if dim == axis % q.dim() else 1 for dim in range(q.dim())]
+    points = 0 if zero_points is None else zero_points.view(sizes)
+    return (q.double() - points) * scales.view(sizes)
+
+
+def _int8pack_mm_in_float64(x, weight, scales):
+    return x.double() @ weight.double().t() * scales
+
+
+_NAMED_FLOAT64_BODIES = {
+    "aten._scaled_mm_v2.default": _aten_scaled_mm_v2_in_float64,
+    "quantized_decomposed.dequantize_per_tensor.default": _per_tensor_in_float64,
+    "quantized_decomposed.dequantize_per_tensor.tensor": _per_tensor_in_float64,
+    "quantized_decomposed.dequantize_per_channel.default": _per_channel_in_float64,
+    "quantized_decomposed.dequantize_per_token.default": _per_tensor_in_float64,
+}
 _FLOAT64_BODIES = {
+    torch.ops.aten._int_mm.default: _int_mm_in_float64,
+    torch.ops.aten._weight_int8pack_mm.default: _int8pack_mm_in_float64,
     torch.ops.fx_quant.quantize.default: _codes_in_float64,
     torch.ops.fx_quant.quantize.dynamic: _quantize_in_float64,
     torch.ops.fx_quant.scaled_mm.default: _scaled_mm_in_float64,
@@ -239,6 +327,18 @@ _FLOAT64_BODIES = {
 def run_in_float64(graph: Graph, *inputs: Tensor) -> tuple[list[Any], dict[str, Any]]:
     """As ``run``, in float64 throughout; codes stay codes."""
     return _outputs_of(_InFloat64(graph), [_widened(x) for x in inputs])
+
+
+def assert_same_meaning(source: Graph, rewritten: Graph, inputs: Sequence[Tensor]) -> None:
+    """Without rounding, both graphs give the same."""
+    expected, _ = run_in_float64(source, *inputs)
+    actual, _ = run_in_float64(rewritten, *inputs)
+    for new, old in zip(actual, expected, strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+        expected_values = old.double()
+        finite = expected_values[expected_values.isfinite()].abs()
+        largest = finite.max().item() if finite.numel() else 0.0
+        torch.testing.assert_close(new.double(), expected_values, rtol=1e-9, atol=1e-9 * largest, equal_nan=True)
 
 
 # --- how far a site may be --------------------------------------------------------------------------------------
@@ -276,23 +376,92 @@ def assert_within_class(site: Site, state: Rewriting, canonical: Graph, inputs: 
     assert not wrong.any(), f"off by {(actual - expected)[wrong]}, allowed {allowed[wrong]}"
 
 
+class _Magnitudes(_InFloat64):
+    """As its base, and for each node the sum of the magnitudes of all terms that were summed on the way to it.
+
+    That is what roundings are relative to, however the terms cancel. Integers do not round.
+    """
+
+    def __init__(self, graph: Graph, exact_sums: bool) -> None:
+        super().__init__(graph)
+        self.magnitudes: dict[str, Any] = {}
+        self._exact_sums = exact_sums
+        self._summed: set[str] = set()
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        self.magnitudes[n.name] = self._magnitude(n, value) if isinstance(value, Tensor) else value
+        return value
+
+    def _magnitude(self, node: Node, value: Tensor) -> Tensor:
+        plain = value.double().abs()
+        summed = any(source.name in self._summed for source in node.all_input_nodes)
+        matmul = is_matmul(node)
+        if matmul or summed:
+            self._summed.add(node.name)
+        if not value.is_floating_point() or node.op != "call_function" or (matmul and self._exact_sums):
+            return plain
+        target = _MAGNITUDE_BODIES.get(node.target, node.target)
+        moves = node.target in VIEWS | CASTS | MULTIPLICATIONS
+        if not matmul and not (summed and (moves or node.target in _MAGNITUDE_BODIES)):
+            return plain
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda arg: self.magnitudes[arg.name])
+        found = super().call_function(target, _numbers_abs(args), kwargs)
+        return found.double().abs().reshape(value.shape)
+
+
+def _numbers_abs(args: tuple) -> tuple:
+    return tuple(abs(arg) if isinstance(arg, float) else arg for arg in args)
+
+
+_MAGNITUDE_BODIES = {
+    torch.ops.aten.sub.Tensor: torch.add,
+    torch.ops.aten.add.Tensor: torch.add,
+    torch.ops.aten.div.Tensor: torch.div,
+}
+
+
+def assert_roundings_allowed(site: Site, proven: Proven, inputs: Sequence[Any]) -> None:
+    """What stands for the site's root is as far from it as its class allows, whatever operands the site has."""
+    product = site.product
+    assert product is not None
+    expected = run(proven.before, *inputs)[1][site.root.name].double()
+    actual = run(proven.graph, *inputs)[1][proven.results[site]].double()
+    integer = isinstance(product.a, Codes) and dtype(product.a.node) not in FLOAT8_DTYPES
+    interpreter = _Magnitudes(proven.before, integer and product.numerics <= Numerics.SAME_ACCUM)
+    _outputs_of(interpreter, [_widened(x) for x in inputs])
+    magnitude = interpreter.magnitudes[site.root.name]
+    dtypes = _rounded_to(site, proven.before)
+    epsilon, tiny = max(torch.finfo(each).eps for each in dtypes), max(TINY[each] for each in dtypes)
+    allowed = (ROUNDINGS * epsilon / 2 + site.problem.k * 2.0**-24) * magnitude + tiny
+    if product.numerics is Numerics.EXACT:
+        allowed = torch.zeros_like(allowed)
+    compared = expected.isfinite() & actual.isfinite() & (expected.abs() < 60000)
+    wrong = ((actual - expected).abs() > allowed) & compared
+    assert not wrong.any(), f"off by {(actual - expected)[wrong]}, allowed {allowed[wrong]}"
+
+
 # float16 loses relative precision below 6e-5: half of its smallest step, a few times over and scaled up.
 TINY = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-6}
 
 
 def rounded_to(site: Site, state: Rewriting) -> set[torch.dtype]:
     """Float dtypes that the source rounds values to on the way from the codes to the site's root."""
-    source = {node.name: node for node in state.before.nodes}
+    return _rounded_to(site, state.before)
+
+
+def _rounded_to(site: Site, before: Graph) -> set[torch.dtype]:
+    source, a = {node.name: node for node in before.nodes}, site.product.a
     root = source[site.root.name]
     above = {root}
-    for node in reversed(state.before.nodes):
+    for node in reversed(before.nodes):
         if node in above:
             above.update(node.all_input_nodes)
-    below = {source[site.product.a.node.name], source[site.product.b.node.name]}
-    for node in state.before.nodes:
+    below = {source[a.node.name if isinstance(a, Codes) else a.name], source[site.product.b.node.name]}
+    for node in before.nodes:
         if not below.isdisjoint(node.all_input_nodes):
             below.add(node)
-    passed = [node for node in state.before.nodes if node in above & below]
+    passed = [node for node in before.nodes if node in above & below]
     # A scale per row that met one per column was rounded too, and is as large as the result.
     met = [other for node in passed for other in node.all_input_nodes if is_op(other, torch.ops.aten.mul.Tensor)]
     dtypes = {dtype(node) for node in [*passed, *met] if node.op == "call_function"}

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from graphs import assert_within_class, copy_of, rewrite, run, run_in_float64, trace
-from hypothesis import HealthCheck, given, settings
+from decoded_recipes import Decoded, decoded_recipes, function_of_decoded, tensors_of
+from graphs import Proven, assert_roundings_allowed, assert_same_meaning, copy_of, prove, rewrite, run, trace
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from tolerances import assert_within
 from torch import Tensor
 from torch.fx import Graph
 
-from fx_quant.passes.nodes import MATMULS
-from fx_quant.passes.pipeline import Rewriting, to_kernels
+from fx_quant.passes.pipeline import to_kernels
+from fx_quant.passes.rulebook import is_matmul
 from fx_quant.scheme import Numerics
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -303,65 +305,89 @@ def function_of(recipe: Recipe) -> Callable[..., tuple[Tensor, ...]]:
 # --- what must hold ---------------------------------------------------------------------------------------------
 
 
-def assert_same_meaning(source: Graph, rewritten: Graph, inputs: tuple[Tensor, ...]) -> None:
-    """Without rounding, both graphs give the same."""
-    expected, _ = run_in_float64(source, *inputs)
-    actual, _ = run_in_float64(rewritten, *inputs)
-    for new, old in zip(actual, expected, strict=True):
-        assert (new.shape, new.dtype) == (old.shape, old.dtype)
-        expected_values = old.double()
-        finite = expected_values[expected_values.isfinite()].abs()
-        largest = finite.max().item() if finite.numel() else 0.0
-        torch.testing.assert_close(new.double(), expected_values, rtol=1e-9, atol=1e-9 * largest, equal_nan=True)
+def check(source: Graph, static: range, numerics: str, inputs: tuple[Tensor, ...]) -> Proven:
+    """All that is proven of ``source`` means what it meant, rounds as it says, and kernels compute the same."""
+    proven = prove(source, static, numerics)
+    found = proven.found
+    assert_same_meaning(source, proven.graph, inputs)
+    for site in found.sites:
+        event(f"proven: {site.scheme}")
+        assert site.product is not None
+        assert site.product.numerics <= Numerics[numerics.upper()]
+        assert_roundings_allowed(site, proven, inputs)
+    for miss in found.misses:
+        event(f"missed: {miss.rule.partition(' of class')[0]}")
+    if not found.sites and not found.misses:
+        event("nothing found")
+    if found.sites:
+        check_kernels(source, static, numerics, inputs)
+    return proven
 
 
-def assert_bit_equal(source: Graph, rewritten: Graph, inputs: tuple[Tensor, ...]) -> None:
-    """Run op by op, both graphs give the same bits."""
-    for new, old in zip(run(rewritten, *inputs)[0], run(source, *inputs)[0], strict=True):
-        assert new.dtype == old.dtype
-        torch.testing.assert_close(new.to(F32), old.to(F32), rtol=0, atol=0, equal_nan=True)
+def check_kernels(source: Graph, static: range, numerics: str, inputs: tuple[Tensor, ...]) -> None:
+    """What this machine's kernels compute is what the canonical ops do."""
+    state = rewrite(source, static, numerics=numerics)
+    if not state.selections:
+        event("no kernel runs it, or none faster than the source")
+        return
+    canonical = copy_of(state.graph)
+    assert_same_meaning(source, canonical, inputs)
+    sites = {site: node.name for site, node in state.canonical.items()}
+    to_kernels(state)
+    old, new = run(canonical, *inputs)[1], run(state.graph, *inputs)[1]
+    for site, selection in state.selections.items():
+        event(f"kernel: {selection.kernel.name}")
+        expected, actual = old[sites[site]], new[state.canonical[site].name]
+        terms = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
+        assert_within(actual, expected, selection.kernel.numerics, terms)
 
 
 def matmuls(graph: Graph) -> int:
-    return sum(node.op == "call_function" and node.target in MATMULS for node in graph.nodes)
+    return sum(map(is_matmul, graph.nodes))
 
 
-def check_recipe(recipe: Recipe) -> Rewriting | None:
+def check_recipe(recipe: Recipe) -> None:
     inputs = tensors(recipe)
     try:
         source = trace(function_of(recipe), *inputs, dynamic=recipe.dynamic)
+        run(source, *inputs)
     except (RuntimeError, IndexError):
-        return None  # these steps do not fit together
-    state = rewrite(source, numerics=recipe.numerics)
-    canonical = copy_of(state.graph)
-    assert len(state.selections) + len(state.misses) == matmuls(state.before), "a quantized matmul was passed over"
-    assert matmuls(canonical) == len(state.misses), "a rewritten matmul is computed twice"
-    assert_same_meaning(source, canonical, inputs)
-    for site in state.selections:
-        assert str(site.product.numerics) in ("exact", "same_accum", "reassociated")
-        assert site.product.numerics <= Numerics[recipe.numerics.upper()]
-        assert_within_class(site, state, canonical, inputs)
-    if all(site.product.numerics is Numerics.EXACT for site in state.selections):
-        assert_bit_equal(source, canonical, inputs)
-    if state.selections:
-        to_kernels(state)
-        assert_same_outputs(canonical, state.graph, inputs)
-    return state
+        event("does not fit together")
+        return
+    proven = check(source, range(1, len(inputs)), recipe.numerics, inputs)
+    sites, misses = len(proven.found.sites), len(proven.found.misses)
+    assert sites + misses == matmuls(proven.before), "a quantized matmul was passed over"
+    assert matmuls(proven.graph) == misses, "a rewritten matmul is computed twice"
 
 
-def assert_same_outputs(canonical: Graph, kernels: Graph, inputs: tuple[Tensor, ...]) -> None:
-    for new, old in zip(run(kernels, *inputs)[0], run(canonical, *inputs)[0], strict=True):
-        assert new.dtype == old.dtype
-        torch.testing.assert_close(new.to(F32), old.to(F32), equal_nan=True)
+def check_decoded(recipe: Decoded) -> None:
+    inputs = tensors_of(recipe)
+    try:
+        source = trace(function_of_decoded(recipe, stepped), *inputs, dynamic=recipe.dynamic)
+        run(source, *inputs)
+    except (RuntimeError, IndexError, ValueError):
+        event("does not fit together")
+        return
+    # The last parameter is what the codes of a weight are computed from at run time.
+    check(source, range(1, len(inputs) - recipe.runtime), recipe.numerics, inputs)
 
 
-@settings(
+RUNS = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize="FX_QUANT_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),
     database=None,
 )
+
+
+@RUNS
 @given(recipes())
 def test_no_rewrite_of_a_random_graph_is_wrong(recipe):
     check_recipe(recipe)
+
+
+@RUNS
+@given(decoded_recipes())
+def test_no_rewrite_of_randomly_dequantized_operands_is_wrong(recipe):
+    check_decoded(recipe)

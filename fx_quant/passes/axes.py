@@ -51,7 +51,12 @@ Dims = tuple[tuple[Piece, ...], ...]
 
 def extent(size: int | torch.SymInt) -> Extent:
     """``size`` as an int or a sympy expression."""
-    return size if isinstance(size, int) else size.node.expr
+    return size if isinstance(size, int) else _plain(size.node.expr)
+
+
+def _plain(expression: Any) -> Extent:
+    """``expression``, as an int where it turned out to be one."""
+    return int(expression) if expression.is_Integer else expression
 
 
 def own_dims(node: object) -> Dims:
@@ -133,7 +138,7 @@ def _quotient(size: Extent, by: Extent) -> Extent | None:
         return None
     quotient = size / by
     denominator = quotient.as_numer_denom()[1]
-    return quotient if denominator == 1 else None
+    return _plain(quotient) if denominator == 1 else None
 
 
 def _expanded(dims: Dims, before: object, after: Node) -> Dims | None:

@@ -11,8 +11,8 @@ from torch.fx import Node
 from fx_quant.passes.arrange import blocks, combined, matrix, number, vectors
 from fx_quant.passes.canonical import SCALED_MM, WEIGHT_ONLY_MM
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.matrices import integer_range
-from fx_quant.passes.nodes import aten, shape
+from fx_quant.passes.matrices import integer_range, stored_dtype
+from fx_quant.passes.nodes import aten, same_size, shape
 from fx_quant.passes.problems import corrects_weight, is_unsigned
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
@@ -48,7 +48,7 @@ def _scaled(emitter: Emitter, site: Site, product: Product) -> Node:
     """``fx_quant::scaled_mm`` with everything in it."""
     root, k = site.root, site.problem.k
     a, zero_point = _activation(emitter, product, root)
-    b = matrix(emitter, product.b, root)
+    b = _stored(emitter, product.b, root)
     extras: dict[str, Any] = {} if zero_point is None else {"a_zero_point": zero_point}
     if product.block is None:
         a_scale = combined(emitter, vectors(emitter, product.rows, root, FLOAT32, [-1, 1]), root)
@@ -59,7 +59,7 @@ def _scaled(emitter: Emitter, site: Site, product: Product) -> Node:
         product = _scalars_to_weight(product)
         a_scale = combined(emitter, blocks(emitter, product.rows, 1, groups, root, FLOAT32), root)
         if a_scale is not None:
-            a_scale = _widened(emitter, a_scale, groups, root)
+            a_scale = _widened(emitter, a_scale, a, groups, root)
         b_scale = _weight_blocks(emitter, product, site, FLOAT32)
     bias = _bias(emitter, product, site)
     return emitter.call(SCALED_MM, a, b, a_scale, b_scale, bias, product.dtype, like=root, **extras)
@@ -78,11 +78,19 @@ def _is_scalar(factor: Factor | Tile) -> bool:
     return factor.axis is Axis.SCALAR
 
 
-def _widened(emitter: Emitter, scale: Node, groups: int, like: Node) -> Node:
-    """``[m, 1]`` repeated to ``[m, groups]``."""
-    if shape(scale)[-1] == groups:
-        return scale
-    return emitter.call(aten.expand.default, scale, [-1, groups], like=like)
+def _widened(emitter: Emitter, scale: Node, a: Node, groups: int, like: Node) -> Node:
+    """``[m, 1]``, or ``[1, groups]`` of all rows of ``a``, repeated to ``[m, groups]``."""
+    m = shape(a)[0]
+    sizes = [-1 if same_size(shape(scale)[0], m) else _size(emitter, m, like), groups]
+    return scale if sizes[0] == -1 and shape(scale)[-1] == groups else _expanded(emitter, scale, sizes, like)
+
+
+def _size(emitter: Emitter, size: int | torch.SymInt, like: Node) -> int | Node:
+    return size if isinstance(size, int) else emitter.size_node(size, like)
+
+
+def _expanded(emitter: Emitter, scale: Node, sizes: list, like: Node) -> Node:
+    return emitter.call(aten.expand.default, scale, sizes, like=like)
 
 
 def _weight_blocks(emitter: Emitter, product: Product, site: Site, to: torch.dtype) -> Node:
@@ -98,10 +106,17 @@ def _full(emitter: Emitter, node: Node, sizes: list[int], like: Node) -> Node:
     return node if list(shape(node)) == sizes else emitter.call(aten.expand.default, node, sizes, like=like)
 
 
+def _stored(emitter: Emitter, codes: Codes, like: Node) -> Node:
+    """``codes`` as a matrix of a low-bit dtype: unpacked ones may still stand in int32."""
+    to = stored_dtype(codes)
+    assert to is not None
+    return emitter.cast(matrix(emitter, codes, like), to, like=like)
+
+
 def _activation(emitter: Emitter, product: Product, root: Node) -> tuple[Node, Node | None]:
     """Codes ``[m, k]``, as int8 where they are bytes, and their zero point."""
     assert isinstance(product.a, Codes)
-    a = matrix(emitter, product.a, root)
+    a = _stored(emitter, product.a, root)
     points = vectors(emitter, product.a_zero_points, root, INT32, [-1, 1])
     shift = -product.offset
     if is_unsigned(product):
@@ -119,7 +134,7 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
     """
     root, k = site.root, site.problem.k
     a, zero_point = _activation(emitter, product, root)
-    b = matrix(emitter, product.b, root)
+    b = _stored(emitter, product.b, root)
     extras = {} if zero_point is None else {"a_zero_point": zero_point}
     out = emitter.call(SCALED_MM, a, b, None, None, None, INT32, like=root, **extras)
     sums = emitter.call(aten.sum.dim_IntList, a, [1], True, dtype=INT32, like=root)
@@ -187,9 +202,9 @@ def _weight(emitter: Emitter, site: Site, product: Product) -> tuple[Node, int]:
     Codes of 16 values are packed two to a byte along k, as ``code + 8``, the even k in the low nibble.
     """
     root = site.root
-    b = matrix(emitter, product.b, root)
     if site.problem.scheme.weight.dtype not in INT4_DTYPES:
-        return b, 0
+        return _stored(emitter, product.b, root), 0
+    b = matrix(emitter, product.b, root)
     bounds = integer_range(dataclasses.replace(product.b, offset=0))
     assert bounds is not None
     if site.problem.k % 2:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import Dims, own_dims, seen_through
 from fx_quant.passes.nodes import constant, dtype, is_one, same_shape, same_size, shape, tensor
 from fx_quant.passes.values import Axis, Codes
+from fx_quant.scheme import CODE_DTYPES
 
 # Dtypes of an integer matmul's sum, which an epilogue in floating point follows.
 ACCUMULATORS = (torch.int32, torch.int64)
@@ -68,6 +71,32 @@ def holds_exactly(codes: Codes, to: torch.dtype) -> bool:
         return False
     info = torch.iinfo(to)
     return info.min <= low and high <= info.max
+
+
+def stored_dtype(codes: Codes) -> torch.dtype | None:
+    """The low-bit dtype in which an op is given ``codes`` without their offset; None where none holds them all."""
+    own = dtype(codes.node)
+    if own in CODE_DTYPES:
+        return own
+    whole = dataclasses.replace(codes, offset=0)
+    return next((to for to in (torch.int8, torch.uint8) if holds_exactly(whole, to)), None)
+
+
+def rounds_difference(codes: Codes, zero_point: torch.dtype | None, to: torch.dtype) -> bool:
+    """Whether ``codes`` minus an integer of dtype ``zero_point`` may be no number of the float dtype ``to``."""
+    bounds = integer_range(codes)
+    if bounds is None or zero_point is None or to not in _EXACT_INTEGERS:
+        return True
+    points = torch.iinfo(zero_point)
+    return max(bounds[1] - points.min, points.max - bounds[0]) > _EXACT_INTEGERS[to]
+
+
+def rounds_integers(kind: torch.dtype | None, to: torch.dtype) -> bool:
+    """Whether some integer of dtype ``kind`` is no number of the float dtype ``to``."""
+    if kind is None or to not in _EXACT_INTEGERS:
+        return True
+    info = torch.iinfo(kind)
+    return max(-info.min, info.max) > _EXACT_INTEGERS[to]
 
 
 def matrix_base(node: Node, dims: Dims | None = None) -> tuple[Node, bool] | None:

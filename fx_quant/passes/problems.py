@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.inputs import Inputs
-from fx_quant.passes.matrices import integer_range
+from fx_quant.passes.matrices import integer_range, stored_dtype
 from fx_quant.passes.nodes import dtype
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.problem import Problem, SizeRange
@@ -23,7 +23,7 @@ def corrects_weight(product: Product) -> bool:
 
 def is_unsigned(product: Product) -> bool:
     """Whether the activation's codes are bytes, which kernels are given as int8, 128 less."""
-    return isinstance(product.a, Codes) and dtype(product.a.node) is torch.uint8
+    return isinstance(product.a, Codes) and stored_dtype(product.a) is torch.uint8
 
 
 def scheme_of(product: Product, inputs: Inputs) -> Scheme:
@@ -39,7 +39,7 @@ def _activation(product: Product, inputs: Inputs) -> OperandSpec:
     else:
         granularity = _granularity(product.rows, Axis.ROW, Granularity.PER_TOKEN)
     return OperandSpec(
-        torch.int8 if is_unsigned(product) else _dtype(product.a.node),
+        torch.int8 if is_unsigned(product) else _stored(product.a),
         granularity,
         dynamic=any(factor.source in inputs.runtime for factor in product.rows),
         symmetric=not product.a_zero_points and product.offset == 0 and not is_unsigned(product),
@@ -61,8 +61,13 @@ def _code_dtype(codes: Codes) -> torch.dtype:
     bounds = integer_range(codes)
     if bounds is not None and bounds[1] - bounds[0] < 16:
         return torch.int4  # pyrefly: ignore[missing-attribute]
-    found = _dtype(codes.node)
-    return found if found.is_floating_point or found in (torch.int8, torch.uint8) else torch.uint8
+    return _stored(codes)
+
+
+def _stored(codes: Codes) -> torch.dtype:
+    found = stored_dtype(codes)
+    assert found is not None
+    return found
 
 
 def _dtype(node: Node) -> torch.dtype:

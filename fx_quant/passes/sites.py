@@ -11,7 +11,7 @@ from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.axes import Dims
 from fx_quant.passes.canonical import CANONICAL, operands_of
 from fx_quant.passes.inputs import Inputs
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, matrix_base
+from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
 from fx_quant.passes.nodes import dtype, is_op, is_single, shape
 from fx_quant.passes.problems import corrects_weight, problem_of, scheme_of
 from fx_quant.passes.rulebook import is_matmul, own_kernel
@@ -167,10 +167,32 @@ def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, 
     if not isinstance(n, int) or not isinstance(k, int):
         return Miss(gemm, gemm, f"n and k must be static, got n={n} k={k}")
     scheme = scheme_of(product, inputs)
-    if corrects_weight(product) and k * 255 * 255 >= 2**31:
-        return Miss(gemm, gemm, f"zero points of both operands are corrected in int32, which k={k} may leave")
+    if not fits_int32(product, gemm, k):
+        return Miss(gemm, gemm, f"the sum of integers is taken in int32, which k={k} may leave")
     problem = problem_of(product, scheme, _size_range(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
     return Site(gemm, root, product, problem, scheme)
+
+
+def fits_int32(product: Product, gemm: Node, k: int) -> bool:
+    """Whether the canonical sum of ``k`` products, taken in int32, is that of ``gemm``.
+
+    A zero point is taken to be in the range of its codes. Where the source sums in int32 too, both wrap around alike.
+    """
+    kind = dtype(gemm)
+    if not isinstance(product.a, Codes) or kind is None:
+        return True
+    largest = _largest(product.a, product.a_zero_points), _largest(product.b, product.b_zero_points)
+    if largest[0] is None or largest[1] is None or not kind.is_floating_point:
+        return True
+    return largest[0] * largest[1] * (k if product.block is None else product.block[1]) < 2**31
+
+
+def _largest(codes: Codes, zero_points: tuple) -> int | None:
+    """Largest magnitude of integer codes less their zero point."""
+    bounds = integer_range(codes)
+    if bounds is None:
+        return None
+    return bounds[1] - bounds[0] if zero_points else max(-bounds[0], bounds[1])
 
 
 def _summed(product: Product, gemm: Node) -> int | torch.SymInt:

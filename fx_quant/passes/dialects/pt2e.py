@@ -12,7 +12,7 @@ from typing import Any
 from torch.fx import Node
 
 from fx_quant.passes.nodes import args_of, constant, dtype, is_single
-from fx_quant.passes.rules.steps import along_dim, is_integer, rounded, scale_of
+from fx_quant.passes.rules.steps import along_dim, is_integer, is_whole, rounded, scale_of
 from fx_quant.passes.values import Affine, Codes, Decode, Environment, Rule, Unknown, Value
 
 
@@ -65,7 +65,7 @@ def _integers(zero_point: Decode | None) -> tuple[Decode, ...] | None:
     if zero_point is None or zero_point.source == 0.0:
         return ()
     if isinstance(zero_point.source, float):
-        return (zero_point,) if zero_point.source == int(zero_point.source) else None
+        return (zero_point,) if is_whole(zero_point.source) else None
     return (dataclasses.replace(zero_point),) if is_integer(dtype(zero_point.source)) else None
 
 

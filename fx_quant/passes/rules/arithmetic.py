@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -16,12 +17,16 @@ from fx_quant.passes.matrices import (
     integer_range,
     is_full,
     matrix_base,
+    rounds_difference,
+    rounds_integers,
 )
 from fx_quant.passes.nodes import (
     ADDITIONS,
+    CASTS,
     DIVISIONS,
     MULTIPLICATIONS,
     SUBTRACTIONS,
+    VIEWS,
     args_of,
     aten,
     dtype,
@@ -36,6 +41,7 @@ from fx_quant.passes.rules.steps import (
     as_affine,
     factor_source,
     is_integer,
+    is_whole,
     rounded,
     scale_of,
     stepped,
@@ -120,6 +126,8 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
         return None
     if isinstance(other, Node) and dtype(other) not in EPILOGUE_DTYPES:
         return None
+    if divides and other == 0:
+        return None  # what 0 / 0 is in the source has no scale
     weight_only = isinstance(product.a, Node)
     if weight_only and axis not in (Axis.SCALAR, Axis.COLUMN):
         return None  # the canonical op has no scale of its rows
@@ -130,7 +138,13 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
     side, stage = ("rows", Stage.A_SCALE) if on_rows else ("columns", Stage.B_SCALE)
     factors = getattr(product, side)
     exact = _in_float32(product, node, other) and not divides and not factors
-    changes = {side: (*factors, Factor(factor_source(other), axis, node, divides))}
+    changes: dict[str, Any] = {side: (*factors, Factor(factor_source(other), axis, node, divides))}
+    if product.block is not None and side == "columns" and axis is Axis.COLUMN:
+        # A scale for each column parts the rows of a block, which must be whole for that.
+        (high, group), n = product.block, shape(product.gemm)[-1]
+        if not isinstance(n, int) or n % high:
+            return None
+        changes["block"] = (1, group)
     return stepped(product, to, stage, exact=exact, **changes)
 
 
@@ -164,7 +178,10 @@ def _scaled_sum(env: Environment, node: Node) -> Value | None:
         if isinstance(number, int):
             return dataclasses.replace(value, multiplier=value.multiplier * number)
         axis = axis_of(other, node)
-        if value.zero_point is None and is_integer(dtype(other)) and axis in (Axis.SCALAR, Axis.ROW):
+        # Beside one zero point for each row the sums must lie along the columns; a square hides where they do not.
+        lies = axis is Axis.SCALAR or (axis is Axis.ROW and axis_of(operand, node) in (Axis.COLUMN, Axis.SCALAR))
+        if value.zero_point is None and is_integer(dtype(other)) and lies:
+            assert axis is not None
             return dataclasses.replace(value, zero_point=Factor(factor_source(other), axis, node))
     return None
 
@@ -188,7 +205,7 @@ def _shift(env: Environment, node: Node) -> Value | None:
     number = uniform_value(other)
     if number == 0:
         return value if _same_kind(value, node) else None
-    if isinstance(value, Codes) and number is not None and number == int(number):
+    if isinstance(value, Codes) and number is not None and is_whole(number):
         moved = dataclasses.replace(value, offset=value.offset + int(-number if subtracts else number))
         node_dtype = dtype(node)
         if integer_range(value) is not None and node_dtype is not None and holds_exactly(moved, node_dtype):
@@ -223,17 +240,20 @@ def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Val
     moved = dataclasses.replace(affine, zero_points=(*affine.zero_points, zero_point))
     to = dtype(node)
     assert to is not None
-    # A difference of two bytes is exact in every dtype that holds them.
-    exact = not to.is_floating_point or (
-        affine.codes.offset == 0 and not affine.zero_points and _is_byte(dtype(zero_point.source))
-    )
-    if not to.is_floating_point and to not in (torch.int32, torch.int64):
-        return Unknown(node, f"a zero point is subtracted in {to}, where the difference may wrap around")
-    return moved if exact else rounded(moved, to)
-
-
-def _is_byte(kind: torch.dtype | None) -> bool:
-    return kind in (torch.int8, torch.uint8)
+    if not to.is_floating_point:
+        if to not in (torch.int32, torch.int64):
+            return Unknown(node, f"a zero point is subtracted in {to}, where the difference may wrap around")
+        return moved
+    kind = dtype(zero_point.source)
+    if affine.zero_points or rounds_difference(affine.codes, kind, to):
+        moved = rounded(moved, to)
+    # The zero point itself may have been rounded on its way to the subtraction.
+    while is_op(other, *CASTS, *VIEWS):
+        cast = dtype(other)
+        if cast is not None and cast.is_floating_point and rounds_integers(kind, cast):
+            moved = rounded(moved, cast)
+        other = args_of(other)[0]
+    return moved
 
 
 def _same_kind(value: Value, node: Node) -> bool:
@@ -269,13 +289,17 @@ def _correct(product: Product, node: Node, other: object, correction: ColumnSum,
     node_of_b, transposed = base
     sums_k = correction.base is node_of_b and correction.dim == (1 if transposed else 0)
     multiplier = correction.multiplier if subtracts else -correction.multiplier
-    if not sums_k or product.stage is not Stage.ACCUMULATOR or product.b.offset != 0:
+    if not sums_k or product.stage is not Stage.ACCUMULATOR:
         return None
+    # The sums are those of the weight's codes, not of what is left when its own zero point is subtracted.
+    if product.b.offset != 0 or product.b_zero_points:
+        return None
+    along_n = axis_of(other, node) in (Axis.COLUMN, Axis.SCALAR)
     if correction.zero_point is not None:
-        if multiplier != 1 or product.offset != 0:
+        of_rows = correction.zero_point.axis is Axis.ROW and is_full(other, node)
+        if multiplier != 1 or product.offset != 0 or not (along_n or of_rows):
             return None
         return dataclasses.replace(product, dtype=to, a_zero_points=(*product.a_zero_points, correction.zero_point))
-    along_n = axis_of(other, node) in (Axis.COLUMN, Axis.SCALAR)
     return dataclasses.replace(product, dtype=to, offset=0) if along_n and multiplier == product.offset else None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, flat, segments
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range
+from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range, stored_dtype
 from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_op, shape, through
 from fx_quant.passes.rules.steps import as_affine
 from fx_quant.passes.values import (
@@ -127,7 +127,9 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
     groups = {of_a.group, of_b.group} - {None}
     if len(groups) > 1:
         return Unknown(node, "the scales of a and b have groups of different sizes along k")
-    if groups and (of_a.zero_points or of_b.zero_points or of_a.codes.offset or of_b.codes.offset):
+    # Kernels are given bytes as int8, 128 less, which is a zero point too.
+    shifted = of_a.codes.offset or of_b.codes.offset or stored_dtype(of_a.codes) is torch.uint8
+    if groups and (of_a.zero_points or of_b.zero_points or shifted):
         return Unknown(node, "a zero point beside scales that vary along k cannot leave the sum")
     to = dtype(node)
     integer = dtype(a.codes.node) not in FLOAT8_DTYPES

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import seen_through
-from fx_quant.passes.matrices import integer_range
+from fx_quant.passes.matrices import integer_range, stored_dtype
 from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_op, shape, uniform_value
 from fx_quant.passes.rules.steps import is_integer
 from fx_quant.passes.values import Codes, Environment, Rule, Unknown, Value
@@ -40,7 +40,8 @@ def _joined(env: Environment, node: Node) -> Value | None:
     known = [found for found in bounds if found is not None]
     if len(known) < len(bounds) or not is_integer(dtype(node)):
         return None
-    return Codes.of(node, bounds=(min(low for low, _ in known), max(high for _, high in known)))
+    joined = Codes.of(node, bounds=(min(low for low, _ in known), max(high for _, high in known)))
+    return None if stored_dtype(joined) is None else joined
 
 
 def _indexed(env: Environment, node: Node) -> Value | None:

@@ -39,10 +39,17 @@ def _scaled_mm_v2(env: Environment, node: Node) -> Value | None:
         return Unknown(node, "_scaled_mm_v2 with two levels of scales (NVFP4) has no rule")
     if any(map(int, (*(given["swizzle_a"] or ()), *(given["swizzle_b"] or ())))) or given.get("contraction_dim"):
         return Unknown(node, "_scaled_mm_v2 with swizzled scales or contraction_dim has no rule")
-    return _product(env, node, given | {"scale_a": given["scale_a"][0], "scale_b": given["scale_b"][0]})
+    recipes = tuple(int(recipe) for name in ("recipe_a", "recipe_b") for recipe in given[name])
+    one_level = given | {"scale_a": given["scale_a"][0], "scale_b": given["scale_b"][0]}
+    # Shapes alone do not tell [n, k / 128] from [k / 128, n] where both are square.
+    return _product(env, node, one_level, scale_b_by_column=recipes == (_BLOCKS_1X128, _BLOCKS_1X128))
 
 
-def _product(env: Environment, node: Node, given: dict[str, Any]) -> Value | None:
+# torch.nn.functional.ScalingType.BlockWise1x128
+_BLOCKS_1X128 = 4
+
+
+def _product(env: Environment, node: Node, given: dict[str, Any], *, scale_b_by_column: bool = False) -> Value | None:
     a, b = env.value(given["self"]), env.value(given["mat2"])
     if not isinstance(a, Codes) or not isinstance(b, Codes):
         return Unknown(
@@ -54,7 +61,7 @@ def _product(env: Environment, node: Node, given: dict[str, Any]) -> Value | Non
     scales = _rowwise(node, given["scale_a"], given["scale_b"])
     block = None
     if scales is None:
-        found = _blockwise(given)
+        found = _blockwise(given, scale_b_by_column)
         if found is None:
             return Unknown(
                 node,
@@ -95,8 +102,12 @@ def _rowwise(node: Node, scale_a: Node, scale_b: Node) -> _Scales | None:
 _BLOCK = 128
 
 
-def _blockwise(given: dict[str, Any]) -> tuple[_Scales, tuple[int, int]] | None:
-    """Scales ``[m, k / 128]`` and ``[k / 128, n / 128]`` or ``[k / 128, n]``."""
+def _blockwise(given: dict[str, Any], scale_b_by_column: bool) -> tuple[_Scales, tuple[int, int]] | None:
+    """Scales ``[m, k / 128]`` and ``[k / 128, n / 128]`` or ``[k / 128, n]``.
+
+    Args:
+        scale_b_by_column: the second is ``[n, k / 128]``.
+    """
     scale_a, scale_b = given["scale_a"], given["scale_b"]
     (m, k), n = shape(given["self"]), shape(given["mat2"])[1]
     if not isinstance(k, int) or not isinstance(n, int) or k % _BLOCK:
@@ -106,7 +117,12 @@ def _blockwise(given: dict[str, Any]) -> tuple[_Scales, tuple[int, int]] | None:
     groups, wide = k // _BLOCK, -(-n // _BLOCK)
     if not same_shape(shape(scale_a), (m, groups)):
         return None
-    if same_shape(shape(scale_b), (groups, wide)):
+    axis_of_k = 0
+    if scale_b_by_column:
+        if not same_shape(shape(scale_b), (n, groups)):
+            return None
+        rows, high, axis_of_k = (Segment(n, Piece(0, n)),), 1, 1
+    elif same_shape(shape(scale_b), (groups, wide)):
         rows, high = (Segment(wide, Piece(1, wide)), Segment(_BLOCK, None)), _BLOCK
     elif same_shape(shape(scale_b), (groups, n)):
         rows, high = (Segment(n, Piece(1, n)),), 1
@@ -114,7 +130,7 @@ def _blockwise(given: dict[str, Any]) -> tuple[_Scales, tuple[int, int]] | None:
         return None
     along_k = lambda axis: (Segment(groups, Piece(axis, groups)), Segment(_BLOCK, None))  # noqa: E731
     of_a = Tile(scale_a, (Segment(extent(m), Piece(0, extent(m))),), along_k(1))
-    return ((of_a,), (Tile(scale_b, rows, along_k(0)),)), (high, _BLOCK)
+    return ((of_a,), (Tile(scale_b, rows, along_k(axis_of_k)),)), (high, _BLOCK)
 
 
 def _int8pack_mm(env: Environment, node: Node) -> Value | None:
@@ -142,6 +158,7 @@ def scaled_product(node: Node, a: Codes | Node, b: Codes, scale: Node) -> Produc
         dtype=to,
         stage=Stage.B_SCALE if to is torch.float32 else Stage.CAST,
         numerics=Numerics.REASSOCIATED,
+        offset=a.offset if isinstance(a, Codes) else 0,
     )
 
 

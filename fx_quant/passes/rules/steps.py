@@ -5,6 +5,7 @@ epilogue.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,9 @@ def scale_of(codes: Codes, node: Node, operand: object, *, inverse: bool = False
         codes: as they stand at ``node``.
         node: gives the shape that ``operand`` broadcasts to.
     """
-    if constant(operand) is not None:
-        return Decode(factor_source(operand), inverse=inverse)
+    number = constant(operand)
+    if number is not None:
+        return None if inverse and number == 0 else Decode(float(number), inverse=inverse)
     return _decode(codes, node, operand, lambda _: False, inverse) if isinstance(operand, Node) else None
 
 
@@ -49,7 +51,7 @@ def zero_point_of(codes: Codes, node: Node, operand: object) -> Decode | None:
     """``operand``, of an integer tensor in whatever dtype, as a zero point of the codes at ``node``; else None."""
     number = uniform_value(operand)
     if number is not None:
-        return Decode(float(number)) if number == int(number) else None
+        return Decode(float(number)) if is_whole(number) else None
     if not isinstance(operand, Node):
         return None
     found = _decode(codes, node, operand, _holds_integers, inverse=False)
@@ -78,6 +80,11 @@ def _holds_integers(node: Node) -> bool:
         return True
     inner, outer = torch.iinfo(source), torch.iinfo(to)
     return is_integer(to) and outer.min <= inner.min and inner.max <= outer.max
+
+
+def is_whole(number: float) -> bool:
+    """Whether ``number`` is an integer; infinities and NaN are none."""
+    return math.isfinite(number) and number == int(number)
 
 
 def is_integer(kind: torch.dtype | None) -> bool:

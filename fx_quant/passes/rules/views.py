@@ -45,8 +45,10 @@ def _view(env: Environment, node: Node) -> Value | None:
     if isinstance(value, Product):
         return value if _keeps_columns(node) else None
     if isinstance(value, ColumnSum):
-        keeps = is_op(node, *COPIES, *RESHAPES) if value.zero_point is None else is_op(node, *COPIES)
-        return value if keeps or same_shape(shape(node), shape(args_of(node)[0])) else None
+        if is_op(node, *COPIES) or (value.zero_point is None and is_op(node, *RESHAPES)):
+            return value
+        same = not is_op(node, *PERMUTES) and same_shape(shape(node), shape(args_of(node)[0]))
+        return value if same else None
     return None
 
 
