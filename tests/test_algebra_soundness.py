@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from graphs import Proven, assert_same_meaning, capture, prove, run, trace
+from graphs import Proven, assert_same_meaning, calls, capture, prove, run, trace
 from torch import Tensor, nn
+
+from fx_quant.passes.axes import own_dims
+from fx_quant.passes.rules.scaled_matmuls import scaled_product
+from fx_quant.passes.values import Codes, Product
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 INT8, UINT8, INT32, INT64, E4M3 = torch.int8, torch.uint8, torch.int32, torch.int64, torch.float8_e4m3fn
@@ -559,6 +563,16 @@ def test_weight_int8pack_mm_is_weight_only(dtype):
     assert found == f"{str(dtype).removeprefix('torch.')} x int8 per_channel -> reassociated"
     found = outcome(lambda x, w, s: torch._weight_int8pack_mm(x, (w.to(INT32) + 1).to(INT8), s), inputs)
     assert found == f"{str(dtype).removeprefix('torch.')} x int8 per_channel -> reassociated"
+
+
+def test_a_librarys_product_of_shifted_codes_keeps_the_shift():
+    graph = trace(lambda a, w, s: int_mm(a, w) * s, *square(), scales(SIZE))
+    a, w, scale = graph.find_nodes(op="placeholder")
+    (gemm,) = calls(graph, torch.ops.aten._int_mm.default)
+    gemm.meta["val"] = gemm.meta["val"].float()
+    product = scaled_product(gemm, Codes(a, own_dims(a), offset=128), Codes(w, own_dims(w)[::-1]), scale)
+    assert isinstance(product, Product)
+    assert product.offset == 128
 
 
 # --- sums that int32 may not hold -------------------------------------------------------------------------------
