@@ -16,7 +16,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import (
-    common_subexpressions_merged,
     copy_graph,
     decompositions_without_matmul,
     row_scales_on_cpu,
@@ -27,6 +26,7 @@ from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.inputs import classify_inputs
+from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.nodes import CASTS, MULTIPLICATIONS, VIEWS, dtype, is_op
 from fx_quant.passes.pipeline import Rewriting, to_canonical, to_kernels
 from fx_quant.passes.printer import print_graph
