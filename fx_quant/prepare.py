@@ -155,7 +155,8 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
     library's own formula, to its codes and scales bit for bit, so that results are the old ones within the numerics
     class ``reassociated``; a module whose formula is not known is ``approximate``, with a note. NaN and infinities
     spoil the results that they spoil in the library, but for NaN under a given int8 scale, which counts as 0. Compiled,
-    formulas in bfloat16 and float16 round where ``torch.compile`` rounds, which tips a code now and then.
+    formulas in bfloat16 and float16 round where ``torch.compile`` rounds, which tips a code now and then; under
+    ``torch._inductor.config.emulate_precision_casts`` they round as eagerly.
 
     A second call swaps nothing. ``state_dict()`` fits another prepared copy of the model, not the float model or the
     library's own modules: prepare a model to run it, and save it before.

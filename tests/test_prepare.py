@@ -395,6 +395,40 @@ def test_every_code_is_recovered_from_a_decompressed_weight(name, dtype):
     assert torch.equal(decoded_weight(model.fc).to(dtype), dense)
 
 
+@pytest.mark.parametrize("name", ["int8_dynamic", "int8_dynamic_asymmetric", "float8_dynamic"])
+def test_a_compiled_bfloat16_formula_rounds_as_eagerly_where_casts_are_kept(name):
+    import torch._inductor.config as inductor_config
+
+    model = compressed_net(name, "after_first_forward", torch.bfloat16)
+    x = ordinary(torch.bfloat16, 3)
+    before = model(x)
+    prepare_(model)
+    with inductor_config.patch(emulate_precision_casts=True):
+        after = torch.compile(model, backend="fx_quant", fullgraph=True)(x)
+    assert_within(after, before, Numerics.REASSOCIATED)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_zero_points_in_bfloat16_are_rounded_where_the_library_rounds_them(rank):
+    """Of one scale for all they are rounded from float32, of a scale for each token from bfloat16: seldom another."""
+    library()
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    from fx_quant.adapters.compressed_tensors import quantize_activation
+
+    spec = QuantizationArgs(**args(**{**TOKEN, "symmetric": False}))
+    activation = Scheme.parse(GROUPS["int8_dynamic_asymmetric"][2]).activation
+    torch.manual_seed(0)
+    for _ in range(500):
+        x = (torch.randn(4, 8) + 2 * torch.randn(1)).bfloat16()
+        x = x if rank == 2 else x.unsqueeze(0)
+        scale, zero_point = compute_dynamic_scales_and_zp(x, spec, nn.Identity())
+        _, found, offset = quantize_activation(x, None, None, spec=activation)
+        assert torch.equal(found.flatten(), scale.flatten())
+        assert torch.equal(offset.flatten(), zero_point.int().flatten())
+
+
 def test_a_weight_that_is_not_codes_times_scale_is_left():
     model = compressed_net("w4a16", "decompressed")
     with torch.no_grad():
