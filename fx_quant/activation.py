@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,8 @@ _INT8_STEPS = 255
 _TINY = torch.finfo(torch.float32).tiny
 
 Quantized = tuple[Tensor, Tensor, Tensor | None]
+# (x, input_scale, input_zero_point) -> (codes, scale, zero_point); see quantize_by.
+Quantizer = Callable[[Tensor, Tensor | None, Tensor | None], Quantized]
 
 
 def quantize_activation(
@@ -66,6 +70,51 @@ def quantize_activation(
         codes, found, offset = _dynamic(F.pad(x, (0, 0, 0, 1)), spec, None)
         return codes[:0], found, offset
     return _dynamic(x, spec, scale_ub)
+
+
+def quantize_by(
+    quantizer: Quantizer, x: Tensor, spec: OperandSpec, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> Quantized:
+    """``quantize_activation`` of the rows of ``x [..., k]``, by the formula of ``quantizer``.
+
+    ``quantizer(x, scale, zero_point)`` sees ``x`` with all its dims, and the given scale and zero point of a static
+    spec, or None. It returns::
+
+        codes         x's shape, in the dtype of ``spec``
+        scale         float: one element per_tensor, [..., 1] per_token (one element is that of every token),
+                      [..., ceil(k / g)] per_group(g); every dim may be 1 where it could be larger
+        zero_point    integers like scale, if ``spec`` is asymmetric; else None
+
+    Its float scale is widened to float32. Written in plain PyTorch it is traced as it is; a function of a module, or a
+    ``functools.partial`` of one, survives pickling too. It is not asked about an ``x`` without rows.
+
+    Returns:
+        codes ``[m, k]``; scale ``[]``, ``[m, 1]`` or ``[m, ceil(k / g)]``, float32; zero point int32 like the scale.
+
+    Raises:
+        ValueError: the quantizer returned something else.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if _no_rows(rows):
+        return quantize_activation(rows, spec, scale, zero_point)
+    codes, found, offset = _checked(quantizer(x, scale, zero_point), x, spec)
+    return (
+        codes.reshape(rows.shape).contiguous(),
+        _by_row(found.float(), x, spec),
+        None if offset is None else _by_row(offset.to(torch.int32), x, spec),
+    )
+
+
+def _by_row(scale: Tensor, x: Tensor, spec: OperandSpec) -> Tensor:
+    """``scale``, which broadcasts over the leading dims of ``x``, with a row for each of ``x``'s."""
+    if spec.granularity == Granularity.PER_TENSOR:
+        return scale.reshape(())
+    columns = _scale_columns(x, spec)
+    return scale.expand(*x.shape[:-1], columns).reshape(-1, columns).contiguous()
+
+
+def _scale_columns(x: Tensor, spec: OperandSpec) -> int:
+    return -(-x.shape[-1] // spec.granularity.size[0]) if spec.granularity.size else 1
 
 
 def _no_rows(x: Tensor) -> bool:
@@ -204,8 +253,55 @@ def _check_given(
         raise ValueError(f"scale_ub must be one float, got {_describe(scale_ub)}")
 
 
+def _checked(result: object, x: Tensor, spec: OperandSpec) -> Quantized:
+    """``result`` of a quantizer, or ``ValueError`` with what is wrong with it."""
+    if not isinstance(result, tuple) or len(result) != 3 or not all(isinstance(part, Tensor) for part in result[:2]):
+        raise ValueError(f"a quantizer must return (codes, scale, zero_point), got {type(result).__name__}")
+    codes, scale, zero_point = result
+    if codes.dtype is not spec.dtype or codes.shape != x.shape:
+        raise ValueError(
+            f"a quantizer to {spec} must return {dtype_name(spec.dtype)} codes of x's shape {list(x.shape)}, "
+            f"got {_describe(codes)}"
+        )
+    if not scale.is_floating_point() or not _is_scale_of(scale, x, spec):
+        raise ValueError(
+            f"a quantizer to {spec} must return a float scale {_scale_text(x, spec)}, got {_describe(scale)}"
+        )
+    if spec.symmetric != (zero_point is None):
+        raise ValueError(
+            f"a quantizer to {spec} must return {'no' if spec.symmetric else 'a'} zero point, "
+            f"got {_describe(zero_point)}"
+        )
+    if zero_point is not None and (_is_not_integer(zero_point) or not _is_scale_of(zero_point, x, spec)):
+        raise ValueError(
+            f"a quantizer to {spec} must return integer zero points {_scale_text(x, spec)}, got {_describe(zero_point)}"
+        )
+    return codes, scale, zero_point
+
+
+def _is_scale_of(scale: Tensor, x: Tensor, spec: OperandSpec) -> bool:
+    if spec.granularity == Granularity.PER_TENSOR:
+        return scale.numel() == 1
+    whole = (*x.shape[:-1], _scale_columns(x, spec))
+    # A size of 1 is asked of Python integers only: no guard on a symbolic one.
+    return scale.dim() <= x.dim() and all(
+        (isinstance(size, int) and size == 1) or size == wanted
+        for size, wanted in zip(reversed(scale.shape), reversed(whole), strict=False)
+    )
+
+
+def _scale_text(x: Tensor, spec: OperandSpec) -> str:
+    if spec.granularity == Granularity.PER_TENSOR:
+        return "of one element"
+    return f"that broadcasts to {[*x.shape[:-1], _scale_columns(x, spec)]}"
+
+
+def _is_not_integer(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex() or x.dtype is torch.bool
+
+
 def _is_one_integer(x: Tensor | None) -> bool:
-    return x is not None and x.numel() == 1 and not x.is_floating_point() and x.dtype is not torch.bool
+    return x is not None and x.numel() == 1 and not _is_not_integer(x)
 
 
 def _describe(x: Tensor | None) -> str:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import Self
 
-from fx_quant.activation import quantize_activation
+from fx_quant.activation import Quantizer, quantize_activation, quantize_by
 from fx_quant.eager import eager_selection, run_kernel, target_of
 from fx_quant.inference_only import without_gradient
 from fx_quant.linear_operands import (
     check_operands,
+    check_quantizer,
     check_scheme,
     codes_per_element,
     describe,
@@ -44,6 +45,7 @@ def apply_linear(
     input_scale_ub: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     force_kernel: str | None = None,
+    quantizer: Quantizer | None = None,
 ) -> Tensor:
     """``[..., k] -> [..., n]`` of the linear whose tensors are given, as ``QuantizedLinear`` holds them.
 
@@ -51,7 +53,7 @@ def apply_linear(
     only: a backward pass that reaches an ``x`` that requires grad raises ``FxQuantError``.
 
     Raises:
-        ValueError: ``x`` does not fit the weight.
+        ValueError: ``x`` does not fit the weight; the quantizer returned what ``quantize_by`` does not take.
         NoKernelError: no kernel can run it, or the forced one cannot.
     """
     n, k = weight.shape[0], weight.shape[1] * codes_per_element(scheme.weight)
@@ -67,9 +69,14 @@ def apply_linear(
         weight_zero_point = weight_zero_point - 8
     a, a_scale, a_zero_point = x.detach().reshape(-1, k), None, None
     if not scheme.weight_only:
-        a, a_scale, a_zero_point = quantize_activation(
-            a, scheme.activation, input_scale, input_zero_point, scale_ub=input_scale_ub
-        )
+        if quantizer is None:
+            a, a_scale, a_zero_point = quantize_activation(
+                a, scheme.activation, input_scale, input_zero_point, scale_ub=input_scale_ub
+            )
+        else:
+            a, a_scale, a_zero_point = quantize_by(
+                quantizer, x.detach(), scheme.activation, input_scale, input_zero_point
+            )
     if not torch.compiler.is_compiling():
         problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
         out = run_kernel(
@@ -115,6 +122,9 @@ class QuantizedLinear(nn.Module):
         input_scale: one element, for a static scheme.
         input_zero_point: one integer, for a static asymmetric scheme.
         force_kernel: the kernel to run, or raise.
+        quantizer: the formula that quantizes ``x``, eagerly and traced: ``(x, input_scale, input_zero_point) -> (codes,
+            scale, zero_point)``, as ``fx_quant.activation.quantize_by`` describes it. None is ``quantize_activation``.
+            It is no part of the state dict; copies and pickles keep it.
 
     Raises:
         ValueError: a scheme that no linear can have; shapes, dtypes or values that do not fit together.
@@ -128,6 +138,7 @@ class QuantizedLinear(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    quantizer: Quantizer | None
 
     def __init__(
         self,
@@ -140,10 +151,13 @@ class QuantizedLinear(nn.Module):
         input_scale: Tensor | None = None,
         input_zero_point: Tensor | None = None,
         force_kernel: str | None = None,
+        quantizer: Quantizer | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.force_kernel = force_kernel
+        check_quantizer(scheme, quantizer)
+        self.quantizer = quantizer
         check_operands(
             scheme,
             weight,
@@ -231,6 +245,7 @@ class QuantizedLinear(nn.Module):
             input_scale=self.input_scale,
             input_zero_point=self.input_zero_point,
             force_kernel=self.force_kernel,
+            quantizer=self.quantizer,
         )
 
     def extra_repr(self) -> str:

@@ -140,6 +140,18 @@ def check_operands(
     _check_input(scheme, input_scale, input_zero_point)
 
 
+def check_quantizer(scheme: Scheme, quantizer: object) -> None:
+    """Raise ``ValueError`` unless ``quantizer`` is None, or a function where ``scheme`` quantizes activations."""
+    must(
+        quantizer is None or callable(quantizer),
+        lambda: f"quantizer must be a function (x, input_scale, input_zero_point), got {type(quantizer).__name__}",
+    )
+    must(
+        quantizer is None or not scheme.weight_only,
+        lambda: f"a quantizer is for quantized activations, got one with {scheme}; leave it out",
+    )
+
+
 def check_bias(bias: Tensor | None, n: int) -> None:
     """Raise ``ValueError`` unless ``bias`` is that of a linear with ``n`` outputs, or None."""
     must(

@@ -151,10 +151,14 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
     decode to is compared with the weight that the module computes with, bit for bit, and a module that differs is left.
     A left module is as it was. Libraries that compile as they are (torchao) need none of this.
 
-    The swapped model works eagerly too, on inputs of any rank, for inference only. Its results are the old ones within
-    the numerics class that the report names for each module: ``reassociated`` where the activation is not quantized, or
-    has a given int8 scale in float32; ``approximate`` where the library rounds activations otherwise than fx_quant. A
-    second call swaps nothing. ``state_dict()`` fits another prepared copy of the model, not the float model or the
+    The swapped model works eagerly too, on inputs of any rank, for inference only. Activations are quantized by the
+    library's own formula, to its codes and scales bit for bit, so that results are the old ones within the numerics
+    class ``reassociated``; a module whose formula is not known is ``approximate``, with a note. NaN and infinities
+    spoil the results that they spoil in the library, but for NaN under a given int8 scale, which counts as 0. Compiled,
+    formulas in bfloat16 and float16 round where ``torch.compile`` rounds, which tips a code now and then; under
+    ``torch._inductor.config.emulate_precision_casts`` they round as eagerly.
+
+    A second call swaps nothing. ``state_dict()`` fits another prepared copy of the model, not the float model or the
     library's own modules: prepare a model to run it, and save it before.
 
     A module that has several names is swapped once and stays shared. Hooks, parametrizations and forward functions that

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -273,6 +275,93 @@ def test_copies_are_the_same_layer(text, duplicate):
     layer, x = build(text), torch.randn(4, K)
     expected = layer(x)
     assert torch.equal(duplicate(layer)(x), expected)
+
+
+def coarse(x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    """A formula of one's own: 16 steps of a scale for each index of the first dim."""
+    scale = x.abs().amax(list(range(1, x.dim())), keepdim=True) / 8 + 0.01
+    return (x / scale).round().to(torch.int8), scale, None
+
+
+def quantized_by(quantizer: Any, text: str = INT8[0], **given: Any) -> QuantizedLinear:
+    layer = build(text)
+    return QuantizedLinear(
+        layer.scheme, layer.weight, layer.weight_scale, bias=layer.bias, quantizer=quantizer, **given
+    )
+
+
+@pytest.mark.parametrize("rows", [(3, 5), (7,), (2, 3, 4), (1,)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_quantizer_replaces_the_formula_and_sees_every_dim(dtype, rows):
+    layer, x = quantized_by(coarse), torch.randn(*rows, K).to(dtype)
+    codes, scale, _ = coarse(x, None, None)
+    weight = layer.weight.double() * layer.weight_scale.double()
+    expected = (codes.double() * scale.double()) @ weight.t() + layer.bias.double()
+    assert_within(layer(x), expected.to(dtype), Numerics.SAME_ACCUM)
+    assert not torch.equal(layer(x), build(INT8[0])(x))
+
+
+def test_a_quantizer_is_traced_as_it_is_and_the_matmul_is_rewritten():
+    layer, x = quantized_by(coarse), torch.randn(3, 5, K)
+    found = fx_quant.explain(layer, x)
+    assert (len(found.sites), len(found.misses), found.graph_breaks) == (1, 0, 0)
+    assert_within(torch.compile(layer, backend="fx_quant", fullgraph=True)(x), layer(x), Numerics.SAME_ACCUM)
+
+
+@pytest.mark.parametrize("duplicate", [*COPIES, _through_pickle])
+def test_copies_keep_the_quantizer_and_the_state_dict_does_not_hold_it(duplicate):
+    layer, x = quantized_by(coarse), torch.randn(4, K)
+    assert duplicate(layer).quantizer is coarse and torch.equal(duplicate(layer)(x), layer(x))
+    assert layer.state_dict().keys() == build(INT8[0]).state_dict().keys()
+    assert build(INT8[0]).quantizer is None
+
+
+def test_a_quantizer_is_given_the_scales_and_is_not_asked_without_rows():
+    text = "int8 per_tensor asymmetric (static) x int8 per_channel"
+    seen = []
+
+    def recording(x, scale, zero_point):
+        seen.append((scale.item(), zero_point.item()))
+        return x.to(torch.int8), scale.reshape(1, 1), zero_point.long()
+
+    layer = quantized_by(recording, text, input_scale=torch.tensor(0.5), input_zero_point=torch.tensor(3))
+    assert layer(torch.empty(2, 0, K)).shape == (2, 0, N) and not seen
+    layer(torch.ones(2, K))
+    assert seen == [(0.5, 3)]
+
+
+WRONG = {
+    "no tuple": (INT8[0], lambda x: x, "must return (codes, scale, zero_point), got Tensor"),
+    "no scale": (INT8[0], lambda x: (x.to(torch.int8), 1.0, None), "must return (codes, scale, zero_point), got tuple"),
+    "dtype": (INT8[0], lambda x: (x, x[..., :1], None), "must return int8 codes of x's shape [2, 3, 64], got float32"),
+    "shape": (INT8[0], lambda x: (x[0].to(torch.int8), x[..., :1], None), "of x's shape [2, 3, 64], got int8 [3, 64]"),
+    "scale dtype": (INT8[0], lambda x: (x.to(torch.int8), x[..., :1].int(), None), "a float scale that broadcasts to"),
+    "scale shape": (INT8[0], lambda x: (x.to(torch.int8), x[..., :2], None), "to [2, 3, 1], got float32 [2, 3, 2]"),
+    "scale rank": (INT8[0], lambda x: (x.to(torch.int8), x[None, ..., :1], None), "got float32 [1, 2, 3, 1]"),
+    "scale per token": (INT8[2], lambda x: (x.to(torch.int8), x[..., :1], None), "a float scale of one element"),
+    "groups": (BLOCK[0], lambda x: (x.to(E4M3), x[..., :3], None), "to [2, 3, 4], got float32 [2, 3, 3]"),
+    "zero point": (INT8[0], lambda x: (x.to(torch.int8), x[..., :1], x[..., :1].int()), "must return no zero point"),
+    "no zero point": (INT8[4], lambda x: (x.to(torch.int8), x[..., :1], None), "must return a zero point, got none"),
+    "float zero point": (INT8[4], lambda x: (x.to(torch.int8), x[..., :1], x[..., :1]), "must return integer zero"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_quantizer_that_returns_something_else_is_an_error_of_one_line(case):
+    text, wrong, message = WRONG[case]
+    layer = quantized_by(lambda x, scale, zero_point: wrong(x), text)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        layer(torch.rand(2, 3, K))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_quantizer_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^quantizer must be a function \(x, input_scale, input_zero_point\), got int"
+    ):
+        quantized_by(8)
+    with pytest.raises(ValueError, match=r"^a quantizer is for quantized activations, got one with bfloat16 x int8"):
+        quantized_by(coarse, WEIGHT_ONLY[0])
 
 
 def test_a_deep_copy_has_its_own_weight():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fx_quant.errors import FxQuantError
 from fx_quant.linear import QuantizedLinear
 from fx_quant.linear_operands import weight_block
-from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Numerics, Scheme
+from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Numerics
 from fx_quant.weights import repeat_blocks, unpack_int4
 
 ENTRY_POINT_GROUP = "fx_quant.adapters"
@@ -43,7 +43,8 @@ class Conversion:
     Args:
         linear: with the module's codes, scales and bias.
         weight: ``[n, k]`` that the module multiplies with, in its own dtype: what ``linear`` must decode to.
-        numerics: how far results of ``linear`` are from the module's own.
+        numerics: how far results of ``linear`` are from the module's own: ``REASSOCIATED`` where its quantizer gives
+            the codes and scales that the library gives, so that only the order of float operations differs.
         note: what makes them differ; empty if only the order of float operations does.
     """
 
@@ -157,12 +158,23 @@ def difference(conversion: Conversion) -> str | None:
     )
 
 
-def numerics_of(scheme: Scheme, dtype: torch.dtype) -> Numerics:
-    """How far a ``QuantizedLinear`` is from a module of ``dtype`` that dequantizes both operands and multiplies them.
+# Not what QuantizedLinear does by default, which divides in float32, as kernels do.
+def float_codes(x: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None) -> Tensor:
+    """``cast(clamp(round(x / scale + zero_point)))``, each step rounded to ``x``'s dtype, as libraries write it.
 
-    ``REASSOCIATED`` where the codes of the activation are the same: there are none, or int8 codes under a given scale
-    are rounded in float32 by both. Elsewhere the rounding of the scale, the quotient or the zero point differs, a code
-    now and then with it, and that is ``APPROXIMATE``.
+    The zero point is added before rounding; float8 codes are not rounded before the cast. A quotient that is NaN has no
+    int8 code and gets that of 0: under a NaN or infinite scale the products are NaN nonetheless, as the library's are.
+
+    Args:
+        x: ``[..., k]``, float.
+        scale: broadcastable to ``x``; taken in ``x``'s dtype.
+        dtype: int8, all of -128 to 127 of it, or float8 up to its largest value.
+        zero_point: integers like ``scale``, or None.
     """
-    given = not scheme.activation.dynamic and scheme.activation.symmetric and scheme.activation.dtype is torch.int8
-    return Numerics.REASSOCIATED if scheme.weight_only or (given and dtype is torch.float32) else Numerics.APPROXIMATE
+    scaled = x / scale.to(x.dtype)
+    if dtype.is_floating_point:
+        return scaled.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    scaled = scaled.masked_fill(scaled.isnan(), 0)
+    if zero_point is not None:
+        scaled = scaled + zero_point.to(x.dtype)
+    return scaled.clamp(-128, 127).round().to(dtype)

@@ -5,22 +5,24 @@ decompressed (the dense weight ``codes * weight_scale``, as transformers leaves 
 and the offloading wrappers around it break the graph at each linear.
 
 Source: https://github.com/vllm-project/compressed-tensors (0.20), ``quantization/lifecycle/forward.py``,
-``compressors`` and ``offload``
+``quantization/utils/helpers.py``, ``compressors`` and ``offload``
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fx_quant.adapters.base import Adapter, Conversion, numerics_of, register_adapter, require
+from fx_quant.adapters.base import Adapter, Conversion, float_codes, register_adapter, require
 from fx_quant.checkpoint_formats import scheme_of_group
 from fx_quant.checkpoint_linear import decode_linear, tensors_of
-from fx_quant.scheme import FLOAT8_DTYPES, Numerics, Scheme, dtype_name
+from fx_quant.scheme import FLOAT8_DTYPES, Numerics, OperandSpec, Scheme
 
 _LIBRARY = "compressed_tensors"
 _FROZEN, _COMPRESSED, _DECOMPRESSED = "frozen", "compressed", "decompressed"
@@ -125,9 +127,9 @@ def _convert(module: Any) -> Conversion:
     )
     keys = tensors_of(scheme, "", stored, bias is not None)
     linear = decode_linear(like, scheme, {what: stored[key] for what, key in keys.items()})
-    numerics = numerics_of(scheme, weight.dtype)
-    note = _note(scheme, weight.dtype) if numerics is Numerics.APPROXIMATE else ""
-    return Conversion(linear, weight, numerics, note)
+    if not scheme.weight_only:
+        linear.quantizer = partial(quantize_activation, spec=scheme.activation)
+    return Conversion(linear, weight, Numerics.REASSOCIATED)
 
 
 def _codes_and_weight(module: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -189,20 +191,61 @@ def _decompressed(module: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     return compressor.decompress(dict(tensors), scheme)["weight"]
 
 
-def _note(scheme: Scheme, dtype: torch.dtype) -> str:
-    activation = scheme.activation
-    differences = []
-    if activation.dtype in FLOAT8_DTYPES:
-        differences.append("activations are multiplied by 1 / scale, not divided by it")
-    elif not activation.symmetric:
-        differences.append("zero points are added after rounding, not before")
-    elif activation.dynamic:
-        differences.append("activation scales are amax / 127, not / 127.5")
-    if activation.dynamic and activation.granularity.kind == "per_token":
-        differences.append("each row of a 2-D input has its scale, not all rows one")
-    if dtype is not torch.float32:
-        differences.append(f"activation codes are rounded in float32, not {dtype_name(dtype)}")
-    return "; ".join(differences)
+def quantize_activation(
+    x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, *, spec: OperandSpec
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(codes, scale, zero_point)`` of ``x [..., k]`` as compressed-tensors computes them, in ``x``'s dtype.
+
+    ::
+
+        codes       clamp(round(x / scale + zero_point), -128, 127), or cast(clamp(x / scale, -448, 448))
+        scale       amax / 127.5, amax / 448, or (high - low) / 255; the dtype's eps where that is 0
+        zero_point  clamp(round(-128 - low / scale), -128, 127); 0 where that is NaN
+
+    ``low = min(0, min x)`` and ``high = max(0, max x)``, over what has one scale: all of ``x`` per_tensor, a group
+    per_group, and per_token what an index of the first two dims selects. So a 2-D ``x`` has one scale per_token, a 3-D
+    one a scale for each token. A given scale and zero point are taken as they are.
+
+    Source: ``compute_dynamic_scales_and_zp`` and ``calculate_qparams`` in ``quantization/utils/helpers.py``,
+    ``_quantize_dequantize`` in ``quantization/lifecycle/forward_helpers.py``
+    """
+    if input_scale is not None:
+        return float_codes(x, input_scale, spec.dtype, input_zero_point), input_scale, input_zero_point
+    if spec.granularity.size:
+        (size,), k = spec.granularity.size, x.shape[-1]
+        groups = -(-k // size)
+        # The library wants whole groups; zeros beyond k change no scale.
+        rows = F.pad(x, (0, groups * size - k)).unflatten(-1, (groups, size))
+        scale = _symmetric_scale(rows.abs().amax(-1, keepdim=True), spec)
+        return float_codes(rows, scale, spec.dtype).flatten(-2)[..., :k], scale.squeeze(-1), None
+    # No dims are all dims, and keep none.
+    dims = list(range(2, x.dim())) if spec.granularity.kind == "per_token" else []
+    if spec.symmetric:
+        scale = _symmetric_scale(x.abs().amax(dims, keepdim=bool(dims)), spec)
+        return float_codes(x, scale, spec.dtype), scale, None
+    low, high = x.amin(dims, keepdim=bool(dims)).clamp(max=0), x.amax(dims, keepdim=bool(dims)).clamp(min=0)
+    unfloored = _divided(high - low, 255)
+    zero_point = low / unfloored
+    if not dims:
+        # What is subtracted there is two scalars, of which the float32 one decides the dtype.
+        zero_point = zero_point.float()
+    zero_point = (-128 - zero_point).clamp(-128, 127).round()
+    zero_point = zero_point.masked_fill(zero_point.isnan(), 0).to(torch.int32)
+    scale = _floored(unfloored)
+    return float_codes(x, scale, spec.dtype, zero_point), scale, zero_point
+
+
+def _symmetric_scale(amax: Tensor, spec: OperandSpec) -> Tensor:
+    return _floored(_divided(amax, 448.0 if spec.dtype in FLOAT8_DTYPES else 127.5))
+
+
+def _divided(x: Tensor, divisor: float) -> Tensor:
+    # CUDA multiplies by the reciprocal of a Python number, and divides by a tensor.
+    return x / x.new_full((), divisor)
+
+
+def _floored(scale: Tensor) -> Tensor:
+    return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
 
 
 def _own_hooks(module: nn.Module) -> frozenset[int]:

@@ -5,14 +5,15 @@ Source: https://github.com/huggingface/optimum-quanto (0.2.7), ``nn/qmodule.py``
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fx_quant.adapters.base import Adapter, Conversion, is_of, numerics_of, register_adapter, require
+from fx_quant.adapters.base import Adapter, Conversion, float_codes, is_of, register_adapter, require
 from fx_quant.linear import QuantizedLinear
-from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, OperandSpec, Scheme, dtype_name
+from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.weights import UINT4, pack_int4
 
 _ELSEWHERE = "quantize the float model with fx_quant.quantize_"
@@ -69,16 +70,21 @@ def _convert(module: Any) -> Conversion:
         weight_zero_point=zero_point,
         bias=module.bias,
         input_scale=module.input_scale if quantized else None,
+        quantizer=partial(quantize_activation, dtype=spec.dtype) if quantized else None,
     )
-    numerics = numerics_of(scheme, weight.dtype)
-    note = _note(spec, weight.dtype) if numerics is Numerics.APPROXIMATE else ""
-    return Conversion(linear, weight.dequantize(), numerics, note)
+    return Conversion(linear, weight.dequantize(), Numerics.REASSOCIATED)
 
 
-def _note(spec: OperandSpec, dtype: torch.dtype) -> str:
-    if dtype is not torch.float32:
-        return f"activation codes are rounded in float32, not {dtype_name(dtype)}"
-    return "activations are multiplied by 1 / scale, not divided by it" if spec.dtype in FLOAT8_DTYPES else ""
+def quantize_activation(
+    x: Tensor, input_scale: Tensor, input_zero_point: None, *, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, None]:
+    """``(codes, scale, None)`` of ``x [..., k]`` under the calibrated scale, as quanto computes them in ``x``'s dtype.
+
+    ``codes = cast(clamp(round(x / scale)))``; float8 codes are not rounded before the cast.
+
+    Source: ``quantize_symmetric`` in ``library/quantize.py``
+    """
+    return float_codes(x, input_scale, dtype), input_scale, None
 
 
 _Weight = tuple[Tensor, Tensor, Tensor | None, OperandSpec]
