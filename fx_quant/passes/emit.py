@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fx_quant.passes.fakes import FakeCalls
 from fx_quant.passes.nodes import aten, prims, same_size, shape
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
@@ -19,7 +20,7 @@ class Emitter:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._fake_mode = _fake_mode(graph)
+        self._fake_call = FakeCalls(_fake_mode(graph))
         self.emitted: set[Node] = set()
         self._sizes: dict[Any, Node] | None = None
         self._replaced: dict[Node, Node] = {}
@@ -41,8 +42,7 @@ class Emitter:
         node = self.graph.call_function(target, args, kwargs)
         self.emitted.add(node)
         values = map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self._fake_mode, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
+        node.meta["val"] = self._fake_call(target, *values)
         for key in _PROVENANCE:
             if key in like.meta:
                 node.meta[key] = like.meta[key]

@@ -45,15 +45,20 @@ def call_key(node: Node, kept: Mapping[Node, Node]) -> tuple:
 
 
 def _key(argument: object, kept: Mapping[Node, Node]) -> object:
-    """``argument`` as something hashable that tells 1, 1.0, True and -0.0, 0.0 apart."""
+    """``argument`` as something hashable, its nodes as those that stand for them."""
     if isinstance(argument, Node):
         return kept.get(argument, argument)
     if isinstance(argument, (list, tuple)):
         return tuple([_key(each, kept) for each in argument])
     if isinstance(argument, dict):
         return tuple([(name, _key(value, kept)) for name, value in sorted(argument.items())])
-    kind = type(argument)
-    return kind, argument if kind in _EQUAL_AS_THEY_ARE else repr(argument)
+    return constant_key(argument)
+
+
+def constant_key(constant: object) -> tuple[type, object]:
+    """``constant`` as something hashable that tells 1, 1.0, True and -0.0, 0.0 apart."""
+    kind = type(constant)
+    return kind, constant if kind in _EQUAL_AS_THEY_ARE else repr(constant)
 
 
 _EQUAL_AS_THEY_ARE = (int, bool, str, type(None), torch.dtype)
