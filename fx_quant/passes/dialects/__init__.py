@@ -1,27 +1,28 @@
-"""Facts about libraries' opaque ops: one file for each library, its rules by the name of the op.
+"""Facts about libraries' opaque ops, by the name of the op; a file is found by listing the folder.
 
-By name, because an op exists only once its library was imported, which this package never does.
+By name, because an op exists only once its library was imported, which this package never does. A file may hold
+
+- ``RULES``: the rule that proves the value of an op;
+- ``MATMUL_RULES``: the same, of an op that is a matmul;
+- ``OWN_KERNELS``: ops that are a library's own fused kernel, in words.
 """
 
 from __future__ import annotations
 
-from fx_quant.passes.dialects import pt2e, quanto
+import importlib
+import pkgutil
+from typing import Any
+
 from fx_quant.passes.values import Rule
 
-RULES: dict[str, Rule] = {**pt2e.RULES, **quanto.RULES}
-MATMUL_RULES: dict[str, Rule] = {**quanto.MATMUL_RULES}
 
-# Ops that are a library's own fused kernel over a weight in a layout of its own: which, in words.
-OWN_KERNELS: dict[str, str] = {
-    "aten._weight_int4pack_mm_for_cpu.default": "ATen's int4 kernel for CPU",
-    "aten._weight_int4pack_mm.default": "ATen's int4 (tinygemm) kernel",
-    "aten._weight_int4pack_mm_with_scales_and_zeros.default": "ATen's int4 kernel",
-    "aten._dyn_quant_matmul_4bit.default": "ATen's KleidiAI int4 kernel",
-    "torchao.da8w4_linear_cpu.default": "torchao's int8 x int4 kernel",
-    "torchao.float8_linear_cpu.default": "torchao's float8 kernel for CPU",
-    "bitsandbytes.gemv_4bit.default": "bitsandbytes' 4-bit kernel",
-    "onednn.qlinear_pointwise.default": "oneDNN's quantized linear",
-    "onednn.qlinear_pointwise.tensor": "oneDNN's quantized linear",
-    "quantized.linear_dynamic.default": "torch.ao's quantized linear",
-    "quantized.linear.default": "torch.ao's quantized linear",
-}
+def _collected(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for module in pkgutil.iter_modules(__path__):
+        found |= getattr(importlib.import_module(f"{__name__}.{module.name}"), name, {})
+    return found
+
+
+RULES: dict[str, Rule] = _collected("RULES")
+MATMUL_RULES: dict[str, Rule] = _collected("MATMUL_RULES")
+OWN_KERNELS: dict[str, str] = _collected("OWN_KERNELS")

@@ -25,5 +25,4 @@ def _qbytes_mm(env: Environment, node: Node) -> Value | None:
     return scaled_product(node, a, Codes(codes.node, codes.dims[::-1], bounds=codes.bounds), scale)
 
 
-RULES: dict[str, Rule] = {}
 MATMUL_RULES: dict[str, Rule] = {"quanto.qbytes_mm.default": _qbytes_mm}
