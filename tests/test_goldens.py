@@ -56,10 +56,11 @@ NEGATIVE_CASES = [
 
 
 def site_lines(captured: Captured, site: Site) -> list[str]:
+    quantizer = captured.state.quantizers.get(site, "none, the activation is float")
     return [
         f"{site.gemm.target}: {site.problem}",
         f"  kernel {captured.state.selections[site].kernel.name}, {site.product.numerics}",
-        f"  quantize: {captured.state.quantizers[site]}",
+        f"  quantize: {quantizer}",
     ]
 
 

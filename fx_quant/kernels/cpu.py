@@ -27,7 +27,7 @@ from fx_quant.kernels.base import (
 )
 from fx_quant.kernels.packing import packed_layout
 from fx_quant.native import FLOAT8_BF16, INT8_VNNI, Dot, matmul
-from fx_quant.ops import MATMUL_TAGS, accumulate, correct, dequantize, register
+from fx_quant.ops import MATMUL_TAGS, accumulate, correct, dequantize, dequantize_weight, register
 from fx_quant.scheme import FLOAT_DTYPES, HALF_DTYPES, Granularity, Numerics
 
 
@@ -50,8 +50,15 @@ def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+# ATen's weight-only matmuls are fast for a few rows; beyond, dequantizing the weight and a float matmul is faster.
+ATEN_ROWS = 8
+
+
 def _weight_only_int8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
-    """ATen's matmul of a float activation and int8 codes, which scales by the column in the activation's dtype."""
+    """ATen's matmul of a few rows and int8 codes, which scales by the column in the activation's dtype."""
+    if a.shape[0] > ATEN_ROWS:
+        weight = dequantize_weight(b, a.shape[1], b_scale, None, None).to(a.dtype)
+        return dequantize(a @ weight, None, None, bias, out_dtype)
     scale = b_scale.reshape(-1).expand(n).to(a.dtype)
     out = torch._weight_int8pack_mm(a.contiguous(), b.t().contiguous(), scale)
     return dequantize(out, None, None, bias, out_dtype)
@@ -136,7 +143,7 @@ register_kernel(
             align=16,
         ),
         numerics=Numerics.REASSOCIATED,
-        note="torch._weight_int8pack_mm",
+        note="torch._weight_int8pack_mm for a few rows, else the weight dequantized and a float matmul",
     ),
     priority=20,
 )
