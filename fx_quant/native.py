@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def _source(*names: str) -> str:
+def source(*names: str) -> str:
+    """The text of files of ``kernels/native``, one after the other."""
     folder = resources.files("fx_quant.kernels") / "native"
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
@@ -48,16 +50,23 @@ class Dot:
 INT8_VNNI = Dot(
     name="fxq_int8_vnni",
     struct="FxqInt8",
-    source=_source("int8_vnni.h", "tile.h"),
+    source=source("int8_vnni.h", "tile.h"),
     acc_dtype=torch.int32,
     probe="_is_vnni_supported",
 )
 FLOAT8_BF16 = Dot(
     name="fxq_float8_bf16",
-    struct="FxqFloat8",
-    source=_source("float8_bf16.h", "tile.h"),
+    struct="FxqBf16",
+    source=source("bf16.h", "tile.h"),
     acc_dtype=torch.float32,
     probe="_is_avx512_bf16_supported",
+)
+FLOAT32 = Dot(
+    name="fxq_float32",
+    struct="FxqFloat32",
+    source=source("float32.h", "tile.h"),
+    acc_dtype=torch.float32,
+    probe="_is_avx512_supported",
 )
 
 _EAGER = r"""
@@ -100,20 +109,28 @@ void fxq_matmul(
 """
 
 
-@functools.cache
-def compiled(dot: Dot) -> Callable[..., None] | None:
-    """The eager entry point of ``dot``, compiled once; None, with a warning, where that fails."""
+def load(name: str, code: str) -> Any | None:
+    """``code`` compiled for this machine, as a ``ctypes`` library; None, with a warning, where that fails."""
     from fx_quant.compat import load_cpp
 
     try:
-        function = load_cpp(_EAGER % {"source": dot.source, "struct": dot.struct}).fxq_matmul
+        return load_cpp(code)
     except Exception as error:  # noqa: BLE001  (a compiler may fail in any way)
         warnings.warn(
-            f"fx_quant: {dot.name} could not be compiled ({error!r}); eager calls unpack the weight each time, slowly. "
+            f"fx_quant: {name} could not be compiled ({error!r}); eager calls unpack the weight each time, slowly. "
             "Install a C++ compiler (g++ or clang++) or set CXX.",
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
+
+
+@functools.cache
+def compiled(dot: Dot) -> Callable[..., None] | None:
+    """The eager entry point of ``dot``, compiled once; None, with a warning, where that fails."""
+    library = load(dot.name, _EAGER % {"source": dot.source, "struct": dot.struct})
+    if library is None:
+        return None
+    function = library.fxq_matmul
     size, address = ctypes.c_int64, ctypes.c_void_p
     function.argtypes = [address, size, address, size, size, size, address, size]
     function.restype = None

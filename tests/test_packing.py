@@ -14,6 +14,7 @@ from fx_quant.errors import UnknownNameError
 from fx_quant.kernels import packing
 from fx_quant.kernels.base import kernels
 from fx_quant.kernels.packing import clear_packed_weights, layouts, pack_weight, packed_layout
+from fx_quant.scheme import INT8_DTYPES
 
 prepack = torch.ops.fx_quant.prepack.default
 SHAPES = [(1, 1), (63, 3), (64, 4), (65, 5), (200, 129), (128, 64)]
@@ -33,16 +34,15 @@ def fresh():
 
 
 def weight(n: int, k: int, dtype: torch.dtype = torch.int8) -> Tensor:
-    if dtype is torch.int8:
-        return torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    if dtype in INT8_DTYPES:
+        return torch.randint(0, 256, (n, k), dtype=torch.uint8).view(dtype)
     return torch.randn(n, k).to(dtype)
 
 
 def fitting(name: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """A weight of at least ``n`` and ``k`` that the layout ``name`` takes."""
     align = packed_layout(name).align
-    w = weight(-(-n // align) * align, -(-k // align) * align, torch.float32 if dtype is torch.uint8 else dtype)
-    return (w * 100).to(torch.int32).to(dtype) if dtype is torch.uint8 else w
+    return weight(-(-n // align) * align, -(-k // align) * align, dtype)
 
 
 def parameter(n: int = 70, k: int = 9) -> nn.Parameter:
@@ -63,7 +63,7 @@ def test_unpacking_gives_the_weight_back(name, dtype, shape):
     w, layout = weight(n, k, dtype), packed_layout(name)
     packed = pack_weight(w, name)
     assert packed.shape == layout.shape(n, k)
-    assert packed.dtype == layout.dtype
+    assert packed.dtype == (layout.dtype or dtype)
     assert packed.is_contiguous()
     torch.testing.assert_close(layout.unpack(packed, n, k).float(), w.float(), rtol=0, atol=0)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.remembering import drop_at_death, forget_all, remembered, version_of, view_of
-from fx_quant.scheme import FLOAT8_DTYPES, dtype_name
+from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
 PANEL = 64
 
@@ -37,7 +38,7 @@ class Layout:
     Args:
         name: as kernels and the op spell it.
         weights: dtypes of the codes that it packs.
-        dtype: dtype of the packed tensor.
+        dtype: dtype of the packed tensor; None keeps the weight's.
         shape: ``(n, k)`` to the shape of the packed tensor.
         pack: weight of any strides to a new contiguous tensor of that shape and dtype; never an alias.
         unpack: the packed tensor, ``n`` and ``k`` to the weight ``[n, k]``, int8 or the packed dtype; None where the
@@ -47,7 +48,7 @@ class Layout:
 
     name: str
     weights: frozenset[torch.dtype]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     shape: Callable[[int, int], tuple[int, ...]]
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor, int, int], Tensor] | None
@@ -69,6 +70,32 @@ def _from_panels(packed: Tensor, n: int, k: int) -> Tensor:
 
 def _panel_shape(group: int) -> Callable[[int, int], tuple[int, ...]]:
     return lambda n, k: (-(-n // PANEL), -(-k // group), PANEL, group)
+
+
+def _byte_panels(weight: Tensor, group: int) -> Tensor:
+    """``_to_panels`` of codes of a byte each; padding does not know float8."""
+    return _to_panels(weight.view(torch.uint8), group).view(weight.dtype)
+
+
+def _codes_from_panels(packed: Tensor, n: int, k: int) -> Tensor:
+    return _from_panels(packed.view(torch.uint8), n, k).view(packed.dtype)
+
+
+def _int4_words(weight: Tensor) -> Tensor:
+    """``[n, k / 2]`` bytes (code + 8, even k low) -> ``[ceil(n/64), ceil(k/8), 64, 4]``; missing codes are 0."""
+    n, pairs = weight.shape
+    padded = F.pad(weight, (0, -pairs % 4, 0, -n % PANEL), value=0x88)
+    # Bytes b0..b3 of a column hold k 0..7: the even ones are the nibbles of the first two bytes, the odd ones follow.
+    quads = padded.reshape(-(-n // PANEL), PANEL, -1, 4).permute(0, 2, 1, 3)
+    low, high = quads & 0xF, quads >> 4
+    return torch.cat([nibbles[..., 0::2] | nibbles[..., 1::2] << 4 for nibbles in (low, high)], -1)
+
+
+def _from_int4_words(packed: Tensor, n: int, k: int) -> Tensor:
+    low, high = packed & 0xF, packed >> 4
+    nibbles = torch.stack((low, high), -1).flatten(-2)  # even k 0, 2, 4, 6, then odd k
+    quads = nibbles[..., :4] | nibbles[..., 4:] << 4
+    return _from_panels(quads.contiguous(), n, k)
 
 
 _LAYOUTS: dict[str, Layout] = {}
@@ -104,6 +131,27 @@ for _layout in (
         shape=_panel_shape(2),
         pack=lambda weight: _to_panels(weight.to(torch.bfloat16), 2),
         unpack=_from_panels,
+    ),
+    # Codes that are decoded panel by panel: pairs along k where bfloat16 is multiplied, plain columns where float32 is.
+    *(
+        Layout(
+            name=name,
+            weights=CODE_DTYPES,
+            dtype=None,
+            shape=_panel_shape(group),
+            pack=partial(_byte_panels, group=group),
+            unpack=_codes_from_panels,
+        )
+        for name, group in (("pairs", 2), ("columns", 1))
+    ),
+    # Two codes to a byte, so k counts bytes here.
+    Layout(
+        name="int4_words",
+        weights=frozenset({torch.uint8}),
+        dtype=torch.uint8,
+        shape=_panel_shape(4),
+        pack=_int4_words,
+        unpack=_from_int4_words,
     ),
     Layout(
         name="float32",
@@ -217,7 +265,7 @@ def _prepack_fake(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
     for weight, name in zip(weights, layouts, strict=True):
         layout = packed_layout(name)
         _check_weight(weight, layout)
-        results.append(weight.new_empty(layout.shape(*weight.shape), dtype=layout.dtype))
+        results.append(weight.new_empty(layout.shape(*weight.shape), dtype=layout.dtype or weight.dtype))
     return results
 
 

@@ -6,9 +6,9 @@ from fx_quant.linear_kernels.registry import FP8ScaledMMLinearKernel, Int8Scaled
 
 
 class CPUInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """Our VNNI tiles."""
+    """Our VNNI tiles; for scales that vary along k those that decode the weight in cache."""
 
-    KERNELS = ("cpu_int8_vnni",)
+    KERNELS = ("cpu_int8_vnni", "cpu_int8_blocks_bf16", "cpu_int8_blocks_float32")
 
 
 class TorchInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
@@ -20,7 +20,7 @@ class TorchInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
 class CPUFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
     """Codes widened exactly to bfloat16 or float32."""
 
-    KERNELS = ("cpu_float8_bf16", "cpu_float8_float32")
+    KERNELS = ("cpu_float8_bf16", "cpu_float8_float32", "cpu_float8_blocks_bf16", "cpu_float8_blocks_float32")
 
 
 class PerTensorTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
@@ -48,9 +48,16 @@ class BlockWiseTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
 
 
 class CPUWeightOnlyLinearKernel(MPLinearKernel):
-    """ATen's weight-only matmuls."""
+    """Weights decoded in cache by our own tiles, or ATen's weight-only matmuls."""
 
-    KERNELS = ("cpu_weight_only_int8", "cpu_weight_only_int4")
+    KERNELS = (
+        "cpu_weight_only_bf16",
+        "cpu_weight_only_int4_bf16",
+        "cpu_weight_only_float32",
+        "cpu_weight_only_int4_float32",
+        "cpu_weight_only_int8",
+        "cpu_weight_only_int4",
+    )
 
 
 class TorchMPLinearKernel(MPLinearKernel):

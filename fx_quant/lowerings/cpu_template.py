@@ -41,7 +41,7 @@ _TEMPLATE = r"""
 {{template.header().getvalue()}}
 {{dot.source}}
 extern "C" {{export_declaration}}
-{{kernel.def_kernel(inputs={"A": A, "B": B}, outputs={"Y": Y}, aliases=aliases)}}
+{{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
 {
     {{kernel.maybe_codegen_profile()}}
     const int64_t M = {{kernel.size(acc_node, 0)}};
@@ -99,9 +99,16 @@ extern "C" {{export_declaration}}
 class TileTemplate(CppTemplate):
     """Renders one packed matmul, together with the epilogue nodes that the scheduler fused into it."""
 
-    def __init__(self, dot: Dot, a: ir.IRNode, b: ir.IRNode, layout: ir.Layout, n: int, k: int) -> None:
-        super().__init__(dot.name, [a, b], layout, parallel_num_threads())
-        self.dot, self.n, self.k = dot, n, k
+    text = _TEMPLATE
+
+    def __init__(self, dot: Dot, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, n: int, k: int) -> None:
+        super().__init__(dot.name, list(inputs.values()), layout, parallel_num_threads())
+        self.dot, self.names, self.n, self.k = dot, tuple(inputs), n, k
+
+    def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``text`` reads beside the names that every template has."""
+        _, groups, _, group = inputs["B"].get_size()
+        return {"dot": self.dot, "panel_size": groups * PANEL * group}
 
     def render(  # pyrefly: ignore[bad-override]  (as Inductor's own templates do)
         self,
@@ -112,7 +119,7 @@ class TileTemplate(CppTemplate):
         **kwargs,
     ) -> str:
         """The C++ source of the kernel."""
-        a, b = self.input_nodes
+        inputs = dict(zip(self.names, self.input_nodes, strict=True))
         template_buffer = self.output_node if template_buffer_node is None else template_buffer_node
         assert isinstance(template_buffer, ir.Buffer)
         # The accumulator of a tile is local; `acc_node` is the buffer whose reads it replaces in the epilogue.
@@ -136,13 +143,11 @@ class TileTemplate(CppTemplate):
                 Y_2d, reindexers = gen_2d_view_of_epilogue_buf(
                     Y, template_buffer, [*epilogue_nodes], reindexers, default_reindexers=[None] * len(epilogue_nodes)
                 )
-            shape = {"panels": b.get_size()[0], "panel_size": b.get_size()[1] * PANEL * b.get_size()[3]}
-            return self._template_from_string(_TEMPLATE).render(
+            return self._template_from_string(self.text).render(
                 template=self,
                 kernel=kernel,
-                dot=self.dot,
-                A=a,
-                B=b,
+                inputs=inputs,
+                panels=inputs["B"].get_size()[0],
                 Y=Y,
                 Y_2d=Y_2d,
                 acc_node=acc_node,
@@ -154,7 +159,8 @@ class TileTemplate(CppTemplate):
                 num_threads=self.num_threads,
                 dynamic_threads=_threads_are_dynamic(self.num_threads),
                 export_declaration=get_export_declaration(),
-                **shape,
+                **inputs,
+                **self.arguments(inputs),
             )
 
 
@@ -222,7 +228,7 @@ def _copy(source: ir.Buffer, target: ir.Buffer) -> ir.ComputedBuffer:
     return ir.ComputedBuffer(name=target.get_name(), layout=target.layout, data=data)
 
 
-def _with_contiguous_rows(x: ir.TensorBox) -> ir.IRNode:
+def with_contiguous_rows(x: ir.TensorBox) -> ir.IRNode:
     """``x`` in memory; copied only where the elements of a row are not adjacent."""
     rows = ir.ExternKernel.realize_input(x)
     # A flexible layout is not decided yet, so its strides say nothing.
@@ -232,10 +238,14 @@ def _with_contiguous_rows(x: ir.TensorBox) -> ir.IRNode:
     return ir.ExternKernel.require_contiguous(rows)
 
 
+def contiguous(x: ir.TensorBox) -> ir.IRNode:
+    """``x`` in memory, contiguous."""
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+
+
 def tile_matmul(dot: Dot, a: ir.TensorBox, b: ir.TensorBox, n: int) -> ir.TensorBox:
     """``[m, n]`` accumulator of ``a [m, k]`` and packed ``b``, in ``dot.acc_dtype``."""
-    rows = _with_contiguous_rows(a)
-    panels = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(b))
+    rows, panels = with_contiguous_rows(a), contiguous(b)
     m, k = rows.get_size()
     layout = ir.FixedLayout(rows.get_device_or_error(), dot.acc_dtype, [m, n])
-    return TileTemplate(dot, rows, panels, layout, int(n), int(k)).generate().output_node()
+    return TileTemplate(dot, {"A": rows, "B": panels}, layout, int(n), int(k)).generate().output_node()

@@ -13,11 +13,14 @@ from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch._inductor.virtualized import V
 
-import fx_quant.kernels.cpu  # noqa: F401  (registers the ops)
+import fx_quant.kernels.cpu
+import fx_quant.kernels.cpu_decoded  # noqa: F401
 from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
+from fx_quant.lowerings.cpu_decoded_template import decoded_matmul
 from fx_quant.lowerings.cpu_template import can_render, tile_matmul
 from fx_quant.lowerings.quantize import quantize_dynamic
 from fx_quant.native import FLOAT8_BF16, INT8_VNNI
+from fx_quant.native_decode import INT4_BYTES, decode_of
 
 aten = torch.ops.aten
 fxq = torch.ops.fx_quant
@@ -80,6 +83,27 @@ def cpu_float8_bf16(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
     if not can_render(FLOAT8_BF16, a, n):
         return _extern(fxq.cpu_float8_bf16.default)(a, b, a_scale, b_scale, bias, n, out_dtype)
     return _dequantize(tile_matmul(FLOAT8_BF16, a, b, n), a_scale, b_scale, bias, out_dtype)
+
+
+def _decoded(op: torch._ops.OpOverload) -> Callable:
+    """The lowering of a kernel that decodes its weight in cache: scales along k inside, the rest as the epilogue."""
+
+    def lowering(
+        a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
+    ) -> TensorBox:
+        decode = decode_of(a.get_dtype(), b.get_dtype(), b.get_size()[-1] == INT4_BYTES)
+        if not (can_render(decode.dot, a, n) and decode.takes(block)):
+            extras = {"b_zero_point": b_zero_point, "block": block}
+            return _extern(op)(a, b, a_scale, b_scale, bias, n, out_dtype, **extras)
+        acc = decoded_matmul(decode, a, b, n, a_scale, b_scale, b_zero_point, block)
+        scales = (a_scale, b_scale) if block is None else (None, None)
+        return _dequantize(acc, *scales, bias, out_dtype)
+
+    return lowering
+
+
+for _op in (fxq.cpu_decoded_bf16.default, fxq.cpu_decoded_float32.default):
+    register_lowering(_op, type_promotion_kind=None)(_decoded(_op))
 
 
 @register_lowering(fxq.cpu_float8_float32.default, type_promotion_kind=None)

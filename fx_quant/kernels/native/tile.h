@@ -20,24 +20,15 @@ constexpr int64_t FXQ_PANEL = 64;
 constexpr int64_t FXQ_TILE_ROWS = 6;    // 6 x 4 accumulators + 4 of b + 1 of a <= 32 registers
 constexpr int64_t FXQ_CHUNK_ROWS = 384; // rows that stream past a panel while it is in cache
 
-// out[ROWS][64] = start[r] + a[ROWS][k] x panel
+// acc[ROWS][4 registers of 16 columns] += a[ROWS][k] x panel
 template <typename DOT, int ROWS>
-FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
+    typename DOT::Vec (&acc)[ROWS][4],
     const typename DOT::A* a,
     int64_t lda,
     const typename DOT::B* panel,
-    int64_t k,
-    const typename DOT::Acc* start,
-    typename DOT::Acc* out) {
+    int64_t k) {
   constexpr int64_t GROUP = DOT::GROUP;
-  typename DOT::Vec acc[ROWS][4];
-#pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      acc[r][j] = DOT::splat(start[r]);
-    }
-  }
   const int64_t whole = k / GROUP;
   const char* b = reinterpret_cast<const char*>(panel);
   for (int64_t g = 0; g < whole; g++, b += 256) {
@@ -70,6 +61,26 @@ FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
       }
     }
   }
+}
+
+// out[ROWS][64] = start[r] + a[ROWS][k] x panel
+template <typename DOT, int ROWS>
+FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
+    const typename DOT::A* a,
+    int64_t lda,
+    const typename DOT::B* panel,
+    int64_t k,
+    const typename DOT::Acc* start,
+    typename DOT::Acc* out) {
+  typename DOT::Vec acc[ROWS][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      acc[r][j] = DOT::splat(start[r]);
+    }
+  }
+  fxq_products<DOT, ROWS>(acc, a, lda, panel, k);
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 4

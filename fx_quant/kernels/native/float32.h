@@ -1,6 +1,6 @@
-// float8 codes as bfloat16, where each is exact, by vdpbf16ps: pairs along k, summed in float32.
+// float32 by fused multiply-add.
 
-#define FXQ_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define FXQ_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 
 #include <immintrin.h>
 
@@ -8,19 +8,19 @@
 
 namespace {
 
-struct FxqFloat8 {
-  using A = uint16_t; // bit patterns: only moved, never computed with
-  using B = uint16_t;
+struct FxqFloat32 {
+  using A = float;
+  using B = float;
   using Acc = float;
   using Vec = __m512;
-  static constexpr int64_t GROUP = 2;
+  static constexpr int64_t GROUP = 1;
 
   FXQ_TARGET __attribute__((always_inline)) static Vec splat(Acc value) {
     return _mm512_set1_ps(value);
   }
   FXQ_TARGET __attribute__((always_inline)) static Vec dot(Vec acc, __m512i columns, __m512i row) {
-    // gcc copies and spills accumulators of the intrinsic; the constraint of the assembly keeps each in its register.
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(columns), "v"(row));
+    // As in bf16.h: the constraint keeps each accumulator in its register.
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(columns), "v"(row));
     return acc;
   }
   FXQ_TARGET __attribute__((always_inline)) static void store(Acc* out, Vec acc) {

@@ -1,0 +1,116 @@
+"""Kernels for x86 CPUs that leave the weight packed in 8 or 4 bits and decode it panel by panel.
+
+One op for each dtype that is multiplied: the activation is bfloat16 (``vdpbf16ps``) or float32 (fused multiply-add). A
+weight-only kernel gives it the float activation, a block-scaled one the activation's codes, which are exact in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from fx_quant.kernels.base import (
+    CPU,
+    FLOAT8_PAIRS,
+    INT8_PAIRS,
+    KERNEL_SCHEMA,
+    WEIGHT,
+    Kernel,
+    Requires,
+    fake_kernel,
+    register_kernel,
+    weight_scales,
+)
+from fx_quant.kernels.packing import packed_layout
+from fx_quant.native_decode import decoded_matmul, is_int4
+from fx_quant.ops import MATMUL_TAGS, dequantize, dequantize_weight, register
+from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics
+
+_ANY_SCALES = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
+_BLOCKS = frozenset((Granularity.ANY_GROUP, weight) for weight in (Granularity.ANY_GROUP, Granularity.ANY_BLOCK))
+
+
+def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
+    """The native matmul, or float matmuls of the unpacked weight where it cannot run."""
+    out = decoded_matmul(a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block)
+    if out is not None:
+        return out
+    k = a.shape[1]
+    if a_scale is not None and block is not None:
+        a, a_scale = a * a_scale.repeat_interleave(block[1], 1)[:, :k], None
+    b_scale = torch.ones((), device=a.device) if b_scale is None else b_scale
+    weight = dequantize_weight(unpacked(b, n, k), k, b_scale, b_zero_point, block)
+    return dequantize(a.float() @ weight, a_scale, None, bias, out_dtype)
+
+
+def unpacked(b: Tensor, n: int, k: int) -> Tensor:
+    """Codes ``[k, n]`` of ``b`` in layout ``pairs`` or ``columns``, or two int4 codes to a byte of ``int4_words``."""
+    unpack = packed_layout("int4_words" if is_int4(b) else "pairs").unpack
+    assert unpack is not None
+    return unpack(b, n, k // 2 if is_int4(b) else k).t()
+
+
+for _name in ("cpu_decoded_bf16", "cpu_decoded_float32"):
+    register(f"{_name}{KERNEL_SCHEMA}", _decoded, fake_kernel(_name), MATMUL_TAGS)
+
+_AVX512 = frozenset({"avx512", "cpp_compiler"})
+_BF16 = _AVX512 | {"avx512_bf16"}
+_F32, _HALF, _WIDE = torch.float32, torch.bfloat16, frozenset({torch.float32, torch.float16})
+
+for _suffix, _op, _floats, _features, _a_dtype, _by in (
+    ("bf16", "cpu_decoded_bf16", frozenset({_HALF}), _BF16, None, "vdpbf16ps"),
+    ("float32", "cpu_decoded_float32", _WIDE, _AVX512, _F32, "float32 multiply-add"),
+):
+    for _bits, _codes, _layout in (
+        ("", CODE_DTYPES, "pairs" if _a_dtype is None else "columns"),
+        ("_int4", INT4_DTYPES, "int4_words"),
+    ):
+        register_kernel(
+            Kernel(
+                name=f"cpu_weight_only{_bits}_{_suffix}",
+                provider="cpu",
+                op=_op,
+                requires=Requires(
+                    platforms=CPU,
+                    features=_features,
+                    codes=frozenset(itertools.product(_floats, _codes)),
+                    granularities=weight_scales(*_ANY_SCALES),
+                    asymmetric=WEIGHT,
+                    out_dtypes=FLOAT_DTYPES,
+                    constant_weight=True,
+                ),
+                numerics=Numerics.REASSOCIATED,
+                note=f"packed codes decoded in cache, {_by} tiles, epilogue fused",
+                layout=_layout,
+                a_dtype=_a_dtype,
+            ),
+            priority=30,
+        )
+
+for _codes, _pairs in (("int8", INT8_PAIRS), ("float8", FLOAT8_PAIRS)):
+    for _suffix, _op, _features, _a_dtype, _layout, _priority in (
+        ("bf16", "cpu_decoded_bf16", _BF16, _HALF, "pairs", 30),
+        ("float32", "cpu_decoded_float32", _AVX512, _F32, "columns", 25),
+    ):
+        register_kernel(
+            Kernel(
+                name=f"cpu_{_codes}_blocks_{_suffix}",
+                provider="cpu",
+                op=_op,
+                requires=Requires(
+                    platforms=CPU,
+                    features=_features,
+                    codes=_pairs,
+                    granularities=_BLOCKS,
+                    out_dtypes=FLOAT_DTYPES,
+                    constant_weight=True,
+                ),
+                numerics=Numerics.SAME_ACCUM,
+                note=f"sums of each group scaled in registers, {_codes} codes widened to {_suffix} in cache",
+                layout=_layout,
+                a_dtype=_a_dtype,
+            ),
+            priority=_priority,
+        )

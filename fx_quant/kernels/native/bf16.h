@@ -1,0 +1,35 @@
+// bfloat16 by vdpbf16ps: pairs along k, summed in float32. Codes of eight bits are exact in it.
+
+#define FXQ_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct FxqBf16 {
+  using A = uint16_t; // bit patterns: only moved, never computed with
+  using B = uint16_t;
+  using Acc = float;
+  using Vec = __m512;
+  static constexpr int64_t GROUP = 2;
+
+  FXQ_TARGET __attribute__((always_inline)) static Vec splat(Acc value) {
+    return _mm512_set1_ps(value);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Vec dot(Vec acc, __m512i columns, __m512i row) {
+    // gcc copies and spills accumulators of the intrinsic; the constraint of the assembly keeps each in its register.
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(columns), "v"(row));
+    return acc;
+  }
+  FXQ_TARGET __attribute__((always_inline)) static void store(Acc* out, Vec acc) {
+    _mm512_store_ps(out, acc);
+  }
+
+  static Acc row_start(const A*, int64_t) {
+    return 0.0f;
+  }
+};
+
+} // namespace

@@ -1,0 +1,144 @@
+"""A C++ template around the matmuls that decode a packed weight in cache: it yields the scaled sums of a panel.
+
+``acc[m, n] = sum_j row_scale[m, j] * scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j])`` in float32,
+of what is there; scales that do not vary along k, bias, cast and what follows are the epilogue, fused by the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import to_dtype
+
+from fx_quant.lowerings.cpu_template import TileTemplate, contiguous, with_contiguous_rows
+from fx_quant.native_decode import Decode, factor_kind
+
+_TEMPLATE = r"""
+{{template.header().getvalue()}}
+{{decode.source}}
+extern "C" {{export_declaration}}
+{{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
+{
+    {{kernel.maybe_codegen_profile()}}
+    using Dot = {{decode.dot.struct}};
+    const int64_t M = {{kernel.size(acc_node, 0)}};
+    constexpr int64_t N = {{n}}, K = {{k}}, panels = {{panels}};
+    const int64_t lda = {{kernel.stride(A, 0)}};
+    const auto a = reinterpret_cast<const Dot::A*>(&{{kernel.index(A, [0, 0])}});
+    FxqWeight weight{};
+    weight.codes = reinterpret_cast<const uint8_t*>(&{{kernel.index(B, [0, 0, 0, 0])}});
+    weight.n = N;
+    weight.k = K;
+    weight.group = {{group}};
+{%- for field, node, kind, rows, row_stride, group_stride in factors %}
+    weight.{{field}} = {
+        FxqKind({{kind}}), &{{kernel.index(node, [0] * node.get_size()|length)}},
+        {{rows}}, {{row_stride}}, {{group_stride}}};
+{%- endfor %}
+{%- if R is defined %}
+    weight.row_scale = &{{kernel.index(R, [0, 0])}};
+    weight.row_scale_stride = {{kernel.stride(R, 0)}};
+    weight.row_scale_group_stride = {{kernel.stride(R, 1)}};
+{%- endif %}
+{%- if num_threads > 1 %}
+    #pragma omp parallel{% if not dynamic_threads %} num_threads({{num_threads}}){% endif %}
+{%- endif %}
+    {
+{%- if num_threads > 1 %}
+        const FxqShare share = fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num());
+{%- else %}
+        const FxqShare share = fxq_share(M, panels, 1, 0);
+{%- endif %}
+        {{kernel.define_stack_allocated_buffer("acc", [384, 64], decode.dot.acc_dtype)}}
+        static_assert(FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);
+        for (int64_t m_start = share.row_begin; m_start < share.row_end; m_start += FXQ_CHUNK_ROWS) {
+            const int64_t m_end = std::min(m_start + FXQ_CHUNK_ROWS, share.row_end);
+            const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, K);
+            for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
+                const int64_t n_start = panel * FXQ_PANEL;
+{%- if n % 64 %}
+                const int64_t n_end = std::min(N, n_start + FXQ_PANEL);
+{%- endif %}
+                fxq_panel<Dot, FxqDecode<{{decode.codes}}>>(m_start, m_end - m_start, rows, weight, panel, acc);
+{%- set acc = kernel.local_buffers["acc"] %}
+{%- set n_end = "n_end" if n % 64 else "n_start + 64" %}
+{%- set width = "n_end - n_start" if n % 64 else "64" %}
+{%- set tile_acc = kernel.slice_nd(acc, [("0", "m_end - m_start"), ("0", width)]) %}
+{%- set tile_Y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", n_end)]) %}
+                {{kernel.store_output(
+                    tile_Y, tile_acc, acc_node, epilogue_nodes,
+                    offsets=("m_start", "n_start"), reindexers=reindexers
+                )|indent(16)}}
+            }
+        }
+    }
+}
+"""
+
+
+class DecodedTemplate(TileTemplate):
+    """Renders one matmul of a weight that is decoded in cache, together with its epilogue."""
+
+    text = _TEMPLATE
+
+    def __init__(
+        self,
+        decode: Decode,
+        inputs: Mapping[str, ir.IRNode],
+        layout: ir.Layout,
+        n: int,
+        k: int,
+        block: Sequence[int] | None,
+    ) -> None:
+        super().__init__(decode.dot, inputs, layout, n, k)
+        self.name = f"{decode.dot.name}_decoded"
+        self.decode, self.block = decode, None if block is None else tuple(map(int, block))
+
+    def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The weight's factors as ``FxqFactor`` has them."""
+        named = (("scale", inputs.get("S")), ("zero_point", inputs.get("Z")))
+        factors = [(field, node, *self._factor(node)) for field, node in named if node is not None]
+        return {"decode": self.decode, "group": self.k if self.block is None else self.block[1], "factors": factors}
+
+    def _factor(self, node: Any) -> tuple[int | None, int, Any, Any]:
+        """``(kind, rows, row_stride, group_stride)``."""
+        kind, stride = factor_kind(node.get_dtype()), node.get_stride()
+        if self.block is not None:
+            return kind, self.block[0], *stride
+        is_single = all(size == 1 for size in node.get_size())
+        return kind, 1, 0 if is_single else stride[-1], 0
+
+
+def _in_memory(x: ir.TensorBox, dtype: torch.dtype | None) -> ir.IRNode:
+    """``x`` in memory with strides that are known, copied only where they are not."""
+    x = x if dtype is None else to_dtype(x, dtype)
+    realized = ir.ExternKernel.realize_input(x)
+    is_fixed = isinstance(realized.get_layout(), ir.FixedLayout)
+    return realized if is_fixed else ir.ExternKernel.require_contiguous(realized)
+
+
+def decoded_matmul(
+    decode: Decode,
+    a: ir.TensorBox,
+    b: ir.TensorBox,
+    n: int,
+    a_scale: ir.TensorBox | None,
+    b_scale: ir.TensorBox | None,
+    b_zero_point: ir.TensorBox | None,
+    block: Sequence[int] | None,
+) -> ir.TensorBox:
+    """``[m, n]`` float32 sums of ``a [m, k]`` and packed ``b``; scaled with ``block`` only, as scales vary along k."""
+    inputs: dict[str, ir.IRNode] = {"A": with_contiguous_rows(a), "B": contiguous(b)}
+    if block is not None:
+        assert b_scale is not None
+        inputs["S"] = _in_memory(b_scale, torch.float32)
+    if b_zero_point is not None:
+        inputs["Z"] = _in_memory(b_zero_point, torch.int32 if factor_kind(b_zero_point.get_dtype()) is None else None)
+    if block is not None and a_scale is not None:
+        inputs["R"] = _in_memory(a_scale, torch.float32)
+    m, k = inputs["A"].get_size()
+    layout = ir.FixedLayout(inputs["A"].get_device_or_error(), torch.float32, [m, n])
+    return DecodedTemplate(decode, inputs, layout, int(n), int(k), block).generate().output_node()
