@@ -19,6 +19,7 @@ struct FxqWeight {
 
 constexpr int64_t FXQ_BLOCK = 128; // k that are decoded at once for many rows: 16 or 32 KiB
 constexpr int64_t FXQ_SHORT_BLOCK = 32; // and for few, which want what was decoded back at once
+constexpr int64_t FXQ_AHEAD = 4096; // bytes of codes that are asked for before they are needed
 constexpr int64_t FXQ_FEW_ROWS = 6; // up to here rows are read where they are
 
 // Rows of the activation, in blocks of FXQ_BLOCK along k. Many rows are copied, block after block: rows that are a power
@@ -207,6 +208,10 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
       }
       const int64_t count = std::min((j + 1) * w.group, limit) - end;
       const float* of_group = has_scale ? scales[j % FXQ_GROUPS] : nullptr;
+      // Few rows wait for memory: decoding and multiplying take turns, which the hardware's prefetcher does not follow.
+      for (int64_t i = 0; i < count * DECODE::BYTES; i += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + end * DECODE::BYTES + FXQ_AHEAD + i), _MM_HINT_T0);
+      }
       DECODE::decode(
           codes + end * DECODE::BYTES,
           count,
