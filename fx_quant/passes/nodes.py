@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -136,6 +138,17 @@ def uniform_value(node: object) -> float | int | None:
 def _cast_number(value: float | int | None, to: torch.dtype | None) -> float | int | None:
     if value is None or to is None:
         return None
+    return rounded_number(value, to)
+
+
+def rounded_number(value: float | int, to: torch.dtype) -> float | int:
+    """``value`` as dtype ``to`` holds it."""
+    return _rounded_number(value, to, math.copysign(1, value))
+
+
+# The fake mode of a compile makes a tensor of each number, and a model's layers have the same few numbers.
+@functools.lru_cache(maxsize=1024, typed=True)
+def _rounded_number(value: float | int, to: torch.dtype, _sign: float) -> float | int:
     return torch.tensor(value, dtype=to).item()
 
 

@@ -24,6 +24,7 @@ from fx_quant.passes.nodes import (
     is_op,
     is_single,
     is_widening,
+    rounded_number,
     same_shape,
     shape,
     through,
@@ -211,7 +212,7 @@ def _formula(steps: Iterable[tuple[str, Any]], current: torch.dtype, granularity
                 return None
             result["divisor"], result["divide_dtype"] = argument, current
         else:
-            rounded = torch.tensor(argument, dtype=current).item()
+            rounded = rounded_number(argument, current)
             if current is not torch.float32 and rounded != argument:
                 return None
             if result["floor_on"] != "none":
