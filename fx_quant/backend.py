@@ -173,7 +173,8 @@ def split_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
         UnknownNameError: an option that neither knows.
     """
     ours, inductors = {}, {}
-    known = inductor_config.get_config_copy()
+    # With the aliases, which get_config_copy() leaves out.
+    known = vars(inductor_config)["_config"]
     for name, value in (given or {}).items():
         key = name.replace("-", "_")
         if key in option_names():

@@ -207,6 +207,11 @@ def test_a_miss_is_logged_and_compiles_as_it_was(caplog):
     assert counters["fx_quant"] == {"rewritten": 0, "recognised": 0, "missed": 1}
 
 
+def test_an_option_of_inductor_may_go_by_its_alias():
+    model, x = models.build("int8_int_mm"), models.inputs()
+    torch.testing.assert_close(compiled(model, force_disable_caches=True)(x), compiled(model)(x))
+
+
 def test_a_miss_is_an_error_when_strict():
     with pytest.raises(BackendCompilerFailed, match="strict=True and 1 quantized matmul.*missed") as error:
         compiled(ScaledAlongK(), strict=True)(models.inputs(torch.float32))

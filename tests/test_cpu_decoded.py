@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
 from fx_quant import compat, native, native_decode
 from fx_quant.kernels.base import kernel
+from fx_quant.kernels.cpu import MANY_ROWS
 from fx_quant.kernels.packing import clear_packed_weights, pack_weight
 from fx_quant.ops import dequantize_weight
 from fx_quant.problem import Problem, SizeRange
@@ -389,7 +390,7 @@ def test_which_kernel_a_cpu_gets(scheme, target, chosen):
     assert select(asked, named_target(target)).kernel.name == chosen
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize("rows", [1, MANY_ROWS[BF16] - 1, MANY_ROWS[BF16]])
 def test_the_matmul_of_aten_is_for_few_rows(rows, monkeypatch):
     aten = kernel("cpu_weight_only_int8").overload()
     called = []
@@ -399,4 +400,4 @@ def test_the_matmul_of_aten_is_for_few_rows(rows, monkeypatch):
     out = aten(a, w.t(), None, scale, None, 32, BF16)
     expected = a.double() @ (w.double() * scale.double()[:, None]).t()
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=5e-2)
-    assert bool(called) == (rows <= 8)
+    assert bool(called) == (rows < MANY_ROWS[BF16])

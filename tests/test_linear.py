@@ -414,6 +414,7 @@ def test_a_weight_that_is_updated_in_place_is_seen(text):
 
 def test_a_padded_weight_that_is_updated_in_place_is_seen():
     layer, x = build("bfloat16 x int8 per_channel", n=17, k=31), torch.randn(4, 31, dtype=torch.bfloat16)
+    layer.force_kernel = "cpu_weight_only_int8"
     assert layer.selection(x).padding.k == 32
     layer(x)
     layer.weight.neg_()
