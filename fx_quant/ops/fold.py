@@ -125,11 +125,21 @@ def _run(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
     with torch.no_grad():
         for op, args, kwargs in steps:
             values.append(op(*_decoded(args, values), **_decoded(kwargs, values)))
-    return [values[i].contiguous() for i in results]
+    return [_dense(values[i]) for i in results]
+
+
+def _dense(result: Tensor) -> Tensor:
+    # A transposed result stays so: kernels for GPUs read a weight column by column.
+    step = 1
+    for stride, size in sorted(pair for pair in zip(result.stride(), result.shape, strict=True) if pair[1] != 1):
+        if stride != step:
+            return result.contiguous()
+        step *= size
+    return result
 
 
 def fold(inputs: list[Tensor], program: str) -> list[Tensor]:
-    """The results of ``program`` on ``inputs``, contiguous; kept and handed out again until an input is written to.
+    """The results of ``program`` on ``inputs``, dense; kept and handed out again until an input is written to.
 
     Do not write to the results. They never alias an input.
     """
