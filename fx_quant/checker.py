@@ -182,8 +182,8 @@ class _Recorder:
             before=state.before,
             alone=alone,
             inputs=inputs,
-            roots=[site.root.name for site in state.canonical],
-            codes=[_saturation_bounds(site) for site in state.canonical],
+            roots=[site.root.name for site in state.results],
+            codes=[_saturation_bounds(site) for site in state.results],
             reports=list(report.sites),
         )
         replace_contents(graph, state.graph)
@@ -233,7 +233,7 @@ def _cut_out(state: Rewriting) -> tuple[Graph, list[str]]:
     """
     source = {node.name for node in state.before.nodes}
     needed: set[Node] = set()
-    waiting = list(state.canonical.values())
+    waiting = list(state.results.values())
     while waiting:
         node = waiting.pop()
         if node not in needed:
@@ -251,7 +251,7 @@ def _cut_out(state: Rewriting) -> tuple[Graph, list[str]]:
     for node in state.graph.nodes:
         if node in needed and node.name not in source:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(tuple(copied[node] for node in state.canonical.values()))
+    graph.output(tuple(copied[node] for node in state.results.values()))
     return graph, inputs
 
 
@@ -262,9 +262,9 @@ def _on_cuda(graph: Graph) -> bool:
 def _saturation_bounds(site: Site) -> tuple[str, float, float] | None:
     """``(node of the codes, lowest, highest code)`` of the site's activation; None for a float one."""
     codes = site.codes
-    if codes is None:
+    dtype = None if codes is None else codes.meta["val"].dtype
+    if codes is None or dtype is None:
         return None
-    dtype = site.problem.scheme.activation.dtype
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     # Symmetric codes of int8 stop at -127, which is as saturated as 127.
     low = info.min + 1 if dtype is torch.int8 else info.min

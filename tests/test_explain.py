@@ -209,6 +209,29 @@ def test_check_compares_each_site_with_the_source_graph():
     assert json.loads(report.to_json())["sites"][0]["module"] == "first"
 
 
+class BothAsymmetric(torch.nn.Module):
+    """uint8 codes and a weight that both have zero points: the sum is corrected around the kernel."""
+
+    def __init__(self):
+        super().__init__()
+        codes, scale = models.int8_rows(models.float_weight(24, models.K, 0))
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", torch.randint(-8, 8, (24, 1), dtype=torch.int32))
+
+    def forward(self, x):
+        codes = ((x / 0.03).round() + 120).clamp(0, 255).to(torch.uint8)
+        weight = (self.codes.float() - self.zero_point) * self.scale[:, None]
+        return ((codes.float() - 120) * 0.03) @ weight.t()
+
+
+def test_check_compares_what_a_corrected_sum_becomes():
+    report = fx_quant.check(BothAsymmetric(), models.inputs(torch.float32))
+    (site,) = report.sites
+    assert site.error.max_rel_err < 1e-5
+    assert site.saturated < 0.2
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_check_takes_each_site_on_its_own_inputs(dynamic):
     """An inexact site before does not show in the error of an exact one."""

@@ -21,15 +21,17 @@ from fx_quant.scheme import INT4_DTYPES
 INT32, FLOAT32 = torch.int32, torch.float32
 
 
-def canonicalize(emitter: Emitter, site: Site) -> Node:
-    """Replace the site's root by a canonical op and what stands around it; returns the canonical op.
+def canonicalize(emitter: Emitter, site: Site) -> tuple[Node, Node]:
+    """Replace the site's root by a canonical op and what stands around it.
+
+    Returns the canonical op, and the node ``[m, n]`` that holds what the root held.
 
     Raises:
         LookupError: a symbolic size that the new nodes need has no node in the graph, or scales do not fit together.
     """
     product, root = site.product, site.root
     if product is None:
-        return emitter.current(root)
+        return emitter.current(root), emitter.current(root)
     with emitter.graph.inserting_before(root):
         if not isinstance(product.a, Codes):
             out = result = _weight_only(emitter, site, product)
@@ -37,11 +39,12 @@ def canonicalize(emitter: Emitter, site: Site) -> Node:
             out, result = _corrected(emitter, site, product)
         else:
             out = result = _scaled(emitter, site, product)
+        whole = result
         if len(shape(root)) != 2:
             sizes = emitter.size_args(shape(root), root, like=root)
-            result = emitter.reshape(result, sizes, like=root)
-    emitter.replace(root, result)
-    return out
+            whole = emitter.reshape(result, sizes, like=root)
+    emitter.replace(root, whole)
+    return out, result
 
 
 def _scaled(emitter: Emitter, site: Site, product: Product) -> Node:

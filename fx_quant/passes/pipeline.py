@@ -54,6 +54,7 @@ class Rewriting:
         selections: the kernel of each site.
         misses: what is left as it is, because a rule failed.
         recognised: what is left as it is, because nothing here runs it faster.
+        results: for each site the node ``[m, n]`` of ``graph`` that holds what its root held.
         canonical: each site's op in ``graph``, canonical first and then its kernel's.
         quantizers: what was recognised of the quantize behind each site.
     """
@@ -65,6 +66,7 @@ class Rewriting:
     misses: list[Miss] = field(default_factory=list)
     recognised: list[Recognised] = field(default_factory=list)
     canonical: dict[Site, Node] = field(default_factory=dict)
+    results: dict[Site, Node] = field(default_factory=dict)
     quantizers: dict[Site, Quantizer | str] = field(default_factory=dict)
 
 
@@ -99,7 +101,7 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     emitter = Emitter(work)
     for site in list(state.selections):
         try:
-            state.canonical[site] = canonicalize(emitter, site)
+            state.canonical[site], state.results[site] = canonicalize(emitter, site)
             if site.codes is not None:
                 state.quantizers[site] = quantizers[site.codes]
         except LookupError as error:
@@ -109,6 +111,7 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     collapse_reshapes(emitter)
     merge_duplicates(emitter)
     work.eliminate_dead_code()
+    state.results = {site: emitter.current(node) for site, node in state.results.items()}
     return state
 
 
@@ -148,6 +151,7 @@ def to_kernels(state: Rewriting) -> None:
     selections = {node: state.selections[site] for site, node in state.canonical.items()}
     results = assign(state.graph, selections)
     state.canonical = {site: results[node] for site, node in state.canonical.items()}
+    state.results = {site: results.get(node, node) for site, node in state.results.items()}
     state.graph.eliminate_dead_code()
     ops = {selection.kernel.overload() for selection in selections.values()}
     kernels = [node for node in state.graph.nodes if is_op(node, *ops)]
