@@ -495,6 +495,16 @@ def test_activation_only_is_a_miss_that_says_so():
     assert [miss.reason for miss in report.misses] == ["only the activation is quantized; the weight is floating point"]
 
 
+def test_codes_of_symbolic_parts_in_another_order_are_a_miss_that_says_so():
+    def swapped(x: Tensor, w: Tensor) -> Tensor:
+        codes, _ = quantize(x.reshape(-1, K))
+        return F.linear(codes.view(x.shape).transpose(0, 1).float(), w.float())
+
+    state = rewrite(trace(swapped, sample(2, 3, K).float(), weight(), dynamic=True))
+    (miss,) = state.misses
+    assert "of symbolic sizes, in another order than its own" in miss.rule
+
+
 # --- what stands beside a quantized matmul ----------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -45,6 +46,8 @@ def _ordered(emitter: Emitter, node: Node, pieces: Sequence[Piece], like: Node) 
     """``node`` with its elements in the order of ``pieces``: one dim each, unless they are in that order already."""
     if flat([tuple(pieces)]) == flat(own_dims(node)):
         return node
+    if not all(isinstance(piece.inner, (int, sympy.Integer)) for piece in pieces):
+        raise LookupError(f"the parts of {node} are of symbolic sizes, in another order than its own")
     natural = sorted(pieces, key=lambda piece: (piece.axis, -int(piece.inner)))
     if flat([tuple(natural)]) != flat(own_dims(node)):
         raise LookupError(f"a scale or zero point varies along a part of {node} only")
