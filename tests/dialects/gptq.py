@@ -59,6 +59,39 @@ class Int32Words(HandLinear):
         return self.plus_bias(y)
 
 
+@flow("hand_w4a16_awq_i32", expected="recognised", why=NOT_FASTER)
+class Int32WordsOfColumns(HandLinear):
+    """AWQ: int32 qweight [k, n/8] and qzeros [k/32, n/8] along n in AWQ's order, (codes - zeros) * scales by group"""
+
+    # Column i of eight is at nibble ORDER[i]; AWQ's kernels read them so.
+    ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+
+    def words(self, codes: Tensor) -> Tensor:
+        """Eight columns of ``codes [rows, n]`` to an int32 word."""
+        out = torch.zeros(codes.shape[0], self.n // 8, dtype=torch.int32)
+        for column, nibble in enumerate(self.ORDER):
+            out |= codes[:, column::8].int() << (4 * nibble)
+        return out
+
+    def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
+        codes, scale, zero_point = uint4_groups(weight, GROUP)
+        self.register_buffer("qweight", self.words(codes.t()))
+        self.register_buffer("qzeros", self.words(zero_point.t()))
+        self.register_buffer("scales", scale.to(dtype).t().contiguous())
+        self.register_buffer("shifts", torch.tensor([4 * nibble for nibble in self.ORDER], dtype=torch.int32))
+
+    def unpacked(self, words: Tensor) -> Tensor:
+        """Codes ``[rows, n]`` of int32 words ``[rows, n / 8]``."""
+        return torch.bitwise_and(words[:, :, None] >> self.shifts, 15).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, zeros = self.unpacked(self.qweight), self.unpacked(self.qzeros)
+        zeros = zeros.repeat_interleave(GROUP, 0)
+        weight = (codes - zeros).to(x.dtype) * self.scales.repeat_interleave(GROUP, 0)
+        y = torch.matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], self.n)
+        return self.plus_bias(y)
+
+
 @flow("hand_w4a16_int4pack_cpu", expected="recognised", why=NOT_FASTER)
 class PackedForCpu(HandLinear):
     """gpt-fast's WeightOnlyInt4Linear on a CPU: aten._weight_int4pack_mm_for_cpu"""
