@@ -171,6 +171,7 @@ def compressed_net(name: str, state: str, dtype: torch.dtype = torch.float32, bi
 
 def library_codes(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes in their signed range, scale and zero point of ``Net``, as the library writes them to a checkpoint."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     fc = compressed_net(name, "compressed", dtype).fc
