@@ -451,3 +451,22 @@ def test_an_activation_between_matmul_and_quantize_is_computed_once():
     assert "cpu_int8_vnni" in matmul
     (definition,) = re.findall(rf"^{quantize} = (.*?)^'''", code[0], re.MULTILINE | re.DOTALL)
     assert "erf" not in definition
+
+
+@pytest.mark.parametrize("reciprocal", [False, True])
+def test_a_scale_that_freezing_makes_a_number_is_still_a_scale(reciprocal):
+    class Static(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(0.03))
+
+        def forward(self, x):
+            return torch.ops.fx_quant.quantize(
+                x, self.scale, dtype=torch.int8, reciprocal=reciprocal, lo=-128.0, hi=127.0
+            )
+
+    model, x = Static().eval(), torch.linspace(-5, 5, 97).reshape(1, 97)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch._dynamo.reset()
+        codes = torch.compile(model, backend="fx_quant")(x)
+    assert torch.equal(codes, model(x))

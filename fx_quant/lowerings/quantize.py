@@ -39,6 +39,9 @@ def _codes(
     *,
     nan_to_zero: bool = True,
 ) -> TensorBox:
+    if isinstance(scale, ir.Constant):
+        # Freezing makes a number of a scale that is a parameter.
+        scale = L._full(scale.value, x.get_device_or_error(), scale.dtype, [])
     x, scale = to_dtype(x, torch.float32), to_dtype(scale, torch.float32)
     if reciprocal:
         multiply = L.make_pointwise(lambda value, s: ops.mul(value, ops.reciprocal(s)))
