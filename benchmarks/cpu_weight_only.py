@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import described, machine
 from tabulate import tabulate
 from torch import Tensor, nn
 
-import fx_quant
 from fx_quant.linear import QuantizedLinear
 from fx_quant.linear_operands import weight_block
 from fx_quant.ops import dequantize_weight, scaled_mm
@@ -234,7 +234,7 @@ def main() -> None:
             for shape in ((4096, 4096),) if options.quick else SHAPES:
                 for text in SCHEMES:
                     rows += measure(text, dtype, shape, [1, 16, 256] if options.quick else list(ROWS), options)
-    print(f"fx_quant {fx_quant.__version__}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+    print(described(machine()))
     headers = ("threads", "dtype", "scheme", "n x k", "m", "ms", "best other", "to it", "to float", "GB/s")
     cells = [
         (

@@ -8,7 +8,6 @@ by hand are made before the clock starts.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+from machine import described, machine
 from stopwatch import interleaved_medians
 
 from fx_quant.activation import quantize_activation
@@ -205,15 +205,6 @@ def rows_of(name: str, dtype: torch.dtype, n: int, k: int, seconds: float) -> It
         yield Row(name, dtype, n, k, m, kernel, interleaved_medians(ways, (x,), seconds=seconds, least=3))
 
 
-def machine() -> str:
-    """What the figures depend on, in a line."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
-    threads = torch.get_num_threads()
-    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads, torch {torch.__version__}"
-
-
 def summary(rows: list[Row]) -> str:
     """Geometric mean over the float linear for each kind and dtype, then the rows that are slower."""
     lines = []
@@ -249,7 +240,7 @@ def main() -> None:
             for dtype in DTYPES:
                 print(f"{name}, {dtype_name(dtype)}, {n} x {k}", file=sys.stderr, flush=True)
                 rows += rows_of(name, dtype, n, k, options.seconds)
-    print(machine())
+    print(described(machine()))
     print(tabulate([row.cells() for row in rows], headers=HEADERS, tablefmt="simple", disable_numparse=True))
     print(summary(rows))
 

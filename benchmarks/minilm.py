@@ -7,9 +7,7 @@ timed.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,25 +18,11 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from encoder import QUANTIZED, tokenize
+from machine import described, machine
 from sentences import SENTENCES
 from stopwatch import interleaved_medians, verify
 
 BACKENDS = ("inductor", "fx_quant")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "torchao", "transformers", "fx-quant")
-        },
-    }
 
 
 def measure(model_name: str, sizes: list[int], seconds: float) -> list[dict[str, Any]]:
@@ -75,10 +59,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run eagerly and be timed
-    where = machine()
+    where = machine("torchao", "transformers")
     rows = [row for name in options.models for row in measure(name, options.batch, options.seconds)]
-    print(f"{where['cpu']}, {where['capability']}, {where['threads']} threads, Python {where['python']}")
-    print(", ".join(f"{name} {version}" for name, version in where["versions"].items()))
+    print(described(where))
     headers = ("model", "batch x tokens", "eager ms", "inductor ms", "fx_quant ms", "fx_quant / inductor")
     cells = [
         (

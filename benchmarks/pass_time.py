@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from encoder import Fp8Linear
 
-from benchmarks.minilm import machine
+from benchmarks.machine import described, machine
 from fx_quant.backend import RewritePass
 from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import copy_graph, static_input_indices
@@ -359,9 +359,8 @@ def main() -> None:
         parser.error("--layers, --compile and --repeats must be 1 or more")
 
     target = named_target(options.target) if options.target else detect_target(torch.device("cpu"))
-    where = machine()
-    print(f"{where['cpu']}, {where['capability']}, {where['threads']} threads, Python {where['python']}")
-    print(", ".join(f"{name} {version}" for name, version in where["versions"].items()))
+    where = machine("torchao", "transformers")
+    print(described(where))
     result: dict[str, Any] = {"machine": where, "target": str(target), "dynamic": options.dynamic}
     result["compiles"], result["passes"] = [], []
     for name in options.models:

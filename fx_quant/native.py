@@ -26,7 +26,7 @@ def source(*names: str) -> str:
 
 @dataclass(frozen=True)
 class Dot:
-    """One kind of codes: how the native code calls it, and what the machine must have.
+    """One dtype that operands are multiplied in: how the native code calls it, and what the machine must have.
 
     Args:
         name: of the rendered kernel.
@@ -54,8 +54,8 @@ INT8_VNNI = Dot(
     acc_dtype=torch.int32,
     probe="_is_vnni_supported",
 )
-FLOAT8_BF16 = Dot(
-    name="fxq_float8_bf16",
+BFLOAT16 = Dot(
+    name="fxq_bf16",
     struct="FxqBf16",
     source=source("bf16.h", "tile.h"),
     acc_dtype=torch.float32,

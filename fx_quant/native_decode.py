@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fx_quant.native import FLOAT8_BF16, FLOAT32, Dot, load, source
+from fx_quant.native import BFLOAT16, FLOAT32, Dot, load, source
 from fx_quant.scheme import FLOAT8_DTYPES
 
-_DOTS = {torch.bfloat16: FLOAT8_BF16, torch.float32: FLOAT32}
+_DOTS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
 _INTEGERS = {torch.int8: 2, torch.uint8: 3, torch.int32: 4, torch.int64: 5}
 # The last dim of layout `int4_words`, eight k of a column; that of `pairs` and `columns` is less.

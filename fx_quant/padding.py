@@ -8,9 +8,6 @@ from fx_quant.problem import Problem
 
 SCALED_MM_ROWS = 17  # vLLM's: torch._scaled_mm on CUDA is faster with more than 16 rows
 
-# Eager calls, and the whole graph of one compile.
-MODES = ("eager", "graph")
-
 
 @dataclass(frozen=True)
 class Padding:
@@ -46,7 +43,7 @@ def plan_padding(problem: Problem, align: int, *, mode: str = "graph", eager_row
     """The least padding of ``n`` and ``k`` to multiples of ``align``, and of rows where the mode pads them.
 
     Args:
-        mode: one of ``MODES``. Only eager calls pad rows: a graph would carry the padding for every m.
+        mode: ``eager`` or ``graph``. Only eager calls pad rows: a graph would carry the padding for every m.
         eager_rows: what the kernel wants fewer rows padded to.
     """
     rows = eager_rows if mode == "eager" and problem.m.low < eager_rows else 0

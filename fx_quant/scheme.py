@@ -72,6 +72,11 @@ class Granularity:
         """One scale for each ``rows`` x ``columns`` of the weight ``[n, k]``."""
         return cls("per_block", (rows, columns))
 
+    @classmethod
+    def of_block(cls, rows: int, columns: int) -> Granularity:
+        """That of a weight ``[n, k]`` with one scale for ``rows`` x ``columns``: groups are blocks of one row."""
+        return cls.per_group(columns) if rows == 1 else cls.per_block(rows, columns)
+
     def covers(self, other: Granularity) -> bool:
         """Whether a requirement of this granularity is met by ``other``: equal, or of any size of the same kind."""
         return self.kind == other.kind and self.size in ((), other.size)

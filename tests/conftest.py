@@ -11,6 +11,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
+
+from fx_quant.kernels.packing import clear_packed_weights
 
 
 def pytest_collection_modifyitems(items):
@@ -29,3 +33,15 @@ def _fresh_state():
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def uncached():
+    """No packed weight and no compiled graph of before: Inductor's cache does not know what our lowerings were."""
+    clear_packed_weights()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+    clear_packed_weights()

@@ -26,9 +26,7 @@ from fx_quant.target import named_target
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters["fx_quant"].clear()
+def no_caches():
     with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
         yield
 

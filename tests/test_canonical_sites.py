@@ -8,19 +8,13 @@ from tolerances import assert_within
 from torch import Tensor, nn
 
 import fx_quant
-from fx_quant.kernels.packing import clear_packed_weights
 from fx_quant.scheme import Numerics
+
+pytestmark = pytest.mark.usefixtures("uncached")
 
 fxq = torch.ops.fx_quant
 # k is a multiple of the group: Inductor's C++ misreads scales of groups that k cuts off (torch 2.11 and 2.13).
 M, N, K = 10, 70, 48
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    clear_packed_weights()
-    torch.manual_seed(0)
 
 
 class Asymmetric(nn.Module):

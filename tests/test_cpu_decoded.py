@@ -12,12 +12,14 @@ import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
 from fx_quant import compat, native, native_decode
 from fx_quant.kernels.base import kernel
 from fx_quant.kernels.cpu import MANY_ROWS
-from fx_quant.kernels.packing import clear_packed_weights, pack_weight
+from fx_quant.kernels.packing import pack_weight
 from fx_quant.ops import dequantize_weight
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import FLOAT8_DTYPES, Scheme
 from fx_quant.selection import select
 from fx_quant.target import named_target
+
+pytestmark = pytest.mark.usefixtures("uncached")
 
 fxq = torch.ops.fx_quant
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
@@ -39,18 +41,6 @@ BOTH = [
     pytest.param(F32, marks=pytest.mark.skipif(not has("_is_avx512_supported"), reason="needs AVX512")),
 ]
 both = pytest.mark.parametrize("float_dtype", BOTH)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    clear_packed_weights()
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        yield
 
 
 @pytest.fixture(params=["native", "unpacked"])

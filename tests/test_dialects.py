@@ -30,12 +30,8 @@ from tests.dialects.weights import HandLinear, float_bias, float_weight
 GOLDENS = Path(__file__).parent / "goldens" / "dialects"
 TARGET = "x86_vnni"
 
-# What the rules do not see yet. Removing a flow from here turns its golden on: accept that too.
-NOT_YET: dict[str, str] = {}
-
 LINEARS = [each for each in matching(group="developers") if not each.whole_model]
 CASES = [(each, variant) for each in LINEARS for variant in each.variants("few")]
-GOLDEN_CASES = [(each, variant) for each, variant in CASES if each.name not in NOT_YET]
 HAND = [
     each
     for each in load().values()
@@ -55,20 +51,14 @@ def skip_unless_available(each: Flow) -> None:
         pytest.skip(f"needs {', '.join(each.missing())}")
 
 
-def params(cases):
-    """``cases`` with those of ``NOT_YET`` marked."""
-    marks = {name: pytest.mark.xfail(reason=reason, strict=False) for name, reason in NOT_YET.items()}
-    return [pytest.param(*case, marks=marks.get(case[0].name, ())) for case in cases]
-
-
-@pytest.mark.parametrize(("each", "variant"), params(CASES), ids=case_id)
+@pytest.mark.parametrize(("each", "variant"), CASES, ids=case_id)
 def test_developers_flow_is_as_expected(each, variant):
     skip_unless_available(each)
     outcome = capture(each, variant, target=TARGET)
     assert outcome.expected, f"{outcome.verdict}, not {each.expected}: {outcome.reasons}"
 
 
-@pytest.mark.parametrize(("each", "variant"), GOLDEN_CASES, ids=case_id)
+@pytest.mark.parametrize(("each", "variant"), CASES, ids=case_id)
 def test_developers_flow_is_rewritten_as_its_golden_says(each, variant):
     skip_unless_available(each)
     (x,), _ = each.inputs(variant)
@@ -78,12 +68,8 @@ def test_developers_flow_is_rewritten_as_its_golden_says(each, variant):
 
 
 def test_no_golden_is_left_over():
-    expected = {f"{each.name}_{variant}.txt" for each, variant in GOLDEN_CASES}
+    expected = {f"{each.name}_{variant}.txt" for each, variant in CASES}
     assert {path.name for path in GOLDENS.glob("*.txt")} == expected
-
-
-def test_what_the_rules_do_not_see_yet_are_flows():
-    assert set(NOT_YET) <= {each.name for each in LINEARS}
 
 
 @pytest.mark.parametrize("each", HAND, ids=case_id)

@@ -16,11 +16,6 @@ from fx_quant.errors import NoKernelError, ToleranceError, UnknownNameError
 from fx_quant.report import MissReport, Report
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-
-
 class TwoLayers(torch.nn.Module):
     """A quantized layer that is rewritten and one that is missed."""
 

@@ -13,7 +13,8 @@ from torch._inductor.utils import run_and_get_code
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
 from fx_quant.kernels.base import kernel
-from fx_quant.kernels.packing import clear_packed_weights
+
+pytestmark = pytest.mark.usefixtures("uncached")
 
 fxq = torch.ops.fx_quant
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -27,19 +28,6 @@ def has(probe: str) -> bool:
 
 needs_vnni = pytest.mark.skipif(not has("_is_vnni_supported"), reason="needs AVX512-VNNI")
 needs_bf16 = pytest.mark.skipif(not has("_is_avx512_bf16_supported"), reason="needs AVX512-BF16")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    clear_packed_weights()
-    # Inductor's cache does not know our lowerings: it would hand out yesterday's code.
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        yield
 
 
 def codes(rows: int, k: int, dtype: torch.dtype = torch.int8) -> Tensor:

@@ -16,21 +16,10 @@ from fx_quant.kernels.base import kernels
 from fx_quant.kernels.packing import clear_packed_weights, layouts, pack_weight, packed_layout
 from fx_quant.scheme import INT8_DTYPES
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 prepack = torch.ops.fx_quant.prepack.default
 SHAPES = [(1, 1), (63, 3), (64, 4), (65, 5), (200, 129), (128, 64)]
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    clear_packed_weights()
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
-        yield
-    clear_packed_weights()
 
 
 def weight(n: int, k: int, dtype: torch.dtype = torch.int8) -> Tensor:

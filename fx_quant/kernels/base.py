@@ -45,7 +45,6 @@ class Requires:
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
         align_n: ``n`` must be a multiple of it too, and is not padded to it.
         whole_groups: ``k`` must be a multiple of the group that shares a scale.
-        m: smallest number of rows it accepts.
         max_k: largest ``k`` it accepts.
         asymmetric: operands (``"activation"``, ``"weight"``) that may have a zero point.
         constant_weight: the weight must be a parameter or constant, because it is packed once.
@@ -67,7 +66,6 @@ class Requires:
     align_n: int = 1
     paddable: bool = True
     whole_groups: bool = False
-    m: int = 0
     max_k: int | None = None
     asymmetric: frozenset[str] = frozenset()
     constant_weight: bool = False
@@ -127,8 +125,6 @@ class Requires:
         group = weight.granularity.size[-1:]
         if self.whole_groups and group and problem.k % group[0]:
             reasons.append(f"needs k in whole groups of {group[0]}, got k={problem.k}")
-        if problem.m.low < self.m:
-            reasons.append(f"needs m >= {self.m}, m may be {problem.m}")
         if self.max_k is not None and problem.k > self.max_k:
             reasons.append(f"needs k <= {self.max_k}, got k={problem.k}")
         if self.constant_weight and not problem.constant_weight:

@@ -27,7 +27,7 @@ from fx_quant.kernels.base import (
 )
 from fx_quant.kernels.packing import packed_layout
 from fx_quant.kernels.pytorch import weight_only
-from fx_quant.native import FLOAT8_BF16, INT8_VNNI, Dot, matmul
+from fx_quant.native import BFLOAT16, INT8_VNNI, Dot, matmul
 from fx_quant.ops import MATMUL_TAGS, accumulate, correct, dequantize, register
 from fx_quant.scheme import FLOAT_DTYPES, HALF_DTYPES, Granularity, Numerics
 
@@ -51,9 +51,8 @@ def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-# Rows from which it is faster to decode the weight for a float matmul. ATen's takes 2.4 times as long for each row of
-# bfloat16 as that one does, and 10 times for float16, which it computes without vector instructions; decoding costs as
-# much as 70 rows save, or 3 (2048 x 2048 and 4096 x 4096, Zen 5, torch 2.13).
+# Rows from which decoding the weight and a float matmul is faster than ATen's, which takes longer for each row; float16
+# it computes without vector instructions. `make bench-eager ARGS="--quick --threads 1"` shows both sides of the limit.
 MANY_ROWS = {torch.bfloat16: 96, torch.float16: 4}
 
 
@@ -73,7 +72,7 @@ register(f"cpu_weight_only_int8{KERNEL_SCHEMA}", _weight_only_int8, fake_kernel(
 
 for _name, _layout, _dot, _sum in (
     ("cpu_int8_vnni", "vnni", INT8_VNNI, accumulate),
-    ("cpu_float8_bf16", "bf16_pairs", FLOAT8_BF16, _float32_mm),
+    ("cpu_float8_bf16", "bf16_pairs", BFLOAT16, _float32_mm),
     ("cpu_float8_float32", "float32", None, _float32_mm),
 ):
     register(f"{_name}{KERNEL_SCHEMA}", _body(_layout, _dot, _sum), fake_kernel(_name), MATMUL_TAGS)

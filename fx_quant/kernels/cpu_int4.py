@@ -64,8 +64,7 @@ register_kernel(
         op="cpu_weight_only_int4",
         requires=Requires(
             platforms=CPU,
-            # Others it computes without vector instructions: at 16 rows decoding the weight in each call is 10 times as
-            # fast (torch 2.13).
+            # Others it computes without vector instructions: decoding the weight in each call is faster.
             codes=frozenset((torch.bfloat16, codes) for codes in INT4_DTYPES),
             granularities=weight_scales(*map(Granularity.per_group, _GROUPS)),
             asymmetric=WEIGHT,

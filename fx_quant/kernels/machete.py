@@ -13,7 +13,7 @@ first op makes of it has the same shape and is what the second reads. ``A [m, k]
 ``[groups, n]`` has its dtype, so scales below 6e-5 lose bits beside float16. ``k`` is a multiple of 64 and ``n`` of
 128: other sizes are left to Marlin, which pads. Zero points are left to it too: here they are ``-scale * zero_point``
 in the activation's dtype, added to a rounded ``scale * code``, and where the two cancel those roundings are what is
-left (1.2 times the tolerance of ``reassociated``, emulated at k = 4096). vLLM is imported when a weight is packed,
+left, which is more than ``reassociated`` allows. vLLM is imported when a weight is packed,
 never before.
 """
 

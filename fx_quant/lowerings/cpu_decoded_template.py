@@ -13,10 +13,11 @@ import torch
 from torch._inductor import ir
 from torch._inductor.lowering import to_dtype
 
-from fx_quant.lowerings.cpu_template import TileTemplate, contiguous, with_contiguous_rows
+from fx_quant.lowerings.cpu_template import N_START, SHARE, STORE, TileTemplate, contiguous, with_contiguous_rows
 from fx_quant.native_decode import Decode, factor_kind
 
-_TEMPLATE = r"""
+_TEMPLATE = (
+    r"""
 {{template.header().getvalue()}}
 {{decode.source}}
 extern "C" {{export_declaration}}
@@ -43,40 +44,26 @@ extern "C" {{export_declaration}}
     weight.row_scale_stride = {{kernel.stride(R, 0)}};
     weight.row_scale_group_stride = {{kernel.stride(R, 1)}};
 {%- endif %}
-{%- if num_threads > 1 %}
-    #pragma omp parallel{% if not dynamic_threads %} num_threads({{num_threads}}){% endif %}
-{%- endif %}
-    {
-{%- if num_threads > 1 %}
-        const FxqShare share = fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num());
-{%- else %}
-        const FxqShare share = fxq_share(M, panels, 1, 0);
-{%- endif %}
-        {{kernel.define_stack_allocated_buffer("acc", [384, 64], decode.dot.acc_dtype)}}
+"""
+    + SHARE
+    + r"""        {{kernel.define_stack_allocated_buffer("acc", [384, 64], decode.dot.acc_dtype)}}
         static_assert(FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);
         for (int64_t m_start = share.row_begin; m_start < share.row_end; m_start += FXQ_CHUNK_ROWS) {
             const int64_t m_end = std::min(m_start + FXQ_CHUNK_ROWS, share.row_end);
             const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, K);
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
-                const int64_t n_start = panel * FXQ_PANEL;
-{%- if n % 64 %}
-                const int64_t n_end = std::min(N, n_start + FXQ_PANEL);
-{%- endif %}
-                fxq_panel<Dot, FxqDecode<{{decode.codes}}>>(m_start, m_end - m_start, rows, weight, panel, acc);
-{%- set acc = kernel.local_buffers["acc"] %}
-{%- set n_end = "n_end" if n % 64 else "n_start + 64" %}
-{%- set width = "n_end - n_start" if n % 64 else "64" %}
-{%- set tile_acc = kernel.slice_nd(acc, [("0", "m_end - m_start"), ("0", width)]) %}
-{%- set tile_Y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", n_end)]) %}
-                {{kernel.store_output(
-                    tile_Y, tile_acc, acc_node, epilogue_nodes,
-                    offsets=("m_start", "n_start"), reindexers=reindexers
-                )|indent(16)}}
-            }
+"""
+    + N_START
+    + r"""                fxq_panel<Dot, FxqDecode<{{decode.codes}}>>(
+                    m_start, m_end - m_start, rows, weight, panel, acc);
+"""
+    + STORE
+    + r"""            }
         }
     }
 }
 """
+)
 
 
 class DecodedTemplate(TileTemplate):

@@ -37,7 +37,37 @@ def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
     return wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) for size in (n, a.get_size()[1]))
 
 
-_TEMPLATE = r"""
+# What a thread computes: its rows and panels.
+SHARE = r"""{%- if num_threads > 1 %}
+    #pragma omp parallel{% if not dynamic_threads %} num_threads({{num_threads}}){% endif %}
+{%- endif %}
+    {
+{%- if num_threads > 1 %}
+        const FxqShare share = fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num());
+{%- else %}
+        const FxqShare share = fxq_share(M, panels, 1, 0);
+{%- endif %}
+"""
+# The columns of a panel; the last one may be narrower.
+N_START = r"""                const int64_t n_start = panel * FXQ_PANEL;
+{%- if n % 64 %}
+                const int64_t n_end = std::min(N, n_start + FXQ_PANEL);
+{%- endif %}
+"""
+# The tile ``acc`` of rows ``m_start`` to ``m_end``, through the epilogue to where it belongs.
+STORE = r"""{%- set acc = kernel.local_buffers["acc"] %}
+{%- set n_end = "n_end" if n % 64 else "n_start + 64" %}
+{%- set width = "n_end - n_start" if n % 64 else "64" %}
+{%- set tile_acc = kernel.slice_nd(acc, [("0", "m_end - m_start"), ("0", width)]) %}
+{%- set tile_Y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", n_end)]) %}
+                    {{kernel.store_output(
+                        tile_Y, tile_acc, acc_node, epilogue_nodes,
+                        offsets=("m_start", "n_start"), reindexers=reindexers
+                    )|indent(20)}}
+"""
+
+_TEMPLATE = (
+    r"""
 {{template.header().getvalue()}}
 {{dot.source}}
 extern "C" {{export_declaration}}
@@ -50,16 +80,9 @@ extern "C" {{export_declaration}}
     const int64_t lda = {{kernel.stride(A, 0)}};
     const auto a = reinterpret_cast<const {{dot.struct}}::A*>(&{{kernel.index(A, [0, 0])}});
     const auto b = reinterpret_cast<const {{dot.struct}}::B*>(B);
-{%- if num_threads > 1 %}
-    #pragma omp parallel{% if not dynamic_threads %} num_threads({{num_threads}}){% endif %}
-{%- endif %}
-    {
-{%- if num_threads > 1 %}
-        const FxqShare share = fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num());
-{%- else %}
-        const FxqShare share = fxq_share(M, panels, 1, 0);
-{%- endif %}
-        alignas(64) {{dot.struct}}::Acc start[FXQ_CHUNK_ROWS];
+"""
+    + SHARE
+    + r"""        alignas(64) {{dot.struct}}::Acc start[FXQ_CHUNK_ROWS];
         {{kernel.define_stack_allocated_buffer("acc", [6, 64], dot.acc_dtype)}}
         for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
             const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
@@ -69,31 +92,23 @@ extern "C" {{export_declaration}}
             // Blocks of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
             const int64_t blocks = (rows + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
-                const int64_t n_start = panel * FXQ_PANEL;
-{%- if n % 64 %}
-                const int64_t n_end = std::min(N, n_start + FXQ_PANEL);
-{%- endif %}
-                for (int64_t block = 0; block < blocks; block++) {
+"""
+    + N_START
+    + r"""                for (int64_t block = 0; block < blocks; block++) {
                     const int64_t m_start = chunk + rows * block / blocks;
                     const int64_t m_end = chunk + rows * (block + 1) / blocks;
                     fxq_tile<{{dot.struct}}>(
                         m_end - m_start, a + m_start * lda, lda, b + panel * panel_size, K, start + (m_start - chunk),
                         acc);
-{%- set acc = kernel.local_buffers["acc"] %}
-{%- set n_end = "n_end" if n % 64 else "n_start + 64" %}
-{%- set width = "n_end - n_start" if n % 64 else "64" %}
-{%- set tile_acc = kernel.slice_nd(acc, [("0", "m_end - m_start"), ("0", width)]) %}
-{%- set tile_Y = kernel.slice_nd(Y_2d, [("m_start", "m_end"), ("n_start", n_end)]) %}
-                    {{kernel.store_output(
-                        tile_Y, tile_acc, acc_node, epilogue_nodes,
-                        offsets=("m_start", "n_start"), reindexers=reindexers
-                    )|indent(20)}}
-                }
+"""
+    + STORE
+    + r"""                }
             }
         }
     }
 }
 """
+)
 
 
 class TileTemplate(CppTemplate):

@@ -19,7 +19,7 @@ from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
 from fx_quant.lowerings.cpu_decoded_template import decoded_matmul
 from fx_quant.lowerings.cpu_template import can_render, tile_matmul
 from fx_quant.lowerings.quantize import quantize_dynamic
-from fx_quant.native import FLOAT8_BF16, INT8_VNNI
+from fx_quant.native import BFLOAT16, INT8_VNNI
 from fx_quant.native_decode import INT4_BYTES, decode_of
 
 aten = torch.ops.aten
@@ -80,9 +80,9 @@ def cpu_int8_vnni(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point) -> T
 @register_lowering(fxq.cpu_float8_bf16.default, type_promotion_kind=None)
 def cpu_float8_bf16(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
     """Our vdpbf16ps tiles, epilogue fused."""
-    if not can_render(FLOAT8_BF16, a, n):
+    if not can_render(BFLOAT16, a, n):
         return _extern(fxq.cpu_float8_bf16.default)(a, b, a_scale, b_scale, bias, n, out_dtype)
-    return _dequantize(tile_matmul(FLOAT8_BF16, a, b, n), a_scale, b_scale, bias, out_dtype)
+    return _dequantize(tile_matmul(BFLOAT16, a, b, n), a_scale, b_scale, bias, out_dtype)
 
 
 def _decoded(op: torch._ops.OpOverload) -> Callable:

@@ -100,12 +100,6 @@ def check_weight_only_mm(x, b, n, b_scale, b_zero_point, bias, out_dtype, op: st
     )
 
 
-def _holds_codes(b: Tensor, k: int) -> bool:
-    if b.dim() != 2:
-        return True  # a kernel's packed layout
-    return (b.shape[0] == k and b.dtype in CODE_DTYPES) or (2 * b.shape[0] == k and b.dtype is torch.uint8)
-
-
 def _weight_only_mm_fake(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None):
     check_weight_only_mm(x, b, b.shape[1], b_scale, b_zero_point, bias, out_dtype, "weight_only_mm", block=block)
     return x.new_empty((x.shape[0], b.shape[1]), dtype=out_dtype)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import sympy
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.axes import REPEAT, Extent, Piece, Segment, flat, own_dims
+from fx_quant.passes.axes import REPEAT, Piece, Segment, extent, flat, length, own_dims
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import axis_of
 from fx_quant.passes.nodes import aten, same_shape, shape
@@ -23,7 +22,7 @@ def matrix(emitter: Emitter, codes: Codes, like: Node) -> Node:
         LookupError: the axes are mixed in a way that needs a symbolic size that no node holds.
     """
     node, dims, own = codes.node, codes.dims, own_dims(codes.node)
-    columns = shape_of(dims[-1])
+    columns = length(dims[-1])
     if flat(dims) == flat(own):
         return node if len(shape(node)) == 2 and dims[-2:] == own else emitter.reshape(node, [-1, columns], like=like)
     if len(own) == 2 and dims[-2:] == own[::-1] and not any(dims[:-2]):
@@ -31,15 +30,10 @@ def matrix(emitter: Emitter, codes: Codes, like: Node) -> Node:
     pieces = flat(dims)
     moved = _ordered(emitter, node, [piece for piece in pieces if piece.axis != REPEAT], like)
     if any(piece.axis == REPEAT for piece in pieces):
-        sizes = [_argument(emitter, piece.size, like) for piece in pieces]
+        sizes = [emitter.size_argument(piece.size, like) for piece in pieces]
         once = [1 if piece.axis == REPEAT else size for piece, size in zip(pieces, sizes, strict=True)]
         moved = emitter.call(aten.expand.default, emitter.reshape(moved, once, like=like), sizes, like=like)
     return emitter.reshape(moved, [-1, columns], like=like)
-
-
-def shape_of(pieces: Sequence[Piece]) -> Extent:
-    """The size of a dim with these pieces."""
-    return math.prod(piece.size for piece in pieces)
 
 
 def _ordered(emitter: Emitter, node: Node, pieces: Sequence[Piece], like: Node) -> Node:
@@ -51,14 +45,9 @@ def _ordered(emitter: Emitter, node: Node, pieces: Sequence[Piece], like: Node) 
     natural = sorted(pieces, key=lambda piece: (piece.axis, -int(piece.inner)))
     if flat([tuple(natural)]) != flat(own_dims(node)):
         raise LookupError(f"a scale or zero point varies along a part of {node} only")
-    node = emitter.reshape(node, [_argument(emitter, piece.size, like) for piece in natural], like=like)
+    node = emitter.reshape(node, [emitter.size_argument(piece.size, like) for piece in natural], like=like)
     order = [natural.index(piece) for piece in pieces]
     return emitter.call(aten.permute.default, node, order, like=like)
-
-
-def _argument(emitter: Emitter, size: Extent, like: Node):
-    """``size`` as an argument of a view: an int, or the node that holds the expression."""
-    return size if isinstance(size, int) else emitter.expression_node(size, like)
 
 
 def vectors(
@@ -92,7 +81,7 @@ def _vector(emitter: Emitter, factor: Factor | Tile, like: Node, to: torch.dtype
     if axis_of(factor.source, factor.like) is Axis.ROW:
         lead = shape(factor.like)[:-1]
         if not same_shape(shape(node)[:-1], lead) and len(lead) > 1:
-            full = [size if isinstance(size, int) else emitter.size_node(size, like) for size in lead]
+            full = [emitter.size_argument(extent(size), like) for size in lead]
             node = emitter.call(aten.expand.default, node, [*full, 1], like=like)
     return emitter.reshape(node, sizes, like=like)
 
@@ -145,7 +134,7 @@ def _block(emitter: Emitter, tile: Tile, high: int, groups: int, like: Node, to:
     if own != high:
         # One row for each row of the operand: what several share is repeated.
         sizes = [part.size if part.factor is not None else 1 for part in tile.rows]
-        node = emitter.reshape(node, [*(_argument(emitter, size, like) for size in sizes), columns], like=like)
-        full = [_argument(emitter, part.size, like) for part in tile.rows]
+        node = emitter.reshape(node, [*(emitter.size_argument(size, like) for size in sizes), columns], like=like)
+        full = [emitter.size_argument(part.size, like) for part in tile.rows]
         node = emitter.call(aten.expand.default, node, [*full, columns], like=like)
     return emitter.reshape(node, [-1, columns], like=like)

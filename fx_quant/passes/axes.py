@@ -65,6 +65,11 @@ def own_dims(node: object) -> Dims:
     return tuple(() if size == 1 else (Piece(axis, size),) for axis, size in enumerate(sizes))
 
 
+def length(pieces: Iterable[Piece]) -> Extent:
+    """The size of a dim with these pieces."""
+    return math.prod(piece.size for piece in pieces)
+
+
 def flat(dims: Iterable[tuple[Piece, ...]]) -> tuple[Piece, ...]:
     """The pieces of ``dims`` in order, neighbours of one axis joined."""
     joined: list[Piece] = []

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.arrange import blocks, combined, matrix, number, vectors
+from fx_quant.passes.axes import extent
 from fx_quant.passes.canonical import SCALED_MM, WEIGHT_ONLY_MM
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import integer_range, stored_dtype
@@ -84,16 +85,11 @@ def _is_scalar(factor: Factor | Tile) -> bool:
 def _widened(emitter: Emitter, scale: Node, a: Node, groups: int, like: Node) -> Node:
     """``[m, 1]``, or ``[1, groups]`` of all rows of ``a``, repeated to ``[m, groups]``."""
     m = shape(a)[0]
-    sizes = [-1 if same_size(shape(scale)[0], m) else _size(emitter, m, like), groups]
-    return scale if sizes[0] == -1 and shape(scale)[-1] == groups else _expanded(emitter, scale, sizes, like)
-
-
-def _size(emitter: Emitter, size: int | torch.SymInt, like: Node) -> int | Node:
-    return size if isinstance(size, int) else emitter.size_node(size, like)
-
-
-def _expanded(emitter: Emitter, scale: Node, sizes: list, like: Node) -> Node:
-    return emitter.call(aten.expand.default, scale, sizes, like=like)
+    has_rows = same_size(shape(scale)[0], m)
+    if has_rows and shape(scale)[-1] == groups:
+        return scale
+    rows = -1 if has_rows else emitter.size_argument(extent(m), like)
+    return emitter.call(aten.expand.default, scale, [rows, groups], like=like)
 
 
 def _weight_blocks(emitter: Emitter, product: Product, site: Site, to: torch.dtype) -> Node:

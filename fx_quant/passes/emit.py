@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fx_quant.passes.axes import Extent, extent
 from fx_quant.passes.fakes import FakeCalls
 from fx_quant.passes.nodes import aten, prims, same_size, shape
 
@@ -75,25 +76,23 @@ class Emitter:
         # -1 is ambiguous beside a size of zero.
         free = 0 not in sizes
         for size in sizes:
-            if isinstance(size, int):
-                args.append(size)
-            elif free and -1 not in args:
-                args.append(-1)
-            else:
-                args.append(self.size_node(size, before))
+            symbolic = not isinstance(size, int)
+            args.append(-1 if symbolic and free and -1 not in args else self.size_argument(extent(size), before))
         return args
 
-    def size_node(self, size: torch.SymInt, before: Node) -> Node:
-        """An existing node before ``before`` that holds the symbolic ``size``; raises LookupError when none does."""
-        return self.expression_node(size.node.expr, before)
+    def size_argument(self, size: Extent, before: Node) -> int | Node:
+        """``size`` as an argument of a view: an int, or an existing node before ``before`` that holds the expression.
 
-    def expression_node(self, expression: Any, before: Node) -> Node:
-        """As ``size_node``, of the symbolic size's expression."""
+        Raises:
+            LookupError: no node does.
+        """
+        if isinstance(size, int):
+            return size
         if self._sizes is None:
             self._sizes = _size_nodes(self.graph)
-        node = self._sizes.get(expression)
+        node = self._sizes.get(size)
         if node is None or not node < before:
-            raise LookupError(f"no node holds the symbolic size {expression}")
+            raise LookupError(f"no node holds the symbolic size {size}")
         return node
 
 

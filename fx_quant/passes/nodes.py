@@ -61,10 +61,22 @@ def dtype(node: object) -> torch.dtype | None:
     return None if value is None else value.dtype
 
 
+def dtype_of(node: Node) -> torch.dtype:
+    """The dtype of a node that is known to be a tensor."""
+    found = dtype(node)
+    assert found is not None
+    return found
+
+
 def shape(node: object) -> tuple[Size, ...]:
     """The sizes of ``node``'s tensor; ``()`` when it has none."""
     value = tensor(node)
     return () if value is None else tuple(value.shape)
+
+
+def summed_size(matmul: Node) -> Size:
+    """K of a matmul, whose activation ``[..., k]`` comes first, or after the bias of ``addmm``."""
+    return shape(matmul.args[1] if is_op(matmul, aten.addmm.default) else matmul.args[0])[-1]
 
 
 def same_size(left: Size, right: Size) -> bool:

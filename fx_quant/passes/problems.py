@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
 
 from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.matrices import integer_range, stored_dtype
-from fx_quant.passes.nodes import dtype
+from fx_quant.passes.nodes import dtype, dtype_of
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
@@ -33,7 +32,7 @@ def scheme_of(product: Product, inputs: Inputs) -> Scheme:
 
 def _activation(product: Product, inputs: Inputs) -> OperandSpec:
     if not isinstance(product.a, Codes):
-        return OperandSpec(_dtype(product.a))
+        return OperandSpec(dtype_of(product.a))
     if product.block is not None and product.rows:
         granularity = Granularity.per_group(product.block[1])
     else:
@@ -48,8 +47,7 @@ def _activation(product: Product, inputs: Inputs) -> OperandSpec:
 
 def _weight(product: Product) -> OperandSpec:
     if product.block is not None:
-        rows, group = product.block
-        granularity = Granularity.per_group(group) if rows == 1 else Granularity.per_block(rows, group)
+        granularity = Granularity.of_block(*product.block)
     else:
         granularity = _granularity(product.columns, Axis.COLUMN, Granularity.PER_CHANNEL)
     symmetric = not product.b_zero_points and product.b.offset == 0
@@ -66,12 +64,6 @@ def _code_dtype(codes: Codes) -> torch.dtype:
 
 def _stored(codes: Codes) -> torch.dtype:
     found = stored_dtype(codes)
-    assert found is not None
-    return found
-
-
-def _dtype(node: Node) -> torch.dtype:
-    found = dtype(node)
     assert found is not None
     return found
 

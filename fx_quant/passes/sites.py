@@ -1,4 +1,4 @@
-"""Sites and misses: every matmul with a quantized operand ends as one or the other."""
+"""Sites, misses and recognised matmuls: every matmul with a quantized operand ends as one of the three."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fx_quant.passes.axes import Dims
 from fx_quant.passes.canonical import CANONICAL, operands_of
 from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
-from fx_quant.passes.nodes import dtype, is_op, is_single, shape
+from fx_quant.passes.nodes import dtype, dtype_of, is_op, is_single, shape, summed_size
 from fx_quant.passes.problems import corrects_weight, problem_of, scheme_of
 from fx_quant.passes.rulebook import is_matmul, own_kernel
 from fx_quant.passes.values import Codes, Product, Unknown
@@ -163,7 +163,7 @@ def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, 
         least = min(value.numerics for _, value in allowed)
         return Miss(gemm, gemm, f"the rewrite is of class {least}, and numerics={cap} does not allow that")
     root, product = _choose_root(capped)
-    n, k = shape(gemm)[-1], _summed(product, gemm)
+    n, k = shape(gemm)[-1], summed_size(gemm)
     if not isinstance(n, int) or not isinstance(k, int):
         return Miss(gemm, gemm, f"n and k must be static, got n={n} k={k}")
     scheme = scheme_of(product, inputs)
@@ -195,11 +195,6 @@ def _largest(codes: Codes, zero_points: tuple) -> int | None:
     return bounds[1] - bounds[0] if zero_points else max(-bounds[0], bounds[1])
 
 
-def _summed(product: Product, gemm: Node) -> int | torch.SymInt:
-    a = gemm.args[1] if is_op(gemm, torch.ops.aten.addmm.default) else gemm.args[0]
-    return shape(a)[-1]
-
-
 def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
     """The site of a canonical op that stands in the source graph, as ``QuantizedLinear`` puts it there."""
     of = operands_of(node)
@@ -207,14 +202,14 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
     if not isinstance(n, int) or not isinstance(k, int):
         return Miss(node, node, f"n and k must be static, got n={n} k={k}")
     activation = OperandSpec(
-        _dtype_of(of.a),
+        dtype_of(of.a),
         _scale_granularity(of.a_scale, of.block and (1, of.block[1]), Granularity.PER_TOKEN),
         dynamic=of.a_scale in inputs.runtime,
         symmetric=of.a_zero_point is None,
     )
     packed = shape(of.b)[0] != k
     weight = OperandSpec(
-        torch.int4 if packed else _dtype_of(of.b),  # pyrefly: ignore[missing-attribute]
+        torch.int4 if packed else dtype_of(of.b),  # pyrefly: ignore[missing-attribute]
         _scale_granularity(of.b_scale, of.block, Granularity.PER_CHANNEL),
         symmetric=of.b_zero_point is None,
     )
@@ -230,17 +225,11 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
     return Site(node, node, None, problem, problem.scheme)
 
 
-def _dtype_of(node: Node) -> torch.dtype:
-    found = dtype(node)
-    assert found is not None
-    return found
-
-
 def _scale_granularity(scale: Node | None, block: tuple[int, int] | None, named: Granularity) -> Granularity:
     if scale is None:
         return Granularity.UNSCALED
     if block is not None:
-        return Granularity.per_group(block[1]) if block[0] == 1 else Granularity.per_block(*block)
+        return Granularity.of_block(*block)
     return Granularity.PER_TENSOR if is_single(scale) else named
 
 

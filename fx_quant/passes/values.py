@@ -21,10 +21,6 @@ class Axis(Enum):
     ROW = "row"
     COLUMN = "column"
 
-    def transposed(self) -> Axis:
-        """The axis after the matrix is transposed."""
-        return {Axis.ROW: Axis.COLUMN, Axis.COLUMN: Axis.ROW}.get(self, self)
-
 
 @dataclass(frozen=True)
 class Factor:

@@ -81,7 +81,7 @@ class Outcome:
 
 def judged(flow: Flow, report: Report) -> Verdict:
     """The verdict that ``report`` is on ``flow``; worse things hide better ones."""
-    recognised = getattr(report, "recognised", ())
+    recognised = report.recognised
     if len(report.sites) + len(recognised) + len(report.misses) < flow.matmuls:
         return Verdict.BROKEN if report.graph_breaks else Verdict.SILENT
     if report.misses:
@@ -98,7 +98,7 @@ def as_expected(flow: Flow, verdict: Verdict) -> bool:
 
 def reasons_of(report: Report) -> tuple[str, ...]:
     """Why each matmul of ``report`` that was not rewritten was not."""
-    rows = [*getattr(report, "recognised", ()), *report.misses]
+    rows = [*report.recognised, *report.misses]
     return tuple(row.reason for row in rows)
 
 

@@ -78,7 +78,7 @@ class HandLinear(nn.Module):
 
     def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
         """Register the codes and scales of ``weight``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say how it holds its weight")
 
     def plus_bias(self, y: Tensor) -> Tensor:
         """``y + bias``, or ``y`` without one."""

@@ -6,7 +6,6 @@ return plain codes, which need no rule. Source: ``torch/ao/quantization/fx/_deco
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch.fx import Node
@@ -66,7 +65,7 @@ def _integers(zero_point: Decode | None) -> tuple[Decode, ...] | None:
         return ()
     if isinstance(zero_point.source, float):
         return (zero_point,) if is_whole(zero_point.source) else None
-    return (dataclasses.replace(zero_point),) if is_integer(dtype(zero_point.source)) else None
+    return (zero_point,) if is_integer(dtype(zero_point.source)) else None
 
 
 _NAMESPACE = "quantized_decomposed."

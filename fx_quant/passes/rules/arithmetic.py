@@ -34,6 +34,7 @@ from fx_quant.passes.nodes import (
     is_widening,
     same_shape,
     shape,
+    summed_size,
     uniform_value,
 )
 from fx_quant.passes.rules.packing import GATHERED, is_gathered
@@ -305,7 +306,7 @@ def _correct(product: Product, node: Node, other: object, correction: ColumnSum,
 
 def _fits_int32(product: Product) -> bool:
     """Whether no sum of products of bytes less a byte can leave int32."""
-    k = shape(product.gemm.args[0])[-1]
+    k = summed_size(product.gemm)
     return isinstance(k, int) and k * 255 * 255 < 2**31
 
 

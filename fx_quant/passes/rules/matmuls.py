@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, flat, segments
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range, stored_dtype
-from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_op, shape, through
+from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_op, shape, summed_size, through
 from fx_quant.passes.rules.steps import as_affine
 from fx_quant.passes.values import (
     Affine,
@@ -136,7 +136,7 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
     if to is torch.int32 and integer:
         numerics = Numerics.EXACT
     elif to in EPILOGUE_DTYPES:
-        numerics = _float_sum_class(of_a, of_b, _k(node), to) if integer else Numerics.SAME_ACCUM
+        numerics = _float_sum_class(of_a, of_b, summed_size(node), to) if integer else Numerics.SAME_ACCUM
     else:
         return Unknown(node, f"a matmul of codes that returns {to} has no rule")
     if of_a.scales or of_b.scales or max(of_a.epsilon, of_b.epsilon):
@@ -209,10 +209,6 @@ def _block(of_a: Operand | None, of_b: Operand, n: int | torch.SymInt) -> tuple[
     rows = next(iter(blocks)) if len(blocks) == 1 else 1
     # One scale for all rows is a block as high as the weight; rows that are no neighbours have a scale each.
     return (n if rows is None else rows or 1, group)
-
-
-def _k(node: Node) -> int | torch.SymInt:
-    return shape(args_of(node)[-1])[-2]
 
 
 def _float_sum_class(a: Operand, b: Operand, k: int | torch.SymInt, to: torch.dtype) -> Numerics:

@@ -128,9 +128,13 @@ def _blockwise(given: dict[str, Any], scale_b_by_column: bool) -> tuple[_Scales,
         rows, high = (Segment(n, Piece(1, n)),), 1
     else:
         return None
-    along_k = lambda axis: (Segment(groups, Piece(axis, groups)), Segment(_BLOCK, None))  # noqa: E731
-    of_a = Tile(scale_a, (Segment(extent(m), Piece(0, extent(m))),), along_k(1))
-    return ((of_a,), (Tile(scale_b, rows, along_k(axis_of_k)),)), (high, _BLOCK)
+    of_a = Tile(scale_a, (Segment(extent(m), Piece(0, extent(m))),), _groups(1, groups))
+    return ((of_a,), (Tile(scale_b, rows, _groups(axis_of_k, groups)),)), (high, _BLOCK)
+
+
+def _groups(axis: int, groups: int) -> tuple[Segment, ...]:
+    """The side along k of a scale whose ``axis`` has one element for each group."""
+    return Segment(groups, Piece(axis, groups)), Segment(_BLOCK, None)
 
 
 def _int8pack_mm(env: Environment, node: Node) -> Value | None:

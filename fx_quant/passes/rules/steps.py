@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.axes import Pair, broadcast_pairs, extent, own_dims, seen_through
+from fx_quant.passes.axes import Pair, broadcast_pairs, extent, length, own_dims, seen_through
 from fx_quant.passes.nodes import CASTS, args_of, constant, dtype, is_op, is_widening, shape, uniform_value
 from fx_quant.passes.values import Affine, Codes, Decode, Product, Stage, Value
 from fx_quant.scheme import Numerics
@@ -97,15 +97,8 @@ def along_dim(codes: Codes, dim: int, operand: Node) -> Decode | None:
     if all(extent(size) == 1 for size in shape(operand)):
         return Decode(operand)
     dims = (codes.dims[dim],)
-    pairs = broadcast_pairs(dims, [_length(dims[0])], own_dims(operand), [extent(s) for s in shape(operand)])
+    pairs = broadcast_pairs(dims, [length(dims[0])], own_dims(operand), [extent(s) for s in shape(operand)])
     return None if pairs is None else Decode(operand, pairs)
-
-
-def _length(pieces: tuple) -> Any:
-    length = 1
-    for piece in pieces:
-        length = length * piece.size
-    return length
 
 
 def varies_everywhere(codes: Codes, pairs: tuple[Pair, ...]) -> bool:

@@ -1,0 +1,36 @@
+"""What a benchmark's figures depend on: the processor, the threads and the versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """The machine as JSON holds it; ``packages`` are named beside torch and fx-quant where they are installed."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {
+        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in ("torch", *packages, "fx-quant") if (version := _version(name))},
+    }
+
+
+def described(where: dict[str, Any]) -> str:
+    """``machine()`` in two lines."""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{where['cpu']}, {where['capability']}, {where['threads']} threads, Python {where['python']}\n{versions}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
