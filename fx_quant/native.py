@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_quant.target import cpu_features
+
 
 def source(*names: str) -> str:
     """The text of files of ``kernels/native``, one after the other."""
@@ -33,18 +35,23 @@ class Dot:
         struct: the C++ struct that the tile is instantiated with.
         source: the native code.
         acc_dtype: dtype of the accumulator.
-        probe: name of the function in ``torch.cpu`` that says whether the instruction exists.
+        features: instruction sets, as a target has them.
     """
 
     name: str
     struct: str
     source: str
     acc_dtype: torch.dtype
-    probe: str
+    features: frozenset[str]
 
     def exists_here(self) -> bool:
-        """Whether this machine has the instruction, and PyTorch is let use it."""
-        return torch.backends.cpu.get_cpu_capability() == "AVX512" and getattr(torch.cpu, self.probe, lambda: False)()
+        """Whether this machine has the instructions, and PyTorch is let use them."""
+        return self.features <= _features_here()
+
+
+@functools.cache
+def _features_here() -> frozenset[str]:
+    return cpu_features()
 
 
 INT8_VNNI = Dot(
@@ -52,21 +59,21 @@ INT8_VNNI = Dot(
     struct="FxqInt8",
     source=source("int8_vnni.h", "tile.h"),
     acc_dtype=torch.int32,
-    probe="_is_vnni_supported",
+    features=frozenset({"avx512", "avx512_vnni"}),
 )
 BFLOAT16 = Dot(
     name="fxq_bf16",
     struct="FxqBf16",
     source=source("bf16.h", "tile.h"),
     acc_dtype=torch.float32,
-    probe="_is_avx512_bf16_supported",
+    features=frozenset({"avx512", "avx512_bf16"}),
 )
 FLOAT32 = Dot(
     name="fxq_float32",
     struct="FxqFloat32",
     source=source("float32.h", "tile.h"),
     acc_dtype=torch.float32,
-    probe="_is_avx512_supported",
+    features=frozenset({"avx512"}),
 )
 
 _EAGER = r"""
@@ -97,7 +104,10 @@ void fxq_matmul(
         const int64_t width = std::min(FXQ_PANEL, n - panel * FXQ_PANEL);
         for (int64_t block = 0; block < blocks; block++) {
           const int64_t first = chunk + rows * block / blocks, end = chunk + rows * (block + 1) / blocks;
-          fxq_tile<Dot>(end - first, a + first * lda, lda, b + panel * panel_size, k, start + (first - chunk), acc);
+          const auto columns = b + panel * panel_size;
+          const FxqAhead ahead = fxq_ahead(block, blocks, columns, panel_size * sizeof(*b));
+          fxq_tile<Dot>(
+              end - first, a + first * lda, lda, columns, k, start + (first - chunk), ahead, acc);
           for (int64_t r = first; r < end; r++) {
             std::memcpy(out + r * n + panel * FXQ_PANEL, acc + (r - first) * FXQ_PANEL, width * sizeof(Dot::Acc));
           }

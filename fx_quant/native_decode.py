@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,11 @@ from torch import Tensor
 from fx_quant.native import BFLOAT16, FLOAT32, Dot, load, source
 from fx_quant.scheme import FLOAT8_DTYPES
 
-_DOTS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
+# Bytes become bfloat16 by a table of 128 bytes.
+_DECODED_BFLOAT16 = replace(
+    BFLOAT16, source=f'#define FXQ_MORE ",avx512vbmi"\n{BFLOAT16.source}', features=BFLOAT16.features | {"avx512_vbmi"}
+)
+_DOTS = {torch.bfloat16: _DECODED_BFLOAT16, torch.float32: FLOAT32}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
 _INTEGERS = {torch.int8: 2, torch.uint8: 3, torch.int32: 4, torch.int64: 5}
 # The last dim of layout `int4_words`, eight k of a column; that of `pairs` and `columns` is less.
@@ -59,7 +63,8 @@ def decode_of(a_dtype: torch.dtype, code_dtype: torch.dtype, int4: bool) -> Deco
     is_bf16 = a_dtype is torch.bfloat16
     codes = "FxqNibbles" if int4 else _BYTES[code_dtype]
     decoder = "decode_bf16.h" if is_bf16 else "decode_float32.h"
-    native = f"{dot.source}\n{source('codes.h', decoder, 'factors.h', 'panel.h')}"
+    files = ("codes.h", decoder, "factors.h", "rows.h", "panel.h")
+    native = f"{dot.source}\n{source(*files)}"
     step = 8 if int4 else 2 if is_bf16 else 1
     return Decode(dot, codes, f"{_table(code_dtype)}{native}", step)
 

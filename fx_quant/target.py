@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from fx_quant.errors import unknown_name
 
-_X86_VNNI = frozenset({"avx2", "avx512", "avx512_vnni", "avx512_bf16", "cpp_compiler"})
+_X86_VNNI = frozenset({"avx2", "avx512", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "cpp_compiler"})
 
 # name -> (platform, arch, features)
 _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
@@ -159,18 +159,33 @@ def _cpu_arch() -> tuple[str, frozenset[str]]:
     always = frozenset({"cpp_compiler"} if any(map(shutil.which, filter(None, compilers))) else ())
     if machine not in ("x86_64", "amd64"):
         return ("arm" if machine in ("aarch64", "arm64") else machine), always
-    probes = {
-        "avx2": "_is_avx2_supported",
-        "avx512": "_is_avx512_supported",
-        "avx512_vnni": "_is_vnni_supported",
-        "avx512_bf16": "_is_avx512_bf16_supported",
-        "amx": "_is_amx_tile_supported",
-    }
-    features = frozenset(feature for feature, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)())
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        # ATEN_CPU_CAPABILITY can hold back what the machine has, and Inductor follows it.
-        features -= {"avx512", "avx512_vnni", "avx512_bf16", "amx"}
+    features = cpu_features()
     return _x86_arch(features), features | always
+
+
+# Instruction sets by the names of ``torch.cpu.get_capabilities``.
+_INSTRUCTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "avx2": ("avx2", "fma3"),
+        "avx_vnni": ("avx_vnni",),
+        "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+        "avx512_vbmi": ("avx512_vbmi",),
+        "avx512_vnni": ("avx512_vnni",),
+        "avx512_bf16": ("avx512_bf16",),
+        "amx": ("amx_tile", "amx_int8", "amx_bf16"),
+    }
+)
+# Of the machine's own, what is left where ATEN_CPU_CAPABILITY holds PyTorch back; Inductor follows it.
+_LEFT: Mapping[str, frozenset[str]] = MappingProxyType(
+    {"AVX512": frozenset(_INSTRUCTIONS), "AVX2": frozenset({"avx2", "avx_vnni"})}
+)
+
+
+def cpu_features() -> frozenset[str]:
+    """Instruction sets of this machine's CPU that PyTorch is let use, such as ``avx512_vnni``."""
+    has = torch.cpu.get_capabilities()
+    left = _LEFT.get(torch.backends.cpu.get_cpu_capability(), frozenset())
+    return frozenset(name for name, needed in _INSTRUCTIONS.items() if name in left and all(map(has.get, needed)))
 
 
 def _x86_arch(features: frozenset[str]) -> str:

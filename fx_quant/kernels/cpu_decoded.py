@@ -24,7 +24,7 @@ from fx_quant.kernels.base import (
     weight_scales,
 )
 from fx_quant.kernels.packing import packed_layout
-from fx_quant.native_decode import decoded_matmul, is_int4
+from fx_quant.native_decode import INT4_BYTES, decoded_matmul, is_int4
 from fx_quant.ops import MATMUL_TAGS, dequantize, dequantize_weight, register
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics
 
@@ -47,7 +47,7 @@ def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, b
 
 def unpacked(b: Tensor, n: int, k: int) -> Tensor:
     """Codes ``[k, n]`` of ``b`` in layout ``pairs`` or ``columns``, or two int4 codes to a byte of ``int4_words``."""
-    unpack = packed_layout("int4_words" if is_int4(b) else "pairs").unpack
+    unpack = packed_layout({1: "columns", 2: "pairs", INT4_BYTES: "int4_words"}[b.shape[-1]]).unpack
     assert unpack is not None
     return unpack(b, n, k // 2 if is_int4(b) else k).t()
 
@@ -56,7 +56,7 @@ for _name in ("cpu_decoded_bf16", "cpu_decoded_float32"):
     register(f"{_name}{KERNEL_SCHEMA}", _decoded, fake_kernel(_name), MATMUL_TAGS)
 
 _AVX512 = frozenset({"avx512", "cpp_compiler"})
-_BF16 = _AVX512 | {"avx512_bf16"}
+_BF16 = _AVX512 | {"avx512_bf16", "avx512_vbmi"}
 _F32, _HALF, _WIDE = torch.float32, torch.bfloat16, frozenset({torch.float32, torch.float16})
 
 for _suffix, _op, _floats, _features, _a_dtype, _by in (

@@ -81,6 +81,18 @@ def _codes_from_panels(packed: Tensor, n: int, k: int) -> Tensor:
     return _from_panels(packed.view(torch.uint8), n, k).view(packed.dtype)
 
 
+# Half a panel as ``decode_bf16.h`` reads it: quarters, lanes and columns, of which quarters and lanes change places.
+def _pairs(weight: Tensor) -> Tensor:
+    panels = _byte_panels(weight, 2)
+    columns = panels.view(torch.uint8).unflatten(2, (2, 2, 4, 4)).transpose(3, 4).flatten(2, 5)
+    return columns.contiguous().view(weight.dtype)
+
+
+def _from_pairs(packed: Tensor, n: int, k: int) -> Tensor:
+    columns = packed.view(torch.uint8).unflatten(2, (2, 4, 2, 4)).transpose(3, 4).flatten(2, 5)
+    return _from_panels(columns, n, k).view(packed.dtype)
+
+
 def _int4_words(weight: Tensor) -> Tensor:
     """``[n, k / 2]`` bytes (code + 8, even k low) -> ``[ceil(n/64), ceil(k/8), 64, 4]``; missing codes are 0."""
     n, pairs = weight.shape
@@ -133,16 +145,21 @@ for _layout in (
         unpack=_from_panels,
     ),
     # Codes that are decoded panel by panel: pairs along k where bfloat16 is multiplied, plain columns where float32 is.
-    *(
-        Layout(
-            name=name,
-            weights=CODE_DTYPES,
-            dtype=None,
-            shape=_panel_shape(group),
-            pack=partial(_byte_panels, group=group),
-            unpack=_codes_from_panels,
-        )
-        for name, group in (("pairs", 2), ("columns", 1))
+    Layout(
+        name="pairs",
+        weights=CODE_DTYPES,
+        dtype=None,
+        shape=_panel_shape(2),
+        pack=_pairs,
+        unpack=_from_pairs,
+    ),
+    Layout(
+        name="columns",
+        weights=CODE_DTYPES,
+        dtype=None,
+        shape=_panel_shape(1),
+        pack=partial(_byte_panels, group=1),
+        unpack=_codes_from_panels,
     ),
     # Two codes to a byte, so k counts bytes here.
     Layout(

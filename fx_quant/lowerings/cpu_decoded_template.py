@@ -50,7 +50,7 @@ extern "C" {{export_declaration}}
         static_assert(FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);
         for (int64_t m_start = share.row_begin; m_start < share.row_end; m_start += FXQ_CHUNK_ROWS) {
             const int64_t m_end = std::min(m_start + FXQ_CHUNK_ROWS, share.row_end);
-            const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, K);
+            const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, weight);
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
 """
     + N_START

@@ -97,9 +97,10 @@ extern "C" {{export_declaration}}
     + r"""                for (int64_t block = 0; block < blocks; block++) {
                     const int64_t m_start = chunk + rows * block / blocks;
                     const int64_t m_end = chunk + rows * (block + 1) / blocks;
+                    const auto columns = b + panel * panel_size;
+                    const FxqAhead ahead = fxq_ahead(block, blocks, columns, panel_size * sizeof(*b));
                     fxq_tile<{{dot.struct}}>(
-                        m_end - m_start, a + m_start * lda, lda, b + panel * panel_size, K, start + (m_start - chunk),
-                        acc);
+                        m_end - m_start, a + m_start * lda, lda, columns, K, start + (m_start - chunk), ahead, acc);
 """
     + STORE
     + r"""                }

@@ -1,6 +1,9 @@
 // bfloat16 by vdpbf16ps: pairs along k, summed in float32. Codes of eight bits are exact in it.
 
-#define FXQ_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#ifndef FXQ_MORE // instructions of who uses this
+#define FXQ_MORE ""
+#endif
+#define FXQ_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16" FXQ_MORE)))
 
 #include <immintrin.h>
 

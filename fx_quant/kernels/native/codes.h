@@ -1,6 +1,4 @@
 // How the codes of a weight are stored, and 32 of them as float32 or bfloat16.
-//
-// LEAST .. MOST are the codes; a code less a zero point between them is exact in bfloat16.
 
 #include <immintrin.h>
 
@@ -11,7 +9,6 @@
 namespace {
 
 struct FxqSigned {
-  static constexpr float LEAST = -128, MOST = 127;
   FXQ_INLINE static void floats(const uint8_t* p, __m512& low, __m512& high) {
     low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16))));
@@ -19,7 +16,6 @@ struct FxqSigned {
 };
 
 struct FxqUnsigned {
-  static constexpr float LEAST = 0, MOST = 255;
   FXQ_INLINE static void floats(const uint8_t* p, __m512& low, __m512& high) {
     low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16))));
@@ -29,7 +25,6 @@ struct FxqUnsigned {
 #ifdef FXQ_TABLE
 // FXQ_TABLE lists the 128 codes without a sign as bfloat16, in which each is exact; FXQ_MINUS_ZERO is the code 0x80.
 struct FxqFloat8 {
-  static constexpr float LEAST = 0, MOST = 0; // has no zero point
   FXQ_INLINE static __m512i words(const uint8_t* p) {
     alignas(64) static constexpr uint16_t table[128] = {FXQ_TABLE};
     const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -55,16 +50,6 @@ struct FxqFloat8 {
 #endif
 
 // code + 8 in half a byte: eight k of a column are the nibbles of one 32-bit word, even k from bit 0 on, odd from 16.
-struct FxqNibbles {
-  static constexpr float LEAST = -8, MOST = 7;
-  FXQ_INLINE static __m512 floats(__m512i word, int64_t k) {
-    const unsigned shift = static_cast<unsigned>(k % 2 * 16 + k / 2 * 4);
-    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(word, shift), _mm512_set1_epi32(15)));
-  }
-};
-
-FXQ_INLINE __m512 fxq_or(const float* p, int64_t i, float otherwise) {
-  return p == nullptr ? _mm512_set1_ps(otherwise) : _mm512_load_ps(p + i);
-}
+struct FxqNibbles {};
 
 } // namespace

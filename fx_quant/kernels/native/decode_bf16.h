@@ -1,84 +1,115 @@
-// Codes of a packed panel as pairs of bfloat16: [k / 2][64][2], what bf16.h multiplies.
+// Codes of a packed panel as pairs of bfloat16, in which each is exact: what bf16.h multiplies.
 //
-// decode() writes ``count`` k, rounded up to STEP, less the zero points of the 64 columns (null is 0), which lie between
-// CODES::LEAST and CODES::MOST. Bytes are packed as [k / 2][64][2] too.
+// columns() gives the 64 columns of DOT::GROUP = 2 k, those of part ``part`` of STEP k. Bytes are packed as
+// [k / 2][2 halves][4 lanes][2 quarters][4 columns][2]: within a lane of 16 bytes, interleaving makes neighbours of what
+// belongs together, and each register has 16 columns in order.
 
 namespace {
 
-template <typename CODES>
-FXQ_INLINE __m512i fxq_pairs(const uint8_t* p, __m512 zero_low, __m512 zero_high) {
-  __m512 low, high;
-  CODES::floats(p, low, high);
-  // The low half of the result is the second operand.
-  return reinterpret_cast<__m512i>(
-      _mm512_cvtne2ps_pbh(_mm512_sub_ps(high, zero_high), _mm512_sub_ps(low, zero_low)));
+constexpr uint16_t fxq_bf16_of(int i) {
+  int exponent = 0;
+  while (i >> (exponent + 1)) {
+    exponent++;
+  }
+  return i == 0 ? 0 : static_cast<uint16_t>((127 + exponent) << 7 | ((i << (7 - exponent)) & 0x7f));
 }
 
-template <typename CODES_>
-struct FxqDecode {
-  using CODES = CODES_;
-  static constexpr bool ROUNDS = true; // differences beyond 256
-  static constexpr int64_t STEP = 2;
-  static constexpr int64_t BYTES = 64; // of one k of a panel
+// The low and the high byte of 128 words.
+struct FxqBytes {
+  alignas(64) uint8_t low[128] = {}, high[128] = {};
+  template <typename F>
+  constexpr explicit FxqBytes(F word) {
+    for (int i = 0; i < 128; i++) {
+      low[i] = static_cast<uint8_t>(word(i));
+      high[i] = static_cast<uint8_t>(word(i) >> 8);
+    }
+  }
+  FXQ_INLINE static __m512i look_up(const uint8_t (&table)[128], __m512i code) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
+  }
+};
 
-  FXQ_TARGET static void decode(const uint8_t* p, int64_t count, const float* zero_point, const float*, uint16_t* out) {
-    __m512 zero[8];
-    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-#pragma GCC unroll 8
-    for (int q = 0; q < 8; q++) {
-      const __m512i lanes = _mm512_add_epi32(twice, _mm512_set1_epi32(q % 2 * 8));
-      zero[q] = _mm512_permutexvar_ps(lanes, fxq_or(zero_point, q / 2 * 16, 0.0f));
-    }
-    for (int64_t k = 0; k < count; k += 2, p += 128, out += 128) {
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; q++) {
-        _mm512_store_si512(out + q * 32, fxq_pairs<CODES>(p + q * 32, zero[2 * q], zero[2 * q + 1]));
-      }
-    }
+constexpr FxqBytes FXQ_INTEGERS(fxq_bf16_of);
+
+// Bytes of bfloat16 of 64 codes; ``low`` and ``high`` are those of the codes in the same places.
+template <typename CODES>
+struct FxqWords;
+
+template <>
+struct FxqWords<FxqSigned> {
+  FXQ_INLINE static void bytes(__m512i code, __m512i& low, __m512i& high) {
+    const __m512i least = _mm512_set1_epi8(static_cast<char>(0x80)), magnitude = _mm512_abs_epi8(code);
+    low = FxqBytes::look_up(FXQ_INTEGERS.low, magnitude);
+    const __m512i unsigned_high = FxqBytes::look_up(FXQ_INTEGERS.high, magnitude);
+    high = _mm512_ternarylogic_epi32(unsigned_high, code, least, 0xf8); // | (code & 0x80)
+    // -128 has the index of 0.
+    high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(code, least), _mm512_set1_epi8(static_cast<char>(0xc3)));
+  }
+};
+
+template <>
+struct FxqWords<FxqUnsigned> {
+  FXQ_INLINE static void bytes(__m512i code, __m512i& low, __m512i& high) {
+    // From 128 to 255 the exponent is the same, and the code less 128 is the mantissa.
+    const __mmask64 is_large = _mm512_movepi8_mask(code);
+    const __m512i small = FxqBytes::look_up(FXQ_INTEGERS.low, code);
+    low = _mm512_mask_sub_epi8(small, is_large, code, _mm512_set1_epi8(static_cast<char>(0x80)));
+    high = _mm512_mask_mov_epi8(FxqBytes::look_up(FXQ_INTEGERS.high, code), is_large, _mm512_set1_epi8(0x43));
   }
 };
 
 #ifdef FXQ_TABLE
+constexpr uint16_t FXQ_FLOATS[128] = {FXQ_TABLE};
+constexpr FxqBytes FXQ_FLOAT_BYTES([](int i) { return FXQ_FLOATS[i]; });
+
 template <>
-FXQ_INLINE __m512i fxq_pairs<FxqFloat8>(const uint8_t* p, __m512, __m512) {
-  return FxqFloat8::words(p);
-}
+struct FxqWords<FxqFloat8> {
+  FXQ_INLINE static void bytes(__m512i code, __m512i& low, __m512i& high) {
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    low = FxqBytes::look_up(FXQ_FLOAT_BYTES.low, code);
+    high = _mm512_ternarylogic_epi32(FxqBytes::look_up(FXQ_FLOAT_BYTES.high, code), code, sign, 0xf8);
+    if (FXQ_MINUS_ZERO != 0x8000) {
+      const __mmask64 special = _mm512_cmpeq_epi8_mask(code, sign);
+      low = _mm512_mask_mov_epi8(low, special, _mm512_set1_epi8(static_cast<char>(FXQ_MINUS_ZERO & 0xff)));
+      high = _mm512_mask_mov_epi8(high, special, _mm512_set1_epi8(static_cast<char>(FXQ_MINUS_ZERO >> 8)));
+    }
+  }
+};
 #endif
+
+template <typename CODES>
+struct FxqDecode {
+  static constexpr int64_t STEP = 2, PARTS = 1;
+  static constexpr int64_t BYTES = 64; // of one k of a panel
+
+  FXQ_INLINE static void columns(const uint8_t* p, int, __m512i (&out)[4]) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      __m512i low, high;
+      FxqWords<CODES>::bytes(_mm512_loadu_si512(p + half * 64), low, high);
+      out[half * 2] = _mm512_unpacklo_epi8(low, high);
+      out[half * 2 + 1] = _mm512_unpackhi_epi8(low, high);
+    }
+  }
+};
 
 template <>
 struct FxqDecode<FxqNibbles> {
-  using CODES = FxqNibbles;
-  static constexpr bool ROUNDS = true;
-  static constexpr int64_t STEP = 8;
+  static constexpr int64_t STEP = 8, PARTS = 4;
   static constexpr int64_t BYTES = 32;
 
-  // Codes and zero points are 0..15 here, so differences have five bits, by which a table of their values is indexed.
-  FXQ_TARGET static void decode(const uint8_t* p, int64_t count, const float* zero_point, const float*, uint16_t* out) {
+  FXQ_INLINE static void columns(const uint8_t* p, int part, __m512i (&out)[4]) {
+    // Five bits are looked up, of which the fifth is of the next code, so it must not matter.
     alignas(64) static constexpr uint16_t table[32] = {
-        // 0 .. 15, then -16 .. -1
-        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-        0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
-        0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110,
-        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+        0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+        0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
     };
-    const __m512i values = _mm512_load_si512(table), nibble = _mm512_set1_epi16(15);
-    __m512i less[4];
+    const __m512i values = _mm512_load_si512(table);
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; q++) {
-      const __m512i z = _mm512_cvtps_epi32(_mm512_add_ps(fxq_or(zero_point, q * 16, 0.0f), _mm512_set1_ps(8.0f)));
-      less[q] = _mm512_or_si512(z, _mm512_slli_epi32(z, 16));
-    }
-    for (int64_t k = 0; k < count; k += 8, p += 256, out += 512) {
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; q++) {
-        const __m512i word = _mm512_loadu_si512(p + q * 64);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-          const __m512i code = _mm512_and_si512(_mm512_srli_epi16(word, i * 4), nibble);
-          _mm512_store_si512(
-              out + i * 128 + q * 32, _mm512_permutexvar_epi16(_mm512_sub_epi16(code, less[q]), values));
-        }
-      }
+    for (int j = 0; j < 4; j++) {
+      const __m512i word = _mm512_srli_epi16(_mm512_loadu_si512(p + j * 64), static_cast<unsigned>(part * 4));
+      out[j] = _mm512_permutexvar_epi16(word, values);
     }
   }
 };

@@ -70,7 +70,7 @@ void fxq_decoded(
     alignas(64) float acc[FXQ_CHUNK_ROWS * FXQ_PANEL];
     for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
       const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
-      const FxqRows<Dot::A> some(a + chunk * lda, lda, rows, w.k);
+      const FxqRows<Dot::A> some(a + chunk * lda, lda, rows, w);
       for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
         fxq_panel<Dot, FxqDecode<FXQ_CODES>>(chunk, rows, some, w, panel, acc);
         const int64_t column = panel * FXQ_PANEL;

@@ -1,256 +1,148 @@
-// A float activation times a panel of a packed weight, which is decoded block by block as it is needed.
+// A float activation times a panel of a packed weight, whose codes are decoded in registers and never stored.
 //
-// acc[rows][64] = sum_j scale[j] * sum_{k in j} a[k] * (code[k] - zero_point[j]) over the groups j along k. A block of the
-// panel is decoded into the first-level cache once and multiplied by all rows that stream past it.
-
-#include <cstdlib>
+// acc[rows][64] = sum_j scale[j] * (sum_{k in j} a[k] * code[k] - zero_point[j] * sum_{k in j} a[k]) over the groups j
+// along k.
 
 namespace {
 
-// [n, k] weight in panels of 64 columns; factors of groups of ``group`` neighbours along k. ``row_scale`` is the
-// activation's: element (r, j) for row r and group j. Without groups there is no scale here.
-struct FxqWeight {
+constexpr int64_t FXQ_CHUNK_K = 2048; // k of a panel that all rows are multiplied by before the next: 64 or 128 KiB
+
+// acc[SETS][ROWS][64] += a[ROWS][STEP] x the STEP k of a panel at codes; parts take turns with the sets.
+template <typename DOT, typename DECODE, int ROWS, int SETS>
+FXQ_INLINE void fxq_step(
+    typename DOT::Vec (&acc)[SETS][ROWS][4], const typename DOT::A* a, int64_t lda, const uint8_t* codes) {
+#pragma GCC unroll 8
+  for (int part = 0; part < DECODE::PARTS; part++) {
+    __m512i columns[4];
+    DECODE::columns(codes, part, columns);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
+      int32_t lane;
+      std::memcpy(&lane, a + r * lda + part * DOT::GROUP, sizeof(lane));
+      const __m512i row = _mm512_set1_epi32(lane);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        acc[part % SETS][r][j] = DOT::dot(acc[part % SETS][r][j], columns[j], row);
+      }
+    }
+  }
+}
+
+// Part of a panel: k from begin to end, at codes, and the factors of its groups.
+struct FxqChunk {
+  int64_t begin, end;
   const uint8_t* codes;
-  int64_t n, k, group;
-  FxqFactor scale, zero_point;
-  const float* row_scale;
-  int64_t row_scale_stride, row_scale_group_stride;
+  alignas(64) float scales[FXQ_GROUPS][FXQ_PANEL];
+  alignas(64) float zero_points[FXQ_GROUPS][FXQ_PANEL];
 };
 
-constexpr int64_t FXQ_BLOCK = 128; // k that are decoded at once for many rows: 16 or 32 KiB
-constexpr int64_t FXQ_SHORT_BLOCK = 32; // and for few, which want what was decoded back at once
-constexpr int64_t FXQ_AHEAD = 4096; // bytes of codes that are asked for before they are needed
-constexpr int64_t FXQ_FEW_ROWS = 6; // up to here rows are read where they are
-
-// Rows of the activation, in blocks of FXQ_BLOCK along k. Many rows are copied, block after block: rows that are a power
-// of two apart would drive each other out of the caches.
-template <typename A>
-class FxqRows {
- public:
-  FxqRows(const A* a, int64_t lda, int64_t rows, int64_t k) : data_(a), stride_(lda), block_(FXQ_BLOCK) {
-    if (rows <= FXQ_FEW_ROWS) {
-      return;
-    }
-    const int64_t blocks = (k + FXQ_BLOCK - 1) / FXQ_BLOCK;
-    copy_ = static_cast<A*>(std::aligned_alloc(64, blocks * rows * FXQ_BLOCK * sizeof(A)));
-    if (copy_ == nullptr) {
-      return; // slower, and right
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      for (int64_t j = 0; j < blocks; j++) {
-        const int64_t count = std::min(FXQ_BLOCK, k - j * FXQ_BLOCK);
-        std::memcpy(copy_ + (j * rows + r) * FXQ_BLOCK, a + r * lda + j * FXQ_BLOCK, count * sizeof(A));
-      }
-    }
-    data_ = copy_;
-    stride_ = FXQ_BLOCK;
-    block_ = rows * FXQ_BLOCK;
-  }
-  FxqRows(const FxqRows&) = delete;
-  FxqRows& operator=(const FxqRows&) = delete;
-  ~FxqRows() {
-    std::free(copy_);
-  }
-  const A* at(int64_t row, int64_t k) const {
-    return data_ + k / FXQ_BLOCK * block_ + row * stride_ + k % FXQ_BLOCK;
-  }
-  int64_t stride() const {
-    return stride_;
-  }
-
- private:
-  const A* data_;
-  int64_t stride_, block_;
-  A* copy_ = nullptr;
-};
-
-// acc[ROWS][64] += row_scale * scale * (a x block); without scale the sums go on in the accumulators.
-template <typename DOT, int ROWS>
-FXQ_TARGET __attribute__((noinline)) void fxq_block_rows(
-    const typename DOT::A* a,
-    int64_t lda,
-    const typename DOT::B* block,
-    int64_t k,
-    const float* scale,
-    const float* row_scale,
-    int64_t row_scale_stride,
+// acc[ROWS][64] of the rows from ``row`` on, which are ``first`` + row.. of the activation, and one chunk.
+template <typename DOT, typename DECODE, int ROWS>
+FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
+    int64_t first,
+    int64_t row,
+    const FxqRows<typename DOT::A>& rows,
+    const FxqWeight& w,
+    const FxqChunk& chunk,
+    FxqAhead ahead,
     float* acc) {
-  typename DOT::Vec sum[ROWS][4];
+  // Of few rows a sum would wait for that of the part before.
+  constexpr int SETS = DECODE::PARTS > 1 && ROWS <= 2 ? 2 : 1;
+  const typename DOT::A* a = rows.data + row * rows.stride;
+  const uint8_t* codes = chunk.codes;
+  for (int64_t k = chunk.begin, i = 0; k < chunk.end; i++) {
+    const int64_t group = k / w.group, end = std::min(chunk.end, (group + 1) * w.group);
+    const bool begins = k == group * w.group;
+    typename DOT::Vec sum[SETS][ROWS][4];
+#pragma GCC unroll 2
+    for (int set = 0; set < SETS; set++) {
 #pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++) {
+      for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      sum[r][j] = scale == nullptr ? _mm512_load_ps(acc + r * FXQ_PANEL + j * 16) : _mm512_setzero_ps();
-    }
-  }
-  fxq_products<DOT, ROWS>(sum, a, lda, block, k);
-#pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      float* out = acc + r * FXQ_PANEL + j * 16;
-      __m512 value = sum[r][j];
-      if (scale != nullptr) {
-        if (row_scale != nullptr) {
-          value = _mm512_mul_ps(value, _mm512_set1_ps(row_scale[r * row_scale_stride]));
+        for (int j = 0; j < 4; j++) {
+          sum[set][r][j] = _mm512_setzero_ps();
         }
-        value = _mm512_fmadd_ps(value, _mm512_load_ps(scale + j * 16), _mm512_load_ps(out));
       }
-      _mm512_store_ps(out, value);
+    }
+    for (; k + DECODE::STEP <= end; k += DECODE::STEP) {
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < DECODE::STEP * DECODE::BYTES; line += 64) {
+        _mm_prefetch(ahead.at, _MM_HINT_T0);
+        ahead.at += ahead.step;
+      }
+      fxq_step<DOT, DECODE, ROWS, SETS>(sum, a + k, rows.stride, codes);
+      codes += DECODE::STEP * DECODE::BYTES;
+    }
+    if (k < end) {
+      typename DOT::A rest[ROWS][DECODE::STEP] = {};
+      for (int r = 0; r < ROWS; r++) {
+        std::memcpy(rest[r], a + r * rows.stride + k, (end - k) * sizeof(typename DOT::A));
+      }
+      fxq_step<DOT, DECODE, ROWS, SETS>(sum, rest[0], DECODE::STEP, codes);
+      codes += DECODE::STEP * DECODE::BYTES;
+      k = end;
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
+      const float* row_scale = w.row_scale == nullptr
+          ? nullptr
+          : w.row_scale + (first + row + r) * w.row_scale_stride + group * w.row_scale_group_stride;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        __m512 value = sum[0][r][j];
+        if (SETS == 2) {
+          value = _mm512_add_ps(value, sum[SETS - 1][r][j]);
+        }
+        if (w.zero_point.kind != FXQ_NONE && begins) {
+          const __m512 all = _mm512_set1_ps(rows.sum(row + r, group));
+          value = _mm512_fnmadd_ps(all, _mm512_load_ps(chunk.zero_points[i] + j * 16), value);
+        }
+        if (row_scale != nullptr) {
+          value = _mm512_mul_ps(value, _mm512_set1_ps(*row_scale));
+        }
+        float* out = acc + r * FXQ_PANEL + j * 16;
+        if (w.scale.kind != FXQ_NONE) {
+          value = _mm512_fmadd_ps(value, _mm512_load_ps(chunk.scales[i] + j * 16), _mm512_load_ps(out));
+        } else {
+          value = _mm512_add_ps(value, _mm512_load_ps(out));
+        }
+        _mm512_store_ps(out, value);
+      }
     }
   }
 }
 
-template <typename DOT>
-inline void fxq_block(
-    int64_t rows,
-    const typename DOT::A* a,
-    int64_t lda,
-    const typename DOT::B* block,
-    int64_t k,
-    const float* scale,
-    const float* row_scale,
-    int64_t row_scale_stride,
-    float* acc) {
-#define FXQ_CASE(ROWS) fxq_block_rows<DOT, ROWS>(a, lda, block, k, scale, row_scale, row_scale_stride, acc)
-  switch (rows) {
-    case 1: return FXQ_CASE(1);
-    case 2: return FXQ_CASE(2);
-    case 3: return FXQ_CASE(3);
-    case 4: return FXQ_CASE(4);
-    case 5: return FXQ_CASE(5);
-    default: return FXQ_CASE(6);
-  }
-#undef FXQ_CASE
-}
-
-inline float fxq_float(float value) {
-  return value;
-}
-inline float fxq_float(uint16_t bfloat16) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// Clamps zero_point[64] to the codes and says whether any lay beyond; rest[64] is what was cut off.
-template <typename CODES>
-FXQ_TARGET inline bool fxq_clamp(float* zero_point, float* rest) {
-  __mmask16 any = 0;
-  for (int64_t c = 0; c < FXQ_PANEL; c += 16) {
-    const __m512 whole = _mm512_load_ps(zero_point + c);
-    const __m512 within =
-        _mm512_min_ps(_mm512_max_ps(whole, _mm512_set1_ps(CODES::LEAST)), _mm512_set1_ps(CODES::MOST));
-    any |= _mm512_cmp_ps_mask(whole, within, _CMP_NEQ_UQ);
-    _mm512_store_ps(zero_point + c, within);
-    _mm512_store_ps(rest + c, _mm512_sub_ps(whole, within));
-  }
-  return any != 0;
-}
-
-// acc[rows][64] -= row_scale * scale * rest * sum_k a[k]: rare, as zero points are codes almost always.
-template <typename A>
-FXQ_TARGET __attribute__((noinline)) void fxq_take_off(
-    int64_t rows,
-    const A* a,
-    int64_t lda,
-    int64_t k,
-    const float* rest,
-    const float* scale,
-    const float* row_scale,
-    int64_t row_scale_stride,
-    float* acc) {
-  for (int64_t r = 0; r < rows; r++) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < k; i++) {
-      sum += fxq_float(a[r * lda + i]);
-    }
-    sum *= row_scale == nullptr ? 1.0f : row_scale[r * row_scale_stride];
-    for (int64_t c = 0; c < FXQ_PANEL; c++) {
-      acc[r * FXQ_PANEL + c] -= sum * rest[c] * (scale == nullptr ? 1.0f : scale[c]);
-    }
-  }
-}
-
-// acc[rows][64] of the rows ``a``, which are first.. of the activation; groups are multiples of DECODE::STEP.
+// acc[count][64] of rows that are first.. of the activation; groups are multiples of DECODE::STEP.
 template <typename DOT, typename DECODE>
 FXQ_TARGET __attribute__((noinline)) void fxq_panel(
-    int64_t first, int64_t rows, const FxqRows<typename DOT::A>& a, const FxqWeight& w, int64_t panel, float* acc) {
-  alignas(64) typename DOT::B block[FXQ_BLOCK * FXQ_PANEL];
-  alignas(64) float scales[FXQ_GROUPS][FXQ_PANEL], zero_points[FXQ_GROUPS][FXQ_PANEL];
-  alignas(64) float rests[FXQ_GROUPS][FXQ_PANEL];
-  bool has_rest[FXQ_GROUPS] = {};
-  const bool has_scale = w.scale.kind != FXQ_NONE, has_zero_point = w.zero_point.kind != FXQ_NONE;
-  // float32 holds a decoded value times its scale as well as the reference does: one rounding, and groups join.
-  const bool folds = sizeof(typename DOT::B) == sizeof(float) && w.row_scale == nullptr;
-  const int64_t groups = (w.k + w.group - 1) / w.group;
-  const int64_t depth = rows <= FXQ_FEW_ROWS ? FXQ_SHORT_BLOCK : FXQ_BLOCK;
-  const int64_t tiles = (rows + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
-  const uint8_t* codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
-  std::memset(acc, 0, rows * FXQ_PANEL * sizeof(float));
-  int64_t known = 0; // groups whose factors were read
-  for (int64_t begin = 0; begin < w.k;) {
-    const int64_t limit = std::min(w.k, (begin / depth + 1) * depth);
-    const int64_t group = begin / w.group;
-    const float* scale = nullptr;
-    int64_t end = begin;
-    do {
-      const int64_t j = end / w.group;
-      if (j >= known) {
-        const int64_t count = std::min(FXQ_GROUPS, groups - j);
-        fxq_read(w.scale, panel * FXQ_PANEL, w.n, j, count, scales);
-        fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, j, count, zero_points);
-        for (int64_t i = 0; DECODE::ROUNDS && has_zero_point && i < count; i++) {
-          has_rest[i] = fxq_clamp<typename DECODE::CODES>(zero_points[i], rests[i]);
-        }
-        known = j + count;
-      }
-      const int64_t count = std::min((j + 1) * w.group, limit) - end;
-      const float* of_group = has_scale ? scales[j % FXQ_GROUPS] : nullptr;
-      // Few rows wait for memory: decoding and multiplying take turns, which the hardware's prefetcher does not follow.
-      for (int64_t i = 0; i < count * DECODE::BYTES; i += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + end * DECODE::BYTES + FXQ_AHEAD + i), _MM_HINT_T0);
-      }
-      DECODE::decode(
-          codes + end * DECODE::BYTES,
-          count,
-          has_zero_point ? zero_points[j % FXQ_GROUPS] : nullptr,
-          folds ? of_group : nullptr,
-          block + (end - begin) * FXQ_PANEL);
-      scale = folds ? nullptr : of_group;
-      end += count;
-    } while (scale == nullptr && end < limit);
-    const float* row_scales = w.row_scale == nullptr
-        ? nullptr
-        : w.row_scale + first * w.row_scale_stride + group * w.row_scale_group_stride;
+    int64_t first, int64_t count, const FxqRows<typename DOT::A>& rows, const FxqWeight& w, int64_t panel, float* acc) {
+  const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+  FxqChunk chunk;
+  chunk.codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
+  std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
+  for (chunk.begin = 0; chunk.begin < w.k; chunk.begin = chunk.end) {
+    // Whole groups, or part of one.
+    const int64_t groups = std::min(FXQ_GROUPS, FXQ_CHUNK_K / w.group);
+    const int64_t group = chunk.begin / w.group, last = groups ? (group + groups) * w.group : chunk.begin + FXQ_CHUNK_K;
+    chunk.end = std::min(w.k, groups ? last : std::min(last, (group + 1) * w.group));
+    const int64_t read = (chunk.end - 1) / w.group - group + 1;
+    fxq_read(w.scale, panel * FXQ_PANEL, w.n, group, read, chunk.scales);
+    fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, group, read, chunk.zero_points);
+    const int64_t bytes = (chunk.end - chunk.begin + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP * DECODE::BYTES;
     for (int64_t tile = 0; tile < tiles; tile++) {
-      const int64_t r = rows * tile / tiles;
-      const float* row_scale = row_scales == nullptr ? nullptr : row_scales + r * w.row_scale_stride;
-      fxq_block<DOT>(
-          rows * (tile + 1) / tiles - r,
-          a.at(r, begin),
-          a.stride(),
-          block,
-          end - begin,
-          scale,
-          row_scale,
-          w.row_scale_stride,
-          acc + r * FXQ_PANEL);
+      const int64_t row = count * tile / tiles;
+      const FxqAhead ahead = fxq_ahead(tile, tiles, chunk.codes, bytes);
+      float* out = acc + row * FXQ_PANEL;
+      switch (count * (tile + 1) / tiles - row) {
+        case 1: fxq_chunk_rows<DOT, DECODE, 1>(first, row, rows, w, chunk, ahead, out); break;
+        case 2: fxq_chunk_rows<DOT, DECODE, 2>(first, row, rows, w, chunk, ahead, out); break;
+        case 3: fxq_chunk_rows<DOT, DECODE, 3>(first, row, rows, w, chunk, ahead, out); break;
+        case 4: fxq_chunk_rows<DOT, DECODE, 4>(first, row, rows, w, chunk, ahead, out); break;
+        case 5: fxq_chunk_rows<DOT, DECODE, 5>(first, row, rows, w, chunk, ahead, out); break;
+        default: fxq_chunk_rows<DOT, DECODE, 6>(first, row, rows, w, chunk, ahead, out);
+      }
     }
-    if (has_rest[group % FXQ_GROUPS]) {
-      fxq_take_off(
-          rows,
-          a.at(0, begin),
-          a.stride(),
-          end - begin,
-          rests[group % FXQ_GROUPS],
-          scale,
-          row_scales,
-          w.row_scale_stride,
-          acc);
-    }
-    begin = end;
+    chunk.codes += bytes;
   }
 }
 

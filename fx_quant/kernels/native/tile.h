@@ -20,6 +20,26 @@ constexpr int64_t FXQ_PANEL = 64;
 constexpr int64_t FXQ_TILE_ROWS = 6;    // 6 x 4 accumulators + 4 of b + 1 of a <= 32 registers
 constexpr int64_t FXQ_CHUNK_ROWS = 384; // rows that stream past a panel while it is in cache
 
+// What is asked for before it is needed: ``step`` bytes from ``at`` on for each line of a panel that is read.
+struct FxqAhead {
+  const char* at;
+  int64_t step;
+};
+
+constexpr int64_t FXQ_AHEAD = 8192; // bytes that a stream from memory is ahead of what is multiplied
+
+// One block of rows waits for memory, so it asks for what follows in its own stream. Several blocks read ``bytes`` of a
+// panel again and again from cache, and the first four ask for those that come next, in equal parts.
+inline FxqAhead fxq_ahead(int64_t block, int64_t blocks, const void* panel, int64_t bytes) {
+  const char* at = static_cast<const char*>(panel);
+  if (blocks == 1) {
+    return {at + FXQ_AHEAD, 64};
+  }
+  const int64_t quarters = blocks == 2 || (blocks == 3 && block == 0) ? 2 : block < 4 ? 1 : 0;
+  const int64_t first = blocks == 2 ? block * 2 : blocks == 3 && block > 0 ? block + 1 : block;
+  return quarters ? FxqAhead{at + bytes + first * (bytes / 4), quarters * 16} : FxqAhead{at, 0};
+}
+
 // acc[ROWS][4 registers of 16 columns] += a[ROWS][k] x panel
 template <typename DOT, int ROWS>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
@@ -27,7 +47,8 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
     const typename DOT::A* a,
     int64_t lda,
     const typename DOT::B* panel,
-    int64_t k) {
+    int64_t k,
+    FxqAhead ahead) {
   constexpr int64_t GROUP = DOT::GROUP;
   const int64_t whole = k / GROUP;
   const char* b = reinterpret_cast<const char*>(panel);
@@ -36,6 +57,12 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       columns[j] = _mm512_loadu_si512(b + j * 64);
+    }
+    // Two of the four lines: of one row or two, that the hardware asks for in time, none.
+    if (ROWS > 2) {
+      _mm_prefetch(ahead.at, _MM_HINT_T0);
+      _mm_prefetch(ahead.at + 64, _MM_HINT_T0);
+      ahead.at += 4 * ahead.step;
     }
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
@@ -71,6 +98,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
     const typename DOT::B* panel,
     int64_t k,
     const typename DOT::Acc* start,
+    FxqAhead ahead,
     typename DOT::Acc* out) {
   typename DOT::Vec acc[ROWS][4];
 #pragma GCC unroll 6
@@ -80,7 +108,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
       acc[r][j] = DOT::splat(start[r]);
     }
   }
-  fxq_products<DOT, ROWS>(acc, a, lda, panel, k);
+  fxq_products<DOT, ROWS>(acc, a, lda, panel, k, ahead);
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 4
@@ -98,14 +126,15 @@ inline void fxq_tile(
     const typename DOT::B* panel,
     int64_t k,
     const typename DOT::Acc* start,
+    FxqAhead ahead,
     typename DOT::Acc* out) {
   switch (rows) {
-    case 1: return fxq_tile_rows<DOT, 1>(a, lda, panel, k, start, out);
-    case 2: return fxq_tile_rows<DOT, 2>(a, lda, panel, k, start, out);
-    case 3: return fxq_tile_rows<DOT, 3>(a, lda, panel, k, start, out);
-    case 4: return fxq_tile_rows<DOT, 4>(a, lda, panel, k, start, out);
-    case 5: return fxq_tile_rows<DOT, 5>(a, lda, panel, k, start, out);
-    default: return fxq_tile_rows<DOT, 6>(a, lda, panel, k, start, out);
+    case 1: return fxq_tile_rows<DOT, 1>(a, lda, panel, k, start, ahead, out);
+    case 2: return fxq_tile_rows<DOT, 2>(a, lda, panel, k, start, ahead, out);
+    case 3: return fxq_tile_rows<DOT, 3>(a, lda, panel, k, start, ahead, out);
+    case 4: return fxq_tile_rows<DOT, 4>(a, lda, panel, k, start, ahead, out);
+    case 5: return fxq_tile_rows<DOT, 5>(a, lda, panel, k, start, ahead, out);
+    default: return fxq_tile_rows<DOT, 6>(a, lda, panel, k, start, ahead, out);
   }
 }
 

@@ -1,0 +1,59 @@
+// A packed weight, and rows of an activation as the panels of such a weight want them.
+
+#include <vector>
+
+namespace {
+
+// [n, k] weight in panels of 64 columns; factors of groups of ``group`` neighbours along k. ``row_scale`` is the
+// activation's: element (r, j) for row r and group j. Without groups there is no scale here.
+struct FxqWeight {
+  const uint8_t* codes;
+  int64_t n, k, group;
+  FxqFactor scale, zero_point;
+  const float* row_scale;
+  int64_t row_scale_stride, row_scale_group_stride;
+};
+
+inline float fxq_float(float value) {
+  return value;
+}
+inline float fxq_float(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// Rows of an activation. What a zero point is multiplied by, their sums over the groups along k, is known beforehand.
+template <typename A>
+class FxqRows {
+ public:
+  FxqRows(const A* a, int64_t lda, int64_t rows, const FxqWeight& w)
+      : data(a), stride(lda), groups_((w.k + w.group - 1) / w.group) {
+    if (w.zero_point.kind == FXQ_NONE) {
+      return;
+    }
+    sums_.resize(rows * groups_);
+    for (int64_t r = 0; r < rows; r++) {
+      for (int64_t j = 0; j < groups_; j++) {
+        float sum = 0.0f;
+        for (int64_t k = j * w.group; k < std::min(w.k, (j + 1) * w.group); k++) {
+          sum += fxq_float(a[r * lda + k]);
+        }
+        sums_[r * groups_ + j] = sum;
+      }
+    }
+  }
+  float sum(int64_t row, int64_t group) const {
+    return sums_[row * groups_ + group];
+  }
+
+  const A* const data;
+  const int64_t stride;
+
+ private:
+  int64_t groups_;
+  std::vector<float> sums_;
+};
+
+} // namespace
