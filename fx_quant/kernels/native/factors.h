@@ -18,6 +18,11 @@ struct FxqFactor {
 
 constexpr int64_t FXQ_GROUPS = 16; // groups that are read at once
 
+// Where the factors of a row of the weight are: rows of their own, mostly, and a division takes as long as a read.
+inline int64_t fxq_row(const FxqFactor& f, int64_t row) {
+  return (f.rows == 1 ? row : row / f.rows) * f.row_stride;
+}
+
 FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const float* p, __mmask16 mask) {
   return _mm512_maskz_loadu_ps(mask, p);
 }
@@ -36,7 +41,7 @@ FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const int64_t* 
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
-FXQ_TARGET inline void fxq_transpose(__m512 (&r)[16]) {
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_transpose(__m512 (&r)[16]) {
   __m512 t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
@@ -70,16 +75,19 @@ template <typename T>
 FXQ_TARGET __attribute__((noinline)) void fxq_read(
     const FxqFactor& f, int64_t column, int64_t n, int64_t first, int64_t count, float (*out)[64]) {
   const T* data = static_cast<const T*>(f.data) + first * f.group_stride;
-  const auto row = [&](int64_t c) { return data + std::min(column + c, n - 1) / f.rows * f.row_stride; };
+  const auto row = [&](int64_t c) { return fxq_row(f, std::min(column + c, n - 1)); };
   if (f.group_stride != 1 || count == 1) {
+    const bool adjacent = f.rows == 1 && f.row_stride == 1 && column + 64 <= n;
     for (int64_t j = 0; j < count; j++) {
-      if (f.rows == 1 && f.row_stride == 1 && column + 64 <= n) {
+      const T* group = data + j * f.group_stride;
+      if (adjacent) {
+#pragma GCC unroll 4
         for (int64_t c = 0; c < 64; c += 16) {
-          _mm512_store_ps(out[j] + c, fxq_load(row(c) + j * f.group_stride, 0xffff));
+          _mm512_store_ps(out[j] + c, fxq_load(group + column + c, 0xffff));
         }
       } else {
         for (int64_t c = 0; c < 64; c++) {
-          out[j][c] = static_cast<float>(row(c)[j * f.group_stride]);
+          out[j][c] = static_cast<float>(group[row(c)]);
         }
       }
     }
@@ -88,11 +96,13 @@ FXQ_TARGET __attribute__((noinline)) void fxq_read(
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
   for (int64_t c = 0; c < 64; c += 16) {
     __m512 r[16];
+#pragma GCC unroll 16
     for (int64_t i = 0; i < 16; i++) {
-      r[i] = fxq_load(row(c + i), mask);
+      r[i] = fxq_load(data + row(c + i), mask);
     }
     fxq_transpose(r);
-    for (int64_t j = 0; j < count; j++) {
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < 16; j++) {
       _mm512_store_ps(out[j] + c, r[j]);
     }
   }

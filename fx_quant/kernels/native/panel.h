@@ -28,9 +28,9 @@ FXQ_INLINE void fxq_step(
   }
 }
 
-// Part of a panel: k from begin to end, at codes, and the factors of its groups.
+// Part of a panel: k from begin to end, at codes, and the factors of its groups, the first of which is ``group``.
 struct FxqChunk {
-  int64_t begin, end;
+  int64_t begin, end, group;
   const uint8_t* codes;
   alignas(64) float scales[FXQ_GROUPS][FXQ_PANEL];
   alignas(64) float zero_points[FXQ_GROUPS][FXQ_PANEL];
@@ -50,8 +50,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
   constexpr int SETS = DECODE::PARTS > 1 && ROWS <= 2 ? 2 : 1;
   const typename DOT::A* a = rows.data + row * rows.stride;
   const uint8_t* codes = chunk.codes;
-  for (int64_t k = chunk.begin, i = 0; k < chunk.end; i++) {
-    const int64_t group = k / w.group, end = std::min(chunk.end, (group + 1) * w.group);
+  int64_t k = chunk.begin, group = chunk.group;
+  for (int64_t i = 0; k < chunk.end; i++, group++) {
+    const int64_t end = std::min(chunk.end, (group + 1) * w.group);
     const bool begins = k == group * w.group;
     typename DOT::Vec sum[SETS][ROWS][4];
 #pragma GCC unroll 2
@@ -117,17 +118,19 @@ template <typename DOT, typename DECODE>
 FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     int64_t first, int64_t count, const FxqRows<typename DOT::A>& rows, const FxqWeight& w, int64_t panel, float* acc) {
   const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+  const int64_t groups = std::min(FXQ_GROUPS, FXQ_CHUNK_K / w.group);
   FxqChunk chunk;
   chunk.codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
   std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
   for (chunk.begin = 0; chunk.begin < w.k; chunk.begin = chunk.end) {
     // Whole groups, or part of one.
-    const int64_t groups = std::min(FXQ_GROUPS, FXQ_CHUNK_K / w.group);
-    const int64_t group = chunk.begin / w.group, last = groups ? (group + groups) * w.group : chunk.begin + FXQ_CHUNK_K;
-    chunk.end = std::min(w.k, groups ? last : std::min(last, (group + 1) * w.group));
-    const int64_t read = (chunk.end - 1) / w.group - group + 1;
-    fxq_read(w.scale, panel * FXQ_PANEL, w.n, group, read, chunk.scales);
-    fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, group, read, chunk.zero_points);
+    chunk.group = chunk.begin / w.group;
+    chunk.end = groups ? (chunk.group + groups) * w.group
+                       : std::min(chunk.begin + FXQ_CHUNK_K, (chunk.group + 1) * w.group);
+    chunk.end = std::min(chunk.end, w.k);
+    const int64_t read = (chunk.end - 1) / w.group - chunk.group + 1;
+    fxq_read(w.scale, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.scales);
+    fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.zero_points);
     const int64_t bytes = (chunk.end - chunk.begin + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP * DECODE::BYTES;
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t row = count * tile / tiles;
