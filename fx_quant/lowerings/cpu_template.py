@@ -94,7 +94,14 @@ extern "C" {{export_declaration}}
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
 """
     + N_START
-    + r"""                for (int64_t block = 0; block < blocks; block++) {
+    + r"""                // Nothing else asks for these before they are read, after the panel: they would be waited for.
+                if (blocks == 1) {
+                    fxq_expect(b + (panel + 1) * panel_size, FXQ_AHEAD);
+{%- for name, size in template.columns(kernel, epilogue_nodes) %}
+                    fxq_expect({{name}} + n_start, 64 * {{size}});
+{%- endfor %}
+                }
+                for (int64_t block = 0; block < blocks; block++) {
                     const int64_t m_start = chunk + rows * block / blocks;
                     const int64_t m_end = chunk + rows * (block + 1) / blocks;
                     const auto columns = b + panel * panel_size;
@@ -178,6 +185,22 @@ class TileTemplate(CppTemplate):
                 **inputs,
                 **self.arguments(inputs),
             )
+
+    def columns(self, kernel: CppTemplateKernel, nodes: list[ir.Buffer]) -> list[tuple[str, int]]:
+        """Name in the kernel and bytes of an element of what the epilogue reads once for each column."""
+        names = OrderedSet(name for node in nodes for name in node.get_read_names())
+        vectors = [V.graph.try_get_buffer(name) for name in names]
+        return [
+            (kernel.args.input(buffer.get_name()), buffer.get_dtype().itemsize)
+            for buffer in vectors
+            if isinstance(buffer, (ir.Buffer, ir.TensorBox)) and _is_vector(buffer, self.n)
+        ]
+
+
+def _is_vector(x: ir.Buffer | ir.TensorBox, n: int) -> bool:
+    """Whether ``x`` is ``n`` neighbours in memory."""
+    *others, last = x.get_size()
+    return last == n and all(size == 1 for size in others) and x.get_stride()[-1] == 1
 
 
 class _TileReads(WrapperHandler):

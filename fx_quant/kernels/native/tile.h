@@ -40,6 +40,13 @@ inline FxqAhead fxq_ahead(int64_t block, int64_t blocks, const void* panel, int6
   return quarters ? FxqAhead{at + bytes + first * (bytes / 4), quarters * 16} : FxqAhead{at, 0};
 }
 
+// Asks for ``bytes`` from p on, which are wanted after the panel that comes first.
+inline void fxq_expect(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T1);
+  }
+}
+
 // acc[ROWS][4 registers of 16 columns] += a[ROWS][k] x panel
 template <typename DOT, int ROWS>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
