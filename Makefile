@@ -24,7 +24,7 @@ help:
 	@echo "make test          the tests"
 	@echo "make lint          formatting, lint and types"
 	@echo "make bench         the demo's models, timed"
-	@echo "make bench-cpu     quantized linears on this CPU against every peer, timed (hours; ARGS=--quick: some minutes)"
+	@echo "make bench-cpu     quantized linears on this CPU against every peer (hours; ARGS=--quick takes some minutes)"
 	@echo "make bench-eager   single quantized linears without torch.compile, timed (some minutes)"
 	@echo "make bench-passes  what share of a Llama's compile the passes take (many minutes)"
 	@echo "make dialects      what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"

@@ -17,11 +17,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import cpu_models
 import cpu_table
 from cpu_cases import KINDS, ROWS, SHAPES, Case
 from cpu_measure import Settings
@@ -75,12 +76,24 @@ def parser() -> argparse.ArgumentParser:
         "--static", action="store_true", help="compile each way for each m, ours and plain Inductor too"
     )
     linears.add_argument("--seconds", type=float, help="least time of a row (default: 2, quick 1)")
-    linears.add_argument("--cpu-time", action="store_true", help="the thread's own time, not the clock's; one thread")
+    linears.add_argument("--cpu-time", action="store_true", help="time of the processor, not of the clock; one thread")
     linears.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
     linears.add_argument("--timeout", type=float, default=900, help="seconds that a case may take (default: 900)")
     linears.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/linears.json)")
     linears.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG or SVG (needs matplotlib)")
-    table = commands.add_parser("table", help="print what earlier runs of linears wrote")
+    models = commands.add_parser("models", help="whole models")
+    models.add_argument("--models", nargs="+", choices=tuple(cpu_models.WORKLOADS), default=["decoder", "minilm"])
+    variants = tuple(cpu_models.VARIANTS)
+    models.add_argument(
+        "--variants", nargs="+", choices=variants, default=variants, metavar="NAME", help=", ".join(variants)
+    )
+    models.add_argument("--threads", nargs="+", type=positive, default=[1], help="default: 1")
+    models.add_argument("--layers", type=positive, default=6, help="of the decoder (default: 6)")
+    models.add_argument("--seconds", type=float, default=5.0, help="least time of a phase (default: 5)")
+    models.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
+    models.add_argument("--timeout", type=float, default=1200, help="seconds that a variant may take (default: 1200)")
+    models.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/models.json)")
+    table = commands.add_parser("table", help="print what earlier runs wrote")
     table.add_argument("files", nargs="+", type=Path)
     table.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG or SVG (needs matplotlib)")
     return parser
@@ -98,24 +111,30 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def run_case(case: Case, settings: Settings, timeout: float) -> list[dict[str, Any]] | str:
-    """The rows of ``case``, measured in a process of its own; or why there are none."""
+def in_process(script: str, asked: Mapping[str, Any], threads: int, timeout: float) -> dict[str, Any] | str:
+    """What ``script`` of this folder writes back into the file of what was ``asked``; or why it did not."""
     with tempfile.TemporaryDirectory() as folder:
-        path, log = Path(folder) / "case.json", Path(folder) / "log"
-        path.write_text(json.dumps({"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings)}))
+        path, log = Path(folder) / "asked.json", Path(folder) / "log"
+        path.write_text(json.dumps(asked))
         # The runtimes' thread pools read it when they are loaded; torch is told again.
-        env = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(HERE / "cpu_measure.py"), str(path)]
-        with log.open("w") as errors:
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        if script == "cpu_models.py":
+            env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")  # a compile time is that of a first compile
+        with log.open("w") as said:
             try:
-                done = subprocess.run(command, env=env, timeout=timeout, stdout=errors, stderr=errors, check=False)
+                done = subprocess.run(
+                    [sys.executable, str(HERE / script), str(path)],
+                    env=env,
+                    timeout=timeout,
+                    stdout=said,
+                    stderr=said,
+                    check=False,
+                )
             except subprocess.TimeoutExpired:
-                return f"{case}: took more than {timeout:.0f} s; allow more with --timeout"
-        said = log.read_text()
-        found = json.loads(path.read_text()) if done.returncode == 0 else {}
-        if "rows" not in found:
-            return f"{case}: the process ended with {done.returncode}:\n{said[-2000:]}"
-        return found["rows"]
+                return f"took more than {timeout:.0f} s; allow more with --timeout"
+        if done.returncode:
+            return f"the process ended with {done.returncode}:\n{log.read_text()[-2000:]}"
+        return json.loads(path.read_text())
 
 
 def linears(options: argparse.Namespace) -> int:
@@ -132,22 +151,49 @@ def linears(options: argparse.Namespace) -> int:
     failures: list[str] = []
     asked = cases(options)
     path = options.json or RESULTS / "linears.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     for i, case in enumerate(asked):
         print(f"{i + 1} of {len(asked)}: {case}", file=sys.stderr, flush=True)
-        found = run_case(case, settings, options.timeout)
+        both = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings)}
+        found = in_process("cpu_measure.py", both, case.threads, options.timeout)
         if isinstance(found, str):
-            print(found, file=sys.stderr, flush=True)
-            failures.append(found)
+            failures.append(f"{case}: {found}")
+            print(failures[-1], file=sys.stderr, flush=True)
             continue
-        rows += found
-        result = {"machine": machine(*PACKAGES), "settings": dataclasses.asdict(settings), "rows": rows}
-        path.write_text(json.dumps(result, indent=1) + "\n")  # after each case: a long run may be stopped
+        rows += found["rows"]
+        write(path, rows, settings=dataclasses.asdict(settings))
     print(described(machine(*PACKAGES)))
     report(rows, options.plot)
     for failure in failures:
         print(f"failed: {failure}")
     return 1 if failures else 0
+
+
+def models(options: argparse.Namespace) -> int:
+    """Run the variants of the models, print and write what they gave."""
+    rows: list[dict[str, Any]] = []
+    failures = 0
+    asked = list(product(options.threads, options.models, options.variants))
+    for i, (threads, model, name) in enumerate(asked):
+        print(f"{i + 1} of {len(asked)}: {model}, {name}, threads {threads}", file=sys.stderr, flush=True)
+        what = {"model": model, "name": name, "threads": threads, "layers": options.layers}
+        what |= {"seconds": options.seconds, "lock": options.lock}
+        found = in_process("cpu_models.py", what, threads, options.timeout)
+        if isinstance(found, str):
+            failures += 1
+            print(found, file=sys.stderr, flush=True)
+            found = {"model": model, "variant": name, "threads": threads, "layers": options.layers}
+            found["status"] = "failed: see the standard error"
+        rows.append(found)
+        write(options.json or RESULTS / "models.json", rows)
+    print(described(machine(*PACKAGES)))
+    print(f"\n{cpu_models.table(rows)}")
+    return 1 if failures else 0
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], **about: Any) -> None:
+    """Machine and rows as JSON; called after each process, since a long run may be stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(*PACKAGES), **about, "rows": rows}, indent=1) + "\n")
 
 
 def report(rows: Sequence[cpu_table.Row], picture: Path | None) -> None:
@@ -163,8 +209,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser()
     options = command.parse_args(arguments)
     if options.command == "table":
-        report([row for file in options.files for row in json.loads(file.read_text())["rows"]], options.plot)
+        rows = [row for file in options.files for row in json.loads(file.read_text())["rows"]]
+        whole = [row for row in rows if "variant" in row]
+        if whole:
+            print(cpu_models.table(whole))
+        if len(whole) < len(rows):
+            report([row for row in rows if "variant" not in row], options.plot)
         return 0
+    if options.command == "models":
+        return models(options)
     if options.cpu_time and options.threads != [1]:
         command.error("--cpu-time is for one thread; say --threads 1")
     return linears(options)

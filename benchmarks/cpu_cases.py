@@ -121,17 +121,23 @@ class Operands:
 
 def make_operands(kind: Kind, dtype: str, n: int, k: int, seed: int) -> Operands:
     """A normal weight ``[n, k]`` of variance ``1 / k`` in the scheme of ``kind``."""
-    scheme, generator = kind.parse(dtype), torch.Generator().manual_seed(seed)
-    found = quantize_weight(torch.randn(n, k, generator=generator) / k**0.5, scheme.weight)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator) / k**0.5
+    return operands_of(kind, dtype, weight, torch.randn(n, generator=generator) / 10 if kind.bias else None)
+
+
+def operands_of(kind: Kind, dtype: str, weight: Tensor, bias: Tensor | None) -> Operands:
+    """The linear of a float ``weight [n, k]``, quantized in the scheme of ``kind`` for activations of ``dtype``."""
+    scheme, k = kind.parse(dtype), weight.shape[1]
+    found = quantize_weight(weight, scheme.weight)
     codes, zero_point, scale, block = found.codes, found.zero_point, found.scale, weight_block(scheme)
     if scheme.weight.dtype in INT4_DTYPES:
         codes = pack_int4(codes)
         zero_point = None if zero_point is None else (zero_point - 8).to(torch.int8)
     if block is None and scale.numel() > 1:
         scale = scale.flatten()
-    bias = torch.randn(n, generator=generator) / 10 if kind.bias else None
-    weight = dequantize_weight(codes.t(), k, scale.reshape(-1) if block is None else scale, zero_point, block).t()
-    return Operands(scheme, codes, scale, zero_point, block, weight.contiguous(), bias)
+    decoded = dequantize_weight(codes.t(), k, scale.reshape(-1) if block is None else scale, zero_point, block).t()
+    return Operands(scheme, codes, scale, zero_point, block, decoded.contiguous(), bias)
 
 
 def layers_needed(nbytes: int, cache: int) -> int:

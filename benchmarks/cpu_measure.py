@@ -33,7 +33,7 @@ from cpu_cases import (
     relative_error,
 )
 from cpu_peers import Call, Way
-from cpu_ways import chosen
+from cpu_ways import ALWAYS, chosen
 from torch import Tensor
 
 Found = TypeVar("Found", Case, "Settings")
@@ -47,7 +47,8 @@ class Settings:
 
     Args:
         seconds: least time of the rounds of one row.
-        cpu_time: the thread's own time instead of the clock's.
+        cpu_time: the time of the process instead of the clock's, which neighbours do not lengthen. It is not that of
+            the thread, since some runtimes run one of their own.
         peers: families, or ``all`` or ``torch``.
         quick: only the ways that are marked so.
         static: compile every way for each number of rows.
@@ -83,6 +84,7 @@ class Entry:
     once: float = 0.0
     error: float | None = None
     status: str = "ok"
+    another: bool = False
 
 
 def _group(case: Case, *, wide: bool) -> list[int]:
@@ -126,7 +128,7 @@ def _prepare_way(
     call: Call | None = None
     static = way.per_m or settings.static
     for m in rows:
-        entry = found[m][way.name] = Entry()
+        entry = found[m][way.name] = Entry(another=way.another)
         cliff = _cliff(found, way.name, m)
         if cliff is not None:
             entry.status = f"skipped: over {SLOW} times as slow as fx_quant at m = {cliff}"
@@ -161,6 +163,8 @@ def failure(error: Exception) -> str:
 
 def _cliff(found: dict[int, dict[str, Entry]], name: str, m: int) -> int | None:
     """The fewer rows at which the way ``name`` was hopelessly slow, if it was."""
+    if name in ALWAYS:
+        return None
     for fewer in sorted(each for each in found if each < m):
         entry, ours = found[fewer].get(name), found[fewer].get("fx_quant")
         if entry and ours and entry.once > SLOW * ours.once > 0:
@@ -175,7 +179,7 @@ def timed(
 
     What takes over ``SLOW`` times the median of its first call is left at that call.
     """
-    clock = time.thread_time if settings.cpu_time else time.perf_counter
+    clock = time.process_time if settings.cpu_time else time.perf_counter
     runs = {name: entry.run for name, entry in entries.items() if entry.run is not None}
     usual = statistics.median(entries[name].once for name in runs)
     once = {name: entries[name].once for name in runs if entries[name].once > SLOW * usual}
@@ -234,6 +238,7 @@ def measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
             name: {
                 "status": entry.status,
                 "error": entry.error,
+                "another": entry.another,
                 "ms": 1e3 * seconds[name] / used if name in seconds else None,
             }
             for name, entry in found[m].items()

@@ -47,6 +47,7 @@ class Way:
         exact: it must give the scheme's result; otherwise the float product, up to the activation's quantization.
         per_m: finish it for each number of rows, which stays static.
         quick: belongs to the short benchmark.
+        another: it quantizes an activation that the scheme leaves float, so it is shown, but is no rival.
         dtypes: of the activation.
     """
 
@@ -58,6 +59,7 @@ class Way:
     exact: bool = True
     per_m: bool = False
     quick: bool = True
+    another: bool = False
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     def runs(self, case: Case) -> bool:

@@ -27,8 +27,12 @@ def milliseconds(row: Row, name: str) -> float | None:
 
 
 def best_peer(row: Row) -> tuple[str, float] | None:
-    """``(name, ms)`` of the fastest other way that was right; None where none was."""
-    peers = {name: ms for name in row["ways"] if name != OURS and (ms := milliseconds(row, name)) is not None}
+    """``(name, ms)`` of the fastest other way that was right; None where none was.
+
+    What quantizes an activation that the scheme leaves float is not asked: it computes something else.
+    """
+    rivals = (name for name, way in row["ways"].items() if name != OURS and not way.get("another"))
+    peers = {name: ms for name in rivals if (ms := milliseconds(row, name)) is not None}
     return min(peers.items(), key=lambda peer: peer[1]) if peers else None
 
 
@@ -131,7 +135,7 @@ def _state(way: Mapping[str, Any] | None) -> str:
     if way is None:
         return ""
     if way["status"] == "ok":
-        return f"{way['ms']:.3f}"
+        return f"{way['ms']:.3f}{' (int8 activation)' * bool(way.get('another'))}"
     return f"wrong ({way['error']:.2g})" if way["status"] == "wrong" else way["status"][:60]
 
 

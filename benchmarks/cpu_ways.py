@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from cpu_cases import Case
 from cpu_peers import TORCH_WAYS, Way
+from cpu_runtimes import RUNTIME_WAYS
 
-WAYS: tuple[Way, ...] = (*TORCH_WAYS,)
+WAYS: tuple[Way, ...] = (*TORCH_WAYS, *RUNTIME_WAYS)
+ALWAYS = ("fx_quant", "inductor")
 FAMILIES = tuple(dict.fromkeys(way.family for way in WAYS))
 
 
@@ -20,9 +22,8 @@ def chosen(case: Case, peers: Sequence[str], *, quick: bool = False) -> list[Way
     """
     torchs = {way.family for way in TORCH_WAYS}
     asked = {family for peer in peers for family in {"all": FAMILIES, "torch": torchs}.get(peer, (peer,))}
-    always = ("fx_quant", "inductor")
     return [
         way
         for way in WAYS
-        if way.runs(case) and (way.name in always or (way.family in asked and (way.quick or not quick)))
+        if way.runs(case) and (way.name in ALWAYS or (way.family in asked and (way.quick or not quick)))
     ]
