@@ -225,7 +225,7 @@ def reading(buffer: Buffer, threads: int, *, size: int | None = None) -> Ceiling
 
 def peak(instruction: str, threads: int) -> Ceiling | None:
     """The rate of ``instruction`` without any memory; None where the machine lacks it."""
-    run, repeats = getattr(library(), f"fxq_{instruction}"), 500_000
+    run, repeats = getattr(library(), f"fxq_{instruction}"), 2_000_000
     operations = run(1, threads)
     if not operations:
         return None
