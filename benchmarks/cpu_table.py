@@ -253,8 +253,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axes in (ratios, shares):
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("m, rows of the activation")
         axes.grid(alpha=0.3)
+    ratios.set_yscale("log", base=2)
+    ratios.yaxis.set_major_formatter("{x:g}")
     ratios.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
