@@ -143,7 +143,7 @@ def operands_of(kind: Kind, dtype: str, weight: Tensor, bias: Tensor | None) -> 
 def layers_needed(nbytes: int, cache: int) -> int:
     """Layers whose weights together are four times the last-level cache, so that none is still there at its turn.
 
-    At most ``MOST_LAYERS``, for the sake of the compile time; then the timing evicts the cache between calls.
+    At most ``MOST_LAYERS``, for the sake of the compile time; then the timing evicts the cache between rounds.
     """
     return max(1, min(MOST_LAYERS, -(-4 * cache // nbytes)))
 
