@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | bench-eager | bench-passes | dialects | setup. Each does all the set-up it needs,
-# the first time only.
+# make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | setup. Each does all the set-up
+# it needs, the first time only.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-eager bench-passes dialects clean
+.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,6 +24,7 @@ help:
 	@echo "make test          the tests"
 	@echo "make lint          formatting, lint and types"
 	@echo "make bench         the demo's models, timed"
+	@echo "make bench-cpu     quantized linears on this CPU against every peer (hours; ARGS=--quick takes some minutes)"
 	@echo "make bench-eager   single quantized linears without torch.compile, timed (some minutes)"
 	@echo "make bench-passes  what share of a Llama's compile the passes take (many minutes)"
 	@echo "make dialects      what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"
@@ -62,6 +63,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/minilm.py $(ARGS)
+
+bench-cpu: $(STAMP)
+	@$(BIN)/python benchmarks/cpu.py linears $(ARGS)
 
 bench-passes: $(STAMP)
 	@$(BIN)/python benchmarks/pass_time.py $(ARGS)

@@ -1,0 +1,227 @@
+"""Quantized linears and models on a CPU, against every peer and the machine's own ceilings.
+
+``python benchmarks/cpu.py linears [--quick]`` times single linears, ``... models`` whole models (cpu_models.py), and
+``... table FILE ...`` prints what earlier runs wrote. Each case has a process of its own, in which all ways take turns
+and each is compared with float64 before it is timed. Peers that are not installed are left out, and named.
+
+Times are medians. Linears of few rows are timed as a list of distinct weights larger than the last-level cache, so that
+m = 1 reads its weight from memory, as a decode does. Ratios are the peer's time over ours: above 1 we are faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import cpu_models
+import cpu_table
+from cpu_cases import KINDS, ROWS, SHAPES, Case
+from cpu_measure import Settings
+from cpu_ways import FAMILIES
+from machine import described, machine
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PACKAGES = ("torchao", "onnxruntime", "openvino")
+QUICK_SCHEMES = ("w8a8", "w8a16", "w4a16-g128", "fp8")
+DTYPES = ("float32", "bfloat16")
+
+
+def shape(text: str) -> tuple[int, int]:
+    """``4096x11008`` as ``(n, k)``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not two positive numbers.
+    """
+    n, cross, k = text.partition("x")
+    if not (cross and n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+        raise argparse.ArgumentTypeError(f"a shape must be NxK such as 4096x11008, got {text!r}")
+    return int(n), int(k)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    linears = commands.add_parser("linears", help="single linears")
+    linears.add_argument("--schemes", nargs="+", choices=tuple(KINDS), help="default: all; quick: the usual ones")
+    linears.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="default: those of common models")
+    linears.add_argument("--rows", nargs="+", type=positive, metavar="M", help="rows of the activation")
+    linears.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    linears.add_argument("--threads", nargs="+", type=positive, help="default: 1 and all; quick: 1")
+    peers = ("all", "torch", *FAMILIES)
+    linears.add_argument("--peers", nargs="+", choices=peers, default=["all"], help="torch: all but other runtimes")
+    linears.add_argument("--quick", action="store_true", help="4096 x 4096, m of 1, 16 and 256, fewer peers")
+    linears.add_argument(
+        "--static", action="store_true", help="compile each way for each m, ours and plain Inductor too"
+    )
+    linears.add_argument("--seconds", type=float, help="least time of a row (default: 2, quick 1)")
+    linears.add_argument("--cpu-time", action="store_true", help="time of the processor, not of the clock; one thread")
+    linears.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
+    linears.add_argument("--timeout", type=float, default=900, help="seconds that a case may take (default: 900)")
+    linears.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/linears.json)")
+    linears.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG or SVG (needs matplotlib)")
+    models = commands.add_parser("models", help="whole models")
+    models.add_argument("--models", nargs="+", choices=tuple(cpu_models.WORKLOADS), default=["decoder", "minilm"])
+    variants = tuple(cpu_models.VARIANTS)
+    models.add_argument(
+        "--variants", nargs="+", choices=variants, default=variants, metavar="NAME", help=", ".join(variants)
+    )
+    models.add_argument("--threads", nargs="+", type=positive, default=[1], help="default: 1")
+    models.add_argument("--layers", type=positive, default=6, help="of the decoder (default: 6)")
+    models.add_argument("--seconds", type=float, default=5.0, help="least time of a phase (default: 5)")
+    models.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
+    models.add_argument("--timeout", type=float, default=1200, help="seconds that a variant may take (default: 1200)")
+    models.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/models.json)")
+    table = commands.add_parser("table", help="print what earlier runs wrote")
+    table.add_argument("files", nargs="+", type=Path)
+    table.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG or SVG (needs matplotlib)")
+    return parser
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """One for each scheme, dtype, shape and number of threads that was asked for."""
+    schemes = options.schemes or (QUICK_SCHEMES if options.quick else tuple(KINDS))
+    shapes = options.shapes or (SHAPES[:1] if options.quick else SHAPES)
+    rows = tuple(options.rows or ((1, 16, 256) if options.quick else ROWS))
+    threads = options.threads or ([1] if options.quick else sorted({1, os.cpu_count() or 1}))
+    return [
+        Case(scheme, dtype, n, k, count, rows)
+        for count, scheme, dtype, (n, k) in product(threads, schemes, options.dtypes, shapes)
+    ]
+
+
+def in_process(script: str, asked: Mapping[str, Any], threads: int, timeout: float) -> dict[str, Any] | str:
+    """What ``script`` of this folder writes back into the file of what was ``asked``; or why it did not."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(folder) / "asked.json", Path(folder) / "log"
+        path.write_text(json.dumps(asked))
+        # The runtimes' thread pools read it when they are loaded; torch is told again.
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        if script == "cpu_models.py":
+            env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")  # a compile time is that of a first compile
+        with log.open("w") as said:
+            try:
+                done = subprocess.run(
+                    [sys.executable, str(HERE / script), str(path)],
+                    env=env,
+                    timeout=timeout,
+                    stdout=said,
+                    stderr=said,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                return f"took more than {timeout:.0f} s; allow more with --timeout"
+        if done.returncode:
+            return f"the process ended with {done.returncode}:\n{log.read_text()[-2000:]}"
+        return json.loads(path.read_text())
+
+
+def linears(options: argparse.Namespace) -> int:
+    """Measure the cases, print and write what they gave."""
+    settings = Settings(
+        seconds=options.seconds or (1.0 if options.quick else 2.0),
+        cpu_time=options.cpu_time,
+        peers=tuple(options.peers),
+        quick=options.quick,
+        static=options.static,
+        lock=options.lock,
+    )
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    asked = cases(options)
+    path = options.json or RESULTS / "linears.json"
+    for i, case in enumerate(asked):
+        print(f"{i + 1} of {len(asked)}: {case}", file=sys.stderr, flush=True)
+        both = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings)}
+        found = in_process("cpu_measure.py", both, case.threads, options.timeout)
+        if isinstance(found, str):
+            failures.append(f"{case}: {found}")
+            print(failures[-1], file=sys.stderr, flush=True)
+            continue
+        rows += found["rows"]
+        write(path, rows, settings=dataclasses.asdict(settings))
+    print(described(machine(*PACKAGES)))
+    report(rows, options.plot)
+    for failure in failures:
+        print(f"failed: {failure}")
+    return 1 if failures else 0
+
+
+def models(options: argparse.Namespace) -> int:
+    """Run the variants of the models, print and write what they gave."""
+    rows: list[dict[str, Any]] = []
+    failures = 0
+    asked = list(product(options.threads, options.models, options.variants))
+    for i, (threads, model, name) in enumerate(asked):
+        print(f"{i + 1} of {len(asked)}: {model}, {name}, threads {threads}", file=sys.stderr, flush=True)
+        what = {"model": model, "name": name, "threads": threads, "layers": options.layers}
+        what |= {"seconds": options.seconds, "lock": options.lock}
+        found = in_process("cpu_models.py", what, threads, options.timeout)
+        if isinstance(found, str):
+            failures += 1
+            print(found, file=sys.stderr, flush=True)
+            found = {"model": model, "variant": name, "threads": threads, "layers": options.layers}
+            found["status"] = "failed: see the standard error"
+        rows.append(found)
+        write(options.json or RESULTS / "models.json", rows)
+    print(described(machine(*PACKAGES)))
+    print(f"\n{cpu_models.table(rows)}")
+    return 1 if failures else 0
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], **about: Any) -> None:
+    """Machine and rows as JSON; called after each process, since a long run may be stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(*PACKAGES), **about, "rows": rows}, indent=1) + "\n")
+
+
+def report(rows: Sequence[cpu_table.Row], picture: Path | None) -> None:
+    """Print the tables of ``rows``, and draw them where asked."""
+    for text in (cpu_table.peers_table(rows), cpu_table.table(rows), cpu_table.summary(rows)):
+        print(f"\n{text}")
+    if picture is not None and rows:
+        cpu_table.plot(rows, picture)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; 1 where a case failed."""
+    command = parser()
+    options = command.parse_args(arguments)
+    if options.command == "table":
+        rows = [row for file in options.files for row in json.loads(file.read_text())["rows"]]
+        whole = [row for row in rows if "variant" in row]
+        if whole:
+            print(cpu_models.table(whole))
+        if len(whole) < len(rows):
+            report([row for row in rows if "variant" not in row], options.plot)
+        return 0
+    if options.command == "models":
+        return models(options)
+    if options.cpu_time and options.threads != [1]:
+        command.error("--cpu-time is for one thread; say --threads 1")
+    return linears(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
