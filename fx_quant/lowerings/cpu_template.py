@@ -94,7 +94,7 @@ extern "C" {{export_declaration}}
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
 """
     + N_START
-    + r"""                // Nothing else asks for these before they are read, after the panel: they would be waited for.
+    + r"""                // Nothing else asks for what is read after the panel: it would be waited for.
                 if (blocks == 1) {
                     fxq_expect(b + (panel + 1) * panel_size, FXQ_AHEAD);
 {%- for name, size in template.columns(kernel, epilogue_nodes) %}
