@@ -26,7 +26,10 @@ STATIC_LIMIT = 4.8  # the largest activation that the static scheme's scale was 
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (2048, 2048), (3072, 768))
 ROWS = (1, 4, 16, 64, 256, 1024)
-WIDE = 64  # from this many rows on, one layer keeps the machine busy and the weight is no longer what is waited for
+WIDE = 64  # from this many rows on, the weight is no longer what is waited for
+WIDE_WORK = (
+    2**32
+)  # multiply-adds and additions that a call of wide rows has at least, so that it is not the call itself
 MOST_LAYERS = 8
 
 
@@ -146,6 +149,11 @@ def layers_needed(nbytes: int, cache: int) -> int:
     At most ``MOST_LAYERS``, for the sake of the compile time; then the timing evicts the cache between rounds.
     """
     return max(1, min(MOST_LAYERS, -(-4 * cache // nbytes)))
+
+
+def wide_layers_needed(n: int, k: int) -> int:
+    """Layers of a call of ``WIDE`` rows or more: in a model one call covers many."""
+    return max(1, min(MOST_LAYERS, round(WIDE_WORK / (2 * WIDE * n * k))))
 
 
 def activation(m: int, k: int, dtype: torch.dtype) -> Tensor:

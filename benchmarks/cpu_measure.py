@@ -31,6 +31,7 @@ from cpu_cases import (
     layers_needed,
     make_operands,
     relative_error,
+    wide_layers_needed,
 )
 from cpu_peers import Call, Way
 from cpu_ways import ALWAYS, chosen
@@ -91,12 +92,16 @@ def _group(case: Case, *, wide: bool) -> list[int]:
     return [m for m in sorted(case.rows) if (m >= WIDE) == wide]
 
 
+def _count(case: Case, layers: Sequence[Operands], *, wide: bool) -> int:
+    return min(len(layers), wide_layers_needed(case.n, case.k)) if wide else len(layers)
+
+
 def prepare(case: Case, layers: Sequence[Operands], settings: Settings) -> dict[int, dict[str, Entry]]:
-    """Every way built, run and compared, for each m: the small ones on all ``layers``, the wide ones on the first."""
+    """Every way built, run and compared, for each m: the small ones on all ``layers``, the wide ones on some."""
     found: dict[int, dict[str, Entry]] = {m: {} for m in case.rows}
     right: dict[tuple[int, bool], list[Tensor]] = {}
     for wide in (False, True):
-        used = layers[:1] if wide else layers
+        used = layers[: _count(case, layers, wide=wide)]
         for m in _group(case, wide=wide):
             x = activation(m, case.k, case.torch_dtype)
             right[m, True] = [exact(case, each, x) for each in used]
@@ -109,7 +114,7 @@ def prepare(case: Case, layers: Sequence[Operands], settings: Settings) -> dict[
             for wide in (False, True):
                 rows = _group(case, wide=wide)
                 if rows:
-                    _prepare_way(case, way, layers[:1] if wide else layers, rows, right, found, settings)
+                    _prepare_way(case, way, layers[: _count(case, layers, wide=wide)], rows, right, found, settings)
         gc.collect()
         print(f", {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     return found
@@ -248,13 +253,14 @@ def measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
     layers = [first, *(make_operands(kind, case.dtype, case.n, case.k, seed) for seed in range(1, count))]
     nbytes = first.nbytes
     found = prepare(case, layers, settings)
+    counts = {wide: _count(case, layers, wide=wide) for wide in (False, True)}
     del layers, first
 
     buffer = Buffer(max(512 * MIB, 16 * cache), huge=True)  # an eighth, which is read at a time, evicts the cache
     warm = warm_path()
     rows = []
     for m in sorted(case.rows):
-        used = 1 if m >= WIDE else count
+        used = counts[m >= WIDE]
         with locked(settings.lock, alone=True):
             instruction = kind.instruction[case.dtype != "bfloat16"]
             around = {"read": reading(buffer, case.threads)}

@@ -92,6 +92,7 @@ class _Factor(ctypes.Structure):
         ("rows", _SIZE),
         ("row_stride", _SIZE),
         ("group_stride", _SIZE),
+        ("panel_stride", _SIZE),
     )
 
 
@@ -146,6 +147,8 @@ def _factor(x: Tensor | None, block: Sequence[int] | None) -> _Factor:
     if x is None:
         return _Factor()
     kind = factor_kind(x.dtype)
+    if x.dim() == 3:
+        return _Factor(kind, x.data_ptr(), 1, x.stride(2), x.stride(1), x.stride(0))
     if block is not None:
         return _Factor(kind, x.data_ptr(), block[0], x.stride(0), x.stride(1))
     return _Factor(kind, x.data_ptr(), 1, _column_stride(x), 0)

@@ -175,6 +175,8 @@ class Kernel:
         note: one line for the reader of a report.
         layout: name of the packed weight layout (``kernels/packing.py``), or None.
         a_dtype: dtype that codes of ``a`` are widened to, exactly, before the call, or None.
+        panel_factors: it also takes scales and zero points ``[n, groups]`` as ``[ceil(n / 64), groups, 64]``, and reads
+            them faster.
         dequantizes: it decodes its operands and runs a float matmul, which a graph that does so itself is left with.
         eager_rows: rows to which an eager call pads ``a`` when it has fewer, because that is faster; 0 for none.
     """
@@ -187,6 +189,7 @@ class Kernel:
     note: str
     layout: str | None = None
     a_dtype: torch.dtype | None = None
+    panel_factors: bool = False
     dequantizes: bool = False
     eager_rows: int = 0
 

@@ -38,11 +38,19 @@ def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, b
     if out is not None:
         return out
     k = a.shape[1]
+    b_scale, b_zero_point = _by_rows(b_scale, n), _by_rows(b_zero_point, n)
     if a_scale is not None and block is not None:
         a, a_scale = a * a_scale.repeat_interleave(block[1], 1)[:, :k], None
     b_scale = torch.ones((), device=a.device) if b_scale is None else b_scale
     weight = dequantize_weight(unpacked(b, n, k), k, b_scale, b_zero_point, block)
     return dequantize(a.float() @ weight, a_scale, None, bias, out_dtype)
+
+
+def _by_rows(factor: Tensor | None, n: int) -> Tensor | None:
+    """``factor [n, groups]`` of one in panels; any other as it is."""
+    if factor is None or factor.dim() < 3:
+        return factor
+    return factor.transpose(1, 2).flatten(0, 1)[:n]
 
 
 def unpacked(b: Tensor, n: int, k: int) -> Tensor:
@@ -52,8 +60,17 @@ def unpacked(b: Tensor, n: int, k: int) -> Tensor:
     return unpack(b, n, k // 2 if is_int4(b) else k).t()
 
 
+def _fake(name: str):
+    fake = fake_kernel(name)
+
+    def of_panels(a, b, a_scale, b_scale, bias, n, out_dtype, **more) -> Tensor:
+        return fake(a, b, a_scale, _by_rows(b_scale, n), bias, n, out_dtype, **more)
+
+    return of_panels
+
+
 for _name in ("cpu_decoded_bf16", "cpu_decoded_float32"):
-    register(f"{_name}{KERNEL_SCHEMA}", _decoded, fake_kernel(_name), MATMUL_TAGS)
+    register(f"{_name}{KERNEL_SCHEMA}", _decoded, _fake(_name), MATMUL_TAGS)
 
 _AVX512 = frozenset({"avx512", "cpp_compiler"})
 _BF16 = _AVX512 | {"avx512_bf16", "avx512_vbmi"}
@@ -85,6 +102,7 @@ for _suffix, _op, _floats, _features, _a_dtype, _by in (
                 note=f"packed codes decoded in cache, {_by} tiles, epilogue fused",
                 layout=_layout,
                 a_dtype=_a_dtype,
+                panel_factors=True,
             ),
             priority=30,
         )
@@ -111,6 +129,7 @@ for _codes, _pairs in (("int8", INT8_PAIRS), ("float8", FLOAT8_PAIRS)):
                 note=f"sums of each group scaled in registers, {_codes} codes widened to {_suffix} in cache",
                 layout=_layout,
                 a_dtype=_a_dtype,
+                panel_factors=True,
             ),
             priority=_priority,
         )

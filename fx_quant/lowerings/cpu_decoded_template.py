@@ -25,6 +25,7 @@ extern "C" {{export_declaration}}
 {
     {{kernel.maybe_codegen_profile()}}
     using Dot = {{decode.dot.struct}};
+    using Decode = FxqDecode<{{decode.codes}}>;
     const int64_t M = {{kernel.size(acc_node, 0)}};
     constexpr int64_t N = {{n}}, K = {{k}}, panels = {{panels}};
     const int64_t lda = {{kernel.stride(A, 0)}};
@@ -34,10 +35,10 @@ extern "C" {{export_declaration}}
     weight.n = N;
     weight.k = K;
     weight.group = {{group}};
-{%- for field, node, kind, rows, row_stride, group_stride in factors %}
+{%- for field, node, kind, rows, row_stride, group_stride, panel_stride in factors %}
     weight.{{field}} = {
         FxqKind({{kind}}), &{{kernel.index(node, [0] * node.get_size()|length)}},
-        {{rows}}, {{row_stride}}, {{group_stride}}};
+        {{rows}}, {{row_stride}}, {{group_stride}}, {{panel_stride}}};
 {%- endfor %}
 {%- if R is defined %}
     weight.row_scale = &{{kernel.index(R, [0, 0])}};
@@ -50,11 +51,11 @@ extern "C" {{export_declaration}}
         static_assert(FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);
         for (int64_t m_start = share.row_begin; m_start < share.row_end; m_start += FXQ_CHUNK_ROWS) {
             const int64_t m_end = std::min(m_start + FXQ_CHUNK_ROWS, share.row_end);
-            const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, weight);
+            const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, weight, !Decode::SUBTRACTS);
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
 """
     + N_START
-    + r"""                fxq_panel<Dot, FxqDecode<{{decode.codes}}>>(
+    + r"""                fxq_panel<Dot, Decode>(
                     m_start, m_end - m_start, rows, weight, panel, acc);
 """
     + STORE
@@ -90,13 +91,15 @@ class DecodedTemplate(TileTemplate):
         factors = [(field, node, *self._factor(node)) for field, node in named if node is not None]
         return {"decode": self.decode, "group": self.k if self.block is None else self.block[1], "factors": factors}
 
-    def _factor(self, node: Any) -> tuple[int | None, int, Any, Any]:
-        """``(kind, rows, row_stride, group_stride)``."""
+    def _factor(self, node: Any) -> tuple[int | None, int, Any, Any, Any]:
+        """``(kind, rows, row_stride, group_stride, panel_stride)``."""
         kind, stride = factor_kind(node.get_dtype()), node.get_stride()
+        if len(stride) == 3:
+            return kind, 1, *reversed(stride)
         if self.block is not None:
-            return kind, self.block[0], *stride
+            return kind, self.block[0], *stride, 0
         is_single = all(size == 1 for size in node.get_size())
-        return kind, 1, 0 if is_single else stride[-1], 0
+        return kind, 1, 0 if is_single else stride[-1], 0, 0
 
 
 def _in_memory(x: ir.TensorBox, dtype: torch.dtype | None) -> ir.IRNode:

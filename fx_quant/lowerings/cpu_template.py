@@ -199,8 +199,8 @@ class TileTemplate(CppTemplate):
 
 def _is_vector(x: ir.Buffer | ir.TensorBox, n: int) -> bool:
     """Whether ``x`` is ``n`` neighbours in memory."""
-    *others, last = x.get_size()
-    return last == n and all(size == 1 for size in others) and x.get_stride()[-1] == 1
+    sizes = x.get_size()
+    return sizes[-1:] == [n] and all(size == 1 for size in sizes[:-1]) and x.get_stride()[-1] == 1
 
 
 class _TileReads(WrapperHandler):

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
+from fx_quant.kernels.packing import PANEL
 from fx_quant.passes.canonical import Operands, operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import matrix_base
-from fx_quant.passes.nodes import args_of, aten, is_single
+from fx_quant.passes.nodes import args_of, aten, is_single, shape
 from fx_quant.selection import Selection
 
 
-def assign(graph: Graph, selections: Mapping[Node, Selection]) -> dict[Node, Node]:
+def assign(
+    graph: Graph, selections: Mapping[Node, Selection], runtime: Collection[Node] = frozenset()
+) -> dict[Node, Node]:
     """Replace each canonical op by its selected kernel's op; returns the new result of each.
 
-    All weights that want packing are packed by one call at the head of the graph.
+    All weights that want packing are packed by one call at the head of the graph. What is computed of anything but
+    constants is in ``runtime``: it is not rearranged, as that would be done in every call.
     """
     emitter = Emitter(graph)
     packed = _pack(emitter, selections)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     results = {}
     for node, selection in selections.items():
-        results[node] = _assign(emitter, node, selection, packed.get(node, Packed()), casts)
+        results[node] = _assign(emitter, node, selection, packed.get(node, Packed()), casts, runtime)
         node.replace_all_uses_with(results[node])
         graph.erase_node(node)
     return results
@@ -38,6 +42,7 @@ def _assign(
     selection: Selection,
     packed: Packed,
     casts: dict[tuple[Node, torch.dtype], Node],
+    runtime: Collection[Node],
 ) -> Node:
     of = operands_of(node)
     a, b, a_scale, b_scale, bias = of.a, of.b, of.a_scale, of.b_scale, of.bias
@@ -69,7 +74,10 @@ def _assign(
                 b_scale = emitter.call(aten.constant_pad_nd.default, b_scale, [0, pad_n], 1.0, like=node)
             if bias is not None:
                 bias = emitter.call(aten.constant_pad_nd.default, bias, [0, pad_n], 0.0, like=node)
-        given = {"a_zero_point": of.a_zero_point, "b_sum": sums, "b_zero_point": of.b_zero_point, "block": of.block}
+        b_zero_point = of.b_zero_point
+        if kernel.panel_factors and of.block is not None and of.block[0] == 1:
+            b_scale, b_zero_point = (_in_panels(emitter, x, runtime) for x in (b_scale, b_zero_point))
+        given = {"a_zero_point": of.a_zero_point, "b_sum": sums, "b_zero_point": b_zero_point, "block": of.block}
         extras = {name: value for name, value in given.items() if value is not None}
         out = emitter.call(
             kernel.overload(), a, b, a_scale, b_scale, bias, padding.n, of.out_dtype, like=node, **extras
@@ -78,6 +86,19 @@ def _assign(
             out = emitter.call(aten.slice.Tensor, out, 1, 0, problem.n, like=node)
             out = emitter.call(aten.clone.default, out, memory_format=torch.contiguous_format, like=node)
     return out
+
+
+def _in_panels(emitter: Emitter, factor: Node | None, runtime: Collection[Node]) -> Node | None:
+    """``factor [n, groups]`` as ``[ceil(n / 64), groups, 64]``; folding takes the copy out of the graph."""
+    if factor is None or factor in runtime:
+        return factor
+    n, groups = shape(factor)
+    missing = -n % PANEL
+    if missing:
+        factor = emitter.call(aten.constant_pad_nd.default, factor, [0, 0, 0, missing], like=factor)
+    panels = emitter.call(aten.reshape.default, factor, [-(-n // PANEL), PANEL, groups], like=factor)
+    panels = emitter.call(aten.permute.default, panels, [0, 2, 1], like=factor)
+    return emitter.call(aten.clone.default, panels, memory_format=torch.contiguous_format, like=factor)
 
 
 def _sums(emitter: Emitter, of: Operands, packed: Packed, *, like: Node) -> Node | None:

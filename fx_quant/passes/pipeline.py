@@ -149,7 +149,8 @@ def _left(site: Site, product: Product, target: Target, verdicts: tuple[Verdict,
 def to_kernels(state: Rewriting) -> None:
     """Replace the canonical ops of ``state`` by their kernels' ops, and verify the result."""
     selections = {node: state.selections[site] for site, node in state.canonical.items()}
-    results = assign(state.graph, selections)
+    inputs = classify_inputs(state.graph, state.static_indices)
+    results = assign(state.graph, selections, inputs.runtime)
     state.canonical = {site: results[node] for site, node in state.canonical.items()}
     state.results = {site: results.get(node, node) for site, node in state.results.items()}
     state.graph.eliminate_dead_code()

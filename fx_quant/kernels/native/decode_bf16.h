@@ -1,8 +1,8 @@
 // Codes of a packed panel as pairs of bfloat16, in which each is exact: what bf16.h multiplies.
 //
 // columns() gives the 64 columns of DOT::GROUP = 2 k, those of part ``part`` of STEP k. Bytes are packed as
-// [k / 2][2 halves][4 lanes][2 quarters][4 columns][2]: within a lane of 16 bytes, interleaving makes neighbours of what
-// belongs together, and each register has 16 columns in order.
+// [k / 2][2 halves][4 lanes][2 quarters][4 columns][2]: within a lane of 16 bytes, interleaving makes neighbours of
+// what belongs together, and each register has 16 columns in order.
 
 namespace {
 
@@ -79,6 +79,7 @@ struct FxqWords<FxqFloat8> {
 
 template <typename CODES>
 struct FxqDecode {
+  static constexpr bool SUBTRACTS = false;
   static constexpr int64_t STEP = 2, PARTS = 1;
   static constexpr int64_t BYTES = 64; // of one k of a panel
 
@@ -95,6 +96,7 @@ struct FxqDecode {
 
 template <>
 struct FxqDecode<FxqNibbles> {
+  static constexpr bool SUBTRACTS = false;
   static constexpr int64_t STEP = 8, PARTS = 4;
   static constexpr int64_t BYTES = 32;
 

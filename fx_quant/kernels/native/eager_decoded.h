@@ -61,6 +61,7 @@ extern "C" __attribute__((visibility("default")))
 void fxq_decoded(
     const void* a_, int64_t lda, int64_t m, const FxqWeight* weight, const FxqEpilogue* epilogue, int64_t threads) {
   using Dot = FXQ_DOT;
+  using Decode = FxqDecode<FXQ_CODES>;
   const auto a = static_cast<const Dot::A*>(a_);
   const FxqWeight& w = *weight;
   const int64_t panels = (w.n + FXQ_PANEL - 1) / FXQ_PANEL;
@@ -70,9 +71,9 @@ void fxq_decoded(
     alignas(64) float acc[FXQ_CHUNK_ROWS * FXQ_PANEL];
     for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
       const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
-      const FxqRows<Dot::A> some(a + chunk * lda, lda, rows, w);
+      const FxqRows<Dot::A> some(a + chunk * lda, lda, rows, w, !Decode::SUBTRACTS);
       for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
-        fxq_panel<Dot, FxqDecode<FXQ_CODES>>(chunk, rows, some, w, panel, acc);
+        fxq_panel<Dot, Decode>(chunk, rows, some, w, panel, acc);
         const int64_t column = panel * FXQ_PANEL;
         fxq_finish(*epilogue, acc, chunk, rows, column, std::min(FXQ_PANEL, w.n - column), w.n);
       }

@@ -9,11 +9,12 @@ namespace {
 
 enum FxqKind : int64_t { FXQ_NONE = 0, FXQ_FLOAT = 1, FXQ_INT8 = 2, FXQ_UINT8 = 3, FXQ_INT32 = 4, FXQ_INT64 = 5 };
 
-// Element (i, j) belongs to rows i * rows.. of the weight and to group j along k; a stride of 0 repeats one.
+// Element (i, j) belongs to rows i * rows.. of the weight and to group j along k; a stride of 0 repeats one. With a
+// panel_stride, which is 0 otherwise, the 64 rows of a panel are side by side, and no row is missing.
 struct FxqFactor {
   FxqKind kind;
   const void* data;
-  int64_t rows, row_stride, group_stride;
+  int64_t rows, row_stride, group_stride, panel_stride;
 };
 
 constexpr int64_t FXQ_GROUPS = 16; // groups that are read at once
@@ -76,14 +77,15 @@ FXQ_TARGET __attribute__((noinline)) void fxq_read(
     const FxqFactor& f, int64_t column, int64_t n, int64_t first, int64_t count, float (*out)[64]) {
   const T* data = static_cast<const T*>(f.data) + first * f.group_stride;
   const auto row = [&](int64_t c) { return fxq_row(f, std::min(column + c, n - 1)); };
-  if (f.group_stride != 1 || count == 1) {
+  if (f.panel_stride || f.group_stride != 1 || count == 1) {
     const bool adjacent = f.rows == 1 && f.row_stride == 1 && column + 64 <= n;
+    const int64_t start = f.panel_stride ? column / 64 * f.panel_stride : column;
     for (int64_t j = 0; j < count; j++) {
       const T* group = data + j * f.group_stride;
-      if (adjacent) {
+      if (adjacent || f.panel_stride) {
 #pragma GCC unroll 4
         for (int64_t c = 0; c < 64; c += 16) {
-          _mm512_store_ps(out[j] + c, fxq_load(group + column + c, 0xffff));
+          _mm512_store_ps(out[j] + c, fxq_load(group + start + c, 0xffff));
         }
       } else {
         for (int64_t c = 0; c < 64; c++) {
@@ -118,6 +120,19 @@ inline void fxq_read(
     case FXQ_INT32: return fxq_read<int32_t>(f, column, n, first, count, out);
     case FXQ_INT64: return fxq_read<int64_t>(f, column, n, first, count, out);
   }
+}
+
+constexpr int64_t FXQ_KIND_SIZES[] = {0, 4, 1, 1, 4, 8};
+
+// What fxq_read will want next of a panel, to be asked for little by little: ``count`` groups from ``first`` on, over
+// ``steps`` steps. The rows of factors that are not in panels are each elsewhere, and not asked for.
+inline FxqAhead fxq_expected(const FxqFactor& f, int64_t panel, int64_t first, int64_t count, int64_t steps) {
+  const int64_t size = FXQ_KIND_SIZES[f.kind];
+  const char* data = static_cast<const char*>(f.data) + (panel * f.panel_stride + first * f.group_stride) * size;
+  if (f.panel_stride == 0) {
+    return {reinterpret_cast<const char*>(&f), 0};
+  }
+  return {data, count * f.group_stride * size / std::max<int64_t>(steps, 1)};
 }
 
 } // namespace

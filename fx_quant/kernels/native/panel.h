@@ -1,7 +1,8 @@
 // A float activation times a panel of a packed weight, whose codes are decoded in registers and never stored.
 //
-// acc[rows][64] = sum_j scale[j] * (sum_{k in j} a[k] * code[k] - zero_point[j] * sum_{k in j} a[k]) over the groups j
-// along k.
+// acc[rows][64] = sum_j scale[j] * sum_{k in j} a[k] * (code[k] - zero_point[j]) over the groups j along k. In float32
+// zero points are taken off the codes, which is exact. bfloat16 has no cheap way to: there they are taken off the sum,
+// multiplied by sum_{k in j} a[k].
 
 namespace {
 
@@ -10,11 +11,22 @@ constexpr int64_t FXQ_CHUNK_K = 2048; // k of a panel that all rows are multipli
 // acc[SETS][ROWS][64] += a[ROWS][STEP] x the STEP k of a panel at codes; parts take turns with the sets.
 template <typename DOT, typename DECODE, int ROWS, int SETS>
 FXQ_INLINE void fxq_step(
-    typename DOT::Vec (&acc)[SETS][ROWS][4], const typename DOT::A* a, int64_t lda, const uint8_t* codes) {
+    typename DOT::Vec (&acc)[SETS][ROWS][4],
+    const typename DOT::A* a,
+    int64_t lda,
+    const uint8_t* codes,
+    const float* zero_point) {
 #pragma GCC unroll 8
   for (int part = 0; part < DECODE::PARTS; part++) {
     __m512i columns[4];
     DECODE::columns(codes, part, columns);
+    if (DECODE::SUBTRACTS && zero_point != nullptr) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const __m512 less = _mm512_sub_ps(_mm512_castsi512_ps(columns[j]), _mm512_load_ps(zero_point + j * 16));
+        columns[j] = _mm512_castps_si512(less);
+      }
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
       int32_t lane;
@@ -44,16 +56,18 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
     const FxqRows<typename DOT::A>& rows,
     const FxqWeight& w,
     const FxqChunk& chunk,
-    FxqAhead ahead,
+    const FxqAhead (&expected)[3],
     float* acc) {
   // Of few rows a sum would wait for that of the part before.
   constexpr int SETS = DECODE::PARTS > 1 && ROWS <= 2 ? 2 : 1;
   const typename DOT::A* a = rows.data + row * rows.stride;
   const uint8_t* codes = chunk.codes;
+  FxqAhead ahead = expected[0], scales = expected[1], zero_points = expected[2];
   int64_t k = chunk.begin, group = chunk.group;
   for (int64_t i = 0; k < chunk.end; i++, group++) {
     const int64_t end = std::min(chunk.end, (group + 1) * w.group);
-    const bool begins = k == group * w.group;
+    const float* zero_point = w.zero_point.kind == FXQ_NONE ? nullptr : chunk.zero_points[i];
+    const bool corrects = !DECODE::SUBTRACTS && zero_point != nullptr && k == group * w.group;
     typename DOT::Vec sum[SETS][ROWS][4];
 #pragma GCC unroll 2
     for (int set = 0; set < SETS; set++) {
@@ -71,7 +85,11 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
         _mm_prefetch(ahead.at, _MM_HINT_T0);
         ahead.at += ahead.step;
       }
-      fxq_step<DOT, DECODE, ROWS, SETS>(sum, a + k, rows.stride, codes);
+      _mm_prefetch(scales.at, _MM_HINT_T0);
+      scales.at += scales.step;
+      _mm_prefetch(zero_points.at, _MM_HINT_T0);
+      zero_points.at += zero_points.step;
+      fxq_step<DOT, DECODE, ROWS, SETS>(sum, a + k, rows.stride, codes, zero_point);
       codes += DECODE::STEP * DECODE::BYTES;
     }
     if (k < end) {
@@ -79,7 +97,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
       for (int r = 0; r < ROWS; r++) {
         std::memcpy(rest[r], a + r * rows.stride + k, (end - k) * sizeof(typename DOT::A));
       }
-      fxq_step<DOT, DECODE, ROWS, SETS>(sum, rest[0], DECODE::STEP, codes);
+      fxq_step<DOT, DECODE, ROWS, SETS>(sum, rest[0], DECODE::STEP, codes, zero_point);
       codes += DECODE::STEP * DECODE::BYTES;
       k = end;
     }
@@ -94,9 +112,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
         if (SETS == 2) {
           value = _mm512_add_ps(value, sum[SETS - 1][r][j]);
         }
-        if (w.zero_point.kind != FXQ_NONE && begins) {
+        if (corrects) {
           const __m512 all = _mm512_set1_ps(rows.sum(row + r, group));
-          value = _mm512_fnmadd_ps(all, _mm512_load_ps(chunk.zero_points[i] + j * 16), value);
+          value = _mm512_fnmadd_ps(all, _mm512_load_ps(zero_point + j * 16), value);
         }
         if (row_scale != nullptr) {
           value = _mm512_mul_ps(value, _mm512_set1_ps(*row_scale));
@@ -132,9 +150,15 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     fxq_read(w.scale, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.scales);
     fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.zero_points);
     const int64_t bytes = (chunk.end - chunk.begin + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP * DECODE::BYTES;
+    const int64_t steps = bytes / (DECODE::STEP * DECODE::BYTES);
+    const FxqAhead factors[] = {
+        fxq_expected(w.scale, panel, chunk.group + read, read, steps),
+        fxq_expected(w.zero_point, panel, chunk.group + read, read, steps)};
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t row = count * tile / tiles;
-      const FxqAhead ahead = fxq_ahead(tile, tiles, chunk.codes, bytes);
+      const FxqAhead none = {reinterpret_cast<const char*>(chunk.codes), 0};
+      const FxqAhead ahead[] = {
+          fxq_ahead(tile, tiles, chunk.codes, bytes), tile ? none : factors[0], tile ? none : factors[1]};
       float* out = acc + row * FXQ_PANEL;
       switch (count * (tile + 1) / tiles - row) {
         case 1: fxq_chunk_rows<DOT, DECODE, 1>(first, row, rows, w, chunk, ahead, out); break;

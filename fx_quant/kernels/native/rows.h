@@ -28,9 +28,9 @@ inline float fxq_float(uint16_t bfloat16) {
 template <typename A>
 class FxqRows {
  public:
-  FxqRows(const A* a, int64_t lda, int64_t rows, const FxqWeight& w)
+  FxqRows(const A* a, int64_t lda, int64_t rows, const FxqWeight& w, bool sums)
       : data(a), stride(lda), groups_((w.k + w.group - 1) / w.group) {
-    if (w.zero_point.kind == FXQ_NONE) {
+    if (!sums || w.zero_point.kind == FXQ_NONE) {
       return;
     }
     sums_.resize(rows * groups_);
