@@ -10,11 +10,13 @@ from tolerances import assert_within
 from torch import Tensor
 
 from fx_quant import compat, native
+from fx_quant.eager import _warn_once, eager_selection
 from fx_quant.kernels.base import kernel
 from fx_quant.kernels.cpu import MANY_ROWS
 from fx_quant.kernels.cpu_int8 import LEVELS
 from fx_quant.kernels.packing import pack_weight
 from fx_quant.problem import Problem, SizeRange
+from fx_quant.reasons import without_compiler
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.selection import select
 from fx_quant.target import named_target
@@ -91,6 +93,25 @@ def test_without_a_compiler_another_kernel_is_chosen():
     selection = select(problem(torch.int8), bare)
     assert selection.kernel.name == "pytorch_int_mm"
     assert any("needs cpp_compiler" in reason for v in selection.verdicts for reason in v.reasons)
+    assert selection.without_compiler == ("cpu_int8_vnni",)
+    assert select(problem(torch.int8), target).without_compiler == ()
+
+
+def test_an_eager_call_says_once_what_a_compiler_would_give(recwarn):
+    target = named_target("x86_vnni")
+    bare = replace(target, features=target.features - {"cpp_compiler"})
+    _warn_once.cache_clear()
+    try:
+        assert eager_selection(problem(torch.int8, n=48), target).kernel.name == "cpu_int8_vnni"
+        assert eager_selection(problem(torch.int8, n=48), bare, "pytorch_int_mm")
+        assert not recwarn
+        for n in (48, 80):
+            assert eager_selection(problem(torch.int8, n=n), bare).kernel.name == "pytorch_int_mm"
+    finally:
+        _warn_once.cache_clear()
+    (told,) = [str(each.message) for each in recwarn]
+    assert told == f"fx_quant: {without_compiler(['cpu_int8_vnni'])}"
+    assert "install g++ or clang++, or set CXX" in told
 
 
 @pytest.mark.parametrize("name", NAMES)
