@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.ops import column_sums
 from fx_quant.problem import Problem
+from fx_quant.reasons import without_compiler
 from fx_quant.scheme import dtype_name
 from fx_quant.selection import DISABLED_VARIABLE, Selection, select
 from fx_quant.target import Target, detect_target
@@ -24,7 +26,7 @@ def target_of(device: torch.device) -> Target:
 
 
 def eager_selection(problem: Problem, target: Target, force_kernel: str | None = None) -> Selection:
-    """``select`` for an eager call; remembered for equal arguments.
+    """``select`` for an eager call; remembered for equal arguments. Says once what a missing C++ compiler costs.
 
     Raises:
         NoKernelError: no kernel can run it, or the forced one cannot.
@@ -34,7 +36,15 @@ def eager_selection(problem: Problem, target: Target, force_kernel: str | None =
 
 @functools.lru_cache(maxsize=1024)
 def _remembered(problem: Problem, target: Target, force_kernel: str | None, _disabled: str) -> Selection:
-    return select(problem, target, force_kernel=force_kernel, mode="eager")
+    selection = select(problem, target, force_kernel=force_kernel, mode="eager")
+    if force_kernel is None and selection.without_compiler:
+        _warn_once(without_compiler(selection.without_compiler[:1]))
+    return selection
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(f"fx_quant: {text}", stacklevel=5)
 
 
 def run_kernel(

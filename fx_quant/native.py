@@ -36,6 +36,9 @@ class Dot:
         source: the native code.
         acc_dtype: dtype of the accumulator.
         features: instruction sets, as a target has them.
+        vector_bits: width of the registers, which the vectors of a fused epilogue must have at least; 0 for any.
+        rows: of a tile at most.
+        packed: whether the weight is in panels; else it is ``[n, k]`` as it is stored.
     """
 
     name: str
@@ -43,6 +46,9 @@ class Dot:
     source: str
     acc_dtype: torch.dtype
     features: frozenset[str]
+    vector_bits: int
+    rows: int = 6
+    packed: bool = True
 
     def exists_here(self) -> bool:
         """Whether this machine has the instructions, and PyTorch is let use them."""
@@ -54,26 +60,82 @@ def _features_here() -> frozenset[str]:
     return cpu_features()
 
 
+_TILE = ("share.h", "tile.h")
+
+
+def _for_target(instructions: str, *names: str) -> str:
+    """Files that are compiled for ``instructions``, as compilers call them, in place of those of the first file."""
+    return f'#define FXQ_TARGET __attribute__((target("{instructions}")))\n{source(*names)}'
+
+
+INT8_AMX = Dot(
+    name="fxq_int8_amx",
+    struct="FxqInt8Amx",
+    source=_for_target(
+        "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8", "int8_vnni.h", *_TILE, "int8_amx.h"
+    ),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx512", "avx512_vnni", "amx"}),
+    vector_bits=512,
+    rows=32,
+)
 INT8_VNNI = Dot(
     name="fxq_int8_vnni",
     struct="FxqInt8",
-    source=source("int8_vnni.h", "tile.h"),
+    source=source("int8_vnni.h", *_TILE),
     acc_dtype=torch.int32,
     features=frozenset({"avx512", "avx512_vnni"}),
+    vector_bits=512,
+)
+INT8_AVX512 = Dot(
+    name="fxq_int8_avx512",
+    struct="FxqInt8Avx512",
+    source=source("int8_avx512.h", *_TILE),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx512"}),
+    vector_bits=512,
+)
+INT8_AVX_VNNI = Dot(
+    name="fxq_int8_avx_vnni",
+    struct="FxqInt8AvxVnni",
+    source=_for_target("avx2,avxvnni", "int8_avx2.h", "int8_avx_vnni.h", *_TILE),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx2", "avx_vnni"}),
+    vector_bits=256,
+)
+INT8_AVX2 = Dot(
+    name="fxq_int8_avx2",
+    struct="FxqInt8Avx2",
+    source=source("int8_avx2.h", *_TILE),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx2"}),
+    vector_bits=256,
+)
+INT8_PORTABLE = Dot(
+    name="fxq_int8_portable",
+    struct="FxqInt8Portable",
+    source=source("share.h", "int8_portable.h"),
+    acc_dtype=torch.int32,
+    features=frozenset(),
+    vector_bits=0,
+    rows=4,
+    packed=False,
 )
 BFLOAT16 = Dot(
     name="fxq_bf16",
     struct="FxqBf16",
-    source=source("bf16.h", "tile.h"),
+    source=source("bf16.h", *_TILE),
     acc_dtype=torch.float32,
     features=frozenset({"avx512", "avx512_bf16"}),
+    vector_bits=512,
 )
 FLOAT32 = Dot(
     name="fxq_float32",
     struct="FxqFloat32",
-    source=source("float32.h", "tile.h"),
+    source=source("float32.h", *_TILE),
     acc_dtype=torch.float32,
     features=frozenset({"avx512"}),
+    vector_bits=512,
 )
 
 _EAGER = r"""
@@ -91,15 +153,16 @@ void fxq_matmul(
   const int64_t panel_size = (k + Dot::GROUP - 1) / Dot::GROUP * FXQ_PANEL * Dot::GROUP;
 #pragma omp parallel num_threads(threads)
   {
-    const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num());
+    const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num(), Dot::ROWS);
+    [[maybe_unused]] Dot::State state;
     alignas(64) Dot::Acc start[FXQ_CHUNK_ROWS];
-    alignas(64) Dot::Acc acc[FXQ_TILE_ROWS * FXQ_PANEL];
+    alignas(64) Dot::Acc acc[Dot::ROWS * FXQ_PANEL];
     for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
       const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
       for (int64_t r = 0; r < rows; r++) {
         start[r] = Dot::row_start(a + (chunk + r) * lda, k);
       }
-      const int64_t blocks = (rows + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+      const int64_t blocks = (rows + Dot::ROWS - 1) / Dot::ROWS;
       for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
         const int64_t width = std::min(FXQ_PANEL, n - panel * FXQ_PANEL);
         for (int64_t block = 0; block < blocks; block++) {
@@ -107,7 +170,7 @@ void fxq_matmul(
           const auto columns = b + panel * panel_size;
           const FxqAhead ahead = fxq_ahead(block, blocks, columns, panel_size * sizeof(*b));
           fxq_tile<Dot>(
-              end - first, a + first * lda, lda, columns, k, start + (first - chunk), ahead, acc);
+              state, end - first, width, a + first * lda, lda, columns, k, start + (first - chunk), ahead, acc);
           for (int64_t r = first; r < end; r++) {
             std::memcpy(out + r * n + panel * FXQ_PANEL, acc + (r - first) * FXQ_PANEL, width * sizeof(Dot::Acc));
           }
@@ -137,9 +200,20 @@ def load(name: str, code: str) -> Any | None:
 @functools.cache
 def compiled(dot: Dot) -> Callable[..., None] | None:
     """The eager entry point of ``dot``, compiled once; None, with a warning, where that fails."""
-    library = load(dot.name, _EAGER % {"source": dot.source, "struct": dot.struct})
-    if library is None:
-        return None
+    library = load(dot.name, eager_source(dot))
+    return None if library is None else entry_point(library)
+
+
+def eager_source(dot: Dot) -> str:
+    """The native code of ``dot`` with the entry point of eager calls."""
+    return _EAGER % {"source": dot.source, "struct": dot.struct}
+
+
+def entry_point(library: Any) -> Callable[..., None]:
+    """The function of a compiled ``eager_source``.
+
+    ``(a, lda, b, m, n, k, out, threads)``: addresses, and sizes in elements.
+    """
     function = library.fxq_matmul
     size, address = ctypes.c_int64, ctypes.c_void_p
     function.argtypes = [address, size, address, size, size, size, address, size]
@@ -148,13 +222,17 @@ def compiled(dot: Dot) -> Callable[..., None] | None:
 
 
 def matmul(dot: Dot, a: Tensor, b: Tensor, n: int) -> Tensor | None:
-    """``[m, n]`` accumulator of ``a [m, k]`` and packed ``b``; None where the native code cannot run."""
+    """``[m, n]`` accumulator of ``a [m, k]`` and ``b``; None where the native code cannot run.
+
+    ``b`` is packed, or the weight as ``[k, n]`` where ``dot`` takes it so.
+    """
     if a.device.type != "cpu" or not dot.exists_here():
         return None
     function = compiled(dot)
     if function is None:
         return None
     a = a if a.stride(1) == 1 or a.shape[1] == 1 else a.contiguous()
+    b = b if dot.packed else b.t().contiguous()
     m, k = a.shape
     out = a.new_empty((m, n), dtype=dot.acc_dtype)
     if m and n:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from fx_quant.reasons import is_candidate
+from fx_quant.kernels.base import kernels
+from fx_quant.reasons import is_candidate, lacks_only_compiler, without_compiler
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,16 @@ class Report:
         counts = f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}"
         return f"{counts}, {kept}{len(self.misses)} missed"
 
+    def lost_to_compiler(self) -> list[str]:
+        """For each matmul the kernel that a C++ compiler would have given it, where the target has none."""
+        order = [kernel.name for kernel in kernels()]
+        lost: dict[str, None] = {}
+        rows = [(site.losers, site.kernel) for site in self.sites] + [(row.losers, "") for row in self.recognised]
+        for losers, chosen in rows:
+            better = order[: order.index(chosen)] if chosen in order else order
+            lost.update(dict.fromkeys([n for n in better if lacks_only_compiler(losers.get(n, ()))][:1]))
+        return list(lost)
+
     def _graphs(self) -> str:
         breaks = f", {self.graph_breaks} graph breaks" if self.graph_breaks else ""
         return f"{self.graphs} graph{'s' if self.graphs != 1 else ''}{breaks}"
@@ -138,6 +149,8 @@ class Report:
         parts = [f"fx_quant: {self.summary()}"]
         if self.note:
             parts.append(textwrap.fill(self.note, 118))
+        if lost := self.lost_to_compiler():
+            parts.append(without_compiler(lost))
         if self.sites:
             parts.append(self._site_table())
             parts.append(self._losers())

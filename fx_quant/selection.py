@@ -10,7 +10,7 @@ from fx_quant.errors import NoKernelError, unknown_name
 from fx_quant.kernels.base import Kernel, kernel, kernels
 from fx_quant.padding import Padding, plan_padding
 from fx_quant.problem import Problem
-from fx_quant.reasons import for_platform
+from fx_quant.reasons import for_platform, lacks_only_compiler
 from fx_quant.target import Target
 
 DISABLED_VARIABLE = "FX_QUANT_DISABLED_KERNELS"
@@ -43,6 +43,13 @@ class Selection:
     kernel: Kernel
     padding: Padding
     verdicts: tuple[Verdict, ...]
+
+    @property
+    def without_compiler(self) -> tuple[str, ...]:
+        """Kernels that would have been chosen before this one, had the target a C++ compiler."""
+        names = [verdict.kernel for verdict in self.verdicts]
+        better = self.verdicts[: names.index(self.kernel.name)]
+        return tuple(verdict.kernel for verdict in better if lacks_only_compiler(verdict.reasons))
 
 
 def disabled_kernels() -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -11,10 +12,12 @@ from types import MappingProxyType
 
 import torch
 from packaging.version import Version
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_quant.errors import unknown_name
 
-_X86_VNNI = frozenset({"avx2", "avx512", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "cpp_compiler"})
+_X86 = frozenset({"avx2", "cpp_compiler"})
+_X86_VNNI = _X86 | {"avx512", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "exact_int_mm"}
 
 # name -> (platform, arch, features)
 _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
@@ -28,8 +31,10 @@ _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
         "gfx950": ("rocm", "gfx950", frozenset({"float8"})),
         "x86_vnni": ("cpu", "x86_vnni", _X86_VNNI),
         "x86_amx": ("cpu", "x86_amx", _X86_VNNI | {"amx"}),
-        "x86": ("cpu", "x86", frozenset({"avx2", "cpp_compiler"})),
-        "arm": ("cpu", "arm", frozenset({"cpp_compiler"})),
+        "x86_avx_vnni": ("cpu", "x86_avx_vnni", _X86 | {"avx_vnni", "exact_int_mm"}),
+        "x86_avx512": ("cpu", "x86_avx512", _X86 | {"avx512"}),
+        "x86": ("cpu", "x86", _X86),
+        "arm": ("cpu", "arm", frozenset({"cpp_compiler", "exact_int_mm"})),
     }
 )
 
@@ -48,7 +53,8 @@ class Target:
     Args:
         platform: ``cpu``, ``cuda`` or ``rocm``.
         arch: ``sm90``, ``gfx942``, ``x86_vnni``, ``x86``, ``arm64``, ...
-        features: instruction sets and abilities, such as ``avx512_vnni`` or ``float8``.
+        features: instruction sets and abilities, such as ``avx512_vnni``, ``float8`` or ``exact_int_mm`` (whether
+            ``torch._int_mm`` on a CPU keeps every bit of its sums).
         packages: version of each kernel library that is installed there.
     """
 
@@ -157,6 +163,7 @@ def _cpu_arch() -> tuple[str, frozenset[str]]:
     machine = platform.machine().lower()
     compilers = (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")
     always = frozenset({"cpp_compiler"} if any(map(shutil.which, filter(None, compilers))) else ())
+    always |= {"exact_int_mm"} if int_mm_is_exact() else set()
     if machine not in ("x86_64", "amd64"):
         return ("arm" if machine in ("aarch64", "arm64") else machine), always
     features = cpu_features()
@@ -182,16 +189,32 @@ _LEFT: Mapping[str, frozenset[str]] = MappingProxyType(
 
 
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this machine's CPU that PyTorch is let use, such as ``avx512_vnni``."""
+    """Instruction sets of this machine's CPU that PyTorch is let use, such as ``avx512_vnni``.
+
+    Linux lets a process use the tiles of AMX when it asks, which is done here.
+    """
     has = torch.cpu.get_capabilities()
     left = _LEFT.get(torch.backends.cpu.get_cpu_capability(), frozenset())
-    return frozenset(name for name, needed in _INSTRUCTIONS.items() if name in left and all(map(has.get, needed)))
+    found = {name for name, needed in _INSTRUCTIONS.items() if name in left and all(map(has.get, needed))}
+    return frozenset(found if "amx" not in found or torch.cpu._init_amx() else found - {"amx"})
+
+
+@functools.cache
+def int_mm_is_exact() -> bool:
+    """Whether ``torch._int_mm`` sums products of codes without saturating: oneDNN does not, before VNNI.
+
+    It pairs products in 16 bits there. A probe also knows what ``ONEDNN_MAX_CPU_ISA`` says.
+    """
+    with _disable_current_modes():
+        codes = torch.full((1, 64), 127, dtype=torch.int8)
+        return bool((torch._int_mm(codes, codes.repeat(64, 1).t()) == 127 * 127 * 64).all())
 
 
 def _x86_arch(features: frozenset[str]) -> str:
     if "amx" in features:
         return "x86_amx"
-    return "x86_vnni" if "avx512_vnni" in features else "x86"
+    names = (("avx512_vnni", "x86_vnni"), ("avx_vnni", "x86_avx_vnni"), ("avx512", "x86_avx512"))
+    return next((name for feature, name in names if feature in features), "x86")
 
 
 def resolve_target(target: Target | str | None, device: torch.device | str = "cpu") -> Target:

@@ -10,16 +10,19 @@ from tolerances import assert_within
 from torch import Tensor
 
 from fx_quant import compat, native
+from fx_quant.eager import _warn_once, eager_selection
 from fx_quant.kernels.base import kernel
 from fx_quant.kernels.cpu import MANY_ROWS
+from fx_quant.kernels.cpu_int8 import LEVELS
 from fx_quant.kernels.packing import pack_weight
 from fx_quant.problem import Problem, SizeRange
+from fx_quant.reasons import without_compiler
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.selection import select
 from fx_quant.target import named_target
 
 fxq = torch.ops.fx_quant
-NAMES = ("cpu_int8_vnni", "cpu_float8_bf16", "cpu_float8_float32")
+NAMES = (*(level.kernel for level in LEVELS), "cpu_float8_bf16", "cpu_float8_float32")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -39,7 +42,8 @@ def call(name: str, a: Tensor, w: Tensor, *epilogue: object) -> Tensor:
     k = kernel(name)
     if k.a_dtype is not None:
         a = a.to(k.a_dtype)
-    return k.overload()(a, pack_weight(w, k.layout), *epilogue[:3], w.shape[0], epilogue[3])
+    b = w.t() if k.layout is None else pack_weight(w, k.layout)
+    return k.overload()(a, b, *epilogue[:3], w.shape[0], epilogue[3])
 
 
 def code_dtype(name: str) -> torch.dtype:
@@ -63,25 +67,6 @@ def test_the_body_is_the_canonical_op(name, bias, out_dtype, way):
     epilogue = (torch.rand(m, 1), torch.rand(n), None if bias is None else torch.randn(n, dtype=bias), out_dtype)
     expected = fxq.scaled_mm(a, w.t(), *epilogue)
     assert_within(call(name, a, w, *epilogue), expected, kernel(name).numerics)
-
-
-SIZES = [(0, 64, 64), (1, 1, 1), (1, 64, 4), (2, 63, 3), (7, 65, 130), (400, 129, 65), (6, 200, 1031)]
-
-
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("strided", [False, True])
-def test_the_native_sum_is_exact(shape, threads, strided):
-    m, n, k = shape
-    a, w = codes(m, k, torch.int8), codes(n, k, torch.int8)
-    given = torch.cat((a, a), 1)[:, :k] if strided else a
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        out = call("cpu_int8_vnni", given, w, None, None, None, torch.int32)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(out, (a.long() @ w.t().long()).int())
 
 
 def test_a_compiler_that_fails_is_a_warning_and_the_result_the_same(monkeypatch):
@@ -108,12 +93,25 @@ def test_without_a_compiler_another_kernel_is_chosen():
     selection = select(problem(torch.int8), bare)
     assert selection.kernel.name == "pytorch_int_mm"
     assert any("needs cpp_compiler" in reason for v in selection.verdicts for reason in v.reasons)
+    assert selection.without_compiler == ("cpu_int8_vnni",)
+    assert select(problem(torch.int8), target).without_compiler == ()
 
 
-def test_int32_is_the_accumulator():
-    a, w = codes(3, 200, torch.int8), torch.full((70, 200), -128, dtype=torch.int8)
-    out = call("cpu_int8_vnni", a, w, None, None, None, torch.int32)
-    assert torch.equal(out, (a.long() @ w.t().long()).int())
+def test_an_eager_call_says_once_what_a_compiler_would_give(recwarn):
+    target = named_target("x86_vnni")
+    bare = replace(target, features=target.features - {"cpp_compiler"})
+    _warn_once.cache_clear()
+    try:
+        assert eager_selection(problem(torch.int8, n=48), target).kernel.name == "cpu_int8_vnni"
+        assert eager_selection(problem(torch.int8, n=48), bare, "pytorch_int_mm")
+        assert not recwarn
+        for n in (48, 80):
+            assert eager_selection(problem(torch.int8, n=n), bare).kernel.name == "pytorch_int_mm"
+    finally:
+        _warn_once.cache_clear()
+    (told,) = [str(each.message) for each in recwarn]
+    assert told == f"fx_quant: {without_compiler(['cpu_int8_vnni'])}"
+    assert "install g++ or clang++, or set CXX" in told
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,7 +120,8 @@ def test_opcheck(name, strided):
     k = kernel(name)
     a = codes(6, 10, code_dtype(name)).to(k.a_dtype or torch.int8)
     a = a.t().contiguous().t() if strided else a
-    b = pack_weight(codes(70, 10, code_dtype(name)), k.layout)
+    w = codes(70, 10, code_dtype(name))
+    b = w.t() if k.layout is None else pack_weight(w, k.layout)
     scale = torch.rand(12, 1)[::2] if strided else torch.rand(6, 1)
     for m, arguments in ((6, (a, b, scale, torch.rand(70), torch.randn(70))), (0, (a[:0], b, None, None, None))):
         torch.library.opcheck(k.overload(), (*arguments, 70, torch.bfloat16))
@@ -150,7 +149,13 @@ def problem(dtype: torch.dtype, **changes: object) -> Problem:
     ("dtype", "target", "changes", "chosen"),
     [
         (torch.int8, "x86_vnni", {}, "cpu_int8_vnni"),
-        (torch.int8, "x86", {}, "pytorch_int_mm"),
+        (torch.int8, "x86_amx", {}, "cpu_int8_amx"),
+        (torch.int8, "x86_avx_vnni", {}, "cpu_int8_avx_vnni"),
+        (torch.int8, "x86_avx_vnni", {"constant_weight": False}, "pytorch_int_mm"),
+        (torch.int8, "x86_avx512", {}, "cpu_int8_avx512"),
+        (torch.int8, "x86", {}, "cpu_int8_avx2"),
+        (torch.int8, "x86", {"constant_weight": False}, "cpu_int8_portable"),
+        (torch.int8, "arm", {}, "pytorch_int_mm"),
         (torch.int8, "x86_vnni", {"constant_weight": False}, "pytorch_int_mm"),
         (torch.int8, "x86_vnni", {"k": 131071}, "cpu_int8_vnni"),
         (torch.int8, "x86_vnni", {"k": 131072}, "pytorch_int_mm"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import models
 import pytest
@@ -14,6 +15,7 @@ from fx_quant.__main__ import main
 from fx_quant.checker import CheckReport, Error, SiteCheck, error_of
 from fx_quant.errors import NoKernelError, ToleranceError, UnknownNameError
 from fx_quant.report import MissReport, Report
+from fx_quant.target import named_target
 
 
 class TwoLayers(torch.nn.Module):
@@ -70,6 +72,16 @@ def test_explain_for_another_target_needs_no_such_machine():
     report = fx_quant.explain(*_model_and_input(), target="sm90")
     assert [site.kernel for site in report.sites] == ["pytorch_int_mm_cuda"]
     assert report.target == "sm90"
+
+
+def test_explain_says_in_one_line_what_a_compiler_would_give():
+    target = named_target("x86_vnni")
+    bare = replace(target, features=target.features - {"cpp_compiler"})
+    report = fx_quant.explain(*_model_and_input(), target=bare)
+    assert report.lost_to_compiler() == ["cpu_int8_vnni"]
+    (line,) = [line for line in str(report).splitlines() if "install g++ or clang++, or set CXX" in line]
+    assert line.startswith("No C++ compiler was found, so cpu_int8_vnni cannot be used")
+    assert "C++ compiler" not in str(fx_quant.explain(*_model_and_input(), target=target))
 
 
 def test_explain_shows_the_padding_that_a_target_needs():

@@ -311,7 +311,10 @@ def test_a_class_is_disabled_by_its_name(off, monkeypatch):
         lk.choose_scaled_mm_linear_kernel(CONFIG, {"cuda": [D]}, 90, force_kernel=C)
 
 
-@pytest.mark.parametrize("off", ["cpu_int8_vnni", "cpu", "CPUInt8ScaledMMLinearKernel"])
+EVERY_LEVEL = "cpu_int8_vnni, cpu_int8_avx512, cpu_int8_avx2, cpu_int8_portable"
+
+
+@pytest.mark.parametrize("off", [EVERY_LEVEL, "cpu", "CPUInt8ScaledMMLinearKernel"])
 def test_a_class_of_ours_is_disabled_by_kernel_provider_or_class(off, monkeypatch):
     assert type(lk.init_int8_linear_kernel(True, False, True, compute_capability="x86_vnni")) is (
         lk.CPUInt8ScaledMMLinearKernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ from packaging.version import Version
 
 from fx_quant.errors import UnknownNameError
 from fx_quant.target import (
+    _INSTRUCTIONS,
     Target,
     capability_target,
+    cpu_features,
     detect_target,
     installed_packages,
     named_target,
@@ -25,7 +28,7 @@ from fx_quant.target import (
 
 def test_named_targets_are_those_of_the_documentation():
     gpus = ("sm80", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950")
-    assert named_targets() == (*gpus, "x86_vnni", "x86_amx", "x86", "arm")
+    assert named_targets() == (*gpus, "x86_vnni", "x86_amx", "x86_avx_vnni", "x86_avx512", "x86", "arm")
 
 
 @pytest.mark.parametrize("name", named_targets())
@@ -46,7 +49,8 @@ def test_an_unknown_target_is_an_error_with_the_nearest_names():
         named_target("sm_90")
     assert str(error.value) == (
         "unknown target 'sm_90'. Did you mean 'sm90' or 'sm89' or 'sm80'? "
-        "Known: arm, gfx942, gfx950, sm100, sm120, sm80, sm89, sm90, x86, x86_amx, x86_vnni."
+        "Known: arm, gfx942, gfx950, sm100, sm120, sm80, sm89, sm90, x86, x86_amx, "
+        "x86_avx512, x86_avx_vnni, x86_vnni."
     )
 
 
@@ -89,8 +93,10 @@ def test_the_detected_cpu_has_the_packages_installed_here():
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="an x86 CPU")
 def test_the_detected_x86_cpu_is_vnni_exactly_when_it_has_the_instructions():
     target = detect_target()
-    vnni = "x86_amx" if "amx" in target.features else "x86_vnni"
-    assert target.arch == (vnni if "avx512_vnni" in target.features else "x86")
+    names = ("amx", "avx512_vnni", "avx_vnni", "avx512")
+    archs = ("x86_amx", "x86_vnni", "x86_avx_vnni", "x86_avx512")
+    best = next((arch for name, arch in zip(names, archs, strict=True) if name in target.features), "x86")
+    assert target.arch == best
     assert ("avx2" in target.features) == (
         "AVX2" in torch.backends.cpu.get_cpu_capability() or "AVX512" in torch.backends.cpu.get_cpu_capability()
     )
@@ -100,7 +106,7 @@ def test_the_detected_x86_cpu_is_vnni_exactly_when_it_has_the_instructions():
 def test_a_cpu_that_is_not_x86_has_its_own_arch_and_no_x86_features(machine, arch, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: machine)
     target = detect_target()
-    assert (target.arch, target.features - {"cpp_compiler"}) == (arch, frozenset())
+    assert (target.arch, target.features - {"cpp_compiler", "exact_int_mm"}) == (arch, frozenset())
 
 
 def test_a_compiler_is_a_feature_of_a_cpu(monkeypatch):
@@ -109,6 +115,16 @@ def test_a_compiler_is_a_feature_of_a_cpu(monkeypatch):
     assert "cpp_compiler" in detect_target().features
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "cpp_compiler" not in detect_target().features
+
+
+@pytest.mark.parametrize("is_let", [True, False])
+def test_amx_is_a_feature_only_where_the_process_may_use_its_tiles(is_let, monkeypatch):
+    every = dict.fromkeys(itertools.chain(*_INSTRUCTIONS.values()), True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: every)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: is_let)
+    assert ("amx" in cpu_features()) == is_let
+    assert "avx512_vnni" in cpu_features()
 
 
 @pytest.mark.parametrize(("capability", "features"), [(80, set()), (89, {"float8"}), (120, {"float8", "tma"})])

@@ -17,7 +17,7 @@ from packaging.version import Version
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import check_scaled_mm
 from fx_quant.problem import Problem
-from fx_quant.reasons import other_codes, other_platform
+from fx_quant.reasons import missing_feature, other_codes, other_platform
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, dtype_name
 from fx_quant.target import Target
 
@@ -80,9 +80,7 @@ class Requires:
             reasons.append(f"needs sm{self.min_capability} or newer, target is {target.arch}")
         if capability is not None and self.max_capability is not None and capability > self.max_capability:
             reasons.append(f"needs sm{self.max_capability} or older, target is {target.arch}")
-        reasons += [
-            f"needs {feature}, which {target.arch} has not" for feature in sorted(self.features - target.features)
-        ]
+        reasons += [missing_feature(feature, target.arch) for feature in sorted(self.features - target.features)]
         for package, least in self.packages.items():
             found = target.version(package)
             if found is None:

@@ -1,4 +1,4 @@
-"""Kernels for x86 CPUs, over weights that are packed once.
+"""Kernels for CPUs, over weights that are packed once.
 
 The op bodies run the native code for the sum, and plain PyTorch where it cannot be; ``lowerings/`` turns the ops into
 native code with a fused epilogue.
@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from fx_quant.kernels.base import (
-    ACTIVATION,
     CPU,
     FLOAT8_PAIRS,
-    INT8_MAX_K,
-    INT8_PAIRS,
     KERNEL_SCHEMA,
     ROW_SCALES,
     Kernel,
@@ -27,24 +24,34 @@ from fx_quant.kernels.base import (
 )
 from fx_quant.kernels.packing import packed_layout
 from fx_quant.kernels.pytorch import weight_only
-from fx_quant.native import BFLOAT16, INT8_VNNI, Dot, matmul
-from fx_quant.ops import MATMUL_TAGS, accumulate, correct, dequantize, register
+from fx_quant.native import BFLOAT16, Dot, matmul
+from fx_quant.ops import MATMUL_TAGS, correct, dequantize, register
 from fx_quant.scheme import FLOAT_DTYPES, HALF_DTYPES, Granularity, Numerics
 
 
-def _body(layout: str, dot: Dot | None, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
-    """Sum the products natively, or unpack ``b`` where that cannot be, and apply the canonical epilogue."""
+def matmul_body(layout: str | None, dot: Dot | None, sum_of_products: Callable[[Tensor, Tensor], Tensor]):
+    """The body of an op that sums the products natively, or in plain PyTorch where that cannot be.
+
+    Args:
+        layout: of ``b``; None where that is ``[k, n]``.
+        dot: the native code, or None.
+        sum_of_products: ``(a [m, k], b [k, n]) -> [m, n]`` in plain PyTorch.
+    """
 
     def body(a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, **_) -> Tensor:
         acc = None if dot is None else matmul(dot, a, b, n)
         if acc is None:
-            unpack = packed_layout(layout).unpack
-            assert unpack is not None
-            acc = sum_of_products(a, unpack(b, n, a.shape[1]).t())
+            acc = sum_of_products(a, b if layout is None else _unpacked(layout, b, n, a.shape[1]).t())
         acc = correct(acc, a_zero_point, b_sum)
         return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
 
     return body
+
+
+def _unpacked(layout: str, b: Tensor, n: int, k: int) -> Tensor:
+    unpack = packed_layout(layout).unpack
+    assert unpack is not None
+    return unpack(b, n, k)
 
 
 def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -71,33 +78,11 @@ def _weight_only_int8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor
 register(f"cpu_weight_only_int8{KERNEL_SCHEMA}", _weight_only_int8, fake_kernel("cpu_weight_only_int8"), MATMUL_TAGS)
 
 for _name, _layout, _dot, _sum in (
-    ("cpu_int8_vnni", "vnni", INT8_VNNI, accumulate),
     ("cpu_float8_bf16", "bf16_pairs", BFLOAT16, _float32_mm),
     ("cpu_float8_float32", "float32", None, _float32_mm),
 ):
-    register(f"{_name}{KERNEL_SCHEMA}", _body(_layout, _dot, _sum), fake_kernel(_name), MATMUL_TAGS)
+    register(f"{_name}{KERNEL_SCHEMA}", matmul_body(_layout, _dot, _sum), fake_kernel(_name), MATMUL_TAGS)
 
-register_kernel(
-    Kernel(
-        name="cpu_int8_vnni",
-        provider="cpu",
-        op="cpu_int8_vnni",
-        requires=Requires(
-            platforms=CPU,
-            features=frozenset({"avx512", "avx512_vnni", "cpp_compiler"}),
-            codes=INT8_PAIRS,
-            granularities=ROW_SCALES,
-            asymmetric=ACTIVATION,
-            out_dtypes=FLOAT_DTYPES | {torch.int32},
-            max_k=INT8_MAX_K,
-            constant_weight=True,
-        ),
-        numerics=Numerics.EXACT,
-        note="our vpdpbusd tiles over packed panels, epilogue fused",
-        layout="vnni",
-    ),
-    priority=30,
-)
 register_kernel(
     Kernel(
         name="cpu_float8_bf16",

@@ -6,9 +6,18 @@ from fx_quant.linear_kernels.registry import FP8ScaledMMLinearKernel, Int8Scaled
 
 
 class CPUInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """Our VNNI tiles; for scales that vary along k those that decode the weight in cache."""
+    """Our tiles of each instruction set; for scales that vary along k those that decode the weight in cache."""
 
-    KERNELS = ("cpu_int8_vnni", "cpu_int8_blocks_bf16", "cpu_int8_blocks_float32")
+    KERNELS = (
+        "cpu_int8_amx",
+        "cpu_int8_vnni",
+        "cpu_int8_avx_vnni",
+        "cpu_int8_avx512",
+        "cpu_int8_avx2",
+        "cpu_int8_portable",
+        "cpu_int8_blocks_bf16",
+        "cpu_int8_blocks_float32",
+    )
 
 
 class TorchInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):

@@ -14,12 +14,14 @@ from typing import Any
 from unittest.mock import patch
 
 import sympy
+import torch
 from torch._inductor import config, ir
 from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.lowering import lowerings
 from torch._inductor.ops_handler import WrapperHandler
 from torch._inductor.utils import parallel_num_threads, sympy_index_symbol
 from torch._inductor.virtualized import V, ops
@@ -29,12 +31,16 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from fx_quant.kernels.packing import PANEL
 from fx_quant.native import Dot
 
+aten = torch.ops.aten
+
 
 def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
-    """Whether ``n`` and ``k`` are static, Inductor compiles for AVX-512 and the machine has the instruction."""
+    """Whether ``n`` and ``k`` are static, Inductor's vectors are as wide as those of ``dot``, which exists here."""
     isa = pick_vec_isa()
-    wide = bool(isa) and isa.bit_width() == 512
-    return wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) for size in (n, a.get_size()[1]))
+    is_wide = (isa.bit_width() if isa else 0) >= dot.vector_bits
+    return (
+        is_wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) for size in (n, a.get_size()[1]))
+    )
 
 
 # What a thread computes: its rows and panels.
@@ -43,9 +49,10 @@ SHARE = r"""{%- if num_threads > 1 %}
 {%- endif %}
     {
 {%- if num_threads > 1 %}
-        const FxqShare share = fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num());
+        const FxqShare share =
+            fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num(), {{dot.struct}}::ROWS);
 {%- else %}
-        const FxqShare share = fxq_share(M, panels, 1, 0);
+        const FxqShare share = fxq_share(M, panels, 1, 0, {{dot.struct}}::ROWS);
 {%- endif %}
 """
 # The columns of a panel; the last one may be narrower.
@@ -76,21 +83,24 @@ extern "C" {{export_declaration}}
     {{kernel.maybe_codegen_profile()}}
     const int64_t M = {{kernel.size(acc_node, 0)}};
     constexpr int64_t N = {{n}}, K = {{k}};
-    constexpr int64_t panels = {{panels}}, panel_size = {{panel_size}};
+    constexpr int64_t GROUP = {{dot.struct}}::GROUP, panels = (N + FXQ_PANEL - 1) / FXQ_PANEL;
+    constexpr int64_t panel_size = (K + GROUP - 1) / GROUP * GROUP * FXQ_PANEL;
     const int64_t lda = {{kernel.stride(A, 0)}};
     const auto a = reinterpret_cast<const {{dot.struct}}::A*>(&{{kernel.index(A, [0, 0])}});
-    const auto b = reinterpret_cast<const {{dot.struct}}::B*>(B);
+    const auto b = reinterpret_cast<const {{dot.struct}}::B*>(&{{kernel.index(B, [0] * B.get_size()|length)}});
 """
     + SHARE
-    + r"""        alignas(64) {{dot.struct}}::Acc start[FXQ_CHUNK_ROWS];
-        {{kernel.define_stack_allocated_buffer("acc", [6, 64], dot.acc_dtype)}}
+    + r"""        [[maybe_unused]] {{dot.struct}}::State state;
+        alignas(64) {{dot.struct}}::Acc start[FXQ_CHUNK_ROWS];
+        {{kernel.define_stack_allocated_buffer("acc", [dot.rows, 64], dot.acc_dtype)}}
+        static_assert({{dot.struct}}::ROWS == {{dot.rows}});
         for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
             const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
             for (int64_t r = 0; r < rows; r++) {
                 start[r] = {{dot.struct}}::row_start(a + (chunk + r) * lda, K);
             }
             // Blocks of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
-            const int64_t blocks = (rows + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+            const int64_t blocks = (rows + {{dot.rows}} - 1) / {{dot.rows}};
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
 """
     + N_START
@@ -107,7 +117,8 @@ extern "C" {{export_declaration}}
                     const auto columns = b + panel * panel_size;
                     const FxqAhead ahead = fxq_ahead(block, blocks, columns, panel_size * sizeof(*b));
                     fxq_tile<{{dot.struct}}>(
-                        m_end - m_start, a + m_start * lda, lda, columns, K, start + (m_start - chunk), ahead, acc);
+                        state, m_end - m_start, std::min(FXQ_PANEL, N - panel * FXQ_PANEL), a + m_start * lda, lda,
+                        columns, K, start + (m_start - chunk), ahead, acc);
 """
     + STORE
     + r"""                }
@@ -130,8 +141,7 @@ class TileTemplate(CppTemplate):
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What ``text`` reads beside the names that every template has."""
-        _, groups, _, group = inputs["B"].get_size()
-        return {"dot": self.dot, "panel_size": groups * PANEL * group}
+        return {}
 
     def render(  # pyrefly: ignore[bad-override]  (as Inductor's own templates do)
         self,
@@ -170,7 +180,8 @@ class TileTemplate(CppTemplate):
                 template=self,
                 kernel=kernel,
                 inputs=inputs,
-                panels=inputs["B"].get_size()[0],
+                panels=-(-self.n // PANEL),
+                dot=self.dot,
                 Y=Y,
                 Y_2d=Y_2d,
                 acc_node=acc_node,
@@ -283,8 +294,9 @@ def contiguous(x: ir.TensorBox) -> ir.IRNode:
 
 
 def tile_matmul(dot: Dot, a: ir.TensorBox, b: ir.TensorBox, n: int) -> ir.TensorBox:
-    """``[m, n]`` accumulator of ``a [m, k]`` and packed ``b``, in ``dot.acc_dtype``."""
-    rows, panels = with_contiguous_rows(a), contiguous(b)
+    """``[m, n]`` accumulator of ``a [m, k]`` and ``b``, packed or ``[k, n]`` as ``dot`` has it."""
+    rows = with_contiguous_rows(a)
+    panels = contiguous(b if dot.packed else lowerings[aten.permute.default](b, [1, 0]))
     m, k = rows.get_size()
     layout = ir.FixedLayout(rows.get_device_or_error(), dot.acc_dtype, [m, n])
     return TileTemplate(dot, {"A": rows, "B": panels}, layout, int(n), int(k)).generate().output_node()

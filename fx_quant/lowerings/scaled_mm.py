@@ -15,12 +15,14 @@ from torch._inductor.virtualized import V
 
 import fx_quant.kernels.cpu
 import fx_quant.kernels.cpu_decoded  # noqa: F401
+from fx_quant.kernels.cpu_int8 import LEVELS
 from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
 from fx_quant.lowerings.cpu_decoded_template import decoded_matmul
 from fx_quant.lowerings.cpu_template import can_render, tile_matmul
 from fx_quant.lowerings.quantize import quantize_dynamic
-from fx_quant.native import BFLOAT16, INT8_VNNI
+from fx_quant.native import BFLOAT16, Dot
 from fx_quant.native_decode import INT4_BYTES, decode_of
+from fx_quant.target import int_mm_is_exact
 
 aten = torch.ops.aten
 fxq = torch.ops.fx_quant
@@ -68,13 +70,21 @@ def _extern(op: torch._ops.OpOverload) -> Callable:
 # --- kernels of the CPU provider ------------------------------------------------------------------------------
 
 
-@register_lowering(fxq.cpu_int8_vnni.default, type_promotion_kind=None)
-def cpu_int8_vnni(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point) -> TensorBox:
-    """Our vpdpbusd tiles, epilogue fused."""
-    if not can_render(INT8_VNNI, a, n):
-        return _extern(fxq.cpu_int8_vnni.default)(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point)
-    acc = _correct(tile_matmul(INT8_VNNI, a, b, n), **zero_point)
-    return _dequantize(acc, a_scale, b_scale, bias, out_dtype)
+def _tiled(op: torch._ops.OpOverload, dot: Dot) -> Callable:
+    """The lowering of an int8 kernel of ours: the accumulator by its tiles, epilogue fused."""
+
+    def lowering(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point) -> TensorBox:
+        if not can_render(dot, a, n):
+            return _extern(op)(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point)
+        acc = _correct(tile_matmul(dot, a, b, n), **zero_point)
+        return _dequantize(acc, a_scale, b_scale, bias, out_dtype)
+
+    return lowering
+
+
+for _level in LEVELS:
+    _op = getattr(fxq, _level.kernel).default
+    register_lowering(_op, type_promotion_kind=None)(_tiled(_op, _level.dot))
 
 
 @register_lowering(fxq.cpu_float8_bf16.default, type_promotion_kind=None)
@@ -165,9 +175,9 @@ def pytorch_channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox
 
 @register_lowering(fxq.scaled_mm.default, type_promotion_kind=None)
 def scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None) -> TensorBox:
-    """``torch._int_mm`` and the epilogue for int8 on CPU, which takes every shape; the op's own body elsewhere."""
+    """``torch._int_mm`` and the epilogue for int8 on a CPU where that is exact; the op's own body elsewhere."""
     plain = a_zero_point is None and block is None
-    if plain and a.get_device().type == "cpu" and a.get_dtype() == b.get_dtype() == torch.int8:
+    if plain and int_mm_is_exact() and a.get_device().type == "cpu" and a.get_dtype() == b.get_dtype() == torch.int8:
         return pytorch_int_mm(a, b, a_scale, b_scale, bias, b.get_size()[1], out_dtype)
     extras = {"a_zero_point": a_zero_point, "block": block}
     return _extern(fxq.scaled_mm.default)(a, b, a_scale, b_scale, bias, out_dtype, **extras)

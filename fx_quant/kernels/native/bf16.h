@@ -16,12 +16,25 @@ struct FxqBf16 {
   using B = uint16_t;
   using Acc = float;
   using Vec = __m512;
+  using Codes = __m512i;
+  struct State {};
   static constexpr int64_t GROUP = 2;
+  static constexpr int LANES = 16, ROWS = 6, PARTS = 1;
 
+  // Of 32 registers: 6 x 4 accumulators, 4 of b and 1 of a.
+  static constexpr int columns(int) {
+    return 4;
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Codes part(Codes codes, int) {
+    return codes;
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Codes broadcast(int32_t lane) {
+    return _mm512_set1_epi32(lane);
+  }
   FXQ_TARGET __attribute__((always_inline)) static Vec splat(Acc value) {
     return _mm512_set1_ps(value);
   }
-  FXQ_TARGET __attribute__((always_inline)) static Vec dot(Vec acc, __m512i columns, __m512i row) {
+  FXQ_TARGET __attribute__((always_inline)) static Vec dot(Vec acc, Codes columns, Codes row) {
     // gcc copies and spills accumulators of the intrinsic; the constraint of the assembly keeps each in its register.
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(columns), "v"(row));
     return acc;

@@ -1,99 +1,83 @@
-// A register tile over packed panels of 64 columns, and how threads share the work.
+// A tile of accumulators in registers over packed panels of 64 columns.
 //
-// DOT, defined by the header of one kind of codes, says what one instruction does:
+// DOT, defined by the header of one kind of codes and one instruction set, says what one instruction does:
 //   A, B, Acc   element types of the activation, the packed weight and the accumulator
 //   GROUP       elements along k that one 32-bit lane holds
-//   Vec         a register of 16 accumulators, with splat, dot and store
+//   LANES, Vec  a register of LANES accumulators, with splat, dot and store
+//   Codes       a register of LANES groups
+//   ROWS        rows of a tile at most
+//   columns     registers of columns that a tile of so many rows goes over at a time
+//   PARTS       instructions that a group takes: Codes come in so many parts, split off by part
+//   widen       where PARTS is 2: the parts of a row of a, each as lanes
 //   row_start   what the accumulators of a row start from
+//   State       what a thread keeps from tile to tile
 //
 // The packed weight is [ceil(n/64)][ceil(k/GROUP)][64][GROUP]; the tile never reads past the end of a row of a.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
 namespace {
 
-constexpr int64_t FXQ_PANEL = 64;
-constexpr int64_t FXQ_TILE_ROWS = 6;    // 6 x 4 accumulators + 4 of b + 1 of a <= 32 registers
-constexpr int64_t FXQ_CHUNK_ROWS = 384; // rows that stream past a panel while it is in cache
+constexpr int64_t FXQ_BLOCK = 64; // groups along k that a tile in several passes goes over before the next: 16 KiB
 
-// What is asked for before it is needed: ``step`` bytes from ``at`` on for each line of a panel that is read.
-struct FxqAhead {
-  const char* at;
-  int64_t step;
+// Rows of a as lanes: lane g of part p of row r is at data + r * row + p * part + g * 4 bytes.
+struct FxqLanes {
+  const char* data;
+  int64_t row, part;
 };
 
-constexpr int64_t FXQ_AHEAD = 8192; // bytes that a stream from memory is ahead of what is multiplied
-
-// One block of rows waits for memory, so it asks for what follows in its own stream. Several blocks read ``bytes`` of a
-// panel again and again from cache, and the first four ask for those that come next, in equal parts.
-inline FxqAhead fxq_ahead(int64_t block, int64_t blocks, const void* panel, int64_t bytes) {
-  const char* at = static_cast<const char*>(panel);
-  if (blocks == 1) {
-    return {at + FXQ_AHEAD, 64};
-  }
-  const int64_t quarters = blocks == 2 || (blocks == 3 && block == 0) ? 2 : block < 4 ? 1 : 0;
-  const int64_t first = blocks == 2 ? block * 2 : blocks == 3 && block > 0 ? block + 1 : block;
-  return quarters ? FxqAhead{at + bytes + first * (bytes / 4), quarters * 16} : FxqAhead{at, 0};
-}
-
-// Asks for ``bytes`` from p on, which are wanted after the panel that comes first.
-inline void fxq_expect(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) {
-    _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T1);
-  }
-}
-
-// acc[ROWS][4 registers of 16 columns] += a[ROWS][k] x panel
-template <typename DOT, int ROWS>
-FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
-    typename DOT::Vec (&acc)[ROWS][4],
-    const typename DOT::A* a,
-    int64_t lda,
-    const typename DOT::B* panel,
-    int64_t k,
-    FxqAhead ahead) {
-  constexpr int64_t GROUP = DOT::GROUP;
-  const int64_t whole = k / GROUP;
-  const char* b = reinterpret_cast<const char*>(panel);
-  for (int64_t g = 0; g < whole; g++, b += 256) {
-    __m512i columns[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      columns[j] = _mm512_loadu_si512(b + j * 64);
-    }
-    // Two of the four lines: of one row or two, that the hardware asks for in time, none.
-    if (ROWS > 2) {
-      _mm_prefetch(ahead.at, _MM_HINT_T0);
-      _mm_prefetch(ahead.at + 64, _MM_HINT_T0);
-      ahead.at += 4 * ahead.step;
+// acc[r][j] += row r x register j of columns, for one group whose lanes are at ``lane(r, part)`` and columns at b
+template <typename DOT, int ROWS, int COLUMNS, typename LANE>
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_group(
+    typename DOT::Vec (&acc)[ROWS][COLUMNS], const char* b, LANE lane) {
+#pragma GCC unroll 2
+  for (int part = 0; part < DOT::PARTS; part++) {
+    typename DOT::Codes columns[COLUMNS];
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j++) {
+      std::memcpy(&columns[j], b + j * sizeof(columns[j]), sizeof(columns[j]));
+      columns[j] = DOT::part(columns[j], part);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
-      int32_t lane;
-      std::memcpy(&lane, a + r * lda + g * GROUP, sizeof(lane));
-      const __m512i row = _mm512_set1_epi32(lane);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
+      const typename DOT::Codes row = DOT::broadcast(lane(r, part));
+#pragma GCC unroll 8
+      for (int j = 0; j < COLUMNS; j++) {
         acc[r][j] = DOT::dot(acc[r][j], columns[j], row);
       }
     }
   }
-  const int64_t rest = k - whole * GROUP;
-  if (rest) {
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++) {
-      int32_t lane = 0;
-      std::memcpy(&lane, a + r * lda + whole * GROUP, rest * sizeof(typename DOT::A));
-      const __m512i row = _mm512_set1_epi32(lane);
+}
+
+// acc[ROWS][COLUMNS] += ``groups`` groups of rows x columns of a panel at b, then ``rest`` elements of a last group
+template <typename DOT, int ROWS, int COLUMNS>
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
+    typename DOT::Vec (&acc)[ROWS][COLUMNS],
+    FxqLanes a,
+    const char* b,
+    int64_t groups,
+    int64_t rest,
+    FxqAhead& ahead) {
+  constexpr int LINES = COLUMNS * sizeof(typename DOT::Codes) / 64;
+  for (int64_t g = 0; g < groups; g++, b += 256) {
+    // Every other line of several: of one row or two, that the hardware asks for in time, none.
+    if (ROWS > 2) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        acc[r][j] = DOT::dot(acc[r][j], _mm512_loadu_si512(b + j * 64), row);
+      for (int line = 0; line < (LINES + 1) / 2; line++) {
+        __builtin_prefetch(ahead.at + line * 64);
       }
+      ahead.at += LINES * ahead.step;
     }
+    fxq_group<DOT, ROWS, COLUMNS>(acc, b, [&](int r, int part) {
+      int32_t lane;
+      std::memcpy(&lane, a.data + r * a.row + part * a.part + g * 4, sizeof(lane));
+      return lane;
+    });
+  }
+  if (rest) {
+    fxq_group<DOT, ROWS, COLUMNS>(acc, b, [&](int r, int part) {
+      int32_t lane = 0;
+      std::memcpy(&lane, a.data + r * a.row + part * a.part + groups * 4, rest * sizeof(typename DOT::A));
+      return lane;
+    });
   }
 }
 
@@ -107,27 +91,61 @@ FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
     const typename DOT::Acc* start,
     FxqAhead ahead,
     typename DOT::Acc* out) {
-  typename DOT::Vec acc[ROWS][4];
+  using Vec = typename DOT::Vec;
+  constexpr int COLUMNS = DOT::columns(ROWS);
+  constexpr int PASSES = FXQ_PANEL / (COLUMNS * DOT::LANES);
+  constexpr bool IS_WHOLE = PASSES == 1 && DOT::PARTS == 1;
+  const int64_t step = IS_WHOLE ? k : FXQ_BLOCK * DOT::GROUP;
+  int64_t from = 0;
+  do {
+    const int64_t count = std::min(step, k - from);
+    int64_t groups = count / DOT::GROUP, rest = count % DOT::GROUP;
+    FxqLanes lanes{reinterpret_cast<const char*>(a + from), int64_t(lda * sizeof(*a)), 0};
+    [[maybe_unused]] alignas(64) int32_t wide[DOT::PARTS > 1 ? ROWS : 1][DOT::PARTS][FXQ_BLOCK];
+    if constexpr (DOT::PARTS > 1) {
+      groups += rest > 0;
+      rest = 0;
 #pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      acc[r][j] = DOT::splat(start[r]);
+      for (int r = 0; r < ROWS; r++) {
+        DOT::widen(a + from + r * lda, count, wide[r]);
+      }
+      lanes = {reinterpret_cast<const char*>(wide), sizeof(wide[0]), sizeof(wide[0][0])};
     }
-  }
-  fxq_products<DOT, ROWS>(acc, a, lda, panel, k, ahead);
+    const char* b = reinterpret_cast<const char*>(panel + from * FXQ_PANEL);
+#pragma GCC unroll 1
+    for (int pass = 0; pass < PASSES; pass++) {
+      typename DOT::Acc* const columns = out + pass * COLUMNS * DOT::LANES;
+      Vec acc[ROWS][COLUMNS];
 #pragma GCC unroll 6
-  for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      DOT::store(out + r * FXQ_PANEL + j * 16, acc[r][j]);
+      for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) {
+          if (IS_WHOLE || from == 0) {
+            acc[r][j] = DOT::splat(start[r]);
+          } else {
+            std::memcpy(&acc[r][j], columns + r * FXQ_PANEL + j * DOT::LANES, sizeof(Vec));
+          }
+        }
+      }
+      fxq_products<DOT, ROWS, COLUMNS>(acc, lanes, b + pass * COLUMNS * DOT::LANES * 4, groups, rest, ahead);
+#pragma GCC unroll 6
+      for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) {
+          DOT::store(columns + r * FXQ_PANEL + j * DOT::LANES, acc[r][j]);
+        }
+      }
     }
-  }
+    from += count;
+  } while (from < k);
 }
 
+// out[rows][64] = start[r] + a[rows][k] x panel
 template <typename DOT>
 inline void fxq_tile(
+    typename DOT::State&,
     int64_t rows,
+    int64_t,
     const typename DOT::A* a,
     int64_t lda,
     const typename DOT::B* panel,
@@ -135,6 +153,7 @@ inline void fxq_tile(
     const typename DOT::Acc* start,
     FxqAhead ahead,
     typename DOT::Acc* out) {
+  static_assert(DOT::ROWS == 6);
   switch (rows) {
     case 1: return fxq_tile_rows<DOT, 1>(a, lda, panel, k, start, ahead, out);
     case 2: return fxq_tile_rows<DOT, 2>(a, lda, panel, k, start, ahead, out);
@@ -143,36 +162,6 @@ inline void fxq_tile(
     case 5: return fxq_tile_rows<DOT, 5>(a, lda, panel, k, start, ahead, out);
     default: return fxq_tile_rows<DOT, 6>(a, lda, panel, k, start, ahead, out);
   }
-}
-
-// One thread's part of the output: rows x panels.
-struct FxqShare {
-  int64_t row_begin, row_end, panel_begin, panel_end;
-};
-
-// Threads form a grid of row parts x panel parts, the one whose largest part is smallest; ties go to fewer row parts,
-// because each row part reads the whole weight.
-inline FxqShare fxq_share(int64_t rows, int64_t panels, int64_t threads, int64_t thread) {
-  const int64_t blocks = (rows + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
-  int64_t row_parts = 1, least = blocks * ((panels + threads - 1) / threads);
-  for (int64_t parts = 2; parts <= std::min(threads, blocks); parts++) {
-    const int64_t across = threads / parts;
-    const int64_t work = ((blocks + parts - 1) / parts) * ((panels + across - 1) / across);
-    if (work < least) {
-      least = work;
-      row_parts = parts;
-    }
-  }
-  const int64_t panel_parts = threads / row_parts;
-  if (thread >= row_parts * panel_parts) {
-    return {0, 0, 0, 0};
-  }
-  const int64_t i = thread / panel_parts, j = thread % panel_parts;
-  return {
-      std::min(rows, blocks * i / row_parts * FXQ_TILE_ROWS),
-      std::min(rows, blocks * (i + 1) / row_parts * FXQ_TILE_ROWS),
-      panels * j / panel_parts,
-      panels * (j + 1) / panel_parts};
 }
 
 } // namespace

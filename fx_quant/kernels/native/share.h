@@ -1,0 +1,71 @@
+// What every matmul over panels of 64 columns shares: how threads divide the output, and what is asked for ahead.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t FXQ_PANEL = 64;
+constexpr int64_t FXQ_TILE_ROWS = 6;    // of a tile in registers
+constexpr int64_t FXQ_CHUNK_ROWS = 384; // rows that stream past a panel while it is in cache
+
+// What is asked for before it is needed: ``step`` bytes from ``at`` on for each line of a panel that is read.
+struct FxqAhead {
+  const char* at;
+  int64_t step;
+};
+
+constexpr int64_t FXQ_AHEAD = 8192; // bytes that a stream from memory is ahead of what is multiplied
+
+// One block of rows waits for memory, so it asks for what follows in its own stream. Several blocks read ``bytes`` of a
+// panel again and again from cache, and the first four ask for those that come next, in equal parts.
+inline FxqAhead fxq_ahead(int64_t block, int64_t blocks, const void* panel, int64_t bytes) {
+  const char* at = static_cast<const char*>(panel);
+  if (blocks == 1) {
+    return {at + FXQ_AHEAD, 64};
+  }
+  const int64_t quarters = blocks == 2 || (blocks == 3 && block == 0) ? 2 : block < 4 ? 1 : 0;
+  const int64_t first = blocks == 2 ? block * 2 : blocks == 3 && block > 0 ? block + 1 : block;
+  return quarters ? FxqAhead{at + bytes + first * (bytes / 4), quarters * 16} : FxqAhead{at, 0};
+}
+
+// Asks for ``bytes`` from p on, which are wanted after the panel that comes first.
+inline void fxq_expect(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+  }
+}
+
+// One thread's part of the output: rows x panels.
+struct FxqShare {
+  int64_t row_begin, row_end, panel_begin, panel_end;
+};
+
+// Threads form a grid of row parts x panel parts, the one whose largest part is smallest; ties go to fewer row parts,
+// because each row part reads the whole weight.
+inline FxqShare fxq_share(
+    int64_t rows, int64_t panels, int64_t threads, int64_t thread, int64_t tile_rows = FXQ_TILE_ROWS) {
+  const int64_t blocks = (rows + tile_rows - 1) / tile_rows;
+  int64_t row_parts = 1, least = blocks * ((panels + threads - 1) / threads);
+  for (int64_t parts = 2; parts <= std::min(threads, blocks); parts++) {
+    const int64_t across = threads / parts;
+    const int64_t work = ((blocks + parts - 1) / parts) * ((panels + across - 1) / across);
+    if (work < least) {
+      least = work;
+      row_parts = parts;
+    }
+  }
+  const int64_t panel_parts = threads / row_parts;
+  if (thread >= row_parts * panel_parts) {
+    return {0, 0, 0, 0};
+  }
+  const int64_t i = thread / panel_parts, j = thread % panel_parts;
+  return {
+      std::min(rows, blocks * i / row_parts * tile_rows),
+      std::min(rows, blocks * (i + 1) / row_parts * tile_rows),
+      panels * j / panel_parts,
+      panels * (j + 1) / panel_parts};
+}
+
+} // namespace
