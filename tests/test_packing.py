@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
 from fx_quant import remembering
 from fx_quant.errors import UnknownNameError
-from fx_quant.kernels import packing
+from fx_quant.kernels import huge_pages, packing
 from fx_quant.kernels.base import kernels
 from fx_quant.kernels.packing import clear_packed_weights, layouts, pack_weight, packed_layout
 from fx_quant.scheme import INT8_DTYPES
@@ -177,3 +177,21 @@ def test_a_compiled_graph_never_writes_over_a_packed_weight():
     for _ in range(2):
         torch.testing.assert_close(compiled(a, w), expected)
         assert torch.equal(prepack([w], ["float32"])[0], packed)
+
+
+@pytest.mark.parametrize("layout", ["vnni", "pairs"])
+def test_a_large_weight_is_packed_in_memory_of_its_own(layout, monkeypatch):
+    weight = torch.randint(-128, 128, (2304, 4096), dtype=torch.int8)
+    packed = pack_weight(weight, layout)
+    assert packed.is_contiguous()
+    assert torch.equal(packed_layout(layout).unpack(packed, *weight.shape), weight)
+    # A system that refuses, and one that is not asked.
+    for refusal in (lambda: lambda *_: -1, lambda: None):
+        monkeypatch.setattr(huge_pages, "_madvise", refusal)
+        assert torch.equal(pack_weight(weight, layout), packed)
+
+
+def test_only_large_tensors_are_copied_to_huge_pages():
+    small, large = torch.zeros(1024, dtype=torch.int8), torch.ones(9 << 20, dtype=torch.int8)
+    assert huge_pages.in_huge_pages(small) is small
+    assert torch.equal(huge_pages.in_huge_pages(large), large)

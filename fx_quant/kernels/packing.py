@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_quant.errors import FxQuantError, unknown_name
+from fx_quant.kernels.huge_pages import in_huge_pages
 from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.remembering import drop_at_death, forget_all, remembered, version_of, view_of
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
@@ -226,7 +227,7 @@ def pack_weight(weight: Tensor, layout: str) -> Tensor:
     """``weight [n, k]`` in ``layout``, as a new tensor; nothing is remembered."""
     _check_weight(weight, packed_layout(layout))
     with torch.no_grad():
-        return packed_layout(layout).pack(weight.detach())
+        return in_huge_pages(packed_layout(layout).pack(weight.detach()))
 
 
 # --- what was packed --------------------------------------------------------------------------------------------
