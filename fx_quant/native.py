@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fx_quant.target import cpu_features
+from fx_quant.tuning import PlanTable, table
 
 
 def source(*names: str) -> str:
@@ -43,6 +44,11 @@ class Dot:
     source: str
     acc_dtype: torch.dtype
     features: frozenset[str]
+
+    @property
+    def kind(self) -> str:
+        """What its plans are called in ``fx_quant.tuning``."""
+        return self.name.removeprefix("fxq_")
 
     def exists_here(self) -> bool:
         """Whether this machine has the instructions, and PyTorch is let use them."""
@@ -76,12 +82,17 @@ FLOAT32 = Dot(
     features=frozenset({"avx512"}),
 )
 
+# Goes before the source of every kernel.
+PLAN = source("plan.h")
+
 _EAGER = r"""
 #include <omp.h>
+%(plan)s
 %(source)s
 extern "C" __attribute__((visibility("default")))
 void fxq_matmul(
-    const void* a_, int64_t lda, const void* b_, int64_t m, int64_t n, int64_t k, void* out_, int64_t threads)
+    const void* a_, int64_t lda, const void* b_, int64_t m, int64_t n, int64_t k, void* out_,
+    const FxqPlan* plans, int64_t threads)
 {
   using Dot = %(struct)s;
   const auto a = static_cast<const Dot::A*>(a_);
@@ -89,7 +100,8 @@ void fxq_matmul(
   const auto out = static_cast<Dot::Acc*>(out_);
   const int64_t panels = (n + FXQ_PANEL - 1) / FXQ_PANEL;
   const int64_t panel_size = (k + Dot::GROUP - 1) / Dot::GROUP * FXQ_PANEL * Dot::GROUP;
-#pragma omp parallel num_threads(threads)
+  const FxqPlan& plan = fxq_plan(plans, m);
+#pragma omp parallel num_threads(fxq_threads(plan, m, n, k, threads))
   {
     const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num());
     alignas(64) Dot::Acc start[FXQ_CHUNK_ROWS];
@@ -105,7 +117,7 @@ void fxq_matmul(
         for (int64_t block = 0; block < blocks; block++) {
           const int64_t first = chunk + rows * block / blocks, end = chunk + rows * (block + 1) / blocks;
           const auto columns = b + panel * panel_size;
-          const FxqAhead ahead = fxq_ahead(block, blocks, columns, panel_size * sizeof(*b));
+          const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, panel_size * sizeof(*b));
           fxq_tile<Dot>(
               end - first, a + first * lda, lda, columns, k, start + (first - chunk), ahead, acc);
           for (int64_t r = first; r < end; r++) {
@@ -137,18 +149,21 @@ def load(name: str, code: str) -> Any | None:
 @functools.cache
 def compiled(dot: Dot) -> Callable[..., None] | None:
     """The eager entry point of ``dot``, compiled once; None, with a warning, where that fails."""
-    library = load(dot.name, _EAGER % {"source": dot.source, "struct": dot.struct})
+    library = load(dot.name, _EAGER % {"plan": PLAN, "source": dot.source, "struct": dot.struct})
     if library is None:
         return None
     function = library.fxq_matmul
     size, address = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = [address, size, address, size, size, size, address, size]
+    function.argtypes = [address, size, address, size, size, size, address, address, size]
     function.restype = None
     return function
 
 
-def matmul(dot: Dot, a: Tensor, b: Tensor, n: int) -> Tensor | None:
-    """``[m, n]`` accumulator of ``a [m, k]`` and packed ``b``; None where the native code cannot run."""
+def matmul(dot: Dot, a: Tensor, b: Tensor, n: int, plans: PlanTable | None = None) -> Tensor | None:
+    """``[m, n]`` accumulator of ``a [m, k]`` and packed ``b``; None where the native code cannot run.
+
+    ``plans`` are those in force for ``dot`` unless given.
+    """
     if a.device.type != "cpu" or not dot.exists_here():
         return None
     function = compiled(dot)
@@ -158,7 +173,6 @@ def matmul(dot: Dot, a: Tensor, b: Tensor, n: int) -> Tensor | None:
     m, k = a.shape
     out = a.new_empty((m, n), dtype=dot.acc_dtype)
     if m and n:
-        # More threads than panels or rows would only wait for each other.
-        threads = max(1, min(torch.get_num_threads(), m * -(-n // 64)))
-        function(a.data_ptr(), a.stride(0), b.data_ptr(), m, n, k, out.data_ptr(), threads)
+        plans = table(dot.kind) if plans is None else plans
+        function(a.data_ptr(), a.stride(0), b.data_ptr(), m, n, k, out.data_ptr(), plans.array, torch.get_num_threads())
     return out
