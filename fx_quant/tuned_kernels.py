@@ -62,6 +62,11 @@ class TunedKernel:
 
 def tuned_kernels() -> tuple[TunedKernel, ...]:
     """The kinds of native kernel that this machine has the instructions and a compiler for."""
+    return tuple(filter(_runs, supported_kernels()))
+
+
+def supported_kernels() -> tuple[TunedKernel, ...]:
+    """The kinds of native kernel that this machine has the instructions for; nothing is compiled."""
     found = [
         TunedKernel(dot.kind, layout, a_dtype, a_dtype)
         for dot, layout, a_dtype in ((INT8_VNNI, "vnni", torch.int8), (BFLOAT16, "bf16_pairs", torch.bfloat16))
@@ -76,7 +81,7 @@ def tuned_kernels() -> tuple[TunedKernel, ...]:
             decode = decode_of(a_dtype, code_dtype, layout == "int4_words")
             if decode.takes(block):
                 found.append(TunedKernel(decode.kind, layout, a_dtype, code_dtype, True, block))
-    return tuple(filter(_runs, found))
+    return tuple(found)
 
 
 def _runs(kernel: TunedKernel) -> bool:

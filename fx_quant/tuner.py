@@ -21,7 +21,17 @@ from tabulate import tabulate
 
 from fx_quant.errors import FxQuantError
 from fx_quant.tuned_kernels import Shape, Timer, TunedKernel, tuned_kernels
-from fx_quant.tuning import ANY_ROWS, Machine, PlanTable, default_table, reset, save, table, this_machine
+from fx_quant.tuning import (
+    ANY_ROWS,
+    Machine,
+    PlanTable,
+    check_writable,
+    default_table,
+    reset,
+    save,
+    table,
+    this_machine,
+)
 
 SHAPES = ((2048, 2048), (4096, 4096))
 ROWS = (1, 4, 16, 64, 256)
@@ -157,6 +167,7 @@ def tune(
                 "tuning needs a native kernel that can run here, and there is none; see `python -m fx_quant doctor`"
             )
         machine = this_machine()
+        check_writable(machine)
         plan = steps(kernels, shapes, machine.threads)
         decided, tables = decide_all(plan, Timer(kernels, shapes), budget_seconds, time.perf_counter, start)
         return _saved(decided, plan, tables, machine, time.perf_counter() - start)

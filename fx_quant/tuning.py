@@ -242,6 +242,24 @@ def _ignored(path: Path, why: str) -> Mapping[str, PlanTable]:
     return MappingProxyType({})
 
 
+def check_writable(machine: Machine) -> None:
+    """Nothing, where plans could be saved for ``machine``.
+
+    Raises:
+        FxQuantError: the folder, or the nearest one above it that exists, cannot be written.
+    """
+    path = machine.path()
+    there = next(folder for folder in path.parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise _unwritable(path, f"{there} is no folder that this user can write")
+
+
+def _unwritable(path: Path, why: object) -> FxQuantError:
+    return FxQuantError(
+        f"plans must be written to {path.parent}, which failed: {why}; set FX_QUANT_CACHE_DIR to another folder"
+    )
+
+
 def save(tables: Mapping[str, PlanTable], machine: Machine) -> Path:
     """Write ``tables`` for ``machine``, all or nothing; they are in force from then on.
 
@@ -267,9 +285,7 @@ def save(tables: Mapping[str, PlanTable], machine: Machine) -> Path:
         if partial is not None:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-        raise FxQuantError(
-            f"plans must be written to {path.parent}, which failed ({error}); set FX_QUANT_CACHE_DIR to another folder"
-        ) from error
+        raise _unwritable(path, error) from error
     forget()
     return path
 
