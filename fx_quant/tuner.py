@@ -69,7 +69,8 @@ class Decision:
         rows: the range, in words.
         parameter: of ``Plan``.
         default, chosen: values of it.
-        gain: time under the default over time under what was chosen, less 1, over the shapes; 0 where they agree.
+        gain: time under the default over time under what was chosen, less 1, over the shapes, noise taken off; 0 where
+            they agree.
     """
 
     kernel: str
@@ -274,21 +275,27 @@ def decide(step: Step, given: PlanTable, default: Any, measure: Measure) -> tupl
     """``(value, gain)`` of the step's parameter: the default, unless another is faster in both rounds."""
     values = [default, *(value for value in step.candidates if value != default)]
     tables = [given.replaced(step.rows, **{step.parameter: value}) for value in values]
-    best, gain, wins = _fastest(step, tables, measure)
+    best, gain, wins = _fastest(step, tables, (0,), measure)
     if wins:
-        _, gain, wins = _fastest(step, (tables[0], tables[best]), measure)
+        _, gain, wins = _fastest(step, (tables[0], tables[best]), (0, 1), measure)
     return (values[best], gain) if wins else (default, 0.0)
 
 
-def _fastest(step: Step, tables: Sequence[PlanTable], measure: Measure) -> tuple[int, float, bool]:
-    """``(index, gain, whether that is enough)`` of the fastest table but the first, against the first."""
+def _fastest(
+    step: Step, tables: Sequence[PlanTable], twice: Sequence[int], measure: Measure
+) -> tuple[int, float, bool]:
+    """``(index, gain, whether that is enough)`` of the fastest table but the first, against the first.
+
+    Those of ``twice`` take part twice, and what differs between the two is noise: the first table counts as the better
+    of its two, another as the worse.
+    """
     ratios: list[list[float]] = [[] for _ in tables]
     for shape in step.shapes:
-        # The first takes part twice and counts as the better of the two: what differs between them is noise.
-        *times, again = measure(step.kernel, step.rows, shape, (*tables, tables[0]))
-        first = min(times[0], again)
-        for of, seconds in zip(ratios, times, strict=True):
-            of.append(first / seconds)
+        times = list(measure(step.kernel, step.rows, shape, (*tables, *(tables[of] for of in twice))))
+        for of, again in zip(twice, times[len(tables) :], strict=True):
+            times[of] = (max if of else min)(times[of], again)
+        for of, seconds in zip(ratios, times[: len(tables)], strict=True):
+            of.append(times[0] / seconds)
     means = [statistics.geometric_mean(of) for of in ratios]
     best = max(range(1, len(tables)), key=means.__getitem__)
     return best, means[best] - 1, means[best] >= GAIN and min(ratios[best]) > 1 / GAIN

@@ -75,7 +75,7 @@ def test_the_fastest_candidate_is_chosen_after_a_second_round():
     assert (chosen, pytest.approx(gain)) == (4096, 0.25)
     assert [[plan.ahead for plan in plans] for *_, plans in times.calls] == [
         *[[8192, 0, 4096, 16384, 8192]] * 2,
-        *[[8192, 4096, 8192]] * 2,
+        *[[8192, 4096, 8192, 4096]] * 2,
     ]
 
 
@@ -104,6 +104,17 @@ def test_what_the_default_differs_from_itself_is_no_gain():
             return [first * 1.3, *rest]
 
     assert decide(STEP, DEFAULT, 8192, Burst(by_ahead({}))) == (8192, 0.0)
+
+
+def test_a_candidate_that_is_only_sometimes_faster_is_not_chosen():
+    class Unsteady(Times):
+        """The last table of a second round is slower than it was at first."""
+
+        def __call__(self, *arguments):
+            *others, last = super().__call__(*arguments)
+            return [*others, last * 1.2 if len(self.calls) > 2 else last]
+
+    assert decide(STEP, DEFAULT, 8192, Unsteady(by_ahead({4096: 0.9}))) == (8192, 0.0)
 
 
 def test_only_the_range_of_the_step_changes():

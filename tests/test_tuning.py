@@ -114,16 +114,16 @@ def test_ranges_rise_to_any_number_of_rows(limits):
 
 
 def test_what_is_saved_is_in_force_for_its_kernel_only(folder):
-    assert tuning.table("int8_vnni") is DEFAULT
+    assert tuning.table("int8_vnni") is tuning.default_table("int8_vnni")
     path = tuning.save({"int8_vnni": WILD}, tuning.this_machine())
     assert path.parent == folder
     assert [each.name for each in folder.iterdir()] == [path.name]
     assert tuning.table("int8_vnni") == WILD
     assert tuning.plan_for("int8_vnni", 7) == WILD.ranges[3][1]
-    assert tuning.table("bf16") is DEFAULT
+    assert tuning.table("bf16") is tuning.default_table("bf16")
     assert tuning.load(dataclasses.replace(tuning.this_machine(), threads=1000)) == {}
     assert tuning.reset(tuning.this_machine()) == path
-    assert tuning.table("int8_vnni") is DEFAULT
+    assert tuning.table("int8_vnni") is tuning.default_table("int8_vnni")
     assert tuning.reset(tuning.this_machine()) is None
 
 
@@ -159,8 +159,8 @@ def test_a_file_that_does_not_hold_is_ignored_with_one_warning(name, folder):
     path = tuning.this_machine().path()
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(UserWarning, match=r"are ignored and the defaults used, because .*fx_quant tune") as caught:
-        found = [tuning.table(kind) for kind in ("int8_vnni", "bf16")]
-    assert all(each is DEFAULT for each in found)
+        found = [tuning.table(kind) for kind in ("int8_vnni", "another")]
+    assert found == [tuning.DEFAULTS["int8_vnni"], DEFAULT]
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
     tuning.save({"bf16": WILD}, tuning.this_machine())
