@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fx_quant.scheme import Granularity, OperandSpec, Scheme
     from fx_quant.selection import select
     from fx_quant.target import Target, detect_target, named_target
+    from fx_quant.tuner import TuneReport, tune
 
 # No public name may be that of a submodule: importing the submodule would put the module in its place.
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "Report": "report",
     "Scheme": "scheme",
     "Target": "target",
+    "TuneReport": "tuner",
     "check": "checker",
     "clear_packed_weights": "kernels.packing",
     "detect_target": "target",
@@ -45,6 +47,7 @@ _HOMES = {
     "prepare_": "prepare",
     "quantize_": "linear",
     "select": "selection",
+    "tune": "tuner",
 }
 
 __all__ = [
@@ -57,6 +60,7 @@ __all__ = [
     "Report",
     "Scheme",
     "Target",
+    "TuneReport",
     "check",
     "clear_packed_weights",
     "detect_target",
@@ -67,6 +71,7 @@ __all__ = [
     "prepare_",
     "quantize_",
     "select",
+    "tune",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fx_quant doctor | kernels | explain | check``."""
+"""The command line: ``python -m fx_quant doctor | kernels | explain | check | tune``."""
 
 from __future__ import annotations
 
@@ -63,6 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--max-rel-err", type=float, help="end with status 1 when a site is worse")
             command.add_argument("--min-sqnr-db", type=float, help="end with status 1 when a site is worse")
+
+    tune = commands.add_parser("tune", help="measure the native CPU kernels on this machine and keep what is faster")
+    tune.add_argument(
+        "--budget", type=float, default=20.0, metavar="SECONDS", help="time to measure in; 20 unless given"
+    )
+    tune.add_argument(
+        "--shapes", nargs="+", default=[], metavar="NxK", help="weights to measure with, such as 4096x4096"
+    )
+    tune.add_argument("--json", action="store_true", help="print JSON")
+    only = tune.add_mutually_exclusive_group()
+    only.add_argument("--show", action="store_true", help="print the plans in force and where they come from")
+    only.add_argument("--reset", action="store_true", help="delete what was measured: the defaults are in force again")
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -140,6 +153,54 @@ def _check(arguments: argparse.Namespace) -> int:
     except ToleranceError as error:
         print(f"fx_quant: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from fx_quant import tuning
+
+    if arguments.show:
+        return _show_plans(arguments.json)
+    if arguments.reset:
+        path = tuning.reset(tuning.this_machine())
+        text = "nothing was saved for this machine" if path is None else f"deleted {path}"
+        print(json.dumps({"deleted": path and str(path)}) if arguments.json else text)
+        return 0
+    from fx_quant.tuner import tune
+
+    report = tune([_shape(text) for text in arguments.shapes], budget_seconds=arguments.budget)
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdecimal() and k.isdecimal()):
+        raise FxQuantError(f"a shape must be NxK, such as 4096x4096, got {text!r}")
+    return int(n), int(k)
+
+
+def _show_plans(as_json: bool) -> int:
+    from fx_quant import tuning
+
+    machine, measured = tuning.this_machine(), tuning.tuned_tables()
+    tables = {"any other": tuning.DEFAULT, **tuning.DEFAULTS, **measured}
+    path = str(machine.path()) if measured else None
+    if as_json:
+        data = {kind: {"measured": kind in measured, "plans": each.to_data()} for kind, each in tables.items()}
+        print(json.dumps({"path": path, "kernels": data}, indent=2))
+        return 0
+    rows = [
+        (kind, "measured" if kind in measured else "default", *row.values())
+        for kind, each in tables.items()
+        for row in each.to_data()
+    ]
+    names = ("ahead", "next_panel", "chunk_k", "alone")
+    print(tabulate(rows, headers=("kernel", "from", "rows up to", *names), missingval="any"))
+    print(
+        f"\nfor {machine.cpu}, {machine.threads} threads: "
+        + (path or "nothing was measured, the defaults are in force")
+    )
     return 0
 
 

@@ -34,6 +34,7 @@ from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.report import MissReport, Report
 from fx_quant.selection import disabled_kernels
 from fx_quant.target import Target, detect_target
+from fx_quant.tuning import tuned_tables
 
 log = logging.getLogger("fx_quant")
 
@@ -85,7 +86,7 @@ class RewritePass(CustomGraphPass):
         dump_graph("FX_QUANT_AFTER", graph)
 
     def uuid(self) -> object:
-        """Key of Inductor's caches: our sources, the options, the target and the kernels with their versions."""
+        """Key of Inductor's caches: our sources, the options, the target, the kernels, their versions and plans."""
         target = self.target or detect_target(_first_device())
         return (
             source_digest(),
@@ -93,6 +94,7 @@ class RewritePass(CustomGraphPass):
             repr((target.platform, target.arch, sorted(target.features), sorted(target.packages.items()))),
             tuple(kernel.name for kernel in kernels()),
             tuple(sorted(disabled_kernels())),
+            repr(sorted(tuned_tables().items())),
             torch.__version__,
         )
 

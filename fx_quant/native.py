@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fx_quant.target import cpu_features
+from fx_quant.tuning import PlanTable, table
 
 
 def source(*names: str) -> str:
@@ -49,6 +50,11 @@ class Dot:
     vector_bits: int
     rows: int = 6
     packed: bool = True
+
+    @property
+    def kind(self) -> str:
+        """What its plans are called in ``fx_quant.tuning``."""
+        return self.name.removeprefix("fxq_")
 
     def exists_here(self) -> bool:
         """Whether this machine has the instructions, and PyTorch is let use them."""
@@ -138,12 +144,17 @@ FLOAT32 = Dot(
     vector_bits=512,
 )
 
+# Goes before the source of every kernel.
+PLAN = source("plan.h")
+
 _EAGER = r"""
 #include <omp.h>
+%(plan)s
 %(source)s
 extern "C" __attribute__((visibility("default")))
 void fxq_matmul(
-    const void* a_, int64_t lda, const void* b_, int64_t m, int64_t n, int64_t k, void* out_, int64_t threads)
+    const void* a_, int64_t lda, const void* b_, int64_t m, int64_t n, int64_t k, void* out_,
+    const FxqPlan* plans, int64_t threads)
 {
   using Dot = %(struct)s;
   const auto a = static_cast<const Dot::A*>(a_);
@@ -151,7 +162,8 @@ void fxq_matmul(
   const auto out = static_cast<Dot::Acc*>(out_);
   const int64_t panels = (n + FXQ_PANEL - 1) / FXQ_PANEL;
   const int64_t panel_size = (k + Dot::GROUP - 1) / Dot::GROUP * FXQ_PANEL * Dot::GROUP;
-#pragma omp parallel num_threads(threads)
+  const FxqPlan& plan = fxq_plan(plans, m);
+#pragma omp parallel num_threads(fxq_threads(plan, m, n, k, threads))
   {
     const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num(), Dot::ROWS);
     [[maybe_unused]] Dot::State state;
@@ -168,7 +180,7 @@ void fxq_matmul(
         for (int64_t block = 0; block < blocks; block++) {
           const int64_t first = chunk + rows * block / blocks, end = chunk + rows * (block + 1) / blocks;
           const auto columns = b + panel * panel_size;
-          const FxqAhead ahead = fxq_ahead(block, blocks, columns, panel_size * sizeof(*b));
+          const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, panel_size * sizeof(*b));
           fxq_tile<Dot>(
               state, end - first, width, a + first * lda, lda, columns, k, start + (first - chunk), ahead, acc);
           for (int64_t r = first; r < end; r++) {
@@ -206,25 +218,26 @@ def compiled(dot: Dot) -> Callable[..., None] | None:
 
 def eager_source(dot: Dot) -> str:
     """The native code of ``dot`` with the entry point of eager calls."""
-    return _EAGER % {"source": dot.source, "struct": dot.struct}
+    return _EAGER % {"plan": PLAN, "source": dot.source, "struct": dot.struct}
 
 
 def entry_point(library: Any) -> Callable[..., None]:
     """The function of a compiled ``eager_source``.
 
-    ``(a, lda, b, m, n, k, out, threads)``: addresses, and sizes in elements.
+    ``(a, lda, b, m, n, k, out, plans, threads)``: addresses, and sizes in elements.
     """
     function = library.fxq_matmul
     size, address = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = [address, size, address, size, size, size, address, size]
+    function.argtypes = [address, size, address, size, size, size, address, address, size]
     function.restype = None
     return function
 
 
-def matmul(dot: Dot, a: Tensor, b: Tensor, n: int) -> Tensor | None:
+def matmul(dot: Dot, a: Tensor, b: Tensor, n: int, plans: PlanTable | None = None) -> Tensor | None:
     """``[m, n]`` accumulator of ``a [m, k]`` and ``b``; None where the native code cannot run.
 
     ``b`` is packed, or the weight as ``[k, n]`` where ``dot`` takes it so.
+    ``plans`` are those in force for ``dot`` unless given.
     """
     if a.device.type != "cpu" or not dot.exists_here():
         return None
@@ -236,7 +249,6 @@ def matmul(dot: Dot, a: Tensor, b: Tensor, n: int) -> Tensor | None:
     m, k = a.shape
     out = a.new_empty((m, n), dtype=dot.acc_dtype)
     if m and n:
-        # More threads than panels or rows would only wait for each other.
-        threads = max(1, min(torch.get_num_threads(), m * -(-n // 64)))
-        function(a.data_ptr(), a.stride(0), b.data_ptr(), m, n, k, out.data_ptr(), threads)
+        plans = table(dot.kind) if plans is None else plans
+        function(a.data_ptr(), a.stride(0), b.data_ptr(), m, n, k, out.data_ptr(), plans.array, torch.get_num_threads())
     return out

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fx_quant.native import BFLOAT16, FLOAT32, Dot, load, source
+from fx_quant.native import BFLOAT16, FLOAT32, PLAN, Dot, load, source
 from fx_quant.scheme import FLOAT8_DTYPES
+from fx_quant.tuning import PlanTable, table
 
 # Bytes become bfloat16 by a table of 128 bytes.
 _DECODED_BFLOAT16 = replace(
@@ -24,6 +25,7 @@ _DECODED_BFLOAT16 = replace(
 )
 _DOTS = {torch.bfloat16: _DECODED_BFLOAT16, torch.float32: FLOAT32}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
+_KINDS = {"FxqSigned": "int8", "FxqUnsigned": "int8", "FxqFloat8": "float8", "FxqNibbles": "int4"}
 _INTEGERS = {torch.int8: 2, torch.uint8: 3, torch.int32: 4, torch.int64: 5}
 # The last dim of layout `int4_words`, eight k of a column; that of `pairs` and `columns` is less.
 INT4_BYTES = 4
@@ -45,6 +47,11 @@ class Decode:
     codes: str
     source: str
     step: int
+
+    @property
+    def kind(self) -> str:
+        """What its plans are called in ``fx_quant.tuning``; signed and unsigned bytes share them."""
+        return f"{self.dot.kind}_decoded_{_KINDS[self.codes]}"
 
     def takes(self, block: Sequence[int] | None) -> bool:
         """Whether this machine has the instructions, and a panel can be decoded group by group."""
@@ -129,11 +136,11 @@ class _Epilogue(ctypes.Structure):
 @functools.cache
 def _compiled(decode: Decode) -> Callable[..., None] | None:
     defines = f"#define FXQ_DOT {decode.dot.struct}\n#define FXQ_CODES {decode.codes}\n"
-    library = load(decode.dot.name, f"{defines}{decode.source}\n{source('eager_decoded.h')}")
+    library = load(decode.dot.name, f"{PLAN}{defines}{decode.source}\n{source('eager_decoded.h')}")
     if library is None:
         return None
     function = library.fxq_decoded
-    function.argtypes = [_ADDRESS, _SIZE, _SIZE, ctypes.POINTER(_Weight), ctypes.POINTER(_Epilogue), _SIZE]
+    function.argtypes = [_ADDRESS, _SIZE, _SIZE, ctypes.POINTER(_Weight), ctypes.POINTER(_Epilogue), _ADDRESS, _SIZE]
     function.restype = None
     return function
 
@@ -172,6 +179,7 @@ def decoded_matmul(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     block: Sequence[int] | None,
+    plans: PlanTable | None = None,
 ) -> Tensor | None:
     """The equation above of ``a [m, k]`` and packed ``b``; None where the native code cannot run.
 
@@ -180,6 +188,7 @@ def decoded_matmul(
         b: in layout ``pairs``, ``columns`` or ``int4`` (``kernels/packing.py``).
         n: columns of the result.
         a_scale, b_scale, b_zero_point, bias, out_dtype, block: as in ``fx_quant::scaled_mm`` and ``weight_only_mm``.
+        plans: those in force for the kernel unless given.
     """
     decode = decode_of(a.dtype, b.dtype, is_int4(b))
     if a.device.type != "cpu" or not decode.takes(block):
@@ -208,7 +217,7 @@ def decoded_matmul(
         if a_scale is not None:
             weight.row_scale = a_scale.data_ptr()
             weight.row_scale_stride, weight.row_scale_group_stride = a_scale.stride()
-    # More threads than panels or rows would only wait for each other.
-    threads = max(1, min(torch.get_num_threads(), m * -(-n // 64)))
-    function(a.data_ptr(), a.stride(0), m, ctypes.byref(weight), ctypes.byref(epilogue), threads)
+    plans = table(decode.kind) if plans is None else plans
+    operands = (a.data_ptr(), a.stride(0), m, ctypes.byref(weight), ctypes.byref(epilogue))
+    function(*operands, plans.array, torch.get_num_threads())
     return out

@@ -19,6 +19,7 @@ from fx_quant.native_decode import Decode, factor_kind
 _TEMPLATE = (
     r"""
 {{template.header().getvalue()}}
+{{plans}}
 {{decode.source}}
 extern "C" {{export_declaration}}
 {{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
@@ -56,7 +57,7 @@ extern "C" {{export_declaration}}
 """
     + N_START
     + r"""                fxq_panel<Dot, Decode>(
-                    m_start, m_end - m_start, rows, weight, panel, acc);
+                    plan, m_start, m_end - m_start, rows, weight, panel, acc);
 """
     + STORE
     + r"""            }
@@ -82,7 +83,7 @@ class DecodedTemplate(TileTemplate):
         block: Sequence[int] | None,
     ) -> None:
         super().__init__(decode.dot, inputs, layout, n, k)
-        self.name = f"{decode.dot.name}_decoded"
+        self.name, self.kind = f"{decode.dot.name}_decoded", decode.kind
         self.decode, self.block = decode, None if block is None else tuple(map(int, block))
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from fx_quant.kernels.packing import PANEL
-from fx_quant.native import Dot
+from fx_quant.native import PLAN, Dot
+from fx_quant.tuning import table
 
 aten = torch.ops.aten
 
@@ -44,8 +45,10 @@ def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
 
 
 # What a thread computes: its rows and panels.
-SHARE = r"""{%- if num_threads > 1 %}
-    #pragma omp parallel{% if not dynamic_threads %} num_threads({{num_threads}}){% endif %}
+SHARE = r"""    const FxqPlan& plan = fxq_plan(FXQ_PLANS, M);
+{%- if num_threads > 1 %}
+{%- set all_threads = "omp_get_max_threads()" if dynamic_threads else num_threads %}
+    #pragma omp parallel num_threads(fxq_threads(plan, M, N, K, {{all_threads}}))
 {%- endif %}
     {
 {%- if num_threads > 1 %}
@@ -76,6 +79,7 @@ STORE = r"""{%- set acc = kernel.local_buffers["acc"] %}
 _TEMPLATE = (
     r"""
 {{template.header().getvalue()}}
+{{plans}}
 {{dot.source}}
 extern "C" {{export_declaration}}
 {{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
@@ -106,7 +110,7 @@ extern "C" {{export_declaration}}
     + N_START
     + r"""                // Nothing else asks for what is read after the panel: it would be waited for.
                 if (blocks == 1) {
-                    fxq_expect(b + (panel + 1) * panel_size, FXQ_AHEAD);
+                    fxq_expect(b + (panel + 1) * panel_size, plan.ahead);
 {%- for name, size in template.columns(kernel, epilogue_nodes) %}
                     fxq_expect({{name}} + n_start, 64 * {{size}});
 {%- endfor %}
@@ -115,7 +119,7 @@ extern "C" {{export_declaration}}
                     const int64_t m_start = chunk + rows * block / blocks;
                     const int64_t m_end = chunk + rows * (block + 1) / blocks;
                     const auto columns = b + panel * panel_size;
-                    const FxqAhead ahead = fxq_ahead(block, blocks, columns, panel_size * sizeof(*b));
+                    const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, panel_size * sizeof(*b));
                     fxq_tile<{{dot.struct}}>(
                         state, m_end - m_start, std::min(FXQ_PANEL, N - panel * FXQ_PANEL), a + m_start * lda, lda,
                         columns, K, start + (m_start - chunk), ahead, acc);
@@ -138,6 +142,7 @@ class TileTemplate(CppTemplate):
     def __init__(self, dot: Dot, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, n: int, k: int) -> None:
         super().__init__(dot.name, list(inputs.values()), layout, parallel_num_threads())
         self.dot, self.names, self.n, self.k = dot, tuple(inputs), n, k
+        self.kind = dot.kind
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What ``text`` reads beside the names that every template has."""
@@ -192,6 +197,7 @@ class TileTemplate(CppTemplate):
                 k=self.k,
                 num_threads=self.num_threads,
                 dynamic_threads=_threads_are_dynamic(self.num_threads),
+                plans=f"{PLAN}\nstatic constexpr FxqPlan FXQ_PLANS[] = {table(self.kind).rendered()};",
                 export_declaration=get_export_declaration(),
                 **inputs,
                 **self.arguments(inputs),

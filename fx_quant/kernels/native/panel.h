@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int64_t FXQ_CHUNK_K = 2048; // k of a panel that all rows are multiplied by before the next: 64 or 128 KiB
-
 // acc[SETS][ROWS][64] += a[ROWS][STEP] x the STEP k of a panel at codes; parts take turns with the sets.
 template <typename DOT, typename DECODE, int ROWS, int SETS>
 FXQ_INLINE void fxq_step(
@@ -131,12 +129,19 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
   }
 }
 
-// acc[count][64] of rows that are first.. of the activation; groups are multiples of DECODE::STEP.
+// acc[count][64] of rows that are first.. of the activation; groups are multiples of DECODE::STEP. A chunk of the panel
+// is multiplied by all rows before the next one, at most plan.chunk_k of it.
 template <typename DOT, typename DECODE>
 FXQ_TARGET __attribute__((noinline)) void fxq_panel(
-    int64_t first, int64_t count, const FxqRows<typename DOT::A>& rows, const FxqWeight& w, int64_t panel, float* acc) {
+    const FxqPlan& plan,
+    int64_t first,
+    int64_t count,
+    const FxqRows<typename DOT::A>& rows,
+    const FxqWeight& w,
+    int64_t panel,
+    float* acc) {
   const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
-  const int64_t groups = std::min(FXQ_GROUPS, FXQ_CHUNK_K / w.group);
+  const int64_t groups = std::min(FXQ_GROUPS, plan.chunk_k / w.group);
   FxqChunk chunk;
   chunk.codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
   std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
@@ -144,7 +149,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     // Whole groups, or part of one.
     chunk.group = chunk.begin / w.group;
     chunk.end = groups ? (chunk.group + groups) * w.group
-                       : std::min(chunk.begin + FXQ_CHUNK_K, (chunk.group + 1) * w.group);
+                       : std::min(chunk.begin + plan.chunk_k, (chunk.group + 1) * w.group);
     chunk.end = std::min(chunk.end, w.k);
     const int64_t read = (chunk.end - 1) / w.group - chunk.group + 1;
     fxq_read(w.scale, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.scales);
@@ -158,7 +163,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
       const int64_t row = count * tile / tiles;
       const FxqAhead none = {reinterpret_cast<const char*>(chunk.codes), 0};
       const FxqAhead ahead[] = {
-          fxq_ahead(tile, tiles, chunk.codes, bytes), tile ? none : factors[0], tile ? none : factors[1]};
+          fxq_ahead(plan, tile, tiles, chunk.codes, bytes), tile ? none : factors[0], tile ? none : factors[1]};
       float* out = acc + row * FXQ_PANEL;
       switch (count * (tile + 1) / tiles - row) {
         case 1: fxq_chunk_rows<DOT, DECODE, 1>(first, row, rows, w, chunk, ahead, out); break;

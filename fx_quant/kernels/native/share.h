@@ -16,14 +16,16 @@ struct FxqAhead {
   int64_t step;
 };
 
-constexpr int64_t FXQ_AHEAD = 8192; // bytes that a stream from memory is ahead of what is multiplied
-
 // One block of rows waits for memory, so it asks for what follows in its own stream. Several blocks read ``bytes`` of a
-// panel again and again from cache, and the first four ask for those that come next, in equal parts.
-inline FxqAhead fxq_ahead(int64_t block, int64_t blocks, const void* panel, int64_t bytes) {
+// panel again and again from cache, and the first four ask for those that come next, in equal parts. The plan says how
+// far ahead the one asks, and whether the others do.
+inline FxqAhead fxq_ahead(const FxqPlan& plan, int64_t block, int64_t blocks, const void* panel, int64_t bytes) {
   const char* at = static_cast<const char*>(panel);
   if (blocks == 1) {
-    return {at + FXQ_AHEAD, 64};
+    return {at + plan.ahead, 64};
+  }
+  if (!plan.next_panel) {
+    return {at, 0};
   }
   const int64_t quarters = blocks == 2 || (blocks == 3 && block == 0) ? 2 : block < 4 ? 1 : 0;
   const int64_t first = blocks == 2 ? block * 2 : blocks == 3 && block > 0 ? block + 1 : block;
