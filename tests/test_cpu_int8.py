@@ -17,6 +17,7 @@ from fx_quant import compat, native
 from fx_quant.kernels.base import INT8_MAX_K
 from fx_quant.kernels.cpu_int8 import LEVELS
 from fx_quant.kernels.packing import pack_weight
+from fx_quant.tuning import default_table
 
 HERE = [level for level in LEVELS if level.dot.exists_here()]
 every_level = pytest.mark.parametrize("dot", [pytest.param(level.dot, id=level.kernel) for level in HERE])
@@ -124,7 +125,8 @@ def test_amx_is_exact_on_emulated_tiles(emulated_amx, shape):
     w, wide = codes(n, k), codes(m, k + 5)
     b, a = pack_weight(w, "vnni"), wide[:, :k]
     out = torch.empty(m, n, dtype=torch.int32)
-    emulated_amx(a.data_ptr(), a.stride(0), b.data_ptr(), m, n, k, out.data_ptr(), 2)
+    plans = default_table(native.INT8_AMX.kind).array
+    emulated_amx(a.data_ptr(), a.stride(0), b.data_ptr(), m, n, k, out.data_ptr(), plans, 2)
     assert torch.equal(out, exact(a, w))
 
 
