@@ -161,7 +161,7 @@ def problem(dtype: torch.dtype, **changes: object) -> Problem:
         (torch.int8, "x86_vnni", {"k": 131072}, "pytorch_int_mm"),
         (torch.int8, "x86_vnni", {"out_dtype": torch.int32, "bias": None}, "cpu_int8_vnni"),
         (torch.int8, "x86_vnni", {"n": 1, "k": 1}, "cpu_int8_vnni"),
-        *((dtype, "x86_vnni", {}, "cpu_float8_bf16") for dtype in sorted(FLOAT8_DTYPES, key=str)),
+        *((dtype, "x86_vnni", {}, "cpu_float8_decoded_bf16") for dtype in sorted(FLOAT8_DTYPES, key=str)),
         (E5M2, "x86", {}, "cpu_float8_float32"),
     ],
 )

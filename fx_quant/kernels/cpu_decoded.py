@@ -16,6 +16,7 @@ from fx_quant.kernels.base import (
     FLOAT8_PAIRS,
     INT8_PAIRS,
     KERNEL_SCHEMA,
+    ROW_SCALES,
     WEIGHT,
     Kernel,
     Requires,
@@ -106,6 +107,27 @@ for _suffix, _op, _floats, _features, _a_dtype, _by in (
             ),
             priority=30,
         )
+
+register_kernel(
+    Kernel(
+        name="cpu_float8_decoded_bf16",
+        provider="cpu",
+        op="cpu_decoded_bf16",
+        requires=Requires(
+            platforms=CPU,
+            features=_BF16,
+            codes=FLOAT8_PAIRS,
+            granularities=ROW_SCALES,
+            out_dtypes=FLOAT_DTYPES,
+            constant_weight=True,
+        ),
+        numerics=Numerics.SAME_ACCUM,
+        note="packed float8 codes widened to bfloat16 in registers, vdpbf16ps tiles, epilogue fused",
+        layout="pairs",
+        a_dtype=_HALF,
+    ),
+    priority=31,
+)
 
 for _codes, _pairs in (("int8", INT8_PAIRS), ("float8", FLOAT8_PAIRS)):
     for _suffix, _op, _features, _a_dtype, _layout, _priority in (

@@ -29,7 +29,13 @@ class TorchInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
 class CPUFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
     """Codes widened exactly to bfloat16 or float32."""
 
-    KERNELS = ("cpu_float8_bf16", "cpu_float8_float32", "cpu_float8_blocks_bf16", "cpu_float8_blocks_float32")
+    KERNELS = (
+        "cpu_float8_decoded_bf16",
+        "cpu_float8_bf16",
+        "cpu_float8_float32",
+        "cpu_float8_blocks_bf16",
+        "cpu_float8_blocks_float32",
+    )
 
 
 class PerTensorTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
