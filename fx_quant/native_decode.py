@@ -1,8 +1,7 @@
 """Our native matmuls of a float activation and a weight that stays packed in 8 or 4 bits until it is needed.
 
 ``out = cast(sum_j a_scale[m, j] * b_scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j]) + bias[n])``
-over the groups ``j`` along k. A block of a panel is decoded into the first-level cache and multiplied by all rows; see
-``kernels/native/panel.h``.
+over the groups ``j`` along k. Codes are decoded in registers, next to the products; see ``kernels/native/panel.h``.
 """
 
 from __future__ import annotations
@@ -185,9 +184,10 @@ def decoded_matmul(
 
     Args:
         a: ``[m, k]``, bfloat16 or float32.
-        b: in layout ``pairs``, ``columns`` or ``int4`` (``kernels/packing.py``).
+        b: in layout ``pairs``, ``columns`` or ``int4_words`` (``kernels/packing.py``).
         n: columns of the result.
-        a_scale, b_scale, b_zero_point, bias, out_dtype, block: as in ``fx_quant::scaled_mm`` and ``weight_only_mm``.
+        a_scale, b_scale, b_zero_point, bias, out_dtype, block: as in ``fx_quant::scaled_mm`` and ``weight_only_mm``;
+            factors of groups may also be in panels, ``[ceil(n / 64), groups, 64]``.
         plans: those in force for the kernel unless given.
     """
     decode = decode_of(a.dtype, b.dtype, is_int4(b))

@@ -1,4 +1,4 @@
-"""Matmuls of weights that are decoded in cache: the native code and its template, against float64."""
+"""Matmuls of weights that are decoded in registers: the native code and its template, against float64."""
 
 from __future__ import annotations
 
@@ -120,6 +120,27 @@ def test_groups_and_blocks(float_dtype, dtype, block, m):
     for given in (scale, scale.t().contiguous().t(), torch.stack((scale, scale), -1)[..., 0]):
         out = OPS[float_dtype](a, b, None, given, None, n, F32, block=block)
         assert_is_sum(out, a, w, scale, None, block)
+
+
+def in_panels(factor: Tensor) -> Tensor:
+    """``factor [n, groups]`` as ``[ceil(n / 64), groups, 64]``; what pads it must not be read."""
+    missing = -factor.shape[0] % 64
+    padded = F.pad(factor.double(), (0, 0, 0, missing), value=-100.0).to(factor.dtype)
+    return padded.unflatten(0, (-1, 64)).transpose(1, 2).contiguous()
+
+
+@both
+@pytest.mark.parametrize("dtype", [INT8, UINT8, INT4, E4M3], ids=str)
+@pytest.mark.parametrize("group", [8, 32, 128, 3000])
+@pytest.mark.parametrize("m", [1, 7, 40])
+def test_factors_of_groups_in_panels(float_dtype, dtype, group, m, way):
+    n, k = 130, 328
+    a, w, scale = torch.randn(m, k).to(float_dtype), weight(n, k, dtype), torch.rand(factors(n, k, (1, group)))
+    point = None if dtype is E4M3 else torch.randint(-8, 8, scale.shape, dtype=INT8)
+    given = {} if point is None else {"b_zero_point": in_panels(point)}
+    b = packed(w, dtype, float_dtype)
+    out = OPS[float_dtype](a, b, None, in_panels(scale), None, n, F32, block=(1, group), **given)
+    assert_is_sum(out, a, w, scale, point, (1, group))
 
 
 @both

@@ -63,7 +63,7 @@ class BlockWiseTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
 
 
 class CPUWeightOnlyLinearKernel(MPLinearKernel):
-    """Weights decoded in cache by our own tiles, or ATen's weight-only matmuls."""
+    """Weights decoded in registers by our own tiles, or ATen's weight-only matmuls."""
 
     KERNELS = (
         "cpu_weight_only_bf16",

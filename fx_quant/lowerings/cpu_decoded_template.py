@@ -1,4 +1,4 @@
-"""A C++ template around the matmuls that decode a packed weight in cache: it yields the scaled sums of a panel.
+"""A C++ template around the matmuls that decode a packed weight in registers: it yields the scaled sums of a panel.
 
 ``acc[m, n] = sum_j row_scale[m, j] * scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j])`` in float32,
 of what is there; scales that do not vary along k, bias, cast and what follows are the epilogue, fused by the scheduler.
@@ -69,7 +69,7 @@ extern "C" {{export_declaration}}
 
 
 class DecodedTemplate(TileTemplate):
-    """Renders one matmul of a weight that is decoded in cache, together with its epilogue."""
+    """Renders one matmul of a weight that is decoded in registers, together with its epilogue."""
 
     text = _TEMPLATE
 

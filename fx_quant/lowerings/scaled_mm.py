@@ -96,7 +96,7 @@ def cpu_float8_bf16(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
 
 
 def _decoded(op: torch._ops.OpOverload) -> Callable:
-    """The lowering of a kernel that decodes its weight in cache: scales along k inside, the rest as the epilogue."""
+    """The lowering of a kernel that decodes its weight: scales along k inside, the rest as the epilogue."""
 
     def lowering(
         a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
