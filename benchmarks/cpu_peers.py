@@ -271,61 +271,23 @@ TORCH_WAYS: tuple[Way, ...] = (
         False,
         quick=False,
     ),
-    Way(
-        "torchao max-autotune",
-        "torchao",
-        _torchao("Int8DynamicActivationInt8WeightConfig", passes=True),
-        _tuned,
-        _DYNAMIC,
-        False,
-        True,
-    ),
-    Way(
-        "torchao max-autotune",
-        "torchao",
-        _torchao("Int8WeightOnlyConfig", passes=True),
-        _tuned,
-        _W8,
-        False,
-        True,
+    *(
+        Way("torchao max-autotune", "torchao", _torchao(config, passes=True), _tuned, schemes, exact=False, per_m=True)
+        for config, schemes in (("Int8DynamicActivationInt8WeightConfig", _DYNAMIC), ("Int8WeightOnlyConfig", _W8))
     ),
     Way("inductor uint8 max-autotune", "inductor", _unsigned, _tuned, _DYNAMIC, per_m=True),
-    Way(
-        "pt2e dynamic frozen",
-        "pt2e",
-        partial(_pt2e, dynamic=True),
-        partial(_pt2e_finish, **FROZEN),
-        _DYNAMIC,
-        False,
-        True,
-    ),
-    Way(
-        "pt2e dynamic max-autotune",
-        "pt2e",
-        partial(_pt2e, dynamic=True),
-        partial(_pt2e_finish, **TUNED),
-        _DYNAMIC,
-        False,
-        True,
-        quick=False,
-    ),
-    Way(
-        "pt2e static frozen",
-        "pt2e",
-        partial(_pt2e, dynamic=False),
-        partial(_pt2e_finish, **FROZEN),
-        _INT8,
-        False,
-        True,
-    ),
-    Way(
-        "pt2e static max-autotune",
-        "pt2e",
-        partial(_pt2e, dynamic=False),
-        partial(_pt2e_finish, **TUNED),
-        _INT8,
-        False,
-        True,
-        quick=False,
+    *(
+        Way(
+            f"pt2e {'dynamic' if dynamic else 'static'} {tuning}",
+            "pt2e",
+            partial(_pt2e, dynamic=dynamic),
+            partial(_pt2e_finish, **config),
+            _DYNAMIC if dynamic else _INT8,
+            exact=False,
+            per_m=True,
+            quick=config is FROZEN,
+        )
+        for dynamic in (True, False)
+        for tuning, config in (("frozen", FROZEN), ("max-autotune", TUNED))
     ),
 )

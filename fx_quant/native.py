@@ -66,20 +66,19 @@ def _features_here() -> frozenset[str]:
     return cpu_features()
 
 
-_TILE = ("share.h", "tile.h")
+AVX512 = "avx512f,avx512bw,avx512dq,avx512vl"
+TILE = ("share.h", "tile.h")
 
 
-def _for_target(instructions: str, *names: str) -> str:
-    """Files that are compiled for ``instructions``, as compilers call them, in place of those of the first file."""
+def for_target(instructions: str, *names: str) -> str:
+    """Files of ``kernels/native``, compiled for ``instructions`` as compilers call them."""
     return f'#define FXQ_TARGET __attribute__((target("{instructions}")))\n{source(*names)}'
 
 
 INT8_AMX = Dot(
     name="fxq_int8_amx",
     struct="FxqInt8Amx",
-    source=_for_target(
-        "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8", "int8_vnni.h", *_TILE, "int8_amx.h"
-    ),
+    source=for_target(f"{AVX512},avx512vnni,amx-tile,amx-int8", "avx512.h", "int8_vnni.h", *TILE, "int8_amx.h"),
     acc_dtype=torch.int32,
     features=frozenset({"avx512", "avx512_vnni", "amx"}),
     vector_bits=512,
@@ -88,7 +87,7 @@ INT8_AMX = Dot(
 INT8_VNNI = Dot(
     name="fxq_int8_vnni",
     struct="FxqInt8",
-    source=source("int8_vnni.h", *_TILE),
+    source=for_target(f"{AVX512},avx512vnni", "avx512.h", "int8_vnni.h", *TILE),
     acc_dtype=torch.int32,
     features=frozenset({"avx512", "avx512_vnni"}),
     vector_bits=512,
@@ -96,7 +95,7 @@ INT8_VNNI = Dot(
 INT8_AVX512 = Dot(
     name="fxq_int8_avx512",
     struct="FxqInt8Avx512",
-    source=source("int8_avx512.h", *_TILE),
+    source=for_target(AVX512, "avx512.h", "int8_avx512.h", *TILE),
     acc_dtype=torch.int32,
     features=frozenset({"avx512"}),
     vector_bits=512,
@@ -104,7 +103,7 @@ INT8_AVX512 = Dot(
 INT8_AVX_VNNI = Dot(
     name="fxq_int8_avx_vnni",
     struct="FxqInt8AvxVnni",
-    source=_for_target("avx2,avxvnni", "int8_avx2.h", "int8_avx_vnni.h", *_TILE),
+    source=for_target("avx2,avxvnni", "int8_avx2.h", "int8_avx_vnni.h", *TILE),
     acc_dtype=torch.int32,
     features=frozenset({"avx2", "avx_vnni"}),
     vector_bits=256,
@@ -112,7 +111,7 @@ INT8_AVX_VNNI = Dot(
 INT8_AVX2 = Dot(
     name="fxq_int8_avx2",
     struct="FxqInt8Avx2",
-    source=source("int8_avx2.h", *_TILE),
+    source=for_target("avx2", "int8_avx2.h", *TILE),
     acc_dtype=torch.int32,
     features=frozenset({"avx2"}),
     vector_bits=256,
@@ -130,7 +129,7 @@ INT8_PORTABLE = Dot(
 BFLOAT16 = Dot(
     name="fxq_bf16",
     struct="FxqBf16",
-    source=source("bf16.h", *_TILE),
+    source=for_target(f"{AVX512},avx512bf16", "avx512.h", "bf16.h", *TILE),
     acc_dtype=torch.float32,
     features=frozenset({"avx512", "avx512_bf16"}),
     vector_bits=512,
@@ -138,7 +137,7 @@ BFLOAT16 = Dot(
 FLOAT32 = Dot(
     name="fxq_float32",
     struct="FxqFloat32",
-    source=source("float32.h", *_TILE),
+    source=for_target(AVX512, "avx512.h", "float32.h", *TILE),
     acc_dtype=torch.float32,
     features=frozenset({"avx512"}),
     vector_bits=512,

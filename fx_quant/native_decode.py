@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fx_quant.native import BFLOAT16, FLOAT32, PLAN, Dot, load, source
+from fx_quant.native import AVX512, BFLOAT16, FLOAT32, PLAN, TILE, Dot, for_target, load, source
 from fx_quant.scheme import FLOAT8_DTYPES
 from fx_quant.tuning import PlanTable, table
 
 # Bytes become bfloat16 by a table of 128 bytes.
 _DECODED_BFLOAT16 = replace(
-    BFLOAT16, source=f'#define FXQ_MORE ",avx512vbmi"\n{BFLOAT16.source}', features=BFLOAT16.features | {"avx512_vbmi"}
+    BFLOAT16,
+    source=for_target(f"{AVX512},avx512bf16,avx512vbmi", "avx512.h", "bf16.h", *TILE),
+    features=BFLOAT16.features | {"avx512_vbmi"},
 )
 _DOTS = {torch.bfloat16: _DECODED_BFLOAT16, torch.float32: FLOAT32}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}

@@ -1,4 +1,4 @@
-// How the codes of a weight are stored, and 32 of them as float32 or bfloat16.
+// How the codes of a weight are stored, and 32 bytes of them as float32.
 
 #include <immintrin.h>
 

@@ -126,7 +126,7 @@ constexpr int64_t FXQ_KIND_SIZES[] = {0, 4, 1, 1, 4, 8};
 
 // What fxq_read will want next of a panel, to be asked for little by little: ``count`` groups from ``first`` on, over
 // ``steps`` steps. The rows of factors that are not in panels are each elsewhere, and not asked for.
-inline FxqAhead fxq_expected(const FxqFactor& f, int64_t panel, int64_t first, int64_t count, int64_t steps) {
+inline FxqAhead fxq_factors_ahead(const FxqFactor& f, int64_t panel, int64_t first, int64_t count, int64_t steps) {
   const int64_t size = FXQ_KIND_SIZES[f.kind];
   const char* data = static_cast<const char*>(f.data) + (panel * f.panel_stride + first * f.group_stride) * size;
   if (f.panel_stride == 0) {

@@ -3,10 +3,6 @@
 // The packed weight (+128) is unsigned and the activation signed, as for vpdpbusd, so a row starts from
 // -128 * sum_k a[k]. vpmaddubsw, which would take both as they are, saturates.
 
-#ifndef FXQ_TARGET
-#define FXQ_TARGET __attribute__((target("avx2")))
-#endif
-
 #include <immintrin.h>
 
 #include <algorithm>

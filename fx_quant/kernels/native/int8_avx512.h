@@ -1,44 +1,18 @@
 // int8 codes by the 512-bit vpmaddwd, for CPUs with AVX-512 and without VNNI; as in int8_avx2.h.
 
-#define FXQ_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-
-#include <immintrin.h>
-
-#include <cstdint>
-
 namespace {
 
-struct FxqInt8Avx512 {
-  using A = int8_t;
-  using B = uint8_t;
-  using Acc = int32_t;
-  using Vec = __m512i;
-  using Codes = __m512i;
-  struct State {};
-  static constexpr int64_t GROUP = 4;
-  static constexpr int LANES = 16, ROWS = 6, PARTS = 2;
+struct FxqInt8Avx512 : FxqAvx512Int8 {
+  static constexpr int PARTS = 2;
 
-  // Of 32 registers: 6 x 4 accumulators, 4 of b, 1 of a and 1 of products.
-  static constexpr int columns(int) {
-    return 4;
-  }
   FXQ_TARGET __attribute__((always_inline)) static Codes part(Codes codes, int part) {
     return part == 0 ? _mm512_and_si512(codes, _mm512_set1_epi16(0xff)) : _mm512_srli_epi16(codes, 8);
-  }
-  FXQ_TARGET __attribute__((always_inline)) static Codes broadcast(int32_t lane) {
-    return _mm512_set1_epi32(lane);
-  }
-  FXQ_TARGET __attribute__((always_inline)) static Vec splat(Acc value) {
-    return _mm512_set1_epi32(value);
   }
   FXQ_TARGET __attribute__((always_inline)) static Vec dot(Vec acc, Codes columns, Codes row) {
     // As in int8_vnni.h: the constraints keep each accumulator in its register.
     Vec products;
     __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(products) : "v"(row), "v"(columns));
     return acc;
-  }
-  FXQ_TARGET __attribute__((always_inline)) static void store(Acc* out, Vec acc) {
-    _mm512_store_si512(out, acc);
   }
 
   FXQ_TARGET __attribute__((always_inline)) static __m512i codes(const A* a, int64_t count) {

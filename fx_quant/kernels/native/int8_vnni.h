@@ -2,46 +2,13 @@
 //
 // sum_k a * w = sum_k a * (w + 128) - 128 * sum_k a, all modulo 2^32, so a row starts from -128 * sum_k a[k].
 
-#ifndef FXQ_TARGET
-#define FXQ_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
-#endif
-
-#include <immintrin.h>
-
-#include <cstdint>
-
 namespace {
 
-struct FxqInt8 {
-  using A = int8_t;
-  using B = uint8_t;
-  using Acc = int32_t;
-  using Vec = __m512i;
-  using Codes = __m512i;
-  struct State {};
-  static constexpr int64_t GROUP = 4;
-  static constexpr int LANES = 16, ROWS = 6, PARTS = 1;
-
-  // Of 32 registers: 6 x 4 accumulators, 4 of b and 1 of a.
-  static constexpr int columns(int) {
-    return 4;
-  }
-  FXQ_TARGET __attribute__((always_inline)) static Codes part(Codes codes, int) {
-    return codes;
-  }
-  FXQ_TARGET __attribute__((always_inline)) static Codes broadcast(int32_t lane) {
-    return _mm512_set1_epi32(lane);
-  }
-  FXQ_TARGET __attribute__((always_inline)) static Vec splat(Acc value) {
-    return _mm512_set1_epi32(value);
-  }
+struct FxqInt8 : FxqAvx512Int8 {
   FXQ_TARGET __attribute__((always_inline)) static Vec dot(Vec acc, Codes columns, Codes row) {
     // gcc copies and spills accumulators of the intrinsic; the constraint of the assembly keeps each in its register.
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(columns), "v"(row));
     return acc;
-  }
-  FXQ_TARGET __attribute__((always_inline)) static void store(Acc* out, Vec acc) {
-    _mm512_store_si512(out, acc);
   }
 
   FXQ_TARGET __attribute__((noinline)) static Acc row_start(const A* a, int64_t k) {

@@ -157,8 +157,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     const int64_t bytes = (chunk.end - chunk.begin + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP * DECODE::BYTES;
     const int64_t steps = bytes / (DECODE::STEP * DECODE::BYTES);
     const FxqAhead factors[] = {
-        fxq_expected(w.scale, panel, chunk.group + read, read, steps),
-        fxq_expected(w.zero_point, panel, chunk.group + read, read, steps)};
+        fxq_factors_ahead(w.scale, panel, chunk.group + read, read, steps),
+        fxq_factors_ahead(w.zero_point, panel, chunk.group + read, read, steps)};
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t row = count * tile / tiles;
       const FxqAhead none = {reinterpret_cast<const char*>(chunk.codes), 0};
