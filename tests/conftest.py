@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from triton_interpreter import interpreting
 
 from fx_quant.kernels.packing import clear_packed_weights
 
@@ -45,3 +46,10 @@ def uncached():
     ):
         yield
     clear_packed_weights()
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """A process in which Triton interprets, for ``triton_interpreter.ask`` and ``call``."""
+    with interpreting() as pool:
+        yield pool

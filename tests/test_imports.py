@@ -77,6 +77,12 @@ def test_every_public_name_is_there_and_lean_to_list():
     assert all(hasattr(fx_quant, name) for name in fx_quant.__all__)
 
 
+def test_the_gpu_room_is_entered_by_kernels_and_enters_none_of_the_others():
+    """Sources of kernels excepted, which it launches."""
+    found = crossings("fx_quant.gpu", "fx_quant.kernels", "fx_quant.passes", "fx_quant.lowerings", "fx_quant.selection")
+    assert [line for line in found if "fx_quant.kernels.native" not in line] == []
+
+
 def test_passes_import_no_lowering():
     assert crossings("fx_quant.passes", "fx_quant.lowerings") == []
 

@@ -1,32 +1,29 @@
-"""The Triton kernels without a GPU: their arithmetic in Triton's interpreter, their code by cross-compilation.
-
-The interpreter replaces Triton for a whole process, so it runs in one of its own, which answers calls of kernel ops.
-What it computes wrongly is not asked of it: products of bfloat16, and casts to float8. Its cast to bfloat16 truncates.
-"""
+"""The Triton kernels without a GPU: their arithmetic in Triton's interpreter, their code by cross-compilation."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import io
 import itertools
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
 import torch
-from packaging.version import Version
 from tolerances import TOLERANCES, assert_within
 from torch import Tensor
+from triton_interpreter import ask, from_bytes, needs_triton, to_bytes
 
 from fx_quant.errors import NoKernelError
+from fx_quant.gpu.architectures import Architecture, architecture
+from fx_quant.gpu.cross_compile import Compiled, compile_launch
+from fx_quant.gpu.launch import Launch
+from fx_quant.gpu.operands import scaled_operands
+from fx_quant.gpu.scaled_mm import plan_scaled_mm
+from fx_quant.gpu.tile import configuration, plan_weight_only_mm
 from fx_quant.kernels.base import kernel, kernels
-from fx_quant.kernels.triton import Launch, configuration, plan_scaled_mm, plan_weight_only_mm
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.selection import select
@@ -37,56 +34,13 @@ F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32
 I8, U8 = torch.int8, torch.uint8
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FNUZ = torch.float8_e4m3fnuz
-LEAST = "3.6"
 
-
-def why_not() -> str | None:
-    """What is missing for Triton to run here at all."""
-    try:
-        found = Version(importlib.metadata.version("triton"))
-    except importlib.metadata.PackageNotFoundError:
-        return f"needs triton>={LEAST}, which is not installed"
-    return None if found >= Version(LEAST) else f"needs triton>={LEAST}, found {found}"
-
-
-def why_no_interpreter() -> str | None:
-    """What is missing for Triton's interpreter to run here."""
-    numpy = Version(importlib.metadata.version("numpy"))
-    if why_not() is None and Version(importlib.metadata.version("triton")) < Version("3.9") and numpy >= Version("2.4"):
-        return f"the interpreter of triton<3.9 needs numpy<2.4, found {numpy}"
-    return why_not()
-
-
-needs_triton = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-cross_compiles = pytest.mark.skipif(
+compiler_is_real = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"
 )
 
 
 # --- the interpreter, in a process of its own -------------------------------------------------------------------
-
-
-def to_bytes(value: object) -> bytes:
-    """``value`` with its tensors' strides, independent of the process."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def from_bytes(data: bytes) -> object:
-    return torch.load(io.BytesIO(data), weights_only=False)
-
-
-def start_interpreter() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
-
-
-def answer(data: bytes) -> bytes:
-    import fx_quant.kernels.triton  # noqa: F401  (registers the ops)
-
-    op, args, kwargs = from_bytes(data)
-    return to_bytes(getattr(fxq, op)(*args, **kwargs))
 
 
 def far_apart(first: int) -> Tensor:
@@ -104,21 +58,6 @@ def answer_far_apart() -> bytes:
             fxq.triton_scaled_mm(a.t(), b, None, None, None, 8, I32),
         )
     )
-
-
-@pytest.fixture(scope="session")
-def interpreter():
-    """A process in which Triton interprets."""
-    if why_no_interpreter() is not None:
-        pytest.skip(why_no_interpreter())
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=start_interpreter) as pool:
-        yield pool
-
-
-def ask(pool: ProcessPoolExecutor, op: str, *args: object, **kwargs: object) -> Tensor:
-    """``fx_quant::<op>`` as the interpreter computes it."""
-    return from_bytes(pool.submit(answer, to_bytes((op, args, kwargs))).result(timeout=120))
 
 
 @pytest.fixture
@@ -419,20 +358,21 @@ def test_operands_that_no_kernel_takes_are_errors():
 def test_operands_that_do_not_fit_are_errors_before_a_launch():
     a, b, x = codes(5, 20, I8), codes(9, 20, I8).t(), torch.randn(5, 20)
     with pytest.raises(RuntimeError, match="must both be int8 or both float8"):
-        plan_scaled_mm(a.view(U8), b, None, None, None, 9, F32)
+        scaled_operands(a.view(U8), b, None, None, None, 9, F32)
     with pytest.raises(RuntimeError, match=r"got torch.int8 \[5, 20\] and torch.int8 \[20, 9\] for n=8"):
-        plan_scaled_mm(a, b, None, None, None, 8, F32)
+        scaled_operands(a, b, None, None, None, 8, F32)
     zero_point = torch.zeros(5, 1, dtype=I32)
     with pytest.raises(RuntimeError, match="block scales take no a_zero_point"):
-        plan_scaled_mm(a, b, None, torch.rand(9, 2), None, 9, F32, block=[1, 10], a_zero_point=zero_point)
+        scaled_operands(a, b, None, torch.rand(9, 2), None, 9, F32, block=[1, 10], a_zero_point=zero_point)
     with pytest.raises(RuntimeError, match="b must have n = 9 columns"):
-        plan_weight_only_mm(x, b[:, :8], torch.rand(9), None, 9, F32)
+        plan_weight_only_mm(x, b[:, :8], torch.rand(9), None, 9, F32, on=architecture("sm90"))
 
 
 @needs_triton
 @pytest.mark.parametrize(("m", "n"), [(0, 9), (5, 0)])
 def test_an_empty_result_launches_nothing(m, n):
-    plan = plan_scaled_mm(codes(m, 20, I8), codes(20, n, I8), None, None, None, n, BF16)
+    operands = scaled_operands(codes(m, 20, I8), codes(20, n, I8), None, None, None, n, BF16)
+    plan = plan_scaled_mm(operands, architecture("sm90"))
     assert plan.programs == 0
     assert plan.run().shape == (m, n)
 
@@ -444,67 +384,47 @@ def test_the_configuration_follows_the_rows(kind):
 
 # --- compiled for GPUs that are not here -------------------------------------------------------------------------
 
-POINTERS = {I8: "i8", U8: "u8", I32: "i32", F32: "fp32", F16: "fp16", BF16: "bf16"}
-POINTERS |= {E4M3: "fp8e4nv", E5M2: "fp8e5", FNUZ: "fp8e4b8"}
 meta = partial(torch.empty, device="meta")
 N = K = 4096
 
 
-def _float8(m: int, dtype: torch.dtype, hip: bool) -> Launch:
+def _float8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     a, b = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype).t()
-    return plan_scaled_mm(a, b, meta(m, 1), meta(N), meta(N, dtype=BF16), N, BF16, hip=hip)
+    return plan_scaled_mm(scaled_operands(a, b, meta(m, 1), meta(N), meta(N, dtype=BF16), N, BF16), on)
 
 
-def _float8_block(m: int, dtype: torch.dtype, hip: bool) -> Launch:
+def _float8_block(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     a, b = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype).t()
-    return plan_scaled_mm(a, b, meta(m, 32), meta(32, 32), None, N, BF16, block=[128, 128], hip=hip)
+    return plan_scaled_mm(scaled_operands(a, b, meta(m, 32), meta(32, 32), None, N, BF16, block=[128, 128]), on)
 
 
-def _int8(m: int, dtype: torch.dtype, hip: bool) -> Launch:
+def _int8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     a, b = meta(m, K, dtype=I8), meta(N, K, dtype=I8).t()
     zero_point = {"a_zero_point": meta(m, 1, dtype=I32), "b_sum": meta(N, dtype=I32)}
-    return plan_scaled_mm(a, b, meta(m, 1), meta(N), meta(N), N, BF16, **zero_point, hip=hip)
+    return plan_scaled_mm(scaled_operands(a, b, meta(m, 1), meta(N), meta(N), N, BF16, **zero_point), on)
 
 
-def _weight_int8(m: int, dtype: torch.dtype, hip: bool) -> Launch:
+def _weight_int8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     x, b, zero_point = meta(m, K, dtype=BF16), meta(N, K, dtype=I8).t(), meta(N, dtype=I8)
-    return plan_weight_only_mm(x, b, meta(N), None, N, BF16, b_zero_point=zero_point, hip=hip)
+    return plan_weight_only_mm(x, b, meta(N), None, N, BF16, b_zero_point=zero_point, on=on)
 
 
-def _weight_float8(m: int, dtype: torch.dtype, hip: bool) -> Launch:
+def _weight_float8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     x, b = meta(m, K, dtype=F16), meta(N, K, dtype=dtype).t()
-    return plan_weight_only_mm(x, b, meta(32, 32), None, N, F16, block=[128, 128], hip=hip)
+    return plan_weight_only_mm(x, b, meta(32, 32), None, N, F16, block=[128, 128], on=on)
 
 
-def _weight_int4(m: int, dtype: torch.dtype, hip: bool) -> Launch:
+def _weight_int4(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     x, b, zero_point = meta(m, K, dtype=BF16), meta(N, K // 2, dtype=U8).t(), meta(N, 32, dtype=I8)
     options = {"b_zero_point": zero_point, "block": [1, 128]}
-    return plan_weight_only_mm(x, b, meta(N, 32), None, N, BF16, **options, hip=hip)
+    return plan_weight_only_mm(x, b, meta(N, 32), None, N, BF16, **options, on=on)
 
 
 VARIANTS = {f.__name__[1:]: f for f in (_float8, _float8_block, _int8, _weight_int8, _weight_float8, _weight_int4)}
 
 
-def compiled(launch: Launch, backend: str, arch: int | str, width: int):
-    """``launch`` compiled as its arguments would be at run time, except that all pointers are aligned."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value, runtime = launch.arguments[parameter.name], not parameter.do_not_specialize
-        if isinstance(value, Tensor):
-            signature[parameter.name] = f"*{POINTERS[value.dtype]}"
-        elif parameter.is_constexpr or value is None or (runtime and value == 1):
-            signature[parameter.name], constants[(index,)] = "constexpr", value
-            continue
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, Tensor) or (runtime and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(backend, arch, width), options=dict(launch.options))
+def compiled(launch: Launch, name: str) -> Compiled:
+    return compile_launch(launch, architecture(name))
 
 
 def instructions(assembly: str) -> set[str]:
@@ -512,8 +432,9 @@ def instructions(assembly: str) -> set[str]:
     return set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|v_mfma)[\w.]*", assembly))
 
 
+@pytest.mark.cross_compile
 @needs_triton
-@cross_compiles
+@compiler_is_real
 @pytest.mark.parametrize(
     ("variant", "m", "instruction"),
     [
@@ -530,42 +451,46 @@ def instructions(assembly: str) -> set[str]:
     ],
 )
 def test_kernels_compile_for_sm90(variant, m, instruction):
-    binary = compiled(VARIANTS[variant](m, E4M3, hip=False), "cuda", 90, 32)
-    found = instructions(binary.asm["ptx"])
+    binary = compiled(VARIANTS[variant](m, E4M3, architecture("sm90")), "sm90")
+    found = instructions(binary.assembly)
     assert found
     assert all(re.match(instruction, name) for name in found), found
     # What a program may have on sm89 and sm120, which run the same configurations.
-    assert binary.metadata.shared <= 99 * 1024
+    assert binary.shared <= 99 * 1024
 
 
+@pytest.mark.cross_compile
 @needs_triton
-@cross_compiles
+@compiler_is_real
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kernels_compile_for_gfx942(variant):
-    binary = compiled(VARIANTS[variant](4096, FNUZ, hip=True), "hip", "gfx942", 64)
+    binary = compiled(VARIANTS[variant](4096, FNUZ, architecture("gfx942")), "gfx942")
     expected = {"float8": "fp8_fp8", "float8_block": "fp8_fp8", "int8": "i8", "weight_float8": "f16"}
-    found = instructions(binary.asm["amdgcn"])
+    found = instructions(binary.assembly)
     assert found
     assert all(name.endswith(expected.get(variant, "bf16")) for name in found), found
-    assert binary.metadata.shared <= 64 * 1024
+    assert binary.shared <= 64 * 1024
 
 
+@pytest.mark.cross_compile
 @needs_triton
-@cross_compiles
+@compiler_is_real
 def test_float8_sums_leave_the_tensor_cores_every_128_products():
     """The tensor cores of sm90 keep about 14 bits of a sum; ours is added in float32."""
     a, b = meta(4096, K, dtype=E4M3), meta(N, K, dtype=E4M3).t()
-    binary = compiled(plan_scaled_mm(a, b, None, None, None, N, BF16), "cuda", 90, 32)
+    launch = plan_scaled_mm(scaled_operands(a, b, None, None, None, N, BF16), architecture("sm90"))
+    binary = compiled(launch, "sm90")
     # One addition for each of a thread's 128 * 128 / 256 results: nothing else adds without a bias.
-    assert len(re.findall(r"add\.(?:rn\.)?f32", binary.asm["ptx"])) == 64
+    assert len(re.findall(r"add\.(?:rn\.)?f32", binary.assembly)) == 64
 
 
+@pytest.mark.cross_compile
 @needs_triton
-@cross_compiles
+@compiler_is_real
 @pytest.mark.parametrize("variant", ["int8", "weight_int8", "weight_int4"])
 def test_kernels_without_float8_compile_for_sm80(variant):
-    binary = compiled(VARIANTS[variant](64, E4M3, hip=False), "cuda", 80, 32)
-    assert all(name.startswith("mma.sync") for name in instructions(binary.asm["ptx"]))
+    binary = compiled(VARIANTS[variant](64, E4M3, architecture("sm80")), "sm80")
+    assert all(name.startswith("mma.sync") for name in instructions(binary.assembly))
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Triton source of the ``triton`` provider's matmuls, launched by ``fx_quant/kernels/triton.py``.
+"""Triton source of the ``triton`` provider's matmuls, in their portable form, launched by ``fx_quant/gpu/tile.py``.
 
 Only that file imports this one, and only when a matmul runs: importing Triton is slow, and it may not be there. One
 program computes one ``[BLOCK_M, BLOCK_N]`` tile of the result. Sizes are arbitrary (every load and the store are

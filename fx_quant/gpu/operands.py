@@ -1,0 +1,101 @@
+"""The operands of a scaled matmul on a GPU, checked once, whichever form computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fx_quant.ops import check_scaled_mm, column_sums
+from fx_quant.scheme import FLOAT8_DTYPES
+
+
+@dataclass(frozen=True)
+class ScaledOperands:
+    """Operands of ``fx_quant::scaled_mm``, checked.
+
+    Args:
+        a: codes ``[m, k]``: int8, or float8 of any kind.
+        b: codes ``[k, n]``, usually the transposed view of a weight ``[n, k]``.
+        a_scale, b_scale, bias: as in ``fx_quant::scaled_mm``; None is 1, 1 and 0.
+        a_zero_point: int32, one or one a row, or None.
+        b_sum: int32 ``[n]``, the sum of ``b`` over k; given with ``a_zero_point``.
+        block: ``(rows of the weight, codes along k)`` that share a scale of ``b``, or None.
+        out_dtype: dtype of the result.
+    """
+
+    a: Tensor
+    b: Tensor
+    a_scale: Tensor | None
+    b_scale: Tensor | None
+    bias: Tensor | None
+    a_zero_point: Tensor | None
+    b_sum: Tensor | None
+    block: tuple[int, int] | None
+    out_dtype: torch.dtype
+
+    @property
+    def m(self) -> int:
+        """Rows of the result."""
+        return self.a.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Columns of the result."""
+        return self.b.shape[1]
+
+    @property
+    def k(self) -> int:
+        """Length of a sum."""
+        return self.a.shape[1]
+
+
+def scaled_operands(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    out_dtype: torch.dtype,
+    *,
+    a_zero_point: Tensor | None = None,
+    b_sum: Tensor | None = None,
+    block: Sequence[int] | None = None,
+) -> ScaledOperands:
+    """Check the operands of ``triton_scaled_mm``.
+
+    Raises:
+        RuntimeError: dtypes or shapes do not fit.
+    """
+    name = "triton_scaled_mm"
+    (m, k), (b_k, b_n) = a.shape, b.shape
+    dtypes = {a.dtype, b.dtype}
+    torch._check(
+        (b_k, b_n) == (k, n) and (dtypes == {torch.int8} or dtypes <= set(FLOAT8_DTYPES)),
+        lambda: (
+            f"{name}: a [m, k] and b [k, n] must both be int8 or both float8, "
+            f"got {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} for n={n}"
+        ),
+    )
+    check_scaled_mm(m, a.dtype, k, n, a_scale, b_scale, bias, out_dtype, name, a_zero_point=a_zero_point, block=block)
+    if a_zero_point is None:
+        b_sum = None
+    elif b_sum is None:
+        b_sum = column_sums(b)
+    sizes = None if block is None else (block[0], block[1])
+    return ScaledOperands(a, b, a_scale, b_scale, bias, a_zero_point, b_sum, sizes, out_dtype)
+
+
+def vector_stride(x: Tensor | None, dim: int) -> int:
+    """Stride of a scale, zero point or bias; 0 repeats a single element."""
+    return 0 if x is None or x.numel() == 1 else x.stride(dim)
+
+
+def grouped_strides(x: Tensor | None, grouped: bool) -> tuple[int, int]:
+    """Strides of a weight's scale or zero point along n and k."""
+    if x is None:
+        return 0, 0
+    return (x.stride(0), x.stride(1)) if grouped else (vector_stride(x, -1), 0)
