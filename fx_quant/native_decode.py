@@ -27,7 +27,15 @@ _DECODED_BFLOAT16 = replace(
 _DOTS = {torch.bfloat16: _DECODED_BFLOAT16, torch.float32: FLOAT32}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
 _KINDS = {"FxqSigned": "int8", "FxqUnsigned": "int8", "FxqFloat8": "float8", "FxqNibbles": "int4"}
-_INTEGERS = {torch.int8: 2, torch.uint8: 3, torch.int32: 4, torch.int64: 5}
+_FACTOR_KINDS = {
+    torch.float32: 1,
+    torch.int8: 2,
+    torch.uint8: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.bfloat16: 6,
+    torch.float16: 7,
+}
 # The last dim of layout `int4_words`, eight k of a column; that of `pairs` and `columns` is less.
 INT4_BYTES = 4
 _OUT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -148,7 +156,7 @@ def _compiled(decode: Decode) -> Callable[..., None] | None:
 
 def factor_kind(dtype: torch.dtype) -> int | None:
     """The number of ``dtype`` in ``FxqKind``, or None where native code does not read it."""
-    return 1 if dtype is torch.float32 else _INTEGERS.get(dtype)
+    return _FACTOR_KINDS.get(dtype)
 
 
 def _factor(x: Tensor | None, block: Sequence[int] | None) -> _Factor:
@@ -204,7 +212,9 @@ def decoded_matmul(
     if not (m and n):
         return out
     # Kept alive until the call is over.
-    a_scale, b_scale, bias = (None if x is None else x.float() for x in (a_scale, b_scale, bias))
+    a_scale, bias = (None if x is None else x.float() for x in (a_scale, bias))
+    if b_scale is not None and (block is None or factor_kind(b_scale.dtype) is None):
+        b_scale = b_scale.float()
     bias = None if bias is None else bias.contiguous()
     if b_zero_point is not None and factor_kind(b_zero_point.dtype) is None:
         b_zero_point = b_zero_point.to(torch.int32)

@@ -122,6 +122,22 @@ def test_groups_and_blocks(float_dtype, dtype, block, m):
         assert_is_sum(out, a, w, scale, None, block)
 
 
+@both
+@pytest.mark.parametrize("scale_dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("block", [(1, 8), (1, 96), (16, 64), (1, 1000)], ids=str)
+@pytest.mark.parametrize("panels", [False, True])
+def test_scales_of_groups_in_half_precision(float_dtype, scale_dtype, block, panels):
+    n, k = 130, 328
+    a, w = torch.randn(7, k).to(float_dtype), weight(n, k, INT4)
+    scale = (torch.randn(factors(n, k, block)) * 1e-5).to(scale_dtype)  # float16 has no normal numbers there
+    b, panels = packed(w, INT4, float_dtype), panels and block[0] == 1
+    for given in (
+        [in_panels(scale)] if panels else [scale, scale.t().contiguous().t(), torch.stack([scale] * 2, -1)[..., 0]]
+    ):
+        out = OPS[float_dtype](a, b, None, given, None, n, F32, block=block)
+        assert_is_sum(out, a, w, scale, None, block)
+
+
 def in_panels(factor: Tensor) -> Tensor:
     """``factor [n, groups]`` as ``[ceil(n / 64), groups, 64]``; what pads it must not be read."""
     missing = -factor.shape[0] % 64
@@ -299,21 +315,21 @@ def linear(w: Tensor, dtype: torch.dtype | str, float_dtype: torch.dtype, **extr
 
 @both
 @pytest.mark.parametrize(
-    ("dtype", "block", "point"),
+    ("dtype", "block", "point", "scale_dtype"),
     [
-        (INT8, None, None),
-        (E4M3, (128, 128), None),
-        (INT4, (1, 32), torch.int8),
-        (INT4, None, None),
-        (UINT8, None, torch.int64),
-        (INT8, (1, 64), torch.int16),
-        (INT8, (1, 9), None),
+        (INT8, None, None, F32),
+        (E4M3, (128, 128), None, BF16),
+        (INT4, (1, 32), torch.int8, BF16),
+        (INT4, None, None, F16),
+        (UINT8, None, torch.int64, F32),
+        (INT8, (1, 64), torch.int16, F16),
+        (INT8, (1, 9), None, F32),
     ],
     ids=str,
 )
-def test_the_compiled_matmul_is_the_sum_for_any_rows(float_dtype, dtype, block, point):
+def test_the_compiled_matmul_is_the_sum_for_any_rows(float_dtype, dtype, block, point, scale_dtype):
     n, k = 200, 258
-    w, scale = weight(n, k, dtype), torch.rand(factors(n, k, block))
+    w, scale = weight(n, k, dtype), torch.rand(factors(n, k, block)).to(scale_dtype)
     extras = {} if block is None else {"block": list(block)}
     zero_point = None if point is None else torch.randint(-8, 8, scale.shape, dtype=point)
     run = torch.compile(linear(w, dtype, float_dtype, b_zero_point=zero_point, **extras), dynamic=False)

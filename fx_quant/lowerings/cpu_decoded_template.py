@@ -125,7 +125,7 @@ def decoded_matmul(
     inputs: dict[str, ir.IRNode] = {"A": with_contiguous_rows(a), "B": contiguous(b)}
     if block is not None:
         assert b_scale is not None
-        inputs["S"] = _in_memory(b_scale, torch.float32)
+        inputs["S"] = _in_memory(b_scale, torch.float32 if factor_kind(b_scale.get_dtype()) is None else None)
     if b_zero_point is not None:
         inputs["Z"] = _in_memory(b_zero_point, torch.int32 if factor_kind(b_zero_point.get_dtype()) is None else None)
     if block is not None and a_scale is not None:

@@ -7,7 +7,24 @@
 
 namespace {
 
-enum FxqKind : int64_t { FXQ_NONE = 0, FXQ_FLOAT = 1, FXQ_INT8 = 2, FXQ_UINT8 = 3, FXQ_INT32 = 4, FXQ_INT64 = 5 };
+enum FxqKind : int64_t {
+  FXQ_NONE = 0,
+  FXQ_FLOAT = 1,
+  FXQ_INT8 = 2,
+  FXQ_UINT8 = 3,
+  FXQ_INT32 = 4,
+  FXQ_INT64 = 5,
+  FXQ_BFLOAT16 = 6,
+  FXQ_FLOAT16 = 7
+};
+
+// Bit patterns of 16-bit floats.
+struct FxqBfloat16 {
+  uint16_t bits;
+};
+struct FxqFloat16 {
+  uint16_t bits;
+};
 
 // Element (i, j) belongs to rows i * rows.. of the weight and to group j along k; a stride of 0 repeats one. With a
 // panel_stride, which is 0 otherwise, the 64 rows of a panel are side by side, and no row is missing.
@@ -35,6 +52,13 @@ FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const uint8_t* 
 }
 FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const int32_t* p, __mmask16 mask) {
   return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, p));
+}
+FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const FxqBfloat16* p, __mmask16 mask) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const FxqFloat16* p, __mmask16 mask) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
 }
 FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const int64_t* p, __mmask16 mask) {
   const __m256 low = _mm512_cvtepi64_ps(_mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), p));
@@ -89,7 +113,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_read(
         }
       } else {
         for (int64_t c = 0; c < 64; c++) {
-          out[j][c] = static_cast<float>(group[row(c)]);
+          out[j][c] = _mm512_cvtss_f32(fxq_load(group + row(c), 1));
         }
       }
     }
@@ -119,10 +143,12 @@ inline void fxq_read(
     case FXQ_UINT8: return fxq_read<uint8_t>(f, column, n, first, count, out);
     case FXQ_INT32: return fxq_read<int32_t>(f, column, n, first, count, out);
     case FXQ_INT64: return fxq_read<int64_t>(f, column, n, first, count, out);
+    case FXQ_BFLOAT16: return fxq_read<FxqBfloat16>(f, column, n, first, count, out);
+    case FXQ_FLOAT16: return fxq_read<FxqFloat16>(f, column, n, first, count, out);
   }
 }
 
-constexpr int64_t FXQ_KIND_SIZES[] = {0, 4, 1, 1, 4, 8};
+constexpr int64_t FXQ_KIND_SIZES[] = {0, 4, 1, 1, 4, 8, 2, 2};
 
 // What fxq_read will want next of a panel, to be asked for little by little: ``count`` groups from ``first`` on, over
 // ``steps`` steps. The rows of factors that are not in panels are each elsewhere, and not asked for.
