@@ -8,17 +8,11 @@ for the same processor, number of threads, PyTorch and native sources.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
-import json
-import os
 import platform
-import sys
-import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +21,12 @@ from typing import Any
 
 import torch
 
-from fx_quant.errors import FxQuantError
+from fx_quant.measurements import Kind, check_path, delete, file_path, read, write
 from fx_quant.target import cpu_features
 
 ANY_ROWS = 2**63 - 1
 _MOST = 2**40
-_FORMAT = 1
+PLANS = Kind("plans", "native sources", "python -m fx_quant tune")
 
 
 @dataclass(frozen=True)
@@ -187,7 +181,7 @@ class Machine:
     def path(self) -> Path:
         """Where its plans are; other sources do not change the name, so that what is stale is found and said."""
         lasting = repr((self.cpu, self.features, self.threads, self.torch))
-        return cache_folder() / f"plans-{hashlib.sha256(lasting.encode()).hexdigest()[:16]}.json"
+        return file_path("plans", lasting)
 
 
 def this_machine(threads: int | None = None) -> Machine:
@@ -196,52 +190,14 @@ def this_machine(threads: int | None = None) -> Machine:
     return Machine(_cpu_model(), tuple(sorted(cpu_features())), threads, torch.__version__, _native_sources())
 
 
-def cache_folder() -> Path:
-    """``FX_QUANT_CACHE_DIR``, else ``fx_quant`` in the user's folder for caches, which need not exist."""
-    given = os.environ.get("FX_QUANT_CACHE_DIR")
-    if given:
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    if not base and sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-    if not base:
-        base = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    return Path(base).expanduser() / "fx_quant"
-
-
 def load(machine: Machine) -> Mapping[str, PlanTable]:
     """The plans saved for ``machine``; none, with a warning, where the file is unreadable, foreign or stale."""
-    path = machine.path()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return MappingProxyType({})
-    except (OSError, UnicodeDecodeError) as error:
-        return _ignored(path, f"it cannot be read ({error})")
-    try:
-        data = json.loads(text)
-        if data["format"] != _FORMAT:
-            return _ignored(path, f"its format is {data['format']!r}, not {_FORMAT}")
-        saved = {**data["machine"], "features": tuple(data["machine"]["features"])}
-        tables = {str(kind): PlanTable.from_data(rows) for kind, rows in data["tables"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        return _ignored(path, f"it does not hold plans ({error!r})")
-    here = dataclasses.asdict(machine)
-    others = [name for name in here if saved.get(name) != here[name]]
-    if others == ["sources"]:
-        return _ignored(path, "it was measured with other native sources")
-    if others:
-        return _ignored(path, f"it was measured elsewhere: {others[0]} is {saved.get(others[0])!r} there")
-    return MappingProxyType(tables)
+    found = read(machine.path(), dataclasses.asdict(machine), PLANS, _from_data)
+    return MappingProxyType({} if found is None else found)
 
 
-def _ignored(path: Path, why: str) -> Mapping[str, PlanTable]:
-    warnings.warn(
-        f"fx_quant: the plans in {path} are ignored and the defaults used, because {why}. "
-        "Measure again with `python -m fx_quant tune`, or delete them with `python -m fx_quant tune --reset`.",
-        stacklevel=2,
-    )
-    return MappingProxyType({})
+def _from_data(tables: Mapping[str, Any]) -> dict[str, PlanTable]:
+    return {str(kind): PlanTable.from_data(rows) for kind, rows in tables.items()}
 
 
 def check_writable(machine: Machine) -> None:
@@ -250,16 +206,7 @@ def check_writable(machine: Machine) -> None:
     Raises:
         FxQuantError: the folder, or the nearest one above it that exists, cannot be written.
     """
-    path = machine.path()
-    there = next(folder for folder in path.parents if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise _unwritable(path, f"{there} is no folder that this user can write")
-
-
-def _unwritable(path: Path, why: object) -> FxQuantError:
-    return FxQuantError(
-        f"plans must be written to {path.parent}, which failed: {why}; set FX_QUANT_CACHE_DIR to another folder"
-    )
+    check_path(machine.path(), PLANS)
 
 
 def save(tables: Mapping[str, PlanTable], machine: Machine) -> Path:
@@ -268,26 +215,8 @@ def save(tables: Mapping[str, PlanTable], machine: Machine) -> Path:
     Raises:
         FxQuantError: the folder cannot be written.
     """
-    path = machine.path()
-    data = {
-        "format": _FORMAT,
-        "machine": dataclasses.asdict(machine),
-        "tables": {kind: each.to_data() for kind, each in sorted(tables.items())},
-    }
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.stem}-", suffix=".partial", delete=False
-        ) as file:
-            partial = Path(file.name)
-            file.write(json.dumps(data, indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+    data = {kind: each.to_data() for kind, each in sorted(tables.items())}
+    path = write(machine.path(), dataclasses.asdict(machine), PLANS, data)
     forget()
     return path
 
@@ -298,15 +227,8 @@ def reset(machine: Machine) -> Path | None:
     Raises:
         FxQuantError: the file cannot be deleted.
     """
-    path = machine.path()
     forget()
-    try:
-        path.unlink()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise FxQuantError(f"{path} must be deleted, which failed ({error}); delete it by hand") from error
-    return path
+    return delete(machine.path())
 
 
 def forget() -> None:

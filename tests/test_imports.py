@@ -21,7 +21,7 @@ ADAPTERS = [
     for path in sorted((PACKAGE / "adapters").glob("*.py"))
     if path.stem not in ("__init__", "base")
 ]
-LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons", "tuning")
+LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons", "measurements", "tuning")
 PROVIDERS = [
     f"fx_quant.kernels.{path.stem}"
     for path in sorted((PACKAGE / "kernels").glob("*.py"))

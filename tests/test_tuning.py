@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
-from fx_quant import native, native_decode, tuning
+from fx_quant import measurements, native, native_decode, tuning
 from fx_quant.backend import RewritePass
 from fx_quant.compat import load_cpp
 from fx_quant.config import Options
@@ -220,7 +220,7 @@ def test_where_the_file_is(environment, expected, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert tuning.cache_folder().as_posix() == expected
+    assert measurements.cache_folder().as_posix() == expected
 
 
 def test_the_key_of_compiled_graphs_knows_the_plans(folder):

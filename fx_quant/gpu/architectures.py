@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -24,6 +24,7 @@ class Architecture:
         shared_bytes: shared memory that one program may have.
         float8, int8, half: operations a second of products of these codes; 0 where tensor cores have none.
         bandwidth: bytes a second from the GPU's memory.
+        shared_bandwidth, cache_bandwidth: the same of all shared memories, and of the second-level cache.
         tma: whether tiles can be loaded by tensor descriptors.
     """
 
@@ -36,6 +37,8 @@ class Architecture:
     int8: float
     half: float
     bandwidth: float
+    shared_bandwidth: float
+    cache_bandwidth: float
     tma: bool = False
 
     @property
@@ -55,30 +58,50 @@ class Architecture:
         return (self.float8 or self.half) if dtype.itemsize == 1 else self.half
 
 
-# 0.8 of the data sheet for products and 0.9 for bandwidth, except on sm90: there, float8 is what the best published
-# matmuls reach (1,424 to 1,520 TFLOP/s, github.com/sgl-project/sglang/issues/34318), and the rest was measured.
-_TERA = 1e12
+# 0.8 of the data sheet for products and 0.9 for bandwidth, except on sm90: float8 is what the best published matmuls
+# reach (1,424 to 1,520 TFLOP/s, github.com/sgl-project/sglang/issues/34318), half and bandwidth were measured. Caches:
+# what a published matmul of 128 x 256 tiles reads on sm90 (1,214 TFLOP/s of 4096 x 4096 x 4096,
+# github.com/meta-pytorch/tritonbench/issues/1149), and on the others as much a processor and cycle.
+def _architecture(
+    name: str,
+    device: str,
+    processors: int,
+    shared: int,
+    clock: float,
+    tera: tuple[float, float, float],
+    bandwidth: float,
+    *,
+    tma: bool = False,
+) -> Architecture:
+    """Shared memory in KiB, the clock in GHz, rates of float8, int8 and half in TFLOP/s, bandwidth in TB/s."""
+    cycles = processors * clock * 1e9
+    return Architecture(
+        name=name,
+        device=device,
+        platform="cuda" if name.startswith("sm") else "rocm",
+        processors=processors,
+        shared_bytes=shared * 1024,
+        float8=tera[0] * 1e12,
+        int8=tera[1] * 1e12,
+        half=tera[2] * 1e12,
+        bandwidth=bandwidth * 1e12,
+        shared_bandwidth=128 * cycles,
+        cache_bandwidth=33 * cycles,
+        tma=tma,
+    )
+
+
 _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         found.name: found
         for found in (
-            Architecture("sm80", "A100 SXM", "cuda", 108, 163 * 1024, 0.0, 499 * _TERA, 250 * _TERA, 1.83 * _TERA),
-            Architecture("sm89", "L40S", "cuda", 142, 99 * 1024, 586 * _TERA, 586 * _TERA, 290 * _TERA, 0.78 * _TERA),
-            Architecture(
-                "sm90", "H100 SXM", "cuda", 132, 227 * 1024, 1500 * _TERA, 1500 * _TERA, 798 * _TERA, 3.0 * _TERA, True
-            ),
-            Architecture(
-                "sm100", "B200", "cuda", 148, 227 * 1024, 3600 * _TERA, 3600 * _TERA, 1800 * _TERA, 7.2 * _TERA, True
-            ),
-            Architecture(
-                "sm120", "RTX 5090", "cuda", 170, 99 * 1024, 335 * _TERA, 670 * _TERA, 167 * _TERA, 1.6 * _TERA, True
-            ),
-            Architecture(
-                "gfx942", "MI300X", "rocm", 304, 64 * 1024, 2090 * _TERA, 2090 * _TERA, 1046 * _TERA, 4.8 * _TERA
-            ),
-            Architecture(
-                "gfx950", "MI355X", "rocm", 256, 160 * 1024, 4000 * _TERA, 4000 * _TERA, 2000 * _TERA, 7.2 * _TERA
-            ),
+            _architecture("sm80", "A100 SXM", 108, 163, 1.41, (0, 499, 250), 1.83),
+            _architecture("sm89", "L40S", 142, 99, 2.5, (586, 586, 290), 0.78),
+            _architecture("sm90", "H100 SXM", 132, 227, 1.755, (1500, 1500, 798), 3.0, tma=True),
+            _architecture("sm100", "B200", 148, 227, 1.85, (3600, 3600, 1800), 7.2, tma=True),
+            _architecture("sm120", "RTX 5090", 170, 99, 2.4, (335, 670, 167), 1.6, tma=True),
+            _architecture("gfx942", "MI300X", 304, 64, 2.1, (2090, 2090, 1046), 4.8),
+            _architecture("gfx950", "MI355X", 256, 160, 2.4, (4000, 4000, 2000), 7.2),
         )
     }
 )
@@ -108,8 +131,6 @@ def architecture_of(device: torch.device) -> Architecture:
     """
     if device.type != "cuda":
         return architecture("sm90")
-    from dataclasses import replace
-
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         found = architecture("gfx950" if properties.gcnArchName.startswith("gfx95") else "gfx942")
