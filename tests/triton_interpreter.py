@@ -42,6 +42,12 @@ def why_no_interpreter() -> str | None:
 needs_triton = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
+every_variant = pytest.mark.skipif(
+    os.environ.get("FX_QUANT_GATES") != "all",
+    reason="tests/gpu_gates.py compiles each configuration once; FX_QUANT_GATES=all: in every variant, some 15 minutes",
+)
+
+
 def to_bytes(value: object) -> bytes:
     """``value`` with its tensors' strides, independent of the process."""
     buffer = io.BytesIO()

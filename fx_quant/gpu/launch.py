@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Launch:
         programs: size of the grid.
         out: the result, which is also among the arguments.
         configuration: what it was planned from, or None.
+        scratch: the kernel makes tensor descriptors itself, in memory that Triton asks for.
     """
 
     kernel: Any
@@ -69,14 +71,27 @@ class Launch:
     programs: int
     out: Tensor
     configuration: Configuration | None = None
+    scratch: bool = False
 
     def run(self) -> Tensor:
         """Launch on the result's device; nothing is launched for an empty result."""
-        if self.programs:
-            # Triton launches on the current device, whatever the tensors' own is.
-            with torch.cuda.device_of(self.out):
-                self.kernel[(self.programs,)](**self.arguments, **self.options)
+        if self.programs and self.scratch:
+            # Whoever calls us keeps the allocator that they gave Triton.
+            contextvars.copy_context().run(self._launch_with_scratch)
+        elif self.programs:
+            self._launch()
         return self.out
+
+    def _launch_with_scratch(self) -> None:
+        from triton import set_allocator  # pyrefly: ignore[missing-import]
+
+        set_allocator(lambda size, alignment, stream: self.out.new_empty(size, dtype=torch.int8))
+        self._launch()
+
+    def _launch(self) -> None:
+        # Triton launches on the current device, whatever the tensors' own is.
+        with torch.cuda.device_of(self.out):
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def interprets() -> bool:

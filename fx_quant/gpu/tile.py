@@ -36,6 +36,53 @@ _CONFIGURATIONS: Mapping[str, Mapping[int | None, Configuration]] = {
 }
 
 
+def _found(m: int, n: int, k: int, warps: int, stages: int) -> Configuration:
+    return Configuration("tile", m, n, k, warps, stages)
+
+
+_SMALL = (_found(16, 64, 128, 4, 4), _found(64, 64, 128, 4, 4))
+_MMA = (*_SMALL, _found(64, 128, 64, 4, 4), _found(128, 128, 64, 8, 3), _found(128, 128, 128, 8, 3))
+_MFMA = (
+    *_SMALL,
+    _found(64, 128, 128, 4, 2),
+    _found(128, 128, 128, 8, 2),
+    _found(256, 128, 64, 8, 2),
+    _found(256, 128, 128, 8, 2),
+)
+
+# Architecture without tensor descriptors -> recipe, named as in `persistent` -> what may be launched: all that was
+# found to compile without spilling, by Triton 3.6 and 3.9.
+CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = {
+    "sm80": {"int8": _MMA},
+    "sm89": {
+        "int8": _MMA,
+        "float8": _MMA,
+        # Sums of a block have registers of their own, and so have scales of each column.
+        "float8_block": _MMA[:-1],
+        "float8_group": _MMA[:-2],
+    },
+    "gfx942": {
+        "int8": (*_MFMA, _found(256, 256, 64, 8, 2)),
+        "float8": _MFMA,
+        "float8_block": _MFMA[:-2],
+        "float8_group": _MFMA[:-2],
+    },
+    "gfx950": {
+        "int8": _MFMA,
+        "float8": _MFMA,
+        "float8_block": (*_MFMA[:-2], _MFMA[-1]),
+        "float8_group": _MFMA[:-2],
+    },
+}
+
+
+def unfit(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> str | None:
+    """Why this form cannot compute these operands there, in a line, or None."""
+    if on.platform == "cuda" and operands.a.dtype is not torch.int8 and not on.float8:
+        return f"needs int8 on {on.name}, which has no float8, got {operands.a.dtype}"
+    return None
+
+
 def configuration(kind: str, m: int) -> Configuration:
     """The configuration of ``kind`` (``codes`` or ``weight_only``) for ``m`` rows."""
     table = _CONFIGURATIONS[kind]
