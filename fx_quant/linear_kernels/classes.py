@@ -179,4 +179,9 @@ class TritonMPLinearKernel(MPLinearKernel):
         "triton_weight_only_float8",
         "triton_weight_only_float8_fnuz",
         "triton_weight_only_int4",
+        "triton_weight_only_int4_packed",
+        "triton_weight_only_int8_packed",
+        "triton_weight_only_uint8_packed",
+        "triton_weight_only_float8_packed",
+        "triton_weight_only_float8_fnuz_packed",
     )
