@@ -32,6 +32,12 @@ def _check_scale(x: Tensor, scale: Tensor) -> None:
     torch._check(fits, lambda: f"quantize: scale must broadcast to x of shape {list(x.shape)}, got {list(scale.shape)}")
 
 
+def check_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless ``quantize`` takes these."""
+    _check_quantize(x, dtype)
+    _check_scale(x, scale)
+
+
 def _codes(
     x: Tensor,
     scale: Tensor,
@@ -65,14 +71,12 @@ def quantize(
         dtype: int8, uint8 or float8.
         lo, hi: the range of the codes, inclusive.
     """
-    _check_quantize(x, dtype)
-    _check_scale(x, scale)
+    check_quantize(x, scale, dtype)
     return _codes(x, scale, dtype, reciprocal, lo, hi)
 
 
 def _quantize_fake(x, scale, dtype, reciprocal, lo, hi):
-    _check_quantize(x, dtype)
-    _check_scale(x, scale)
+    check_quantize(x, scale, dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -119,7 +123,8 @@ def choose_scale(
     return scale.to(scale_dtype).float()
 
 
-def _check_dynamic(x: Tensor, dtype: torch.dtype, granularity: str, floor_on: str) -> None:
+def check_quantize_dynamic(x: Tensor, dtype: torch.dtype, granularity: str, floor_on: str) -> None:
+    """Raise unless ``quantize_dynamic`` takes these."""
     _check_quantize(x, dtype)
     torch._check(
         granularity in GRANULARITIES,
@@ -150,7 +155,7 @@ def quantize_dynamic(
     An all-zero row with ``floor_on="none"`` has scale 0 and codes of ``0 / 0``, as its source formula has. Where the
     scale is 0, NaN or infinite, integer codes are unspecified: no product with that scale depends on them.
     """
-    _check_dynamic(x, dtype, granularity, floor_on)
+    check_quantize_dynamic(x, dtype, granularity, floor_on)
     scale = choose_scale(
         x,
         granularity=granularity,
@@ -165,7 +170,7 @@ def quantize_dynamic(
 
 def quantize_dynamic_fake(x, *, dtype, granularity, floor_on, **_):
     """The shapes and dtypes of ``quantize_dynamic``."""
-    _check_dynamic(x, dtype, granularity, floor_on)
+    check_quantize_dynamic(x, dtype, granularity, floor_on)
     shape = (*x.shape[:-1], 1) if granularity == "per_token" else ()
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(shape, dtype=torch.float32)
 
