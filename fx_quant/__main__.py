@@ -41,6 +41,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels.add_argument("--target", help=f"one of {', '.join(named_targets())}; this machine when left out")
     kernels.add_argument("--json", action="store_true", help="print JSON, every kernel's reasons included")
+    kernels.add_argument(
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="NxK",
+        help="what runs these linears on a GPU, and in what time at best: llama3-8b, llama3-70b or sizes",
+    )
+    kernels.add_argument("--rows", nargs="+", type=int, metavar="M", help="of the activation, for --shapes")
+    kernels.add_argument("--scheme", help="for --shapes, as schemes print; float8 of tokens and channels unless given")
     kernels.set_defaults(run=_kernels)
 
     for name, run, text in (
@@ -71,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--shapes", nargs="+", default=[], metavar="NxK", help="weights to measure with, such as 4096x4096"
     )
+    tune.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the configurations of Triton kernels on a GPU"
+    )
     tune.add_argument("--json", action="store_true", help="print JSON")
     only = tune.add_mutually_exclusive_group()
     only.add_argument("--show", action="store_true", help="print the plans in force and where they come from")
@@ -99,6 +111,8 @@ def _kernels(arguments: argparse.Namespace) -> int:
     from fx_quant.support import support_matrix
 
     target = resolve_target(arguments.target, "cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.shapes:
+        return _dispatch(arguments, target)
     matrix = support_matrix(target)
     if arguments.json:
         print(json.dumps({"target": str(target), "schemes": [each.to_dict() for each in matrix]}, indent=2))
@@ -106,6 +120,19 @@ def _kernels(arguments: argparse.Namespace) -> int:
     _print_kernels(target)
     print(f"\nFor constant weights of 4096 x 4096 and any number of rows, to bfloat16, {target} runs:\n")
     print("\n".join(map(str, matrix)))
+    return 0
+
+
+def _dispatch(arguments: argparse.Namespace, target: Any) -> int:
+    from fx_quant.dispatch import ROWS, dispatch, table
+    from fx_quant.scheme import Scheme
+
+    scheme = None if arguments.scheme is None else Scheme.parse(arguments.scheme)
+    found = dispatch(target, arguments.shapes, arguments.rows or ROWS, scheme)
+    if arguments.json:
+        print(json.dumps({"target": str(target), "linears": [each.to_dict() for each in found]}, indent=2))
+    else:
+        print(table(found, target))
     return 0
 
 
@@ -159,6 +186,8 @@ def _check(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     from fx_quant import tuning
 
+    if arguments.device == "cuda":
+        return _tune_gpu(arguments)
     if arguments.show:
         return _show_plans(arguments.json)
     if arguments.reset:
@@ -169,6 +198,27 @@ def _tune(arguments: argparse.Namespace) -> int:
     from fx_quant.tuner import tune
 
     report = tune([_shape(text) for text in arguments.shapes], budget_seconds=arguments.budget)
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
+    return 0
+
+
+def _tune_gpu(arguments: argparse.Namespace) -> int:
+    from fx_quant.gpu.measured import measured, reset, this_gpu
+    from fx_quant.gpu.tuner import SHAPES, tune
+
+    if not torch.cuda.is_available():
+        raise FxQuantError("--device cuda needs a GPU, and PyTorch finds none; see `python -m fx_quant doctor`")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if arguments.show:
+        found = {case: str(each) for case, each in measured(device).items()}
+        print(json.dumps(found, indent=2) if arguments.json else tabulate(found.items(), headers=("case", "measured")))
+        return 0
+    if arguments.reset:
+        path = reset(this_gpu(device))
+        text = "nothing was saved for this GPU" if path is None else f"deleted {path}"
+        print(json.dumps({"deleted": path and str(path)}) if arguments.json else text)
+        return 0
+    report = tune([_shape(text) for text in arguments.shapes] or SHAPES, budget_seconds=arguments.budget)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
     return 0
 

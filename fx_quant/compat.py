@@ -148,6 +148,12 @@ def dump_graph(name: str, graph: Graph) -> None:
         lazy_format_graph_code(name, module)
 
 
+def cuda_driver() -> int:
+    """Version of the GPU's driver as CUDA numbers it (13000 is 13.0); 0 for a PyTorch without CUDA."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return 0 if version is None else version()
+
+
 def cpp_compiler() -> str | None:
     """The C++ compiler that Inductor would use, or None when it finds none."""
     from torch._inductor.cpp_builder import get_cpp_compiler

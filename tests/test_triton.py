@@ -589,9 +589,9 @@ ASKED = {
         ("fnuz row, float16", "none", "none", "triton_float8_fnuz", "none"),
         ("fnuz block", "none", "none", "triton_float8_block_fnuz", "none"),
         ("e5m2 x e5m2", "none", "triton_float8", "none", "triton_float8"),
-        ("w8", *["triton_weight_only"] * 4),
-        ("w8 float8", "none", *["triton_weight_only_float8"] * 3),
-        ("w4", *["triton_weight_only_int4"] * 4),
+        ("w8", *["triton_weight_only_int8_packed"] * 4),
+        ("w8 float8", "none", *["triton_weight_only_float8_packed"] * 3),
+        ("w4", *["triton_weight_only_int4_packed"] * 4),
     ],
 )
 def test_what_triton_runs_where(asked, sm80, sm90, gfx942, gfx950):
@@ -610,8 +610,8 @@ def test_what_triton_runs_where(asked, sm80, sm90, gfx942, gfx950):
         ("float8 tensor", "sm90", "pytorch_scaled_mm"),
         ("float8 row, float16, float32 bias", "sm90", "pytorch_channelwise"),
         ("fnuz row, float16", "gfx942", "pytorch_channelwise_rocm_fnuz"),
-        ("w8", "sm90", "triton_weight_only"),
-        ("w4", "gfx942", "triton_weight_only_int4"),
+        ("w8", "sm90", "triton_weight_only_int8_packed"),
+        ("w4", "gfx942", "triton_weight_only_int4_packed"),
     ],
 )
 def test_what_is_chosen_beside_pytorch(asked, target, expected):

@@ -59,7 +59,8 @@ class Architecture:
 
 
 # 0.8 of the data sheet for products and 0.9 for bandwidth, except on sm90: float8 is what the best published matmuls
-# reach (1,424 to 1,520 TFLOP/s, github.com/sgl-project/sglang/issues/34318), half and bandwidth were measured. Caches:
+# reach (1,424 to 1,520 TFLOP/s, github.com/sgl-project/sglang/issues/34318), and int8 is taken to be as fast; half and
+# bandwidth were measured. Caches:
 # what a published matmul of 128 x 256 tiles reads on sm90 (1,214 TFLOP/s of 4096 x 4096 x 4096,
 # github.com/meta-pytorch/tritonbench/issues/1149), and on the others as much a processor and cycle.
 def _architecture(

@@ -2,7 +2,7 @@
 
 The model ranks configurations, so that a tuner has few to time and an untuned shape a sensible one::
 
-    seconds = max(waves * tile, memory + epilogue) + start + reduction
+    seconds = max(waves * tile, memory + epilogue / programs of a processor) + start + reduction
     tile    = steps * max(products, shared memory, cache) + epilogue
 
 Nothing was fitted: rates are those of ``architectures.py``. ``tests/test_gpu_cost.py`` says what it is held to.
@@ -88,7 +88,9 @@ class Floor:
 
 
 def floor(matmul: Matmul, on: Architecture) -> Floor:
-    """The roofline: all products at the architecture's rate, all bytes at its bandwidth."""
+    """The roofline: all products at the architecture's rate, all bytes at its bandwidth; nothing for no result."""
+    if not matmul.m * matmul.n:
+        return Floor(0.0, "memory")
     compute, memory = matmul.operations / on.rate(matmul.a_dtype), matmul.bytes / on.bandwidth
     return Floor(max(compute, memory), "compute" if compute >= memory else "memory")
 
@@ -115,6 +117,8 @@ class Cost:
 def estimate(found: Configuration, matmul: Matmul, on: Architecture) -> Cost:
     """What ``matmul`` should take by the configuration ``found``."""
     programs = _ceil(matmul.m, found.block_m) * _ceil(matmul.n, found.block_n) * found.split_k
+    if not programs:
+        return Cost(found, 0.0, 0, 0, "memory")
     waves = _ceil(programs, on.processors)
     steps = _ceil(_ceil(matmul.k, found.block_k), found.split_k)
     a_bytes, b_bytes = matmul.a_dtype.itemsize, matmul.b_bits / 8
@@ -136,10 +140,12 @@ def estimate(found: Configuration, matmul: Matmul, on: Architecture) -> Cost:
     tile = steps * step + (epilogue / found.subtiles if overlapped else epilogue)
     computed = waves * (tile + fill)
     # Memory gives all of its bandwidth only to enough processors, which together wait for enough bytes.
-    resident = min(programs, on.processors * _programs_a_processor(found, matmul, on))
+    together = _programs_a_processor(found, matmul, on)
+    resident = min(programs, on.processors * together)
     flying = resident * max(found.stages - 1, 1) * loaded
     few = max(1.0, on.processors / (_PROCESSOR_SHARE * min(programs, on.processors)))
-    memory = matmul.bytes / on.bandwidth * max(few, _LATENCY * on.bandwidth / flying) + fill + epilogue
+    # A program's first loads and its results are waited for, unless another is there to go on.
+    memory = matmul.bytes / on.bandwidth * max(few, _LATENCY * on.bandwidth / flying) + (fill + epilogue) / together
     reduction = 0.0
     if found.split_k > 1:
         reduction = _REDUCTION + 8.0 * found.split_k * matmul.m * matmul.n / on.cache_bandwidth

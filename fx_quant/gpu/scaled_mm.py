@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from fx_quant.gpu import tile
+from fx_quant.gpu import persistent, swapped, tile
 from fx_quant.gpu.architectures import Architecture
+from fx_quant.gpu.choose import configurations
 from fx_quant.gpu.launch import Configuration, Launch
 from fx_quant.gpu.operands import ScaledOperands
 
-# Name of a form -> what plans its launch.
-FORMS: Mapping[str, Callable[[ScaledOperands, Configuration, Architecture], Launch]] = MappingProxyType(
-    {"tile": tile.plan_scaled_mm}
+
+@dataclass(frozen=True)
+class Form:
+    """One kernel of scaled matmuls.
+
+    Args:
+        plan: its launch.
+        unfit: why it cannot compute some operands, in a line, or None.
+    """
+
+    plan: Callable[[ScaledOperands, Configuration, Architecture], Launch]
+    unfit: Callable[[ScaledOperands, Configuration, Architecture], str | None]
+
+
+FORMS: Mapping[str, Form] = MappingProxyType(
+    {
+        "persistent": Form(persistent.plan_scaled_mm, persistent.unfit),
+        "swapped": Form(swapped.plan_scaled_mm, swapped.unfit),
+        "tile": Form(tile.plan_scaled_mm, tile.unfit),
+    }
 )
 
 
 def plan_scaled_mm(operands: ScaledOperands, on: Architecture, found: Configuration | None = None) -> Launch:
-    """The launch of ``triton_scaled_mm``: by ``found``, or by the configuration that is best there."""
-    found = found or tile.configuration("codes", operands.m)
-    return FORMS[found.form](operands, found, on)
+    """The launch of ``triton_scaled_mm``: by ``found``, or by the first configuration in order that can compute it.
+
+    Raises:
+        RuntimeError: ``found`` cannot.
+    """
+    if found is None:
+        fitting = (each for each in configurations(operands, on) if FORMS[each.form].unfit(operands, each, on) is None)
+        found = next(fitting)
+    return FORMS[found.form].plan(operands, found, on)

@@ -1,0 +1,107 @@
+"""What a GPU's tuner found, kept for that GPU, its driver, PyTorch, Triton and the sources of the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from fx_quant.compat import cuda_driver
+from fx_quant.gpu.launch import Configuration
+from fx_quant.measurements import Kind, delete, file_path, read, write
+
+CONFIGURATIONS = Kind("configurations", "sources of Triton kernels", "python -m fx_quant tune --device cuda")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a measurement holds for.
+
+    Args:
+        device: name of the GPU.
+        driver: version of its driver, as CUDA numbers it.
+        torch, triton: versions.
+        sources: hash of the kernels and of what plans their launches.
+    """
+
+    device: str
+    driver: int
+    torch: str
+    triton: str
+    sources: str
+
+    def path(self) -> Path:
+        """Where its configurations are; other sources do not change the name, so that what is stale is found."""
+        return file_path("configurations", repr((self.device, self.driver, self.torch, self.triton)))
+
+
+def this_gpu(device: torch.device) -> Gpu:
+    """The GPU ``device`` of this machine."""
+    return Gpu(
+        torch.cuda.get_device_name(device),
+        cuda_driver(),
+        torch.__version__,
+        importlib.metadata.version("triton"),
+        _sources(),
+    )
+
+
+@functools.cache
+def _sources() -> str:
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in (*sorted(package.glob("gpu/*.py")), *sorted(package.glob("kernels/native/triton_*.py"))):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def save(found: Mapping[str, Configuration], gpu: Gpu) -> Path:
+    """Write what was found for each case, all or nothing; it is in force from then on.
+
+    Raises:
+        FxQuantError: the folder cannot be written.
+    """
+    tables = {case: dataclasses.asdict(configuration) for case, configuration in sorted(found.items())}
+    path = write(gpu.path(), dataclasses.asdict(gpu), CONFIGURATIONS, tables)
+    forget()
+    return path
+
+
+def load(gpu: Gpu) -> Mapping[str, Configuration]:
+    """What was saved for ``gpu``; nothing, with a warning, where the file is unreadable, foreign or stale."""
+    found = read(gpu.path(), dataclasses.asdict(gpu), CONFIGURATIONS, _from_data)
+    return MappingProxyType({} if found is None else found)
+
+
+def _from_data(tables: Mapping[str, Any]) -> dict[str, Configuration]:
+    return {case: Configuration(**values) for case, values in tables.items()}
+
+
+def reset(gpu: Gpu) -> Path | None:
+    """Delete what was saved for ``gpu``; the path, or None where there was nothing.
+
+    Raises:
+        FxQuantError: the file cannot be deleted.
+    """
+    forget()
+    return delete(gpu.path())
+
+
+def forget() -> None:
+    """Read what was saved anew when it is asked for next."""
+    measured.cache_clear()
+
+
+@functools.cache
+def measured(device: torch.device) -> Mapping[str, Configuration]:
+    """What was found for ``device``, by case; nothing for a device that is no GPU. Read once per process."""
+    return load(this_gpu(device)) if device.type == "cuda" else MappingProxyType({})
