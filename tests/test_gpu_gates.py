@@ -1,0 +1,63 @@
+"""The compile gates of every shipped Triton kernel, and the goldens of what they became."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_interpreter import needs_triton
+
+from fx_quant.gpu.architectures import architecture
+from fx_quant.gpu.cross_compile import Compiled
+from fx_quant.gpu.launch import Configuration, Launch
+from tests.gpu_gates import TARGETS, all_gated, broken_gates, golden, table
+from tests.gpu_shipped import shipped
+
+
+@pytest.mark.cross_compile
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_triton
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_shipped_kernel_compiles_well(target):
+    found = all_gated([target], jobs=1)
+    assert [f"{each.name}: {', '.join(each.broken)}" for each in found if each.broken] == []
+    if not golden(target).exists():
+        pytest.skip(f"no golden of this Triton: {golden(target)}; write it by `python -m tests.gpu_gates --accept`")
+    assert table(found) == golden(target).read_text()
+
+
+def compiled(**changes: object) -> Compiled:
+    given = {"registers": 128, "spilled": 0, "shared": 1024, "warps": 4, "instructions": {"QGMMA": 4}, "assembly": ""}
+    return Compiled(**(given | changes))  # pyrefly: ignore[bad-argument-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        ({}, []),
+        ({"spilled": 8}, ["spills 8 bytes"]),
+        ({"shared": 240 * 1024}, ["needs 245760 bytes of shared memory, there are 232448"]),
+        ({"instructions": {"HMMA": 4}}, ["multiplies by HMMA, not QGMMA", "multiplies by HMMA"]),
+        ({"instructions": {}}, ["multiplies by no matrix instruction, not QGMMA"]),
+    ],
+    ids=str,
+)
+def test_a_gate_that_does_not_hold_is_said(changes, broken):
+    on = architecture("sm90")
+    launch = Launch(None, {}, {}, 1, torch.empty(0), Configuration("persistent", 128, 128, 128, 8, 4))
+    assert list(broken_gates(launch, "float8", on, compiled(**changes))) == broken
+
+
+def test_a_configuration_that_only_says_that_it_is_warp_specialised_breaks_a_gate():
+    on = architecture("sm90")
+    found = Configuration("persistent", 128, 128, 128, 4, 4, warp_specialized=True)
+    launch = Launch(None, {}, {}, 1, torch.empty(0), found)
+    assert list(broken_gates(launch, "float8", on, compiled())) == ["is not warp-specialised"]
+    counts = {"QGMMA": 4, "USETMAXREG": 7}
+    assert list(broken_gates(launch, "float8", on, compiled(instructions=counts))) == []
+
+
+def test_every_name_is_of_one_kernel():
+    for target in TARGETS:
+        names = [each.name for each in shipped(architecture(target))]
+        assert len(names) == len(set(names)) > 20
