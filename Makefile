@@ -1,16 +1,18 @@
 # make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | setup. Each does all the set-up
-# it needs, the first time only.
+# it needs, the first time only. make gpu-check installs nothing.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects clean
+.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects gates gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Extra arguments of pytest, of the demo, of the benchmark and of the table: make test ARGS="-k ops"
 ARGS ?=
+# Of gpu-check: ceilings linears quantize chains compile
+SECTIONS ?= ceilings linears quantize chains compile
 
 # The environment is up to date when the stamp of these two files' content is there. Its name is their checksum, so a
 # fresh checkout, a touched file or a switched branch does not install again, and an edit does.
@@ -28,6 +30,8 @@ help:
 	@echo "make bench-eager   single quantized linears without torch.compile, timed (some minutes)"
 	@echo "make bench-passes  what share of a Llama's compile the passes take (many minutes)"
 	@echo "make dialects      what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"
+	@echo "make gates         compile every Triton kernel for GPUs that are not here, by two Tritons (some 10 minutes)"
+	@echo "make gpu-check     on a GPU machine, by its own $(PYTHON): GPU tests, benchmark, report (10 minutes a section)"
 	@echo "make setup         only install, into $(VENV)"
 	@echo "make clean         remove $(VENV) and what tools left behind"
 
@@ -76,5 +80,20 @@ dialects: $(STAMP)
 bench-eager: $(STAMP)
 	@$(BIN)/python benchmarks/eager.py $(ARGS)
 
+# Of the oldest Triton that is supported, which GPU machines have with PyTorch 2.11.
+OLDEST := .venv-triton-3.6
+gates: $(STAMP) $(OLDEST)/.installed
+	@$(BIN)/python -m tests.gpu_gates $(ARGS)
+	@$(OLDEST)/bin/python -m tests.gpu_gates $(ARGS)
+
+$(OLDEST)/.installed:
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install -q torch==2.11.0
+	@$(OLDEST)/bin/python -m pip install -q triton==3.6.0 "numpy<2.4" tabulate packaging
+	@touch $@
+
+gpu-check:
+	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py --sections $(SECTIONS) $(ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(OLDEST) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build
