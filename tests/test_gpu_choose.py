@@ -65,7 +65,17 @@ def test_the_portable_form_is_last_and_always_there():
     for on in ("sm80", "sm90", "gfx942"):
         for m in (1, 300):
             assert ranked(case(m, recipe="int8"), architecture(on))[-1].configuration.form == "tile"
-    assert {each.form for each in candidates(case(300, recipe="int8"), architecture("sm80"))} == set()
+
+
+def test_the_portable_form_is_tuned_where_tiles_cannot_be_loaded_by_descriptors():
+    assert {each.form for each in candidates(case(300, recipe="int8"), architecture("sm80"))} == {"tile"}
+    assert {each.form for each in candidates(case(300, recipe="float8_fast"), architecture("sm89"))} == {"tile"}
+    assert {each.form for each in candidates(case(300), H100)} == {"persistent"}
+
+
+def test_no_tile_has_twice_the_rows_that_there_are():
+    assert max(each.block_m for each in candidates(case(100), H100)) == 128
+    assert max(each.block_m for each in candidates(case(33), H100)) == 64
 
 
 @pytest.mark.parametrize(("m", "rows"), [(0, 16), (1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (10**6, 8192)])

@@ -22,6 +22,8 @@ from fx_quant.scheme import dtype_name
 # Rows between the first and the last are rounded up to a power of two: a tile has at least as many as the first, and
 # beyond the last all processors are busy.
 LEAST_ROWS, MOST_ROWS = 16, 8192
+# Tensor cores take as many rows at a time.
+_LEAST_TILE = 64
 
 
 # Recipe -> that of the swapped form, whose sums leave the tensor cores after few products.
@@ -88,10 +90,14 @@ def candidates(case: Case, on: Architecture) -> list[Configuration]:
         if case.rows <= each.block_m:
             splits = {1, swapped.best_split(each, case.n, case.k, on)}
             found += [replace(each, split_k=parts) for parts in sorted(splits)]
-    found += persistent.CONFIGURATIONS.get(on.name, {}).get(case.recipe, ())
     # Sums of the portable form always leave the tensor cores.
     recipe = "float8" if case.recipe == "float8_fast" else case.recipe
-    return [*found, *tile.CONFIGURATIONS.get(on.name, {}).get(recipe, ())]
+    many = (
+        *persistent.CONFIGURATIONS.get(on.name, {}).get(case.recipe, ()),
+        *tile.CONFIGURATIONS.get(on.name, {}).get(recipe, ()),
+    )
+    # A tile of twice the rows that there are does nothing better than one of half its size.
+    return found + [each for each in many if each.block_m <= max(_LEAST_TILE, case.rows)]
 
 
 @functools.lru_cache(4096)

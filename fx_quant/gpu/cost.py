@@ -131,7 +131,8 @@ def estimate(found: Configuration, matmul: Matmul, on: Architecture) -> Cost:
     products = work / (_rate(found, matmul, on) / on.processors)
     groups = _ceil(outer, _SHARED_ROWS)
     shared = groups * (_SHARED_ROWS + inner) * found.block_k * element / (on.shared_bandwidth / on.processors)
-    loaded = (rows * a_bytes + columns * b_bytes) * found.block_k
+    # Rows of a tile that are not there are not loaded.
+    loaded = (min(rows, matmul.m) * a_bytes + min(columns, matmul.n) * b_bytes) * found.block_k
     cache = loaded / (on.cache_bandwidth / on.processors)
     step = max(products, shared, cache)
     epilogue = rows * columns * matmul.out_dtype.itemsize * 4 / (on.cache_bandwidth / on.processors)
