@@ -522,7 +522,7 @@ def test_what_does_not_fit_says_why():
     assert reason(FNUZ, "sm90") == "swapped: sm90 has no fnuz kinds of float8, got float8_e4m3fnuz"
     assert reason(E4M3, "gfx942") == "swapped: gfx942 has only the fnuz kinds of float8, got float8_e4m3fn"
     assert unfit_split(2, architecture("gfx942")) == (
-        "swapped: cannot split k on gfx942, whose barrier does not wait for stores; use split_k = 1"
+        "cannot split k on gfx942, whose barrier does not wait for stores; use split_k = 1"
     )
     assert configuration("int8", 1, 4096, 4096, architecture("gfx942")).split_k == 1
     assert reason(E4M3, "sm90", b_scale=torch.rand(9, 4), block=(1, 24)) == (

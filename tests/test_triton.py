@@ -16,6 +16,7 @@ from tolerances import TOLERANCES, assert_within
 from torch import Tensor
 from triton_interpreter import ask, from_bytes, needs_triton, to_bytes
 
+import fx_quant.kernels.triton  # noqa: F401  (registers the ops)
 from fx_quant.errors import NoKernelError
 from fx_quant.gpu.architectures import Architecture, architecture
 from fx_quant.gpu.cross_compile import Compiled, compile_launch
@@ -390,18 +391,24 @@ N = K = 4096
 
 def _float8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     a, b = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype).t()
-    return plan_scaled_mm(scaled_operands(a, b, meta(m, 1), meta(N), meta(N, dtype=BF16), N, BF16), on)
+    return plan_scaled_mm(
+        scaled_operands(a, b, meta(m, 1), meta(N), meta(N, dtype=BF16), N, BF16), on, configuration("codes", m)
+    )
 
 
 def _float8_block(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     a, b = meta(m, K, dtype=dtype), meta(N, K, dtype=dtype).t()
-    return plan_scaled_mm(scaled_operands(a, b, meta(m, 32), meta(32, 32), None, N, BF16, block=[128, 128]), on)
+    return plan_scaled_mm(
+        scaled_operands(a, b, meta(m, 32), meta(32, 32), None, N, BF16, block=[128, 128]), on, configuration("codes", m)
+    )
 
 
 def _int8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     a, b = meta(m, K, dtype=I8), meta(N, K, dtype=I8).t()
     zero_point = {"a_zero_point": meta(m, 1, dtype=I32), "b_sum": meta(N, dtype=I32)}
-    return plan_scaled_mm(scaled_operands(a, b, meta(m, 1), meta(N), meta(N), N, BF16, **zero_point), on)
+    return plan_scaled_mm(
+        scaled_operands(a, b, meta(m, 1), meta(N), meta(N), N, BF16, **zero_point), on, configuration("codes", m)
+    )
 
 
 def _weight_int8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
@@ -478,7 +485,8 @@ def test_kernels_compile_for_gfx942(variant):
 def test_float8_sums_leave_the_tensor_cores_every_128_products():
     """The tensor cores of sm90 keep about 14 bits of a sum; ours is added in float32."""
     a, b = meta(4096, K, dtype=E4M3), meta(N, K, dtype=E4M3).t()
-    launch = plan_scaled_mm(scaled_operands(a, b, None, None, None, N, BF16), architecture("sm90"))
+    operands = scaled_operands(a, b, None, None, None, N, BF16)
+    launch = plan_scaled_mm(operands, architecture("sm90"), configuration("codes", 4096))
     binary = compiled(launch, "sm90")
     # One addition for each of a thread's 128 * 128 / 256 results: nothing else adds without a bias.
     assert len(re.findall(r"add\.(?:rn\.)?f32", binary.assembly)) == 64

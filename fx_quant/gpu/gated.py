@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fx_quant.gpu.architectures import Architecture
+from fx_quant.gpu.descriptors import described, undescribed
 from fx_quant.gpu.launch import Configuration, Launch
 from fx_quant.gpu.operands import vector_stride
 from fx_quant.ops import empty_group_scale
@@ -23,8 +24,6 @@ from fx_quant.scheme import FLOAT8_DTYPES
 
 # Tiles that share their operands through the L2 cache, counted along m.
 _TILES_M = 8
-# What a descriptor's address and the distance between its rows must be multiples of.
-_ALIGNED_BYTES = 16
 # Columns of a tile where each of its rows has a scale: one group.
 GROUP = 128
 
@@ -146,19 +145,7 @@ def unfit(operands: GatedOperands, found: Configuration, on: Architecture) -> st
         return f"needs tiles of {GROUP} columns where each group has a scale, got {found.block_n}"
     if found.form != "persistent":
         return None
-    if not on.tma:
-        return f"needs tensor descriptors (TMA), which {on.name} does not have; use the tile form"
-    if not operands.a.shape[1]:
-        return "needs k >= 1, got 0; use the tile form"
-    for name, tensor in (("a", operands.a), ("the weight", operands.b.t())):
-        if tensor.stride(1) != 1 or tensor.stride(0) <= 0 or tensor.stride(0) % _ALIGNED_BYTES:
-            return (
-                f"needs {name} with k contiguous and rows a multiple of {_ALIGNED_BYTES} bytes apart, "
-                f"got strides {list(tensor.stride())}; pad k"
-            )
-        if tensor.data_ptr() % _ALIGNED_BYTES:
-            return f"needs {name} aligned to {_ALIGNED_BYTES} bytes, got {tensor.data_ptr():#x}; copy it"
-    return None
+    return undescribed({"a": operands.a, "the weight": operands.b.t()}, on)
 
 
 def family(on: Architecture) -> str:
@@ -217,18 +204,11 @@ def plan_gated_mm(operands: GatedOperands, found: Configuration, on: Architectur
     }
     tiles = -(-m // found.block_m) * -(-n // found.block_n)
     if found.form == "persistent":
-        from triton.tools.tensor_descriptor import TensorDescriptor  # pyrefly: ignore[missing-import]
-
-        def described(tensor: Tensor, rows: int) -> Any:
-            # A descriptor of no rows is an error, even where nothing is launched.
-            sizes = [max(tensor.shape[0], 1), k]
-            return TensorDescriptor(tensor, sizes, list(tensor.stride()), [rows, found.block_k])
-
         weight = b.t()
         arguments |= {
-            "a": a if found.warp_specialized else described(a, found.block_m),
-            "gate_weight": described(weight[:n], found.block_n),
-            "up_weight": described(weight[n:], found.block_n),
+            "a": a if found.warp_specialized else described(a, found.block_m, found.block_k),
+            "gate_weight": described(weight[:n], found.block_n, found.block_k),
+            "up_weight": described(weight[n:], found.block_n, found.block_k),
             "WARP_SPECIALIZED": found.warp_specialized,
         }
         kernel, programs = triton_gated.persistent_kernel, min(on.processors, tiles)

@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fx_quant.gpu.architectures import Architecture
+from fx_quant.gpu.descriptors import described, undescribed
 from fx_quant.gpu.launch import Configuration, Launch
 from fx_quant.gpu.operands import ScaledOperands, grouped_strides, vector_stride
 
 # Tiles that share their operands through the L2 cache, counted along m.
 _TILES_M = 8
-# What a descriptor's address and the distance between its rows must be multiples of.
-_ALIGNED_BYTES = 16
 # More bytes of a result's tile, for each of the warps that hold it, spill or leave no shared memory for the stages.
 _TILE_BYTES = 8 * 1024
 _CODES = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2})
@@ -89,20 +87,11 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = {
 
 def unfit(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> str | None:
     """Why this form cannot compute these operands there, in a line, or None."""
-    if not on.tma:
-        return f"needs tensor descriptors (TMA), which {on.name} does not have; use the tile form"
-    if not {operands.a.dtype, operands.b.dtype} <= _CODES:
+    if not {operands.a.dtype, operands.b.dtype} <= _CODES and on.tma:
         return f"needs int8, float8_e4m3fn or float8_e5m2, got {operands.a.dtype} and {operands.b.dtype}"
-    if not operands.k:
-        return "needs k >= 1, got 0; use the tile form"
-    for name, codes in (("a", operands.a), ("the weight", operands.b.t())):
-        if codes.stride(1) != 1 or codes.stride(0) <= 0 or codes.stride(0) % _ALIGNED_BYTES:
-            return (
-                f"needs {name} with k contiguous and rows a multiple of {_ALIGNED_BYTES} bytes apart, "
-                f"got strides {list(codes.stride())}; pad k"
-            )
-        if codes.data_ptr() % _ALIGNED_BYTES:
-            return f"needs {name} aligned to {_ALIGNED_BYTES} bytes, got {codes.data_ptr():#x}; copy it"
+    reason = undescribed({"a": operands.a, "the weight": operands.b.t()}, on)
+    if reason is not None:
+        return reason
     if operands.block is not None and (operands.a.dtype is torch.int8 or operands.block[1] % configuration.block_k):
         return (
             f"needs float8 and blocks of a multiple of {configuration.block_k} along k, "
@@ -124,17 +113,11 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     Raises:
         RuntimeError: the operands are ``unfit``.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor  # pyrefly: ignore[missing-import]
-
     from fx_quant.kernels.native import triton_persistent
 
     found, (m, n, k) = configuration, (operands.m, operands.n, operands.k)
     reason = unfit(operands, found, on)
     torch._check(reason is None, lambda: f"triton_scaled_mm: the persistent form {reason}")
-
-    def described(codes: Tensor, rows: int) -> Any:
-        # A descriptor of no rows is an error, even where nothing is launched.
-        return TensorDescriptor(codes, [max(codes.shape[0], 1), k], list(codes.stride()), [rows, found.block_k])
 
     a, weight, a_scale, b_scale = operands.a, operands.b.t(), operands.a_scale, operands.b_scale
     if operands.block is None:
@@ -145,8 +128,8 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
         a_scale_strides, b_scale_strides = grouped_strides(a_scale, True), grouped_strides(b_scale, True)
     imprecise = operands.recipe == "float8" and on.name in _IMPRECISE
     arguments: dict[str, Any] = {
-        "a": a if found.warp_specialized else described(a, found.block_m),
-        "b": described(weight, found.block_n),
+        "a": a if found.warp_specialized else described(a, found.block_m, found.block_k),
+        "b": described(weight, found.block_n, found.block_k),
         "out_ptr": a.new_empty((m, n), dtype=operands.out_dtype),
         "a_scale_ptr": a_scale,
         "b_scale_ptr": b_scale,

@@ -8,20 +8,10 @@ from __future__ import annotations
 import triton  # pyrefly: ignore[missing-import]
 import triton.language as tl  # pyrefly: ignore[missing-import]
 
-from fx_quant.kernels.native.triton_gemm import MAX_IMPRECISE_K, _matrix, _vector
+from fx_quant.kernels.native.triton_gemm import MAX_IMPRECISE_K, corner, matrix, vector
 
 # 1.5 * 2**23: added to a float32 below 2**22 and taken away again, it leaves the nearest integer, halves to even.
 ROUND = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _corner(index, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr):
-    """First row and column of a tile; bands of ``TILES_M`` tiles share what they read through the L2 cache."""
-    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    band = index // (TILES_M * tiles_n)
-    height = tl.minimum(tiles_m - band * TILES_M, TILES_M)
-    within = index % (TILES_M * tiles_n)
-    return (band * TILES_M + within % height) * BLOCK_M, (within // height) * BLOCK_N
 
 
 @triton.jit
@@ -73,7 +63,7 @@ def _finish(
     """Store ``silu(gate) * up`` of the scaled sums, or its codes under a given scale or one a row of the tile."""
     a_scale = None
     if a_scale_ptr is not None:
-        a_scale = _vector(a_scale_ptr, stride_a_scale, rows, m).to(tl.float32)
+        a_scale = vector(a_scale_ptr, stride_a_scale, rows, m).to(tl.float32)
     inside = columns < n
     gate = _scaled(gate, a_scale, b_scale_ptr, stride_b_scale, columns, inside, ROUNDED)
     up = _scaled(up, a_scale, b_scale_ptr, stride_b_scale, columns + n, inside, ROUNDED)
@@ -149,20 +139,20 @@ def tile_kernel(
     ACC: tl.constexpr = tl.int32 if a_ptr.dtype.element_ty == tl.int8 else tl.float32
     # pyrefly: ignore[bad-assignment]
     SHAPE: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N)
-    row, column = _corner(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, TILES_M)
+    row, column = corner(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, TILES_M)
     rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = (column + tl.arange(0, BLOCK_N)).to(tl.int64)
     up_ptr = b_ptr + tl.cast(n, tl.int64) * stride_bn
     gate, up = tl.zeros(SHAPE, dtype=ACC), tl.zeros(SHAPE, dtype=ACC)
     for step in range(tl.cdiv(k, BLOCK_K)):
         depth = tl.cast(step, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-        a = _matrix(a_ptr, stride_am, stride_ak, rows, depth, m, k)
+        a = matrix(a_ptr, stride_am, stride_ak, rows, depth, m, k)
         if SWAPPED:
-            gate = _add(_matrix(b_ptr, stride_bn, stride_bk, columns, depth, n, k), tl.trans(a), gate)
-            up = _add(_matrix(up_ptr, stride_bn, stride_bk, columns, depth, n, k), tl.trans(a), up)
+            gate = _add(matrix(b_ptr, stride_bn, stride_bk, columns, depth, n, k), tl.trans(a), gate)
+            up = _add(matrix(up_ptr, stride_bn, stride_bk, columns, depth, n, k), tl.trans(a), up)
         else:
-            gate = _add(a, _matrix(b_ptr, stride_bk, stride_bn, depth, columns, k, n), gate)
-            up = _add(a, _matrix(up_ptr, stride_bk, stride_bn, depth, columns, k, n), up)
+            gate = _add(a, matrix(b_ptr, stride_bk, stride_bn, depth, columns, k, n), gate)
+            up = _add(a, matrix(up_ptr, stride_bk, stride_bn, depth, columns, k, n), up)
     if SWAPPED:
         gate, up = tl.trans(gate), tl.trans(up)
     _finish(
@@ -228,7 +218,7 @@ def persistent_kernel(
         a = tl.make_tensor_descriptor(a, [m, k], [stride_am, 1], [BLOCK_M, BLOCK_K])
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=WARP_SPECIALIZED):
-        row, column = _corner(index, m, n, BLOCK_M, BLOCK_N, TILES_M)
+        row, column = corner(index, m, n, BLOCK_M, BLOCK_N, TILES_M)
         gate, up = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC), tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for depth in range(0, k, BLOCK_K):
             a_tile = a.load([row, depth])

@@ -18,26 +18,31 @@ MAX_IMPRECISE_K = tl.constexpr(128)
 
 
 @triton.jit
-def _tile_indices(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr):
-    """Rows and columns of this program's tile; bands of ``TILES_M`` tiles share what they read through the L2 cache."""
-    program = tl.program_id(0)
+def corner(index, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr):
+    """First row and column of a tile; bands of ``TILES_M`` tiles share what they read through the L2 cache."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    band = program // (TILES_M * tiles_n)
+    band = index // (TILES_M * tiles_n)
     height = tl.minimum(tiles_m - band * TILES_M, TILES_M)
-    within = program % (TILES_M * tiles_n)
-    rows = (band * TILES_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = index % (TILES_M * tiles_n)
+    return (band * TILES_M + within % height) * BLOCK_M, (within // height) * BLOCK_N
+
+
+@triton.jit
+def _tile_indices(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr):
+    """Rows and columns of this program's tile."""
+    row, column = corner(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, TILES_M)
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     return rows.to(tl.int64), columns.to(tl.int64)
 
 
 @triton.jit
-def _vector(pointer, stride, indices, size):
+def vector(pointer, stride, indices, size):
     """``x[indices]`` of a strided vector, zero from ``size`` on."""
     return tl.load(pointer + indices * stride, mask=indices < size, other=0.0)
 
 
 @triton.jit
-def _matrix(pointer, row_stride, column_stride, rows, columns, row_end, column_end):
+def matrix(pointer, row_stride, column_stride, rows, columns, row_end, column_end):
     """``x[rows, columns]`` of a strided matrix, zero from ``row_end`` and ``column_end`` on."""
     mask = (rows < row_end)[:, None] & (columns < column_end)[None, :]
     return tl.load(pointer + (rows[:, None] * row_stride + columns[None, :] * column_stride), mask=mask, other=0.0)
@@ -64,8 +69,8 @@ def _products(
     # Not 0 for float8, or the compiler lets the tensor cores add the sum to the caller's.
     # pyrefly: ignore[bad-assignment]
     IMPRECISE_K: tl.constexpr = 0 if INTEGER else min(BLOCK_K, MAX_IMPRECISE_K)
-    a = _matrix(a_ptr, stride_am, stride_ak, rows, depth, m, end)
-    b = _matrix(b_ptr, stride_bk, stride_bn, depth, columns, end, n)
+    a = matrix(a_ptr, stride_am, stride_ak, rows, depth, m, end)
+    b = matrix(b_ptr, stride_bk, stride_bn, depth, columns, end, n)
     return tl.dot(a, b, max_num_imprecise_acc=IMPRECISE_K, out_dtype=tl.int32 if INTEGER else tl.float32)
 
 
@@ -73,7 +78,7 @@ def _products(
 def _store(out_ptr, y, bias_ptr, stride_bias, rows, columns, m, n):
     """``out[rows, columns] = cast(y + bias)`` into a contiguous ``out``."""
     if bias_ptr is not None:
-        y += _vector(bias_ptr, stride_bias, columns, n).to(tl.float32)[None, :]
+        y += vector(bias_ptr, stride_bias, columns, n).to(tl.float32)[None, :]
     mask = (rows < m)[:, None] & (columns < n)[None, :]
     tl.store(out_ptr + rows[:, None] * n + columns[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -117,16 +122,16 @@ def scaled_mm_kernel(
             a_ptr, b_ptr, stride_am, stride_ak, stride_bk, stride_bn, rows, columns, depth, m, n, k, BLOCK_K
         )
     if a_zero_point_ptr is not None:
-        zero_point = _vector(a_zero_point_ptr, stride_a_zero_point, rows, m)
-        acc -= zero_point[:, None] * _vector(b_sum_ptr, stride_b_sum, columns, n)[None, :]
+        zero_point = vector(a_zero_point_ptr, stride_a_zero_point, rows, m)
+        acc -= zero_point[:, None] * vector(b_sum_ptr, stride_b_sum, columns, n)[None, :]
     if out_ptr.dtype.element_ty == tl.int32:
         _store(out_ptr, acc, None, 0, rows, columns, m, n)
     else:
         y = acc.to(tl.float32)
         if a_scale_ptr is not None:
-            y *= _vector(a_scale_ptr, stride_a_scale, rows, m).to(tl.float32)[:, None]
+            y *= vector(a_scale_ptr, stride_a_scale, rows, m).to(tl.float32)[:, None]
         if b_scale_ptr is not None:
-            y *= _vector(b_scale_ptr, stride_b_scale, columns, n).to(tl.float32)[None, :]
+            y *= vector(b_scale_ptr, stride_b_scale, columns, n).to(tl.float32)[None, :]
         _store(out_ptr, y, bias_ptr, stride_bias, rows, columns, m, n)
 
 
@@ -176,7 +181,7 @@ def block_scaled_mm_kernel(
             )
         scaled = part.to(tl.float32)
         if a_scale_ptr is not None:
-            scaled *= _vector(a_scale_ptr + group * stride_a_scale_k, stride_a_scale_m, rows, m).to(tl.float32)[:, None]
+            scaled *= vector(a_scale_ptr + group * stride_a_scale_k, stride_a_scale_m, rows, m).to(tl.float32)[:, None]
         b_scale = tl.load(
             b_scale_ptr + group * stride_b_scale_k + columns // GROUP_N * stride_b_scale_n, mask=columns < n, other=0.0
         )
@@ -203,11 +208,11 @@ def _weight_codes(
     """
     if PACKED:
         pairs = start // 2 + tl.arange(0, BLOCK_K // 2).to(tl.int64)
-        packed = _matrix(b_ptr, stride_bk, stride_bn, pairs, columns, end // 2, n)
+        packed = matrix(b_ptr, stride_bk, stride_bn, pairs, columns, end // 2, n)
         nibbles = tl.permute(tl.join(packed & 0xF, packed >> 4), (0, 2, 1))
         codes = tl.reshape(nibbles, (BLOCK_K, BLOCK_N)).to(tl.int8) - 8
     else:
-        codes = _matrix(b_ptr, stride_bk, stride_bn, start + tl.arange(0, BLOCK_K).to(tl.int64), columns, end, n)
+        codes = matrix(b_ptr, stride_bk, stride_bn, start + tl.arange(0, BLOCK_K).to(tl.int64), columns, end, n)
     return codes
 
 
@@ -267,7 +272,7 @@ def weight_only_mm_kernel(
             part = acc
         for step in range(STEPS):
             start = group * DEPTH + step * BLOCK_K
-            x = _matrix(x_ptr, stride_xm, stride_xk, rows, start + along_k, m, end)
+            x = matrix(x_ptr, stride_xm, stride_xk, rows, start + along_k, m, end)
             codes = _weight_codes(b_ptr, stride_bk, stride_bn, start, columns, end, n, BLOCK_K, BLOCK_N, PACKED)
             if b_zero_point_ptr is not None:
                 codes = codes.to(tl.float32) - zero_point[None, :]

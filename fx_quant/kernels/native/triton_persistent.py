@@ -10,15 +10,7 @@ from __future__ import annotations
 import triton  # pyrefly: ignore[missing-import]
 import triton.language as tl  # pyrefly: ignore[missing-import]
 
-
-@triton.jit
-def _corner(index, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_M: tl.constexpr):
-    """First row and column of a tile; bands of ``TILES_M`` tiles share what they read through the L2 cache."""
-    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    band = index // (TILES_M * tiles_n)
-    height = tl.minimum(tiles_m - band * TILES_M, TILES_M)
-    within = index % (TILES_M * tiles_n)
-    return (band * TILES_M + within % height) * BLOCK_M, (within // height) * BLOCK_N
+from fx_quant.kernels.native.triton_gemm import corner
 
 
 @triton.jit
@@ -77,7 +69,7 @@ def scaled_mm_kernel(
     for index in tl.range(
         tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTENED, warp_specialize=WARP_SPECIALIZED
     ):
-        row, column = _corner(index, m, n, BLOCK_M, BLOCK_N, TILES_M)
+        row, column = corner(index, m, n, BLOCK_M, BLOCK_N, TILES_M)
         rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for depth in range(0, k, BLOCK_K):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton  # pyrefly: ignore[missing-import]
 import triton.language as tl  # pyrefly: ignore[missing-import]
 
+from fx_quant.kernels.native.triton_gemm import matrix, vector
 from fx_quant.kernels.native.triton_split import arrive, collect
 
 # Float8 tensor cores of sm89 and sm90 add with about 14 bits: their sums are added to float32 registers this often, as
@@ -39,19 +40,6 @@ def _place(m, n, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
-def _vector(pointer, stride, indices, size):
-    """``x[indices]`` of a strided vector, zero from ``size`` on."""
-    return tl.load(pointer + indices * stride, mask=indices < size, other=0.0)
-
-
-@triton.jit
-def _matrix(pointer, row_stride, column_stride, rows, columns, row_end, column_end):
-    """``x[rows, columns]`` of a strided matrix, zero from ``row_end`` and ``column_end`` on."""
-    mask = (rows < row_end)[:, None] & (columns < column_end)[None, :]
-    return tl.load(pointer + (rows[:, None] * row_stride + columns[None, :] * column_stride), mask=mask, other=0.0)
-
-
-@triton.jit
 def _weights(
     b_ptr,
     stride_bk,
@@ -70,7 +58,7 @@ def _weights(
     else:
         columns = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
         depth = tl.cast(step, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-        codes = _matrix(b_ptr, stride_bn, stride_bk, columns, depth, n, k)
+        codes = matrix(b_ptr, stride_bn, stride_bk, columns, depth, n, k)
     return codes
 
 
@@ -98,9 +86,9 @@ def _epilogue(out_ptr, acc, a_scale, b_scale_ptr, bias_ptr, stride_b_scale, stri
         if a_scale is not None:
             y *= a_scale[None, :]
         if b_scale_ptr is not None:
-            y *= _vector(b_scale_ptr, stride_b_scale, columns, n).to(tl.float32)[:, None]
+            y *= vector(b_scale_ptr, stride_b_scale, columns, n).to(tl.float32)[:, None]
         if bias_ptr is not None:
-            y += _vector(bias_ptr, stride_bias, columns, n).to(tl.float32)[:, None]
+            y += vector(bias_ptr, stride_bias, columns, n).to(tl.float32)[:, None]
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -142,7 +130,7 @@ def scaled_mm_kernel(
     for step in range(first, last):
         depth = tl.cast(step, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         b = _weights(b_ptr, stride_bk, stride_bn, start_n, step, n, k, BLOCK_N, BLOCK_K, DESCRIPTOR)
-        acc = _dot(b, _matrix(a_ptr, stride_am, stride_ak, rows, depth, m, k), acc)
+        acc = _dot(b, matrix(a_ptr, stride_am, stride_ak, rows, depth, m, k), acc)
     finishes = True
     if SPLIT_K > 1:
         finishes = arrive(partials_ptr, semaphore_ptr, acc, tile, part, SPLIT_K)
@@ -151,11 +139,11 @@ def scaled_mm_kernel(
             acc = collect(partials_ptr, semaphore_ptr, tile, acc, SPLIT_K)
         columns = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
         if a_zero_point_ptr is not None:
-            zero_point = _vector(a_zero_point_ptr, stride_a_zero_point, rows, m)
-            acc -= _vector(b_sum_ptr, stride_b_sum, columns, n)[:, None] * zero_point[None, :]
+            zero_point = vector(a_zero_point_ptr, stride_a_zero_point, rows, m)
+            acc -= vector(b_sum_ptr, stride_b_sum, columns, n)[:, None] * zero_point[None, :]
         a_scale = None
         if a_scale_ptr is not None:
-            a_scale = _vector(a_scale_ptr, stride_a_scale, rows, m).to(tl.float32)
+            a_scale = vector(a_scale_ptr, stride_a_scale, rows, m).to(tl.float32)
         _epilogue(out_ptr, acc, a_scale, b_scale_ptr, bias_ptr, stride_b_scale, stride_bias, rows, columns, m, n)
 
 
@@ -185,7 +173,7 @@ def _group_scales(
     a_scale = None
     if a_scale_ptr is not None:
         at = a_scale_ptr + group * stride_a_scale_k
-        a_scale = _vector(at, stride_a_scale_m, rows, tl.where(inside, m, 0)).to(tl.float32)
+        a_scale = vector(at, stride_a_scale_m, rows, tl.where(inside, m, 0)).to(tl.float32)
     start = start_n.to(tl.int64)
     columns = start if GROUP_N % BLOCK_N == 0 else start + tl.arange(0, BLOCK_N)
     at = b_scale_ptr + group * stride_b_scale_k + columns // GROUP_N * stride_b_scale_n
@@ -248,7 +236,7 @@ def block_scaled_mm_kernel(
     for step in range(first, last):
         depth = tl.cast(step, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         b = _weights(b_ptr, stride_bk, stride_bn, start_n, step, n, k, BLOCK_N, BLOCK_K, DESCRIPTOR)
-        a = _matrix(a_ptr, stride_am, stride_ak, rows, depth, m, k)
+        a = matrix(a_ptr, stride_am, stride_ak, rows, depth, m, k)
         # The next step's scales are asked for a step ahead, as nothing else hides how long they take.
         next_a_scale, next_b_scale = _group_scales(
             a_scale_ptr,
@@ -313,7 +301,7 @@ def _choose_scale(
     largest = tl.zeros((ROWS, BLOCK), dtype=BITS)
     for step in tl.range(tl.cdiv(k, BLOCK), num_stages=4):
         depth = tl.cast(step, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = _matrix(x_ptr, stride_xm, stride_xk, rows, depth, m, k)
+        x = matrix(x_ptr, stride_xm, stride_xk, rows, depth, m, k)
         largest = tl.maximum(largest, x.to(BITS, bitcast=True) & MAGNITUDE)
     # pyrefly: ignore[missing-attribute]
     bits = tl.max(largest, 1).to(BITS)
@@ -406,7 +394,7 @@ def quantized_linear_kernel(
     for step in range(first, last):
         depth = tl.cast(step, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         b = _weights(b_ptr, stride_bk, stride_bn, start_n, step, n, k, BLOCK_N, BLOCK_K, DESCRIPTOR)
-        x = _matrix(x_ptr, stride_xm, stride_xk, token_rows, depth, m, k)
+        x = matrix(x_ptr, stride_xm, stride_xk, token_rows, depth, m, k)
         y = _quantize(x, scale, lo, hi, RECIPROCAL, INTEGER)
         if not WHOLE_STEPS:
             # Beyond k, 0 / 0 would be NaN.

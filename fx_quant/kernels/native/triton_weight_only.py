@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton  # pyrefly: ignore[missing-import]
 import triton.language as tl  # pyrefly: ignore[missing-import]
 
-from fx_quant.kernels.native.triton_gemm import _matrix, _vector
+from fx_quant.kernels.native.triton_gemm import corner, matrix, vector
 from fx_quant.kernels.native.triton_split import arrive, collect
 
 
@@ -149,12 +149,9 @@ def packed_weight_kernel(
     WORDS: tl.constexpr = 64 if CODES == "float8" else 16
     DEPTH: tl.constexpr = BLOCK_K // PARTS
     tile, part = tl.program_id(0) // SPLIT_K, tl.program_id(0) % SPLIT_K
-    # Bands of `TILES_M` tiles share what they read through the L2 cache.
-    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    band, within = tile // (TILES_M * tiles_n), tile % (TILES_M * tiles_n)
-    height = tl.minimum(tiles_m - band * TILES_M, TILES_M)
-    rows = ((band * TILES_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    columns = (within // height * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row, column = corner(tile, m, n, BLOCK_M, BLOCK_N, TILES_M)
+    rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = (column + tl.arange(0, BLOCK_N)).to(tl.int64)
     total = tl.cdiv(k, BLOCK_K)
     steps = tl.cdiv(total, SPLIT_K)
     first = part * steps
@@ -194,7 +191,7 @@ def packed_weight_kernel(
                 )
         for index in tl.static_range(PARTS):
             depth = tl.cast(block, tl.int64) * BLOCK_K + index * DEPTH + tl.arange(0, DEPTH)
-            x = _matrix(x_ptr, stride_xm, stride_xk, rows, depth, m, k)
+            x = matrix(x_ptr, stride_xm, stride_xk, rows, depth, m, k)
             numbers = _numbers(words, index * (DEPTH // 32), DEPTH, CODES, HALF)
             if zero_point_ptr is not None:
                 if GROUP_K:
@@ -217,6 +214,6 @@ def packed_weight_kernel(
             at = scale_ptr + columns // GROUP_N * stride_scale_n
             acc *= tl.load(at, mask=columns < n, other=0.0).to(tl.float32)[:, None]
         if bias_ptr is not None:
-            acc += _vector(bias_ptr, stride_bias, columns, n).to(tl.float32)[:, None]
+            acc += vector(bias_ptr, stride_bias, columns, n).to(tl.float32)[:, None]
         mask = (columns < n)[:, None] & (rows < m)[None, :]
         tl.store(out_ptr + rows[None, :] * n + columns[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
