@@ -652,6 +652,7 @@ def check_resources(binary: Compiled, gpu: str) -> None:
     assert binary.shared <= architecture(gpu).shared_bytes
 
 
+@every_variant
 @pytest.mark.cross_compile
 @needs_triton
 @compiler_is_real

@@ -622,6 +622,7 @@ def test_every_quantizing_configuration_compiles_well(recipe, on, found, m):
         assert recipe == "int8" or "cvt.rn.satfinite.e4m3x2.f32" in code.assembly
 
 
+@every_variant
 @pytest.mark.cross_compile
 @needs_triton
 @compiler_is_real
