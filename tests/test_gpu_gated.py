@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from functools import partial
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_within
 from torch import Tensor
-from triton_interpreter import call, every_variant, needs_triton
+from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 import fx_quant.kernels.triton_gated  # noqa: F401  (registers the ops)
 from fx_quant.gpu.architectures import Architecture, architecture
@@ -33,10 +32,6 @@ fxq = torch.ops.fx_quant
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 E4M3, E5M2, FNUZ = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz
 SM90 = architecture("sm90")
-
-compiler_is_real = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"
-)
 
 
 def codes(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from tolerances import assert_within
 from torch import Tensor
-from triton_interpreter import call, every_variant, needs_triton
+from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 from fx_quant.gpu.architectures import architecture, architecture_of
 from fx_quant.gpu.cross_compile import compile_launch
@@ -23,10 +22,6 @@ from fx_quant.scheme import Numerics
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int8
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-compiler_is_real = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"
-)
 
 # Small, because the interpreter is slow.
 SMALL = Configuration("persistent", 16, 32, 32, 4, 3)

@@ -11,13 +11,12 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from triton_interpreter import call, every_variant, needs_triton
+from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 import fx_quant.kernels.triton_quantize  # noqa: F401  (registers the ops)
 from fx_quant.activation import quantize_activation
 from fx_quant.gpu.architectures import Architecture, architecture
 from fx_quant.gpu.cross_compile import Compiled, compile_launch
-from fx_quant.gpu.launch import interprets
 from fx_quant.gpu.quantize import LONGEST_ROW, Norm, Plan, plan_asymmetric, plan_dynamic, plan_static, unfit
 from fx_quant.ops import quantize_groups
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, OperandSpec, float8_max
@@ -28,8 +27,6 @@ I8, U8, I32 = torch.int8, torch.uint8, torch.int32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FNUZ, FNUZ5 = torch.float8_e4m3fnuz, torch.float8_e5m2fnuz
 EVERY_DTYPE = (I8, U8, E4M3, E5M2, FNUZ, FNUZ5)
-
-compiler_is_real = pytest.mark.skipif(interprets(), reason="TRITON_INTERPRET=1 replaces the compiler")
 
 
 # --- formulas and operands --------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from packaging.version import Version
 from tolerances import assert_within
 from torch import Tensor
-from triton_interpreter import call, every_variant, needs_triton, why_not
+from triton_interpreter import call, compiler_is_real, every_variant, needs_triton, why_not
 
 import fx_quant.kernels.triton_quantized_linear  # noqa: F401  (registers the op)
 from fx_quant.gpu import semaphores, swapped
@@ -34,10 +33,6 @@ I8, U8 = torch.int8, torch.uint8
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FNUZ = torch.float8_e4m3fnuz
 SM90 = architecture("sm90")
-
-compiler_is_real = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"
-)
 
 # Small tiles, because the interpreter is slow.
 SMALL = Configuration("swapped", 16, 32, 32, 4, 2)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
-from triton_interpreter import every_variant, needs_triton
+from triton_interpreter import compiler_is_real, every_variant, needs_triton
 
 from fx_quant.gpu.architectures import architecture
 from fx_quant.gpu.cross_compile import compile_launch
@@ -17,10 +15,6 @@ from fx_quant.gpu.tile import CONFIGURATIONS, plan_scaled_mm, unfit
 BF16, I8, I32 = torch.bfloat16, torch.int8, torch.int32
 E4M3, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 M, N, K = 4096, 4096, 4096
-
-compiler_is_real = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"
-)
 
 SHIPPED = [
     (name, recipe_name, found)

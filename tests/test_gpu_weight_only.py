@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from tolerances import assert_within
 from torch import Tensor
-from triton_interpreter import call, every_variant, needs_triton
+from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 import fx_quant.kernels.triton_weight_only  # noqa: F401  (registers the ops)
 from fx_quant.gpu.architectures import architecture
@@ -36,10 +35,6 @@ E4M3, E5M2, FNUZ = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz
 SM90 = architecture("sm90")
 NAMES = tuple(PACKED_CODES)
 LOW = {"int4": -8, "int8": -128, "uint8": 0}
-
-compiler_is_real = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"
-)
 
 
 def weight(name: str, n: int, k: int, float8: torch.dtype = E4M3) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 from tolerances import TOLERANCES, assert_within
 from torch import Tensor
-from triton_interpreter import ask, from_bytes, needs_triton, to_bytes
+from triton_interpreter import ask, compiler_is_real, from_bytes, needs_triton, to_bytes
 
 import fx_quant.kernels.triton  # noqa: F401  (registers the ops)
 from fx_quant.errors import NoKernelError
@@ -35,11 +34,6 @@ F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32
 I8, U8 = torch.int8, torch.uint8
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FNUZ = torch.float8_e4m3fnuz
-
-compiler_is_real = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"
-)
-
 
 # --- the interpreter, in a process of its own -------------------------------------------------------------------
 

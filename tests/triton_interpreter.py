@@ -42,9 +42,12 @@ def why_no_interpreter() -> str | None:
 needs_triton = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
+compiler_is_real = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 replaces the compiler"
+)
 every_variant = pytest.mark.skipif(
     os.environ.get("FX_QUANT_GATES") != "all",
-    reason="tests/gpu_gates.py compiles each configuration once; FX_QUANT_GATES=all: in every variant, some 15 minutes",
+    reason="tests/gpu_gates.py compiles each configuration once; FX_QUANT_GATES=all: in every variant",
 )
 
 

@@ -138,7 +138,7 @@ def estimate(found: Configuration, matmul: Matmul, on: Architecture) -> Cost:
     epilogue = rows * columns * matmul.out_dtype.itemsize * 4 / (on.cache_bandwidth / on.processors)
     overlapped = found.warp_specialized or found.flattened
     fill = 0.0 if overlapped else _FILL
-    tile = steps * step + (epilogue / found.subtiles if overlapped else epilogue)
+    tile = steps * step + epilogue
     computed = waves * (tile + fill)
     # Memory gives all of its bandwidth only to enough processors, which together wait for enough bytes.
     together = _programs_a_processor(found, matmul, on)

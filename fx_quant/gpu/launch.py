@@ -18,7 +18,8 @@ class Configuration:
 
     Args:
         form: the kernel: ``tile`` (portable, any strides), ``persistent`` (tiles loaded by TMA, one program a
-            processor) or ``swapped`` (the weight's rows are the rows of the tensor cores, for few rows of ``a``).
+            processor), ``swapped`` (the weight's rows are the rows of the tensor cores, for few rows of ``a``) or
+            ``weight_only`` (a packed weight, decoded in registers).
         block_m: rows of ``a`` in a tile.
         block_n: columns of ``b`` in a tile.
         block_k: products that are summed in one step.
@@ -26,7 +27,6 @@ class Configuration:
         stages: depth of the software pipeline.
         split_k: programs that share one tile's sum along k.
         warp_specialized: loads and products have warps of their own.
-        subtiles: parts in which the epilogue writes a tile.
         flattened: the epilogue of one tile overlaps the loads of the next.
     """
 
@@ -38,14 +38,12 @@ class Configuration:
     stages: int
     split_k: int = 1
     warp_specialized: bool = False
-    subtiles: int = 1
     flattened: bool = False
 
     def __str__(self) -> str:
         """Such as ``persistent 128x256x128 w4 s3 WS``."""
         words = [f"{self.form} {self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages}"]
         words += [f"split {self.split_k}"] if self.split_k > 1 else []
-        words += [f"sub{self.subtiles}"] if self.subtiles > 1 else []
         words += ["WS"] if self.warp_specialized else []
         words += ["flat"] if self.flattened else []
         return " ".join(words)

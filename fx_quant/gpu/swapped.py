@@ -20,9 +20,6 @@ from fx_quant.gpu.operands import ScaledOperands, grouped_strides, vector_stride
 from fx_quant.gpu.semaphores import semaphores, unfit_split
 from fx_quant.scheme import FLOAT8_DTYPES, dtype_name
 
-# Rows of ``a`` up to which a configuration of this form exists.
-MAX_ROWS = 64
-
 # More parts of a sum than this cost more to add up than they hide.
 _MAX_SPLIT = 16
 
