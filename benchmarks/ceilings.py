@@ -176,7 +176,9 @@ class Buffer:
     _memory: mmap.mmap = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._memory = mmap.mmap(-1, self.size + 2 * MIB)
+        # Shared memory, which is the default, follows another setting and gets no huge pages.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = mmap.mmap(-1, self.size + 2 * MIB, flags=flags)
         advice = getattr(mmap, "MADV_HUGEPAGE" if self.huge else "MADV_NOHUGEPAGE", None)
         if advice is not None:
             self._memory.madvise(advice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 
 import pytest
 import torch
@@ -180,18 +181,35 @@ def test_a_compiled_graph_never_writes_over_a_packed_weight():
 
 
 @pytest.mark.parametrize("layout", ["vnni", "pairs"])
-def test_a_large_weight_is_packed_in_memory_of_its_own(layout, monkeypatch):
-    weight = torch.randint(-128, 128, (2304, 4096), dtype=torch.int8)
+@pytest.mark.parametrize("shape", [(2304, 4096), (320, 516)])
+def test_a_packed_weight_is_the_same_without_huge_pages(layout, shape, monkeypatch):
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
     packed = pack_weight(weight, layout)
     assert packed.is_contiguous()
     assert torch.equal(packed_layout(layout).unpack(packed, *weight.shape), weight)
-    # A system that refuses, and one that is not asked.
-    for refusal in (lambda: lambda *_: -1, lambda: None):
-        monkeypatch.setattr(huge_pages, "_madvise", refusal)
+    # A system that has no name for the advice, and one that refuses it.
+    for advice in (None, -1):
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", advice, raising=False)
+        monkeypatch.setattr(huge_pages, "_roomiest", None)
         assert torch.equal(pack_weight(weight, layout), packed)
 
 
-def test_only_large_tensors_are_copied_to_huge_pages():
-    small, large = torch.zeros(1024, dtype=torch.int8), torch.ones(9 << 20, dtype=torch.int8)
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs a system with huge pages on request: Linux")
+def test_tensors_in_huge_pages_share_memory_that_lives_as_long_as_they_do(monkeypatch):
+    monkeypatch.setattr(huge_pages, "_roomiest", None)
+    small, sizes = torch.zeros(1024, dtype=torch.int8), (100_000, 3 << 20, 40 << 20, 65_537)
     assert huge_pages.in_huge_pages(small) is small
-    assert torch.equal(huge_pages.in_huge_pages(large), large)
+    originals = [torch.randint(-128, 128, (size,), dtype=torch.int8) for size in sizes]
+    copies = [huge_pages.in_huge_pages(x) for x in originals]
+    for x, copy in zip(originals, copies, strict=True):
+        assert torch.equal(copy, x)
+        assert copy.untyped_storage().nbytes() == x.nbytes  # what is saved or shared is the tensor alone
+        assert copy.data_ptr() % 64 == 0
+    # One after the other; what did not fit has memory of its own, and more room is left where the first two are.
+    assert copies[1].data_ptr() - copies[0].data_ptr() == 100_032
+    assert copies[3].data_ptr() - copies[1].data_ptr() == 3 << 20
+    memory = huge_pages._roomiest.memory
+    assert memory() is not None
+    del copies, copy
+    assert memory() is None
+    assert torch.equal(huge_pages.in_huge_pages(originals[0]), originals[0])

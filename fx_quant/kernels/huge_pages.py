@@ -1,4 +1,4 @@
-"""Large packed weights in huge pages, where the system gives them when asked.
+"""Packed weights in huge pages, one beside the other, where the system gives such pages when asked.
 
 A matmul of few rows reads its weight from memory once. With pages of 4 KiB it also waits for their addresses, and the
 hardware's prefetcher stops at the end of each. Source: madvise(2), ``MADV_HUGEPAGE``.
@@ -6,40 +6,78 @@ hardware's prefetcher stops at the end of each. Source: madvise(2), ``MADV_HUGEP
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
-from collections.abc import Callable
+import mmap
+import threading
+import weakref
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _PAGE = 2 << 20
-# Smaller tensors hold too few whole huge pages, and a copy costs as much as a pack.
-_LEAST = 4 * _PAGE
-_MADV_HUGEPAGE = 14
+# Of addresses; memory is taken as it is written to.
+_REGION = 32 << 20
+# Smaller tensors are in cache after a few pages.
+_LEAST = 64 << 10
+_LINE = 64
+
+
+@dataclass
+class _Region:
+    """Memory that weights are put into in turn, free from ``start`` to ``end``; it goes when the last of them does."""
+
+    memory: weakref.ref[mmap.mmap]
+    start: int
+    end: int
+
+
+_lock = threading.Lock()
+_roomiest: _Region | None = None
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
     """A copy of contiguous ``x`` in memory that was asked to be in huge pages; ``x`` itself where that is no use.
 
     It is no use for small tensors, on other devices than a CPU, and on other systems than Linux. Whether the system
-    follows is its own decision: nothing but time depends on it.
+    follows is its own decision: nothing but time depends on it. The copy has a storage of its own.
     """
-    advise = _madvise()
-    if x.device.type != "cpu" or x.nbytes < _LEAST or advise is None:
+    if x.device.type != "cpu" or x.nbytes < _LEAST:
         return x
-    copy = x.new_empty(x.shape)
-    first = -(-copy.data_ptr() // _PAGE) * _PAGE
-    end = (copy.data_ptr() + copy.nbytes) // _PAGE * _PAGE
-    # Before the first write, which is when the system chooses the pages.
-    return copy.copy_(x) if advise(first, end - first, _MADV_HUGEPAGE) == 0 else x
+    found = _room(x.nbytes)
+    if found is None:
+        return x
+    memory, offset = found
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape).copy_(x)
 
 
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux"):
+def _room(size: int) -> tuple[mmap.mmap, int] | None:
+    """Memory of which ``size`` bytes from an offset on are nobody else's; None where there are no huge pages."""
+    global _roomiest
+    with _lock:
+        region = _roomiest
+        memory = None if region is None else region.memory()
+        if region is None or memory is None or region.end - region.start < size:
+            memory = _new_memory(max(_REGION, size))
+            if memory is None:
+                return None
+            address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
+            start = -address % _PAGE
+            region = _Region(weakref.ref(memory), start, start + len(memory) - _PAGE)
+        start = region.start
+        region.start = min(region.end, -(-(start + size) // _LINE) * _LINE)
+        if _roomiest is None or _roomiest.memory() is None or region.end - region.start > _roomiest.end - _roomiest.start:
+            _roomiest = region
+        return memory, start
+
+
+def _new_memory(size: int) -> mmap.mmap | None:
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None:
         return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    madvise.restype = ctypes.c_int
-    return madvise
+    # Private, since memory that can be shared follows another setting; longer by what its start may be off by.
+    memory = mmap.mmap(-1, -(-size // _PAGE) * _PAGE + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(advice)
+    except OSError:
+        return None
+    return memory
