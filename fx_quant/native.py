@@ -167,23 +167,28 @@ void fxq_matmul(
     const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num(), Dot::ROWS);
     [[maybe_unused]] Dot::State state;
     alignas(64) Dot::Acc start[FXQ_CHUNK_ROWS];
-    alignas(64) Dot::Acc acc[Dot::ROWS * FXQ_PANEL];
+    alignas(64) Dot::Acc acc[FXQ_CHUNK_ROWS * FXQ_PANEL];
     for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
       const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
       for (int64_t r = 0; r < rows; r++) {
         start[r] = Dot::row_start(a + (chunk + r) * lda, k);
       }
       const int64_t blocks = (rows + Dot::ROWS - 1) / Dot::ROWS;
+      const FxqParts parts(plan, blocks, k);
       for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
         const int64_t width = std::min(FXQ_PANEL, n - panel * FXQ_PANEL);
-        for (int64_t block = 0; block < blocks; block++) {
-          const int64_t first = chunk + rows * block / blocks, end = chunk + rows * (block + 1) / blocks;
-          const auto columns = b + panel * panel_size;
-          const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, panel_size * sizeof(*b));
-          fxq_tile<Dot>(
-              state, end - first, width, a + first * lda, lda, columns, k, start + (first - chunk), ahead, acc);
-          for (int64_t r = first; r < end; r++) {
-            std::memcpy(out + r * n + panel * FXQ_PANEL, acc + (r - first) * FXQ_PANEL, width * sizeof(Dot::Acc));
+        for (int64_t i = 0; i < parts.count; i++) {
+          const FxqPart part = parts[i];
+          for (int64_t block = 0; block < blocks; block++) {
+            const int64_t first = chunk + rows * block / blocks, end = chunk + rows * (block + 1) / blocks;
+            const auto columns = b + panel * panel_size;
+            const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, part);
+            const auto sums = parts.count == 1 ? acc : acc + (first - chunk) * FXQ_PANEL;
+            fxq_tile<Dot>(
+                state, end - first, width, a + first * lda, lda, columns, part, start + (first - chunk), ahead, sums);
+            for (int64_t r = first; part.to == k && r < end; r++) {
+              std::memcpy(out + r * n + panel * FXQ_PANEL, sums + (r - first) * FXQ_PANEL, width * sizeof(Dot::Acc));
+            }
           }
         }
       }

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fx_quant.errors import FxQuantError
+from fx_quant.kernels.cpu_int8 import LEVELS
 from fx_quant.kernels.packing import packed_layout
-from fx_quant.native import BFLOAT16, INT8_VNNI, Dot, matmul
+from fx_quant.native import BFLOAT16, Dot, matmul
 from fx_quant.native_decode import decode_of, decoded_matmul
 from fx_quant.tuning import PlanTable, default_table
 
@@ -37,7 +38,7 @@ class TunedKernel:
         layout: of its packed weight.
         a_dtype: of the activation.
         code_dtype: of the weight before it is packed.
-        decodes: whether the weight is decoded in registers.
+        dot: what multiplies the codes; None where the weight is decoded in registers.
         block: ``(rows, k)`` of the weight for each scale; None is one for each row.
     """
 
@@ -45,8 +46,13 @@ class TunedKernel:
     layout: str
     a_dtype: torch.dtype
     code_dtype: torch.dtype
-    decodes: bool = False
+    dot: Dot | None = None
     block: tuple[int, int] | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the weight is decoded in registers."""
+        return self.dot is None
 
     def weight(self, shape: Shape) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and shape of the packed weight ``[n, k]``."""
@@ -67,11 +73,11 @@ def tuned_kernels() -> tuple[TunedKernel, ...]:
 
 def supported_kernels() -> tuple[TunedKernel, ...]:
     """The kinds of native kernel that this machine has the instructions for; nothing is compiled."""
-    found = [
-        TunedKernel(dot.kind, layout, a_dtype, a_dtype)
-        for dot, layout, a_dtype in ((INT8_VNNI, "vnni", torch.int8), (BFLOAT16, "bf16_pairs", torch.bfloat16))
-        if dot.exists_here()
-    ]
+    int8 = [level.dot for level in LEVELS if level.dot.packed and level.dot.exists_here()]
+    # Of several the first is preferred.
+    found = [TunedKernel(dot.kind, "vnni", torch.int8, torch.int8, dot) for dot in int8[:1]]
+    if BFLOAT16.exists_here():
+        found.append(TunedKernel(BFLOAT16.kind, "bf16_pairs", torch.bfloat16, torch.bfloat16, BFLOAT16))
     for a_dtype, bytes_layout in ((torch.bfloat16, "pairs"), (torch.float32, "columns")):
         for code_dtype, layout, block in (
             (torch.int8, bytes_layout, None),
@@ -80,7 +86,7 @@ def supported_kernels() -> tuple[TunedKernel, ...]:
         ):
             decode = decode_of(a_dtype, code_dtype, layout == "int4_words")
             if decode.takes(block):
-                found.append(TunedKernel(decode.kind, layout, a_dtype, code_dtype, True, block))
+                found.append(TunedKernel(decode.kind, layout, a_dtype, code_dtype, block=block))
     return tuple(found)
 
 
@@ -148,11 +154,10 @@ def _aligned(size: int) -> int:
 def _call(kernel: TunedKernel, rows: int, shape: Shape) -> Callable[[Tensor, PlanTable], Tensor | None]:
     """The kernel as a function of its weight and the plans, the rest of its operands made once."""
     n, k = shape
-    if kernel.a_dtype is torch.int8:
-        return partial(_tile, INT8_VNNI, torch.randint(-128, 128, (rows, k), dtype=torch.int8), n)
-    a = torch.randn(rows, k).to(kernel.a_dtype)
-    if not kernel.decodes:
-        return partial(_tile, BFLOAT16, a, n)
+    is_int8 = kernel.a_dtype is torch.int8
+    a = torch.randint(-128, 128, (rows, k), dtype=torch.int8) if is_int8 else torch.randn(rows, k).to(kernel.a_dtype)
+    if kernel.dot is not None:
+        return partial(_tile, kernel.dot, a, n)
     block = kernel.block
     scale = torch.rand((n,) if block is None else (-(-n // block[0]), -(-k // block[1])))
     return partial(_decoded, a, n, scale, block)

@@ -37,7 +37,7 @@ SHAPES = ((2048, 2048), (4096, 4096))
 ROWS = (1, 4, 16, 64, 256)
 GAIN = 1.03
 _AHEAD = (0, 2048, 4096, 8192, 16384)
-_CHUNK_K = (512, 1024, 2048, 4096)
+_CHUNK_K = (128, 256, 512, 1024, 2048, 4096)
 _ALONE = (0, 2**15, 2**17, 2**19)
 # Work of the problems that tell the candidates of `alone` apart: each lies between two of them.
 _SMALL = (2**14, 2**16, 2**18, 2**20)
@@ -226,7 +226,6 @@ def _parameters(kernel: TunedKernel, rows: int, threads: int) -> Iterator[tuple[
         yield "ahead", _AHEAD
     if rows > 6:
         yield "next_panel", (False, True)
-    if kernel.decodes and rows > 6:
         yield "chunk_k", _CHUNK_K
     if threads > 1:
         yield "alone", _ALONE

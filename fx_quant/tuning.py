@@ -35,8 +35,8 @@ class Plan:
 
     Args:
         ahead: bytes that one block of rows, at most six, asks memory for ahead of what it multiplies; 0 is none.
-        next_panel: whether several blocks of rows, that share a panel in cache, ask for the one after it.
-        chunk_k: k of a decoded panel that all rows are multiplied by before the next; a multiple of 64.
+        next_panel: whether several blocks of rows, that share part of a panel in cache, ask for what comes after it.
+        chunk_k: k of a panel that all rows are multiplied by before the next; a multiple of 64.
         alone: multiply-adds (m * n * k) up to which the calling thread computes alone; beyond, all threads work.
 
     Raises:
@@ -128,13 +128,21 @@ class PlanTable:
         return PlanTable(tuple(ranges))
 
 
-# Rows that a model has while it decodes, alone or in a batch, and while it reads a prompt. Six are a block.
-LIMITS = (2, 6, 32, 128, ANY_ROWS)
+# Rows that a model has while it decodes, alone or in a batch, and while it reads a prompt. Six are a block, and three
+# blocks still wait for memory.
+LIMITS = (2, 6, 18, 128, ANY_ROWS)
 DEFAULT = PlanTable(tuple((limit, Plan()) for limit in LIMITS))
 # Kinds of kernel, as ``native.Dot.kind`` and ``native_decode.Decode.kind`` name them, that another default suits.
 # Those that decode nothing read memory faster: on one thread and on two, 4096 bytes ahead are best of all or near it.
 _NEARER = DEFAULT.replaced(6, ahead=4096)
-DEFAULTS: Mapping[str, PlanTable] = MappingProxyType({"int8_vnni": _NEARER, "bf16": _NEARER})
+# A part of 16 KiB stays in the first cache for the second block and the third. More rows wait for the instructions:
+# there a part is as deep as rows and panel fit into the second cache.
+DEFAULTS: Mapping[str, PlanTable] = MappingProxyType(
+    {
+        "int8_vnni": _NEARER.replaced(18, chunk_k=256).replaced(ANY_ROWS, chunk_k=4096),
+        "bf16": _NEARER.replaced(18, chunk_k=128).replaced(128, chunk_k=1024),
+    }
+)
 
 
 def default_table(kind: str) -> PlanTable:

@@ -34,6 +34,8 @@ SIZES = [
     (5, 67, 5),
     (6, 200, 1031),
     (7, 65, 130),
+    (7, 65, 515),
+    (13, 130, 1031),
     (33, 70, 2049),
     (400, 129, 65),
 ]
@@ -142,10 +144,13 @@ COMPILED = """
 import json
 import torch
 from torch._inductor.utils import run_and_get_code
-import fx_quant.lowerings
 from fx_quant.kernels.cpu_int8 import LEVELS
 from fx_quant.kernels.packing import pack_weight
+from fx_quant.lowerings import cpu_template
+from fx_quant.tuning import DEFAULT
 
+# Two blocks of rows go over k in three parts.
+cpu_template.table = lambda kind: DEFAULT.replaced(7, chunk_k=64)
 torch.manual_seed(0)
 levels = [level for level in LEVELS if level.dot.exists_here()]
 w = torch.randint(-128, 128, (70, 131), dtype=torch.int8)

@@ -30,9 +30,14 @@ class _Region:
     start: int
     end: int
 
+    @property
+    def room(self) -> int:
+        """Bytes that are free."""
+        return self.end - self.start
+
 
 _lock = threading.Lock()
-_roomiest: _Region | None = None
+_roomiest: list[_Region] = []  # of the regions the one with the most room; none at first
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
@@ -52,11 +57,10 @@ def in_huge_pages(x: Tensor) -> Tensor:
 
 def _room(size: int) -> tuple[mmap.mmap, int] | None:
     """Memory of which ``size`` bytes from an offset on are nobody else's; None where there are no huge pages."""
-    global _roomiest
     with _lock:
-        region = _roomiest
+        region = _roomiest[0] if _roomiest else None
         memory = None if region is None else region.memory()
-        if region is None or memory is None or region.end - region.start < size:
+        if region is None or memory is None or region.room < size:
             memory = _new_memory(max(_REGION, size))
             if memory is None:
                 return None
@@ -65,8 +69,8 @@ def _room(size: int) -> tuple[mmap.mmap, int] | None:
             region = _Region(weakref.ref(memory), start, start + len(memory) - _PAGE)
         start = region.start
         region.start = min(region.end, -(-(start + size) // _LINE) * _LINE)
-        if _roomiest is None or _roomiest.memory() is None or region.end - region.start > _roomiest.end - _roomiest.start:
-            _roomiest = region
+        if not _roomiest or _roomiest[0].memory() is None or region.room > _roomiest[0].room:
+            _roomiest[:] = [region]
         return memory, start
 
 

@@ -99,20 +99,20 @@ inline FXQ_TARGET void fxq_tile<FxqInt8Amx>(
     const int8_t* a,
     int64_t lda,
     const uint8_t* panel,
-    int64_t k,
+    const FxqPart& part,
     const int32_t* start,
     FxqAhead ahead,
     int32_t* out) {
   if (rows < FxqInt8Amx::FEW_ROWS) {
     FxqInt8::State none;
-    return fxq_tile<FxqInt8>(none, rows, width, a, lda, panel, k, start, ahead, out);
+    return fxq_tile<FxqInt8>(none, rows, width, a, lda, panel, part, start, ahead, out);
   }
   tiles.configure(rows);
-  for (int64_t r = 0; r < rows; r++) {
+  for (int64_t r = 0; part.from == 0 && r < rows; r++) {
     std::fill_n(out + r * FXQ_PANEL, FXQ_PANEL, start[r]);
   }
   constexpr int64_t DEEP = FxqInt8Amx::DEEP;
-  const int64_t count = k % DEEP, from = k - count;
+  const int64_t k = part.to - part.from, count = k % DEEP, from = part.to - count;
   FxqAmxRest rest;
   if (count) {
     std::memset(&rest, 0, sizeof(rest));
@@ -121,6 +121,8 @@ inline FXQ_TARGET void fxq_tile<FxqInt8Amx>(
     }
     std::memcpy(rest.b, panel + from * FXQ_PANEL, (count + 3) / 4 * 256);
   }
+  a += part.from;
+  panel += part.from * FXQ_PANEL;
   if (rows > 16) {
     fxq_amx_rows<true>(a, lda, panel, k, &rest, out);
   } else {

@@ -58,11 +58,13 @@ FXQ_VECTORIZED __attribute__((noinline)) void fxq_sums(
 
 template <int ROWS>
 FXQ_VECTORIZED __attribute__((noinline)) void fxq_sums_of_panel(
-    int64_t width, const int8_t* a, int64_t lda, const int8_t* b, int64_t k, int32_t* out) {
+    int64_t width, const int8_t* a, int64_t lda, const int8_t* b, const FxqPart& part, int32_t* out) {
   alignas(64) int16_t wide[ROWS][FXQ_WIDE_K];
-  std::memset(out, 0, ROWS * FXQ_PANEL * sizeof(*out));
-  for (int64_t from = 0; from < k; from += FXQ_WIDE_K) {
-    const int64_t count = std::min(FXQ_WIDE_K, k - from);
+  if (part.from == 0) {
+    std::memset(out, 0, ROWS * FXQ_PANEL * sizeof(*out));
+  }
+  for (int64_t from = part.from; from < part.to; from += FXQ_WIDE_K) {
+    const int64_t count = std::min(FXQ_WIDE_K, part.to - from);
     for (int r = 0; r < ROWS; r++) {
       FXQ_VECTORIZE
       for (int64_t i = 0; i < count; i++) {
@@ -71,15 +73,15 @@ FXQ_VECTORIZED __attribute__((noinline)) void fxq_sums_of_panel(
     }
     int64_t c = 0;
     for (; c + 4 <= width; c += 4) {
-      fxq_sums<ROWS, 4>(wide, b + c * k + from, k, count, out + c);
+      fxq_sums<ROWS, 4>(wide, b + c * part.k + from, part.k, count, out + c);
     }
     for (; c < width; c++) {
-      fxq_sums<ROWS, 1>(wide, b + c * k + from, k, count, out + c);
+      fxq_sums<ROWS, 1>(wide, b + c * part.k + from, part.k, count, out + c);
     }
   }
 }
 
-// out[rows][width] = a[rows][k] x panel
+// out[rows][width] += a[rows] x part of a panel; the first part starts from nothing
 template <typename DOT>
 inline void fxq_tile(
     typename DOT::State&,
@@ -88,15 +90,15 @@ inline void fxq_tile(
     const int8_t* a,
     int64_t lda,
     const int8_t* panel,
-    int64_t k,
+    const FxqPart& part,
     const int32_t*,
     FxqAhead,
     int32_t* out) {
   switch (rows) {
-    case 1: return fxq_sums_of_panel<1>(width, a, lda, panel, k, out);
-    case 2: return fxq_sums_of_panel<2>(width, a, lda, panel, k, out);
-    case 3: return fxq_sums_of_panel<3>(width, a, lda, panel, k, out);
-    default: return fxq_sums_of_panel<4>(width, a, lda, panel, k, out);
+    case 1: return fxq_sums_of_panel<1>(width, a, lda, panel, part, out);
+    case 2: return fxq_sums_of_panel<2>(width, a, lda, panel, part, out);
+    case 3: return fxq_sums_of_panel<3>(width, a, lda, panel, part, out);
+    default: return fxq_sums_of_panel<4>(width, a, lda, panel, part, out);
   }
 }
 

@@ -7,8 +7,8 @@ namespace {
 struct FxqPlan {
   int64_t rows;       // holds for up to so many
   int64_t ahead;      // bytes that one block of rows asks for ahead of what it multiplies
-  int64_t next_panel; // whether several blocks ask for the panel that comes after theirs
-  int64_t chunk_k;    // k of a decoded panel that all rows are multiplied by before the next; a multiple of 64
+  int64_t next_panel; // whether several blocks ask for what they multiply next
+  int64_t chunk_k;    // k of a panel that all rows are multiplied by before the next; a multiple of 64
   int64_t alone;      // multiply-adds up to which the calling thread computes alone
 };
 

@@ -32,6 +32,33 @@ inline FxqAhead fxq_ahead(const FxqPlan& plan, int64_t block, int64_t blocks, co
   return quarters ? FxqAhead{at + bytes + first * (bytes / 4), quarters * 16} : FxqAhead{at, 0};
 }
 
+// The k from ``from`` to ``to`` of a panel of ``k``.
+struct FxqPart {
+  int64_t from, to, k;
+};
+
+// The parts of nearly equal size that all blocks of rows go over before the next, so that it is in cache for all but the
+// first of them; one block needs no parts. Each but the last is a multiple of 64.
+struct FxqParts {
+  int64_t k, step, count;
+
+  FxqParts(const FxqPlan& plan, int64_t blocks, int64_t k) : k(k) {
+    const int64_t least = blocks == 1 ? 1 : std::max<int64_t>(1, (k + plan.chunk_k - 1) / plan.chunk_k);
+    step = std::max<int64_t>(64, ((k + least - 1) / least + 63) / 64 * 64);
+    count = std::max<int64_t>(1, (k + step - 1) / step);
+  }
+  FxqPart operator[](int64_t i) const {
+    return {i * step, std::min(k, (i + 1) * step), k};
+  }
+};
+
+// What a block asks for while it goes over part of a panel of codes.
+template <typename B>
+inline FxqAhead fxq_ahead(const FxqPlan& plan, int64_t block, int64_t blocks, const B* panel, const FxqPart& part) {
+  return fxq_ahead(
+      plan, block, blocks, panel + part.from * FXQ_PANEL, (part.to - part.from) * FXQ_PANEL * sizeof(B));
+}
+
 // Asks for ``bytes`` from p on, which are wanted after the panel that comes first.
 inline void fxq_expect(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {

@@ -58,13 +58,13 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
     FxqAhead& ahead) {
   constexpr int LINES = COLUMNS * sizeof(typename DOT::Codes) / 64;
   for (int64_t g = 0; g < groups; g++, b += 256) {
-    // Every other line of several: of one row or two, that the hardware asks for in time, none.
+    // For one row or two the hardware asks in time.
     if (ROWS > 2) {
 #pragma GCC unroll 4
-      for (int line = 0; line < (LINES + 1) / 2; line++) {
-        __builtin_prefetch(ahead.at + line * 64);
+      for (int line = 0; line < LINES; line++) {
+        __builtin_prefetch(ahead.at);
+        ahead.at += ahead.step;
       }
-      ahead.at += LINES * ahead.step;
     }
     fxq_group<DOT, ROWS, COLUMNS>(acc, b, [&](int r, int part) {
       int32_t lane;
@@ -81,24 +81,23 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
   }
 }
 
-// out[ROWS][64] = start[r] + a[ROWS][k] x panel
+// out[ROWS][64] += a[ROWS] x part of a panel; the first part starts from start[r]
 template <typename DOT, int ROWS>
 FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
     const typename DOT::A* a,
     int64_t lda,
     const typename DOT::B* panel,
-    int64_t k,
+    const FxqPart& part,
     const typename DOT::Acc* start,
     FxqAhead ahead,
     typename DOT::Acc* out) {
   using Vec = typename DOT::Vec;
   constexpr int COLUMNS = DOT::columns(ROWS);
   constexpr int PASSES = FXQ_PANEL / (COLUMNS * DOT::LANES);
-  constexpr bool IS_WHOLE = PASSES == 1 && DOT::PARTS == 1;
-  const int64_t step = IS_WHOLE ? k : FXQ_BLOCK * DOT::GROUP;
-  int64_t from = 0;
+  const int64_t step = PASSES == 1 && DOT::PARTS == 1 ? part.to - part.from : FXQ_BLOCK * DOT::GROUP;
+  int64_t from = part.from;
   do {
-    const int64_t count = std::min(step, k - from);
+    const int64_t count = std::min(step, part.to - from);
     int64_t groups = count / DOT::GROUP, rest = count % DOT::GROUP;
     FxqLanes lanes{reinterpret_cast<const char*>(a + from), int64_t(lda * sizeof(*a)), 0};
     [[maybe_unused]] alignas(64) int32_t wide[DOT::PARTS > 1 ? ROWS : 1][DOT::PARTS][FXQ_BLOCK];
@@ -120,7 +119,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
       for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; j++) {
-          if (IS_WHOLE || from == 0) {
+          if (from == 0) {
             acc[r][j] = DOT::splat(start[r]);
           } else {
             std::memcpy(&acc[r][j], columns + r * FXQ_PANEL + j * DOT::LANES, sizeof(Vec));
@@ -137,10 +136,10 @@ FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
       }
     }
     from += count;
-  } while (from < k);
+  } while (from < part.to);
 }
 
-// out[rows][64] = start[r] + a[rows][k] x panel
+// out[rows][64] += a[rows] x part of a panel; the first part starts from start[r]
 template <typename DOT>
 inline void fxq_tile(
     typename DOT::State&,
@@ -149,18 +148,18 @@ inline void fxq_tile(
     const typename DOT::A* a,
     int64_t lda,
     const typename DOT::B* panel,
-    int64_t k,
+    const FxqPart& part,
     const typename DOT::Acc* start,
     FxqAhead ahead,
     typename DOT::Acc* out) {
   static_assert(DOT::ROWS == 6);
   switch (rows) {
-    case 1: return fxq_tile_rows<DOT, 1>(a, lda, panel, k, start, ahead, out);
-    case 2: return fxq_tile_rows<DOT, 2>(a, lda, panel, k, start, ahead, out);
-    case 3: return fxq_tile_rows<DOT, 3>(a, lda, panel, k, start, ahead, out);
-    case 4: return fxq_tile_rows<DOT, 4>(a, lda, panel, k, start, ahead, out);
-    case 5: return fxq_tile_rows<DOT, 5>(a, lda, panel, k, start, ahead, out);
-    default: return fxq_tile_rows<DOT, 6>(a, lda, panel, k, start, ahead, out);
+    case 1: return fxq_tile_rows<DOT, 1>(a, lda, panel, part, start, ahead, out);
+    case 2: return fxq_tile_rows<DOT, 2>(a, lda, panel, part, start, ahead, out);
+    case 3: return fxq_tile_rows<DOT, 3>(a, lda, panel, part, start, ahead, out);
+    case 4: return fxq_tile_rows<DOT, 4>(a, lda, panel, part, start, ahead, out);
+    case 5: return fxq_tile_rows<DOT, 5>(a, lda, panel, part, start, ahead, out);
+    default: return fxq_tile_rows<DOT, 6>(a, lda, panel, part, start, ahead, out);
   }
 }
 
