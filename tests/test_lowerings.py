@@ -340,6 +340,25 @@ def test_quantize_is_the_op_bit_for_bit(arguments, x_dtype):
         assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
+@pytest.mark.parametrize("changes", [{}, {"floor_on": "amax"}, {"floor_on": "none"}, {"floor": 1e-43}, {"lo": -128.0}])
+def test_codes_of_tiny_and_of_huge_values_are_the_op(changes, granularity):
+    arguments = formula(granularity=granularity, **changes)
+    # Powers of two from subnormal to the largest, and small multiples of the least number, whose quotients are coarse.
+    powers = torch.ldexp(torch.randn(278, 131), torch.arange(-149, 129)[:, None])
+    multiples = torch.randint(-200, 200, (40, 131)).float() * 2.0**-149
+    rows = torch.cat((powers.clamp(-3.4e38, 3.4e38), multiples))
+
+    def quantize(x):
+        return fxq.quantize.dynamic(x, **arguments)
+
+    compiled = torch.compile(quantize)
+    for x in (rows,) if granularity == "per_token" else (powers[140:141], powers[20:21], multiples[3:4]):
+        (codes, scale), (codes_eager, scale_eager) = compiled(x), quantize(x)
+        assert_same_bits(scale, scale_eager)
+        assert torch.equal(codes[(scale != 0).expand_as(codes)], codes_eager[(scale != 0).expand_as(codes)])
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, E4M3])
 def test_quantize_of_nan_and_infinity_is_the_op(dtype):
     x = rows_of_all_sizes(torch.float32)

@@ -38,7 +38,9 @@ def _codes(
     hi: float,
     *,
     nan_to_zero: bool = True,
+    in_range: bool = False,
 ) -> TensorBox:
+    """The codes; ``in_range`` says that none but those of NaN and infinity leave ``lo`` to ``hi``."""
     if isinstance(scale, ir.Constant):
         # Freezing makes a number of a scale that is a parameter.
         scale = L._full(scale.value, x.get_device_or_error(), scale.dtype, [])
@@ -55,6 +57,8 @@ def _codes(
             if nan_to_zero:
                 # As eager's cast has it; Inductor's would saturate. (isnan is not vectorized.)
                 value = ops.where(ops.ne(value, value), ops.constant(0.0, torch.float32), value)
+        if in_range:
+            return value
         value = ops.maximum(value, ops.constant(lo, torch.float32))
         return ops.minimum(value, ops.constant(hi, torch.float32))
 
@@ -81,6 +85,31 @@ def _rounded_to(x: TensorBox, dtype: torch.dtype) -> TensorBox:
         return widened(narrow, dtype, device)
 
     return L.make_pointwise(narrow_and_widen)(x)
+
+
+_LEAST_FLOOR = 2.0**-100  # far above what is subnormal, where a scale may be off by anything
+
+
+def _amax(x: TensorBox, dims: list[int] | None) -> TensorBox:
+    """The largest magnitude of ``x`` along ``dims``, which are kept, in float32; None is all. NaN where one is.
+
+    On CPU it is the largest of the magnitudes' bits, which are in the same order and end in NaN: Inductor's maximum of
+    floats takes three instructions, each of which waits for the last, and three times as long.
+    """
+    x = to_dtype(x, torch.float32)
+    keep = {} if dims is None else {"axis": dims, "keepdims": True}
+    if x.get_device_or_error().type != "cpu":
+        return lowerings[aten.amax.default](lowerings[aten.abs.default](x), **keep)
+    bits = L.make_pointwise(
+        lambda value: ops.bitwise_and(
+            ops.to_dtype_bitcast(value, torch.int32, torch.float32), ops.constant(0x7FFFFFFF, torch.int32)
+        ),
+        override_return_dtype=torch.int32,
+    )
+    back = L.make_pointwise(
+        lambda value: ops.to_dtype_bitcast(value, torch.float32, torch.int32), override_return_dtype=torch.float32
+    )
+    return back(lowerings[aten.amax.default](bits(x), **keep))
 
 
 def _at_least(x: TensorBox, floor: float) -> TensorBox:
@@ -127,11 +156,7 @@ def quantize_dynamic(
     """``(codes, scale)`` of ``x``; see ``fx_quant.ops.quantize_dynamic``."""
     _compute_once(x)
     # |x| and its maximum are exact in every dtype, so taking them in float32 changes nothing.
-    magnitude = lowerings[aten.abs.default](to_dtype(x, torch.float32))
-    if granularity == "per_token":
-        amax = lowerings[aten.amax.default](magnitude, [-1], keepdims=True)
-    else:
-        amax = lowerings[aten.amax.default](magnitude)
+    amax = _amax(x, [-1] if granularity == "per_token" else None)
     if floor_on == "amax":
         amax = _at_least(amax, floor)
     scale = _rounded_to(_divide(amax, divisor), divide_dtype)
@@ -140,5 +165,8 @@ def quantize_dynamic(
     scale = _rounded_to(scale, scale_dtype)
     # Computed once for a row, not once for each of its codes and again in each epilogue.
     scale.realize()
+    # By a scale of at least amax / hi, and normal, nothing leaves the range before it is rounded to an integer.
+    wide = divide_dtype is scale_dtype is torch.float32 and not dtype.is_floating_point and not reciprocal
+    in_range = wide and floor_on != "none" and floor >= _LEAST_FLOOR and divisor <= min(-lo, hi) and divisor % 1 == 0
     # NaN needs a scale of 0, NaN or infinity, which hides the code in any product; the check would cost a third.
-    return _codes(x, scale, dtype, reciprocal, lo, hi, nan_to_zero=False), scale
+    return _codes(x, scale, dtype, reciprocal, lo, hi, nan_to_zero=False, in_range=in_range), scale
