@@ -246,6 +246,7 @@ _tuned, _frozen = partial(_compile, **TUNED), partial(_compile, **FROZEN)
 TORCH_WAYS: tuple[Way, ...] = (
     Way("fx_quant", "fx_quant", _ours, partial(_compile, backend="fx_quant"), ALL),
     Way("inductor", "inductor", _sources, _compile, ALL),
+    Way("fx_quant frozen", "fx_quant", _ours, partial(_compile, backend="fx_quant", **FROZEN), _INT8, per_m=True),
     Way("eager", "eager", _sources, lambda case, state, x: state, _QUANTIZED),
     Way("float eager", "float", _eager_float, _as_is, ALL, exact=False),
     Way("float frozen", "float", _floats, _frozen, ALL, exact=False, per_m=True),

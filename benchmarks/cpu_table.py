@@ -16,6 +16,7 @@ from typing import Any
 from tabulate import tabulate
 
 OURS, PLAIN = "fx_quant", "inductor"
+FROZEN = "fx_quant frozen"
 
 Row = Mapping[str, Any]
 
@@ -26,12 +27,17 @@ def milliseconds(row: Row, name: str) -> float | None:
     return way["ms"] if way and way["status"] == "ok" else None
 
 
+def frozen(rows: Sequence[Row]) -> list[Row]:
+    """The rows in which ours ran with frozen weights too, which takes the place of ours in them."""
+    return [{**row, "ways": {**row["ways"], OURS: row["ways"][FROZEN]}} for row in rows if FROZEN in row["ways"]]
+
+
 def best_peer(row: Row) -> tuple[str, float] | None:
     """``(name, ms)`` of the fastest other way that was right; None where none was.
 
     What quantizes an activation that the scheme leaves float is not asked: it computes something else.
     """
-    rivals = (name for name, way in row["ways"].items() if name != OURS and not way.get("another"))
+    rivals = (name for name, way in row["ways"].items() if name not in (OURS, FROZEN) and not way.get("another"))
     peers = {name: ms for name in rivals if (ms := milliseconds(row, name)) is not None}
     return min(peers.items(), key=lambda peer: peer[1]) if peers else None
 
@@ -206,17 +212,25 @@ def goals(rows: Sequence[Row]) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Geometric means by scheme, dtype and threads for few and for many rows, the least ratio, and the goals."""
-    lines = []
-    for (threads, scheme, dtype), group in _by(rows, "threads", "scheme", "dtype").items():
-        for what, low, high in (("m <= 16", 1, 16), ("m >= 64", 64, math.inf)):
-            some = [row for row in group if low <= row["m"] <= high]
-            best, plain = (geometric_mean(map(ratio, some)) for ratio in (ratio_to_best, ratio_to_plain))
-            if best is not None:
-                lines.append((str(threads), scheme, dtype, what, _number(best), _number(plain), _least(some)))
-    headers = ("threads", "scheme", "dtype", "rows", "to best, mean", "to inductor, mean", "least to best")
-    parts = [tabulate(lines, headers=headers, tablefmt="simple", disable_numparse=True)] if lines else []
-    return "\n\n".join([*parts, *(["\n".join(asked)] if (asked := goals(rows)) else [])])
+    """Geometric means by scheme, dtype and threads for few and for many rows, the least ratio, and the goals.
+
+    Also of ours with frozen weights, where that was run.
+    """
+    parts, lines = [], []
+    for ours, of in ((OURS, rows), (FROZEN, frozen(rows))):
+        for (threads, scheme, dtype), group in _by(of, "threads", "scheme", "dtype").items():
+            for what, low, high in (("m <= 16", 1, 16), ("m >= 64", 64, math.inf)):
+                some = [row for row in group if low <= row["m"] <= high]
+                best, plain = (geometric_mean(map(ratio, some)) for ratio in (ratio_to_best, ratio_to_plain))
+                if best is not None:
+                    lines.append((ours, str(threads), scheme, dtype, what, _number(best), _number(plain), _least(some)))
+        asked = goals(of)
+        if asked:
+            parts.append("\n".join([f"{ours}:", *asked]))
+    headers = ("ours", "threads", "scheme", "dtype", "rows", "to best, mean", "to inductor, mean", "least to best")
+    if lines:
+        parts.insert(0, tabulate(lines, headers=headers, tablefmt="simple", disable_numparse=True))
+    return "\n\n".join(parts)
 
 
 def _least(rows: Sequence[Row]) -> str:

@@ -96,6 +96,16 @@ def test_the_summary_names_the_worst_row():
     assert "m >= 64" in text and "3.00 at 4096 x 4096, m = 64" in text
 
 
+def test_frozen_weights_are_ours_and_have_means_of_their_own():
+    some = row(1, {"fx_quant": 2.0, "inductor": 9.0, "fx_quant frozen": 1.5, "b": 3.0})
+    assert cpu_table.best_peer(some) == ("b", 3.0)
+    assert cpu_table.ratio_to_best(*cpu_table.frozen([some])) == pytest.approx(2.0)
+    text = cpu_table.summary([some])
+    assert "fx_quant:\nw8a8 to best peer, m <= 16, mean: asked 1.25, got 1.50" in text
+    assert "fx_quant frozen:\nw8a8 to best peer, m <= 16, mean: asked 1.25, got 2.00" in text
+    assert "frozen" not in cpu_table.summary([row(1, {"fx_quant": 2.0, "b": 3.0})])
+
+
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "ratios.svg"
