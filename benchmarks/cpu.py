@@ -24,6 +24,7 @@ from typing import Any
 
 import cpu_models
 import cpu_table
+import cpu_turns
 from cpu_cases import KINDS, ROWS, SHAPES, Case
 from cpu_measure import Settings
 from cpu_ways import FAMILIES
@@ -89,9 +90,12 @@ def parser() -> argparse.ArgumentParser:
     )
     models.add_argument("--threads", nargs="+", type=positive, default=[1], help="default: 1")
     models.add_argument("--layers", type=positive, default=6, help="of the decoder (default: 6)")
-    models.add_argument("--seconds", type=float, default=5.0, help="least time of a phase (default: 5)")
+    models.add_argument("--rounds", type=positive, default=5, help="turns of each variant (default: 5)")
+    models.add_argument("--seconds", type=float, default=1.0, help="least time of a phase in a turn (default: 1)")
     models.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
-    models.add_argument("--timeout", type=float, default=1200, help="seconds that a variant may take (default: 1200)")
+    models.add_argument(
+        "--timeout", type=float, default=1200, help="seconds that a variant may take to prepare (default: 1200)"
+    )
     models.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/models.json)")
     table = commands.add_parser("table", help="print what earlier runs wrote")
     table.add_argument("files", nargs="+", type=Path)
@@ -118,8 +122,6 @@ def in_process(script: str, asked: Mapping[str, Any], threads: int, timeout: flo
         path.write_text(json.dumps(asked))
         # The runtimes' thread pools read it when they are loaded; torch is told again.
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        if script == "cpu_models.py":
-            env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")  # a compile time is that of a first compile
         with log.open("w") as said:
             try:
                 done = subprocess.run(
@@ -171,23 +173,14 @@ def linears(options: argparse.Namespace) -> int:
 def models(options: argparse.Namespace) -> int:
     """Run the variants of the models, print and write what they gave."""
     rows: list[dict[str, Any]] = []
-    failures = 0
-    asked = list(product(options.threads, options.models, options.variants))
-    for i, (threads, model, name) in enumerate(asked):
-        print(f"{i + 1} of {len(asked)}: {model}, {name}, threads {threads}", file=sys.stderr, flush=True)
-        what = {"model": model, "name": name, "threads": threads, "layers": options.layers}
-        what |= {"seconds": options.seconds, "lock": options.lock}
-        found = in_process("cpu_models.py", what, threads, options.timeout)
-        if isinstance(found, str):
-            failures += 1
-            print(found, file=sys.stderr, flush=True)
-            found = {"model": model, "variant": name, "threads": threads, "layers": options.layers}
-            found["status"] = "failed: see the standard error"
-        rows.append(found)
-        write(options.json or RESULTS / "models.json", rows)
+    given = {"layers": options.layers, "seconds": options.seconds, "lock": options.lock}
+    for threads, model in product(options.threads, options.models):
+        asked = [{"model": model, "name": name, "threads": threads, **given} for name in options.variants]
+        rows += cpu_turns.measured(asked, options.rounds, options.timeout)
+        write(options.json or RESULTS / "models.json", rows, rounds=options.rounds, seconds=options.seconds)
     print(described(machine(*PACKAGES)))
     print(f"\n{cpu_models.table(rows)}")
-    return 1 if failures else 0
+    return 1 if any(row["status"].startswith("failed: see") for row in rows) else 0
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], **about: Any) -> None:

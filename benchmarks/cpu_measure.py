@@ -280,7 +280,13 @@ def measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
             for name, entry in found[m].items()
         }
         row = {"threads": case.threads, "scheme": case.scheme, "dtype": case.dtype, "n": case.n, "k": case.k, "m": m}
-        row |= {"layers": used, "bytes": nbytes, "ceilings": {**rates, "instruction": instruction}, "ways": ways}
+        row |= {
+            "layers": used,
+            "bytes": nbytes,
+            "cache": cache,
+            "ceilings": {**rates, "instruction": instruction},
+            "ways": ways,
+        }
         rows.append(row)
     return rows
 

@@ -1,8 +1,9 @@
 """Whole models on a CPU: tokens a second, compile time, memory and error of every way to quantize and run them.
 
-``cpu.py models`` runs each variant in a process of its own: ``python benchmarks/cpu_models.py FILE`` reads what to
-measure from FILE and writes the result back into it. Errors are relative, to the float32 model run eagerly. A decode is
-one token after a prompt of 128. Torch compiles twice, since a length of 1 is always a graph of its own.
+``cpu.py models`` runs each variant in a process of its own, ``python benchmarks/cpu_models.py FILE``, which reads what
+to measure from FILE, prepares it, says what became of that, and then times a turn whenever it is asked
+(``cpu_turns.py``). Errors are relative, to the float32 model run eagerly. A decode is one token after a prompt of 128.
+Torch compiles twice, since a length of 1 is always a graph of its own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import contextlib
 import ctypes
 import gc
 import json
-import statistics
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -225,14 +226,20 @@ def reset_peak() -> None:
 
 
 @torch.no_grad()
-def measure(model: str, name: str, *, threads: int, layers: int, seconds: float, lock: str = "") -> dict[str, Any]:
-    """What became of the variant ``name`` of ``model``: rates of each phase, times, memory, error."""
+def turns(
+    model: str, name: str, *, threads: int, layers: int, seconds: float, lock: str = ""
+) -> Iterator[dict[str, Any]]:
+    """First what became of the variant ``name`` of ``model``, then for each turn the seconds of each phase's calls.
+
+    One that cannot run has no turns.
+    """
     torch.set_num_threads(threads)
     workload, variant = WORKLOADS[model](layers), VARIANTS[name]
     dtype = variant.dtype or workload.dtype
     expected = {phase: workload.model(*inputs).double() for phase, inputs in workload.phases.items()}
     float_model, tokens = workload.model, workload.tokens
-    found: dict[str, Any] = {"model": model, "variant": name, "threads": threads, "layers": layers, "status": "ok"}
+    found: dict[str, Any] = {"model": model, "variant": name, "threads": threads, "layers": layers}
+    runs: Runs = {}
     # Freezing is read while Dynamo traces, which is at the first call of each phase.
     config = inductor_config.patch(**variant.config) if variant.config else contextlib.nullcontext()
     try:
@@ -258,25 +265,33 @@ def measure(model: str, name: str, *, threads: int, layers: int, seconds: float,
         found["peak_mib"] = memory("VmHWM")
         reset_peak()
         found["steady_mib"] = memory("VmRSS")
-        with locked(lock, alone=True), torch.compiler.set_stance("fail_on_recompile"):
-            found["s"] = {phase: _median_seconds(run, seconds) for phase, run in runs.items()}
+        found["tokens"] = dict(tokens)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for run in runs.values():
+                run()
     except ImportError as error:
-        return found | {"status": f"needs {error.name or error}"}
+        found["status"] = f"needs {error.name or error}"
     except Exception as error:  # noqa: BLE001  (a peer may fail in any way; the table says how)
-        return found | {"status": failure(error)}
-    found["tokens_per_s"] = {phase: tokens[phase] / taken for phase, taken in found["s"].items()}
-    return found | ({} if found["error"] <= WRONG else {"status": "wrong"})
+        found["status"] = failure(error)
+    else:
+        found["status"] = "ok" if found["error"] <= WRONG else "wrong"
+    yield found
+    while found["status"] in ("ok", "wrong"):
+        with locked(lock, alone=True), torch.compiler.set_stance("fail_on_recompile"):
+            taken = {phase: _seconds(run, seconds) for phase, run in runs.items()}
+        yield taken
 
 
-def _median_seconds(run: Callable[[], object], seconds: float) -> float:
+def _seconds(run: Callable[[], object], seconds: float) -> list[float]:
+    """Of each call but the first, which finds the caches full of others' data, for about ``seconds``."""
     run()
     taken: list[float] = []
     end = time.perf_counter() + seconds
-    while len(taken) < 5 or (time.perf_counter() < end and len(taken) < 50):
+    while len(taken) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return taken
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -324,9 +339,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure what the file says, and put the result in."""
-    path = Path(sys.argv[1])
-    path.write_text(json.dumps(measure(**json.loads(path.read_text()))))
+    """Prepare what the file says, then take a turn for each line that comes in; results are lines too."""
+    results, ours = os.fdopen(os.dup(1), "w"), turns(**json.loads(Path(sys.argv[1]).read_text()))
+    os.dup2(2, 1)  # what libraries print is no result
+    print(json.dumps(next(ours)), file=results, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(next(ours)), file=results, flush=True)
 
 
 if __name__ == "__main__":

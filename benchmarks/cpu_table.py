@@ -187,12 +187,22 @@ def _rows(schemes: str, low: int, high: float) -> Callable[[Row], bool]:
     return lambda row: row["scheme"] in schemes.split() and low <= row["m"] <= high
 
 
+def _beyond_cache(row: Row) -> bool:
+    return row["scheme"] == "w8a8" and row["m"] == 1 and row["bytes"] > row.get("cache", math.inf)
+
+
 GOALS: tuple[Goal, ...] = (
     Goal("w8a8 to best peer, m <= 16, mean", _rows("w8a8", 1, 16), ratio_to_best, geometric_mean, 1.25),
     Goal("w8a8 to best peer, m = 64..1024, mean", _rows("w8a8", 64, 1024), ratio_to_best, geometric_mean, 1.10),
     Goal("w8a8 to plain Inductor, m <= 16, mean", _rows("w8a8", 1, 16), ratio_to_plain, geometric_mean, 2.0),
     Goal("w8a8 to best peer, least of all rows", _rows("w8a8", 1, math.inf), ratio_to_best, least, 0.97),
-    Goal("w8a8 share of read bandwidth, m = 1, mean", _rows("w8a8", 1, 1), share_of_bandwidth, geometric_mean, 0.85),
+    Goal(
+        "w8a8 share of read bandwidth, m = 1, weight beyond the cache, mean",
+        _beyond_cache,
+        share_of_bandwidth,
+        geometric_mean,
+        0.85,
+    ),
     Goal("w8a8 share of VNNI peak, m >= 256, mean", _rows("w8a8", 256, math.inf), share_of_peak, geometric_mean, 0.80),
     Goal("w8a16 to best peer, m = 1, mean", _rows("w8a16", 1, 1), ratio_to_best, geometric_mean, 1.2),
     Goal("w4a16 to best peer, m = 1, mean", _rows("w4a16-g128 w4a16-g32", 1, 1), ratio_to_best, geometric_mean, 1.2),
