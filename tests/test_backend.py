@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
 
 import fx_quant
 from fx_quant.backend import HOOK, Chain, RewritePass, config_patches, source_digest, split_options
@@ -57,6 +58,24 @@ def test_backend_is_found_by_name_with_nothing_imported():
         "assert f(torch.zeros(3)).sum() == 3\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scheme", ["int8 per_token (dynamic) x int8 per_channel", "float32 x uint4 per_group(32) asymmetric"]
+)
+def test_weights_are_packed_once_with_the_cpp_wrapper_too(scheme):
+    linear = fx_quant.QuantizedLinear.from_float(torch.nn.Linear(64, 70), scheme)
+    x = torch.randn(5, 64)
+    run = compiled(linear, cpp_wrapper=True)
+    for _ in range(2):
+        torch.testing.assert_close(run(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_body_of_prepack_is_called_without_the_dispatcher():
+    _, (code, *_) = run_and_get_code(compiled(int8_linear()), models.inputs(torch.float32))
+    assert "fx_quant_prepack([" in code
+    assert "torch.ops.fx_quant.prepack.default([" not in code
 
 
 def test_unknown_option_names_near_matches():

@@ -7,7 +7,7 @@ import torch
 from graphs import calls, rewrite, run, trace
 from torch import Tensor
 
-from fx_quant.ops.fold import program_lines
+from fx_quant.ops.fold import can_fold, program_lines, with_several_results
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.remembering import forget_all
 
@@ -59,9 +59,9 @@ def test_a_folded_graph_gives_the_source_again_and_after_a_write():
 
 
 PROGRAM = (
-    '{"inputs":1,"steps":[["aten.mul.Tensor",[{"value":0},2],{"dict":{}}],'
-    '["aten.permute.default",[{"value":1},[1,0]],{"dict":{}}],["aten.expand.default",[{"value":1},[3,2,2]],{"dict":{}}]],'
-    '"results":[2,3,0]}'
+    "{'inputs':1,'steps':[['aten.mul.Tensor',[{'value':0},2],{'dict':{}}],"
+    "['aten.permute.default',[{'value':1},[1,0]],{'dict':{}}],['aten.expand.default',[{'value':1},[3,2,2]],{'dict':{}}]],"
+    "'results':[2,3,0]}"
 )
 
 
@@ -83,6 +83,21 @@ def test_results_are_dense_keep_their_order_and_own_their_memory():
     with fakes:
         found = ops.fold([fakes.from_tensor(x)], PROGRAM)
     assert [each.stride() for each in found] == [each.stride() for each in (transposed, repeated, itself)]
+
+
+def test_a_single_result_gets_another_beside_it():
+    x = torch.arange(4.0).reshape(2, 2)
+    assert with_several_results(PROGRAM) == PROGRAM
+    one = PROGRAM.replace("[2,3,0]", "[1]")
+    assert [each.tolist() for each in ops.fold([x], with_several_results(one))] == [(2 * x).tolist(), [0.0]]
+
+
+@pytest.mark.parametrize("text", ["it's", 'a "name"', "a\\b"])
+def test_a_string_that_the_text_of_a_program_cannot_hold_is_not_folded(text):
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    assert can_fold(graph.call_function(torch.ops.aten.div.Tensor_mode, (x, 3), {"rounding_mode": "floor"}))
+    assert not can_fold(graph.call_function(torch.ops.aten.div.Tensor_mode, (x, 3), {"rounding_mode": text}))
 
 
 @pytest.mark.parametrize("target", ["sm80", "sm90"])

@@ -12,7 +12,7 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
 
 from fx_quant.kernels.packing import prepack
-from fx_quant.ops.fold import fold
+from fx_quant.ops.fold import fold, packing_program, with_several_results
 
 _BODIES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     torch.ops.fx_quant.prepack.default: prepack,
@@ -33,13 +33,30 @@ class _Call(ir.FallbackKernel):
 
 def _lower(op: torch._ops.OpOverload) -> None:
     @register_lowering(op, type_promotion_kind=None)
-    def kept(*arguments) -> list[TensorBox]:
+    def kept(several: list, what: Any) -> list[TensorBox]:
         """Call the op, and keep Inductor from reusing the memory of its results: the next call hands it out again."""
-        results = [TensorBox.create(result) for result in _Call.create(op, *arguments)]
+        called, count = op, None
+        if V.graph.cpp_wrapper:
+            called, what, count = _with_several_results(op, what)
+        outputs: Any = _Call.create(called, several, what)
+        results = [TensorBox.create(output) for output in outputs[:count]]
         for result in results:
             result.realize()
             V.graph.never_reuse_buffers.add(result.get_name())
         return results
+
+
+def _with_several_results(op: torch._ops.OpOverload, what: Any) -> tuple[torch._ops.OpOverload, Any, int | None]:
+    """An op, its last argument and how many of its results are those of ``op`` with ``what``; None is all.
+
+    Inductor's C++ wrapper takes a list of one tensor for a tensor, and crashes.
+    """
+    fold_op = torch.ops.fx_quant.fold.default
+    if op is not fold_op and len(what) > 1:
+        return op, what, None
+    program = what if op is fold_op else packing_program(*what)
+    several = with_several_results(program)
+    return fold_op, several, None if several == program else 1
 
 
 for _op in _BODIES:

@@ -49,7 +49,32 @@ def program_of(inputs: Sequence[Node], steps: Sequence[Node], results: Sequence[
         name = "getitem" if step.target is operator.getitem else str(step.target)
         lines.append([name, _encoded(step.args, index), _encoded(step.kwargs, index)])
     program = {"inputs": len(inputs), "steps": lines, "results": [index[node] for node in results]}
-    return json.dumps(program, separators=(",", ":"))
+    return _written(program)
+
+
+def with_several_results(program: str) -> str:
+    """``program``; where it has one result, with another, which is a single zero."""
+    found = _read(program)
+    if len(found["results"]) > 1:
+        return program
+    steps = [*found["steps"], ["aten.zeros.default", [[1]], {"dict": {}}]]
+    return _written({**found, "steps": steps, "results": [*found["results"], found["inputs"] + len(steps) - 1]})
+
+
+def packing_program(layout: str) -> str:
+    """The program that packs one weight in ``layout``."""
+    return _written(
+        {"inputs": 1, "steps": [["fx_quant.pack.default", [{"value": 0}, layout], {"dict": {}}]], "results": [1]}
+    )
+
+
+def _written(program: dict[str, Any]) -> str:
+    # Inductor's C++ wrapper puts a string between quotes as it is.
+    return json.dumps(program, separators=(",", ":")).replace('"', "'")
+
+
+def _read(program: str) -> dict[str, Any]:
+    return json.loads(program.replace("'", '"'))
 
 
 # Types of arguments that JSON has no form for, by the name of torch's attribute.
@@ -67,7 +92,9 @@ def _encoded(argument: Any, index: dict[Node, int]) -> Any:
         return {"torch": str(argument).removeprefix("torch.")}
     if isinstance(argument, torch.device):
         return {"device": str(argument)}
-    if argument is None or isinstance(argument, (bool, int, float, str)):
+    if argument is None or isinstance(argument, (bool, int, float)):
+        return argument
+    if isinstance(argument, str) and not set(argument) & set("'\"\\"):
         return argument
     raise TypeError(f"a constant computation must have static arguments, got {type(argument).__name__}")
 
@@ -87,13 +114,13 @@ def _decoded(argument: Any, values: Sequence[Any]) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _parsed(program: str) -> tuple[tuple[tuple[Callable[..., Any], Any, Any], ...], tuple[int, ...]]:
-    found = json.loads(program)
+    found = _read(program)
     return tuple((_op(name), args, kwargs) for name, args, kwargs in found["steps"]), tuple(found["results"])
 
 
 def program_lines(program: str) -> list[str]:
     """``program`` for a reader: inputs and results are numbered in order."""
-    found = json.loads(program)
+    found = _read(program)
     lines = []
     for i, (name, args, kwargs) in enumerate(found["steps"]):
         named = [f"{key}={_text(value)}" for key, value in kwargs["dict"].items()]
