@@ -19,12 +19,12 @@ from fx_quant.native_decode import Decode, factor_kind
 _TEMPLATE = (
     r"""
 {{template.header().getvalue()}}
-{{plans}}
-{{decode.source}}
+{{native}}
 extern "C" {{export_declaration}}
 {{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
 {
     {{kernel.maybe_codegen_profile()}}
+    using namespace {{namespace}};
     using Dot = {{decode.dot.struct}};
     using Decode = FxqDecode<{{decode.codes}}>;
     const int64_t M = {{kernel.size(acc_node, 0)}};
@@ -83,7 +83,7 @@ class DecodedTemplate(TileTemplate):
         block: Sequence[int] | None,
     ) -> None:
         super().__init__(decode.dot, inputs, layout, n, k)
-        self.name, self.kind = f"{decode.dot.name}_decoded", decode.kind
+        self.name, self.kind, self.source = f"{decode.dot.name}_decoded", decode.kind, decode.source
         self.decode, self.block = decode, None if block is None else tuple(map(int, block))
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 from unittest.mock import patch
@@ -79,12 +81,12 @@ STORE = r"""{%- set acc = kernel.local_buffers["acc"] %}
 _TEMPLATE = (
     r"""
 {{template.header().getvalue()}}
-{{plans}}
-{{dot.source}}
+{{native}}
 extern "C" {{export_declaration}}
 {{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
 {
     {{kernel.maybe_codegen_profile()}}
+    using namespace {{namespace}};
     const int64_t M = {{kernel.size(acc_node, 0)}};
     constexpr int64_t N = {{n}}, K = {{k}};
     constexpr int64_t GROUP = {{dot.struct}}::GROUP, panels = (N + FXQ_PANEL - 1) / FXQ_PANEL;
@@ -151,7 +153,7 @@ class TileTemplate(CppTemplate):
     def __init__(self, dot: Dot, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, n: int, k: int) -> None:
         super().__init__(dot.name, list(inputs.values()), layout, parallel_num_threads())
         self.dot, self.names, self.n, self.k = dot, tuple(inputs), n, k
-        self.kind = dot.kind
+        self.kind, self.source = dot.kind, dot.source
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What ``text`` reads beside the names that every template has."""
@@ -167,6 +169,8 @@ class TileTemplate(CppTemplate):
     ) -> str:
         """The C++ source of the kernel."""
         inputs = dict(zip(self.names, self.input_nodes, strict=True))
+        plans = f"static constexpr FxqPlan FXQ_PLANS[] = {table(self.kind).rendered()};"
+        native, namespace = in_own_namespace(f"{PLAN}\n{plans}\n{self.source}")
         template_buffer = self.output_node if template_buffer_node is None else template_buffer_node
         assert isinstance(template_buffer, ir.Buffer)
         # The accumulator of a tile is local; `acc_node` is the buffer whose reads it replaces in the epilogue.
@@ -206,7 +210,8 @@ class TileTemplate(CppTemplate):
                 k=self.k,
                 num_threads=self.num_threads,
                 dynamic_threads=_threads_are_dynamic(self.num_threads),
-                plans=f"{PLAN}\nstatic constexpr FxqPlan FXQ_PLANS[] = {table(self.kind).rendered()};",
+                native=native,
+                namespace=namespace,
                 export_declaration=get_export_declaration(),
                 **inputs,
                 **self.arguments(inputs),
@@ -221,6 +226,27 @@ class TileTemplate(CppTemplate):
             for buffer in vectors
             if isinstance(buffer, (ir.Buffer, ir.TensorBox)) and _is_vector(buffer, self.n)
         ]
+
+
+def in_own_namespace(code: str) -> tuple[str, str]:
+    """``(source, namespace)`` of native ``code`` that may stand in one file with itself and with other native code.
+
+    Inductor's C++ wrapper puts all kernels of a graph into one file, and each brings its native code.
+    """
+    namespace = f"fxq_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
+    include, define = re.compile(r"^#include .*\n", re.MULTILINE), re.compile(r"^#define (\w+)", re.MULTILINE)
+    guard = namespace.upper()
+    lines = [
+        *(line.strip() for line in dict.fromkeys(include.findall(code))),
+        f"#ifndef {guard}",
+        f"#define {guard}",
+        f"namespace {namespace} {{",
+        include.sub("", code),
+        f"}} // namespace {namespace}",
+        *(f"#undef {name}" for name in dict.fromkeys(define.findall(code))),
+        "#endif",
+    ]
+    return "\n".join(lines), namespace
 
 
 def _is_vector(x: ir.Buffer | ir.TensorBox, n: int) -> bool:
