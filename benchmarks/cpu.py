@@ -2,7 +2,8 @@
 
 ``python benchmarks/cpu.py linears [--quick]`` times single linears, ``... models`` whole models (cpu_models.py), and
 ``... table FILE ...`` prints what earlier runs wrote. Each case has a process of its own, in which all ways take turns
-and each is compared with float64 before it is timed. Peers that are not installed are left out, and named.
+and each is compared with float64 before it is timed; of a model, each variant has one, and the processes take turns.
+Peers that are not installed are left out, and named.
 
 Times are medians. Linears of few rows are timed as a list of distinct weights larger than the last-level cache, so that
 m = 1 reads its weight from memory, as a decode does. Ratios are the peer's time over ours: above 1 we are faster.

@@ -79,8 +79,9 @@ def _new_memory(size: int) -> mmap.mmap | None:
     if advice is None:
         return None
     # Private, since memory that can be shared follows another setting; longer by what its start may be off by.
-    memory = mmap.mmap(-1, -(-size // _PAGE) * _PAGE + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
+        memory = mmap.mmap(-1, -(-size // _PAGE) * _PAGE + _PAGE, flags=flags)
         memory.madvise(advice)
     except OSError:
         return None
