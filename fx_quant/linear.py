@@ -5,8 +5,8 @@ Compiled, they trace to the canonical ops, which ``backend="fx_quant"`` gives th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeGuard
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from fx_quant.linear_operands import (
     linear_problem,
     scale_shape,
     weight_block,
+    zero_point_dtype,
 )
 from fx_quant.quantize_weight import quantize_weight
 from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Scheme
@@ -117,7 +118,8 @@ class QuantizedLinear(nn.Module):
         weight: codes ``[n, k]``; for ``int4`` uint8 ``[n, k / 2]``, see ``fx_quant.weights.pack_int4``.
         weight_scale: float32: one element per_tensor, ``[n, 1]`` or ``[n]`` per_channel, ``[n, ceil(k / g)]``
             per_group(g), ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
-        weight_zero_point: integers of the shape of ``weight_scale``, for an asymmetric weight.
+        weight_zero_point: integers of the shape of ``weight_scale``, for an asymmetric weight; kept in int32, those of
+            4-bit codes in int8 where that holds them.
         bias: ``[n]``, float.
         input_scale: one element, for a static scheme.
         input_zero_point: one integer, for a static asymmetric scheme.
@@ -171,9 +173,9 @@ class QuantizedLinear(nn.Module):
         shape = scale_shape(scheme.weight, self.out_features, self.in_features)
         self.register_buffer("weight", weight.detach())
         self.register_buffer("weight_scale", weight_scale.detach().float().reshape(shape))
-        self.register_buffer(
-            "weight_zero_point", None if weight_zero_point is None else weight_zero_point.int().reshape(shape)
-        )
+        if weight_zero_point is not None:
+            weight_zero_point = weight_zero_point.to(zero_point_dtype(weight_zero_point, scheme.weight)).reshape(shape)
+        self.register_buffer("weight_zero_point", weight_zero_point)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer("input_scale", None if input_scale is None else input_scale.detach().float().reshape(()))
         self.register_buffer(
@@ -222,6 +224,13 @@ class QuantizedLinear(nn.Module):
             return moved if x is self.bias or moved.dtype == x.dtype else x.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **named: Any) -> None:
+        # What is loaded is copied into the buffer, whose dtype must hold it.
+        given = state_dict.get(f"{prefix}weight_zero_point")
+        if isinstance(given, Tensor) and self.weight_zero_point is not None:
+            self.weight_zero_point = self.weight_zero_point.to(zero_point_dtype(given, self.scheme.weight))
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **named)
 
     def selection(self, x: Tensor) -> Selection:
         """The kernel for activations like ``x``, with the verdict of every other.

@@ -140,6 +140,16 @@ def check_operands(
     _check_input(scheme, input_scale, input_zero_point)
 
 
+def zero_point_dtype(zero_point: Tensor, spec: OperandSpec) -> torch.dtype:
+    """What zero points of a weight of ``spec`` are kept in: int32, or int8 for 4-bit codes where that holds them.
+
+    In groups of 32 a zero point is read for every 16 bytes of codes. Those on ``meta`` or traced are kept in int32.
+    """
+    # Less 8, as packed uint4 is read, they must fit too.
+    narrow = spec.dtype in INT4_DTYPES and _has_values(zero_point) and zero_point.numel() > 0
+    return torch.int8 if narrow and zero_point.min() >= -120 and zero_point.max() <= 127 else torch.int32
+
+
 def check_quantizer(scheme: Scheme, quantizer: object) -> None:
     """Raise ``ValueError`` unless ``quantizer`` is None, or a function where ``scheme`` quantizes activations."""
     must(
@@ -180,8 +190,12 @@ def _check_input(scheme: Scheme, scale: Tensor | None, zero_point: Tensor | None
         _check_positive(scale, "input_scale")
 
 
+def _has_values(x: Tensor) -> bool:
+    return x.device.type != "meta" and not torch.compiler.is_compiling()
+
+
 def _check_positive(scale: Tensor, name: str) -> None:
-    if scale.device.type == "meta" or torch.compiler.is_compiling():
+    if not _has_values(scale):
         return
     # float8 scales have no isfinite.
     scale = scale.float()

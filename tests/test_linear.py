@@ -767,3 +767,35 @@ def test_a_quantized_activation_is_dynamic_unless_it_says_static():
 def test_a_scheme_that_does_not_parse_says_why(text, message):
     with pytest.raises(ValueError, match=message):
         Scheme.parse(text)
+
+
+# --- zero points of 4-bit codes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4"])
+@pytest.mark.parametrize(
+    ("least", "most", "kept"),
+    [(0, 15, torch.int8), (-120, 127, torch.int8), (-121, 0, torch.int32), (0, 128, torch.int32)],
+)
+def test_zero_points_of_4_bit_codes_are_kept_in_a_byte_where_it_holds_them(dtype, least, most, kept):
+    scheme = Scheme.parse(f"float32 x {dtype} per_group(32) asymmetric")
+    codes, scale = torch.randint(0, 256, (5, 32), dtype=torch.uint8), torch.rand(5, 2) + 0.1
+    zero_point = torch.randint(least, most + 1, (5, 2))
+    zero_point[0, 0], zero_point[4, 1] = least, most
+    layer = QuantizedLinear(scheme, codes, scale, weight_zero_point=zero_point)
+    assert layer.weight_zero_point.dtype is kept
+    x = torch.randn(3, 64)
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(1).double() - (0 if dtype == "uint4" else 8)
+    weight = (nibbles - zero_point.repeat_interleave(32, 1)) * scale.double().repeat_interleave(32, 1)
+    torch.testing.assert_close(layer(x).double(), x.double() @ weight.t(), rtol=1e-4, atol=1e-2)
+
+
+def test_zero_points_that_are_loaded_widen_the_buffer_that_they_do_not_fit():
+    scheme = Scheme.parse("float32 x uint4 per_group(32) asymmetric")
+    codes, scale = torch.randint(0, 256, (5, 32), dtype=torch.uint8), torch.rand(5, 2) + 0.1
+    layer = QuantizedLinear(scheme, codes, scale, weight_zero_point=torch.full((5, 2), 7))
+    wide = QuantizedLinear(scheme, codes, scale, weight_zero_point=torch.full((5, 2), 1000))
+    layer.load_state_dict(wide.state_dict())
+    assert torch.equal(layer.weight_zero_point, wide.weight_zero_point)
+    layer.load_state_dict({**wide.state_dict(), "weight_zero_point": torch.full((5, 2), 3)})
+    assert layer.weight_zero_point.dtype is torch.int8 and (layer.weight_zero_point == 3).all()
