@@ -116,18 +116,16 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def in_process(script: str, asked: Mapping[str, Any], threads: int, timeout: float) -> dict[str, Any] | str:
-    """What ``script`` of this folder writes back into the file of what was ``asked``; or why it did not."""
+def in_process(asked: Mapping[str, Any], threads: int, timeout: float) -> dict[str, Any] | str:
+    """What ``cpu_measure.py`` writes back into the file of what was ``asked``; or why it did not."""
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder) / "asked.json", Path(folder) / "log"
         path.write_text(json.dumps(asked))
-        # The runtimes' thread pools read it when they are loaded; torch is told again.
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
         with log.open("w") as said:
             try:
                 done = subprocess.run(
-                    [sys.executable, str(HERE / script), str(path)],
-                    env=env,
+                    [sys.executable, str(HERE / "cpu_measure.py"), str(path)],
+                    env=cpu_turns.environment(threads),
                     timeout=timeout,
                     stdout=said,
                     stderr=said,
@@ -157,7 +155,7 @@ def linears(options: argparse.Namespace) -> int:
     for i, case in enumerate(asked):
         print(f"{i + 1} of {len(asked)}: {case}", file=sys.stderr, flush=True)
         both = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings)}
-        found = in_process("cpu_measure.py", both, case.threads, options.timeout)
+        found = in_process(both, case.threads, options.timeout)
         if isinstance(found, str):
             failures.append(f"{case}: {found}")
             print(failures[-1], file=sys.stderr, flush=True)
@@ -181,7 +179,7 @@ def models(options: argparse.Namespace) -> int:
         write(options.json or RESULTS / "models.json", rows, rounds=options.rounds, seconds=options.seconds)
     print(described(machine(*PACKAGES)))
     print(f"\n{cpu_models.table(rows)}")
-    return 1 if any(row["status"].startswith("failed: see") for row in rows) else 0
+    return 1 if any(row["status"] == cpu_turns.FAILED for row in rows) else 0
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], **about: Any) -> None:

@@ -21,6 +21,15 @@ from typing import Any
 SCRIPT = Path(__file__).resolve().parent / "cpu_models.py"
 
 
+FAILED = "failed: see the standard error"
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables of a process that runs on ``threads``."""
+    # The runtimes' thread pools read the number when they are loaded; torch is told again.
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+
+
 class Ended(Exception):
     """The process of a variant ended, or took too long."""
 
@@ -38,9 +47,7 @@ class Running:
         self.log, self.timeout = folder / "log", timeout
         path = folder / "asked.json"
         path.write_text(json.dumps(asked))
-        # The runtimes' thread pools read it when they are loaded; torch is told again.
-        env = {**os.environ, "OMP_NUM_THREADS": str(asked["threads"]), "PYTHONWARNINGS": "ignore"}
-        env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+        env = environment(asked["threads"]) | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
         with self.log.open("w") as said:
             self.process = subprocess.Popen(
                 [sys.executable, str(SCRIPT), str(path)],
@@ -114,7 +121,7 @@ def measured(asked: Sequence[Mapping[str, Any]], rounds: int, timeout: float) ->
             try:
                 rows.append(running.result())
             except Ended as error:
-                rows.append(row | {"status": "failed: see the standard error"})
+                rows.append(row | {"status": FAILED})
                 print(error, file=sys.stderr, flush=True)
             if rows[-1]["status"] in ("ok", "wrong"):
                 turns[i] = running, {phase: [] for phase in rows[-1]["tokens"]}
@@ -127,7 +134,7 @@ def measured(asked: Sequence[Mapping[str, Any]], rounds: int, timeout: float) ->
                     for phase, seconds in running.turn().items():
                         taken[phase] += seconds
                 except Ended as error:
-                    rows[i]["status"] = "failed: see the standard error"
+                    rows[i]["status"] = FAILED
                     print(error, file=sys.stderr, flush=True)
                     del turns[i]
         for i, (_, taken) in turns.items():

@@ -230,11 +230,11 @@ def test_a_variant_that_failed_says_why_in_the_table():
     assert "needs openvino" in cpu_models.table([failed])
 
 
-# --- the whole --------------------------------------------------------------------------------------------------------
+# --- turns ------------------------------------------------------------------------------------------------------------
 
 
 VARIANT = """
-import json, os, pathlib, sys, time
+import json, pathlib, sys
 asked = json.loads(pathlib.Path(sys.argv[1]).read_text())
 name = asked["name"]
 if name == "dead":
@@ -273,6 +273,9 @@ def test_a_variant_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     asked = {"name": "slow", "model": "m", "threads": 1, "layers": 2}
     (row,) = cpu_turns.measured([asked], rounds=1, timeout=0.2)
     assert row["status"] == "failed: see the standard error"
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def _lower(op: torch._ops.OpOverload) -> None:
         """Call the op, and keep Inductor from reusing the memory of its results: the next call hands it out again."""
         called, count = op, None
         if V.graph.cpp_wrapper:
-            called, what, count = _with_several_results(op, what)
+            called, what, count = _for_cpp_wrapper(op, what)
         outputs: Any = _Call.create(called, several, what)
         results = [TensorBox.create(output) for output in outputs[:count]]
         for result in results:
@@ -46,7 +46,7 @@ def _lower(op: torch._ops.OpOverload) -> None:
         return results
 
 
-def _with_several_results(op: torch._ops.OpOverload, what: Any) -> tuple[torch._ops.OpOverload, Any, int | None]:
+def _for_cpp_wrapper(op: torch._ops.OpOverload, what: Any) -> tuple[torch._ops.OpOverload, Any, int | None]:
     """An op, its last argument and how many of its results are those of ``op`` with ``what``; None is all.
 
     Inductor's C++ wrapper takes a list of one tensor for a tensor, and crashes.
