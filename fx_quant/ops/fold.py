@@ -170,7 +170,7 @@ def fold(inputs: list[Tensor], program: str) -> list[Tensor]:
 
     Do not write to the results. They never alias an input.
     """
-    return remembered(inputs, (program,), lambda: [_own(result, inputs) for result in _run(inputs, program)])
+    return remembered(inputs, (program,), lambda _: [_own(result, inputs) for result in _run(inputs, program)])
 
 
 def _own(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:

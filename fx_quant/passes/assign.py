@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.kernels.packing import PANEL
+from fx_quant.kernels.packing import PANEL, TRANSPOSED
 from fx_quant.passes.canonical import Operands, operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import matrix_base
@@ -145,23 +145,20 @@ def _pack_stored(emitter: Emitter, stored: Sequence[tuple[Node, str, Node, bool,
         return {}
     graph = emitter.graph
     head = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
-    weights: list[Node] = []
-    layouts: list[str] = []
-    known: dict[tuple[Node, bool, str], int] = {}
+    known: dict[tuple[Node, str], int] = {}
     index: dict[Node, dict[str, int]] = {}
     with graph.inserting_before(head):
         for node, field, base, transposed, layout in stored:
-            key = (base, transposed, layout)
+            key = base, layout if transposed else f"{layout}{TRANSPOSED}"
             if key not in known:
-                known[key] = len(weights)
+                known[key] = len(known)
                 if base.op == "get_attr":
                     head.prepend(base)
-                weights.append(base if transposed else emitter.call(aten.permute.default, base, [1, 0], like=node))
-                layouts.append(layout)
             index.setdefault(node, {})[field] = known[key]
         like = stored[0][0]
+        weights, layouts = map(list, zip(*known, strict=True))
         call = emitter.call(torch.ops.fx_quant.prepack.default, weights, layouts, like=like)
-        outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(weights))]
+        outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(known))]
     return {node: {field: outs[i] for field, i in fields.items()} for node, fields in index.items()}
 
 
