@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FIXED = 16
+FIXED = 8
 CALLS = 128
-WHOLE = 4096
+WHOLE = 1024
 _LINE = 64
-_LEAST_SHARE = 16
+_LEAST_SHARE = 8
 
 
 class _Watch(ctypes.Structure):

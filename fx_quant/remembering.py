@@ -50,9 +50,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class _Group:
-    """One call site: how each of its tensors looked, which bytes to look at, and what was computed of them."""
+    """One call site: how its tensors looked, in full and at a glance, their bytes, and what was computed of them."""
 
     marks: tuple[Mark, ...]
+    looks: list[tuple]
     watches: Watches
     results: tuple[Tensor, ...]
 
@@ -79,7 +80,8 @@ def remembered(
         for tensor, mark in zip(tensors, marks, strict=True)
         if mark.fingerprint is not None
     ]
-    _groups[key] = _Group(marks, Watches(looked_at), results)
+    looks = [(*version, mark.dtype, mark.stride, mark.shape) for mark in marks for version in mark.versions.items()]
+    _groups[key] = _Group(marks, looks, Watches(looked_at), results)
     return list(results)
 
 
@@ -106,25 +108,21 @@ def drop_at_death(storage: torch.UntypedStorage, entries: dict, key: tuple) -> w
 
 
 def _is_current(group: _Group, tensors: Sequence[Tensor]) -> bool:
-    # Runs at each call of a compiled graph.
-    for tensor, mark in zip(tensors, group.marks, strict=True):
-        if (
-            mark.versions.get(id(tensor), _UNKNOWN) != _version(tensor)
-            or _has_died(mark.storage.cdata)
-            or mark.stride != tensor.stride()
-            or mark.shape != tensor.shape
-            or mark.dtype != tensor.dtype
-        ) and not _is_another_of(mark, tensor):
-            return False
+    # Runs at each call of a compiled graph, so what is usual is asked of all tensors at once.
+    try:
+        looks = [(id(tensor), tensor._version, tensor.dtype, tensor.stride(), tensor.shape) for tensor in tensors]
+    except RuntimeError:  # an inference tensor has no version
+        looks = []
+    if looks != group.looks and not all(map(_is_as_marked, tensors, group.marks)):
+        return False
     return not group.watches.changed()
 
 
-_UNKNOWN = -1
 _COUNTERS = 8
 
 
-def _is_another_of(mark: Mark, tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a passing view of what was marked, or another tensor of the same memory and bytes."""
+def _is_as_marked(tensor: Tensor, mark: Mark) -> bool:
+    """Whether ``tensor`` is what was marked, a passing view of it, or another tensor of the same memory and bytes."""
     if _has_died(mark.storage.cdata) or view_of(tensor) != (mark.shape, mark.stride, mark.dtype):
         return False
     counter, version = _counter(tensor), _version(tensor)

@@ -7,7 +7,7 @@ A compiled graph is given the inner tensors of a subclass (torchao's, DTensor). 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fx_quant.kernels.packing import forget_storages
 
 
-def with_outer_versions(compiled: Callable[..., Any], example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def with_outer_versions(compiled: Any, example_inputs: Sequence[Any]) -> Any:
     """``compiled``, which first forgets what was computed of a tensor subclass that was written to since its last call.
 
     Args:
-        compiled: a compiled graph, called with tensors like ``example_inputs``.
+        compiled: a compiled graph, called with tensors like ``example_inputs``; what is no function stays as it is.
     """
     positions = [i for i, given in enumerate(example_inputs) if is_traceable_wrapper_subclass(given)]
-    if not positions:
+    if not positions or not callable(compiled):
         return compiled
     seen: list[tuple[int, int]] = []
 

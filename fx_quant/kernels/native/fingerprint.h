@@ -28,11 +28,13 @@ static inline uint64_t fxq_mixed(uint64_t x, uint64_t y) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-static inline uint64_t fxq_line(const FxqWatch& watch, int64_t number) {
-  const int64_t offset = number / watch.rows * FXQ_LINE;
-  const int64_t size = std::min(FXQ_LINE, watch.row_bytes - offset);
+static inline uint64_t fxq_line(const uint8_t* line, int64_t size) {
   uint64_t words[8] = {};
-  std::memcpy(words, watch.memory + number % watch.rows * watch.pitch + offset, size);
+  if (size >= FXQ_LINE) {
+    std::memcpy(words, line, FXQ_LINE);
+  } else {
+    std::memcpy(words, line, size);
+  }
   uint64_t digest = 0;
   for (int i = 0; i < 8; i += 2) {
     digest += fxq_mixed(words[i] ^ FXQ_KEYS[i], words[i + 1] ^ FXQ_KEYS[i + 1]);
@@ -45,24 +47,29 @@ static inline int64_t fxq_lines(const FxqWatch& watch) {
 }
 
 static inline uint64_t fxq_share_digest(const FxqWatch& watch, int64_t share) {
-  const int64_t end = std::min(fxq_lines(watch), (share + 1) * watch.share);
+  const int64_t first = share * watch.share, count = std::min(watch.share, fxq_lines(watch) - first);
+  int64_t row = first % watch.rows, offset = first / watch.rows * FXQ_LINE;
   uint64_t digest = 0;
-  for (int64_t number = share * watch.share; number < end; number++) {
-    digest = digest * FXQ_KEYS[6] + fxq_line(watch, number);
+  for (int64_t i = 0; i < count; i++) {
+    const uint64_t line = fxq_line(watch.memory + row * watch.pitch + offset, watch.row_bytes - offset);
+    digest = digest * FXQ_KEYS[6] + line;
+    if (++row == watch.rows) {
+      row = 0;
+      offset += FXQ_LINE;
+    }
   }
   return digest;
 }
 
 // Multiples of the golden ratio less their whole part lie evenly, and not in one column.
-static inline int64_t fxq_fixed(const FxqWatch& watch, int64_t i) {
-  const uint64_t part = static_cast<uint64_t>(i) * FXQ_KEYS[7];
-  return static_cast<int64_t>(static_cast<unsigned __int128>(part) * fxq_lines(watch) >> 64);
-}
-
 static inline uint64_t fxq_fixed_digest(const FxqWatch& watch) {
-  uint64_t digest = 0;
-  for (int64_t i = 0; i < watch.fixed; i++) {
-    digest = digest * FXQ_KEYS[6] + fxq_line(watch, fxq_fixed(watch, i));
+  const int64_t lines = fxq_lines(watch);
+  uint64_t digest = 0, part = 0;
+  for (int64_t i = 0; i < watch.fixed; i++, part += FXQ_KEYS[7]) {
+    const int64_t number = static_cast<int64_t>(static_cast<unsigned __int128>(part) * lines >> 64);
+    const int64_t offset = number / watch.rows * FXQ_LINE;
+    const uint8_t* line = watch.memory + number % watch.rows * watch.pitch + offset;
+    digest = digest * FXQ_KEYS[6] + fxq_line(line, watch.row_bytes - offset);
   }
   return digest;
 }
