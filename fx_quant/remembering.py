@@ -50,15 +50,19 @@ class Mark:
 
 @dataclass(frozen=True)
 class _Group:
-    """One call site: how its tensors looked, in full and at a glance, their bytes, and what was computed of them."""
+    """One call site: where its tensors are, how they looked, in full and at a glance, their bytes, and the results."""
 
+    place: tuple
     marks: tuple[Mark, ...]
     looks: list[tuple]
     watches: Watches
     results: tuple[Tensor, ...]
 
 
+# By the tensors' addresses, which a call has at hand.
 _groups: dict[tuple, _Group] = {}
+# By storages and views: the key in ``_groups``. A storage may be freed and filled again elsewhere, as FSDP does.
+_keys: dict[tuple, tuple] = {}
 
 
 def remembered(
@@ -81,30 +85,38 @@ def remembered(
         if mark.fingerprint is not None
     ]
     looks = [(*version, mark.dtype, mark.stride, mark.shape) for mark in marks for version in mark.versions.items()]
-    _groups[key] = _Group(marks, looks, Watches(looked_at), results)
+    place = (
+        *[(mark.storage.cdata, t.storage_offset(), *view_of(t)) for mark, t in zip(marks, tensors, strict=True)],
+        *what,
+    )
+    _drop(_keys.get(place, key))
+    _keys[place] = key
+    _groups[key] = _Group(place, marks, looks, Watches(looked_at), results)
     return list(results)
 
 
 def forget_all() -> None:
     """Forget every result."""
     _groups.clear()
+    _keys.clear()
 
 
 def forget(storages: Collection[int]) -> None:
     """Forget every result that was computed of tensors in ``storages``, given by ``_cdata``."""
     for key, group in list(_groups.items()):
         if any(mark.storage.cdata in storages for mark in group.marks):
-            _groups.pop(key, None)
+            _drop(key)
+
+
+def _drop(key: tuple) -> None:
+    group = _groups.pop(key, None)
+    if group is not None and _keys.get(group.place) == key:
+        del _keys[group.place]
 
 
 def view_of(tensor: Tensor) -> tuple:
     """What a tensor shows of the memory at its address."""
     return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def drop_at_death(storage: torch.UntypedStorage, entries: dict, key: tuple) -> weakref.ref:
-    """A reference to ``storage`` that drops ``entries[key]`` when it dies; keep it as long as the entry."""
-    return weakref.ref(storage, lambda _: entries.pop(key, None))
 
 
 def _is_current(group: _Group, tensors: Sequence[Tensor]) -> bool:
@@ -156,7 +168,7 @@ def _mark(tensor: Tensor, key: tuple) -> Mark:
     return Mark(
         {_counter(tensor): _version(tensor)},
         StorageWeakRef(storage),
-        drop_at_death(storage, _groups, key),
+        weakref.ref(storage, lambda _: _drop(key)),
         tensor.shape,
         tensor.stride(),
         tensor.dtype,

@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Interpreter
 import fx_quant
 from fx_quant import fingerprint, remembering
 from fx_quant.fingerprint import CALLS
+from fx_quant.kernels import packing
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.scheme import Numerics
 
@@ -465,6 +466,22 @@ def test_a_single_byte_is_seen_within_the_calls_of_its_row_times_its_lines():
         module.w.data[41, 70] ^= 0x55
 
     calls_until_seen(module, change, CALLS * -(-K // 64))
+
+
+def test_memory_that_is_freed_and_gathered_again_leaves_nothing_behind():
+    # As FSDP does with the storage of a parameter.
+    w = codes(0)
+    held = []
+    for seed in range(4):
+        size = w.untyped_storage().size() or w.numel()
+        w.untyped_storage().resize_(0)
+        held.append(torch.empty(size, dtype=torch.uint8))
+        w.untyped_storage().resize_(size)
+        w.copy_(codes(seed))
+        assert torch.equal(ops.prepack([w], ["vnni"])[0], packing.pack_weight(w, "vnni"))
+    assert len(remembering._groups) == len(remembering._keys) == len(packing._packed) == 1
+    del w
+    assert not remembering._groups and not remembering._keys and not packing._packed
 
 
 # --- what is no weight --------------------------------------------------------------------------------------------------

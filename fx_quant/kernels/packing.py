@@ -24,7 +24,7 @@ from torch import Tensor
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.kernels.huge_pages import in_huge_pages
 from fx_quant.ops import MATMUL_TAGS, register
-from fx_quant.remembering import Mark, drop_at_death, forget, forget_all, remembered, view_of
+from fx_quant.remembering import Mark, forget, forget_all, remembered, view_of
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
 PANEL = 64
@@ -279,7 +279,7 @@ def _packed_once(weight: Tensor, name: str, mark: Mark) -> Tensor:
     if found is not None and not found.mark.storage.expired() and found.mark.same_content(mark):
         return found.tensor
     tensor = pack_weight(weight, name)
-    _packed[key] = _Packed(mark, drop_at_death(storage, _packed, key), tensor)
+    _packed[key] = _Packed(mark, weakref.ref(storage, lambda _: _packed.pop(key, None)), tensor)
     return tensor
 
 
