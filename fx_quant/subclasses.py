@@ -56,13 +56,14 @@ def _written(outer: Tensor) -> Iterator[int]:
         _seen[storage._cdata] = StorageWeakRef(storage), version
 
 
-def inner_tensors(outer: Tensor) -> Iterator[Tensor]:
-    """The plain tensors inside ``outer``, at any depth; itself where it is one."""
-    if not is_traceable_wrapper_subclass(outer):
-        yield outer
-        return
-    for name in outer.__tensor_flatten__()[0]:
-        yield from inner_tensors(getattr(outer, name))
+def inner_tensors(part: object) -> Iterator[Tensor]:
+    """The plain tensors inside ``part``, at any depth: itself where it is one, none where it is something else."""
+    if is_traceable_wrapper_subclass(part):
+        # DTensor's parts hold its mesh too.
+        for name in part.__tensor_flatten__()[0]:
+            yield from inner_tensors(getattr(part, name))
+    elif isinstance(part, Tensor):
+        yield part
 
 
 def _version(tensor: Tensor) -> int:

@@ -18,6 +18,7 @@ from tolerances import assert_within
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.fx import GraphModule, Interpreter
 
 import fx_quant
@@ -404,6 +405,38 @@ def test_load_state_dict_of_a_torchao_model_is_seen_by_its_versions_alone(config
             # Both graphs: the weight was packed by one and is handed out to the other.
             assert_within(few(rows), other(rows), Numerics.APPROXIMATE)
             assert_within(few(many), other(many), Numerics.APPROXIMATE)
+
+
+@pytest.mark.slow
+def test_a_write_to_a_dtensor_is_seen_by_its_version_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(remembering, "fingerprint", lambda _: None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+
+        def everywhere(x: Tensor) -> Tensor:
+            return distribute_tensor(x, mesh, [Replicate()])
+
+        class Sharded(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.Parameter(everywhere(codes(0)), requires_grad=False)
+                self.scale = nn.Parameter(everywhere(torch.linspace(0.5, 1.5, K) / 100), requires_grad=False)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return WeightOnly.compute(DTensor.from_local(x, mesh, [Replicate()]), self.w, self.scale).to_local()
+
+        module = Sharded()
+        with torch.no_grad():
+            call = compiled(module)
+            assert_fresh(call, module)
+            assert counters["fx_quant"]["rewritten"] == 1
+            for seed in (3, 4):
+                module.w.copy_(everywhere(codes(seed)))
+                assert module.w._local_tensor._version == 0
+                assert_fresh(call, module)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 RECEIVES_A_BROADCAST = """
