@@ -14,11 +14,7 @@ _NAMESPACES = frozenset({"aten", "prims", "fx_quant", "quantized_decomposed"})
 _IMPURE_NAMES = ("empty", "new_empty", "_empty", "_functional_assert", "_functional_sym_constrain", "_philox")
 _IMPURE_TAGS = tuple(
     getattr(torch.Tag, name)
-    for name in (
-        *("nondeterministic_seeded", "nondeterministic_bitwise", "maybe_aliasing_or_mutating"),
-        # Each call brings a size or number of its own, which others refer to.
-        *("data_dependent_output", "dynamic_output_shape"),
-    )
+    for name in ("nondeterministic_seeded", "nondeterministic_bitwise", "maybe_aliasing_or_mutating")
     if hasattr(torch.Tag, name)
 )
 _OF_NUMBERS = frozenset(

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.memory import Memory, is_barrier
+from fx_quant.passes.nodes import shape, tensor
 from fx_quant.purity import is_pure
 
 
@@ -36,14 +37,21 @@ def common_subexpressions_merged(graph: Graph) -> Graph:
 
 
 def _is_mergeable(node: Node, memory: Memory) -> bool:
-    # A size or number of which nothing but this call knows must keep it.
     return (
         node.op == "call_function"
         and is_pure(node.target)
-        and not node.meta.get("unbacked_bindings")
+        and not _brings_size(node)
         and not memory.is_returned(node)
         and not memory.is_written(node)
     )
+
+
+def _brings_size(node: Node) -> bool:
+    """Whether ``node`` has a number or size that is read off values, by whose name others refer to it."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.data_dependent_output not in tags and torch.Tag.dynamic_output_shape not in tags:
+        return False
+    return tensor(node) is None or not all(isinstance(size, int) for size in shape(node))
 
 
 def call_key(node: Node, kept: Mapping[Node, Node]) -> tuple:
