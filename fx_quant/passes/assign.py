@@ -17,6 +17,18 @@ from fx_quant.passes.nodes import args_of, aten, is_single, shape
 from fx_quant.selection import Selection
 
 
+class UnassignedError(Exception):
+    """Some canonical ops could not be replaced; the graph is half rewritten.
+
+    Args:
+        errors: what was raised, by the canonical op.
+    """
+
+    def __init__(self, errors: Mapping[Node, Exception]) -> None:
+        super().__init__("; ".join(f"{node}: {error!r}" for node, error in errors.items()))
+        self.errors = errors
+
+
 def assign(
     graph: Graph, selections: Mapping[Node, Selection], runtime: Collection[Node] = frozenset()
 ) -> dict[Node, Node]:
@@ -24,15 +36,25 @@ def assign(
 
     All weights that want packing are packed by one call at the head of the graph. What is computed of anything but
     constants is in ``runtime``: it is not rearranged, as that would be done in every call.
+
+    Raises:
+        UnassignedError: names every op that could not be replaced.
     """
     emitter = Emitter(graph)
     packed = _pack(emitter, selections)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     results = {}
+    errors: dict[Node, Exception] = {}
     for node, selection in selections.items():
-        results[node] = _assign(emitter, node, selection, packed.get(node, Packed()), casts, runtime)
+        try:
+            results[node] = _assign(emitter, node, selection, packed.get(node, Packed()), casts, runtime)
+        except Exception as error:
+            errors[node] = error
+            continue
         node.replace_all_uses_with(results[node])
         graph.erase_node(node)
+    if errors:
+        raise UnassignedError(errors)
     return results
 
 

@@ -150,7 +150,17 @@ def uniform_value(node: object) -> float | int | None:
 def _cast_number(value: float | int | None, to: torch.dtype | None) -> float | int | None:
     if value is None or to is None:
         return None
+    if not to.is_floating_point and (not math.isfinite(value) or int(value) not in _range(to)):
+        return None  # it wraps around, or is what the machine makes of it
     return rounded_number(value, to)
+
+
+def _range(to: torch.dtype) -> range:
+    """The integers of an integer dtype, or bool."""
+    if to is torch.bool:
+        return range(2)
+    info = torch.iinfo(to)
+    return range(info.min, info.max + 1)
 
 
 def rounded_number(value: float | int, to: torch.dtype) -> float | int:
