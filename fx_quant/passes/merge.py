@@ -8,14 +8,15 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.compat import mutates
-from fx_quant.passes.nodes import aten, tensor
+from fx_quant.passes.nodes import aten, spell_by_schema, tensor
 
 
 def common_subexpressions_merged(graph: Graph) -> Graph:
     """A copy of ``graph`` in which equal pure computations are one node.
 
     Kept apart are what an op that mutates stands between, random numbers, uninitialised memory, higher-order ops, and
-    whatever shares memory with an output: two outputs never become one tensor. Takes time linear in the graph.
+    whatever shares memory with an output: two outputs never become one tensor. Arguments of ops are spelled in one way,
+    so that each rule need know one only. Takes time linear in the graph.
     """
     copy = Graph()
     copied: dict[Node, Node] = {}
@@ -32,6 +33,7 @@ def common_subexpressions_merged(graph: Graph) -> Graph:
                 kept[node], copied[node] = known, copied[known]
                 continue
         copied[node] = copy.node_copy(node, copied.__getitem__)
+        spell_by_schema(copied[node])
     return copy
 
 
