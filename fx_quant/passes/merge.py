@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.memory import Memory, is_barrier
-from fx_quant.passes.nodes import shape, tensor
+from fx_quant.passes.nodes import shape, spell_by_schema, tensor
 from fx_quant.purity import is_pure
 
 
@@ -16,7 +16,8 @@ def common_subexpressions_merged(graph: Graph) -> Graph:
     """A copy of ``graph`` in which equal pure computations are one node.
 
     Kept apart are what an op that mutates stands between, what is not known to be pure, and whatever shares memory with
-    an output or is written to: two outputs never become one tensor. Takes time linear in the graph.
+    an output or is written to: two outputs never become one tensor. Arguments of ops are spelled in one way, so that
+    each rule need know one only. Takes time linear in the graph.
     """
     copy = Graph()
     copied: dict[Node, Node] = {}
@@ -33,6 +34,7 @@ def common_subexpressions_merged(graph: Graph) -> Graph:
                 kept[node], copied[node] = known, copied[known]
                 continue
         copied[node] = copy.node_copy(node, copied.__getitem__)
+        spell_by_schema(copied[node])
     return copy
 
 

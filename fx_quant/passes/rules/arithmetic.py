@@ -29,6 +29,7 @@ from fx_quant.passes.nodes import (
     SUBTRACTIONS,
     VIEWS,
     args_of,
+    arguments,
     aten,
     dtype,
     is_op,
@@ -200,7 +201,7 @@ def _scaled_sum(env: Environment, node: Node) -> Value | None:
 
 def _shift(env: Environment, node: Node) -> Value | None:
     """Addition or subtraction of an offset, a bias or a correction."""
-    if node.kwargs.get("alpha", 1) != 1:
+    if arguments(node)["alpha"] != 1:
         return None
     subtracts = node.target in SUBTRACTIONS
     found = _operands(env, node, (Product,))
