@@ -44,6 +44,30 @@ def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     return copy, replace_contents(copy, graph)
 
 
+def is_guarded(size: torch.SymInt) -> bool:
+    """Whether Dynamo checks before each call what is found out of ``size`` while its graph is compiled."""
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    env = size.node.shape_env
+    return mode is not None and mode.shape_env is env and not env.frozen
+
+
+def is_marked_dynamic(size: torch.SymInt) -> bool:
+    """Whether the user marked ``size`` as dynamic, so that making it static is an error."""
+    from torch.fx.experimental.symbolic_shapes import RelaxedUnspecConstraint, StrictMinMaxConstraint
+
+    env = size.node.shape_env
+    symbols = size.node.expr.free_symbols
+    for tracked in env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for of, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            strict = isinstance(constraint, (RelaxedUnspecConstraint, StrictMinMaxConstraint))
+            if strict and not constraint.warn_only and isinstance(of, torch.SymInt):
+                if of.node.expr.free_symbols & symbols:
+                    return True
+    return False
+
+
 def static_input_indices() -> frozenset[int] | None:
     """Positions of the graph inputs that are parameters or buffers; None outside an AOT compile."""
     context = torch._guards.TracingContext.try_get()
