@@ -64,21 +64,9 @@ class RewritePass(CustomGraphPass):
         """Rewrite ``graph`` in place; on an exception it stays as it is, unless ``strict``."""
         target = self.target or detect_target(_device(graph))
         dump_graph("FX_QUANT_BEFORE", graph)
-        try:
-            report = rewrite_graph(graph, target, self.options, static_input_indices())
-        except FxQuantError:
-            raise
-        except Exception as error:
-            if self.options.strict:
-                raise MissError(f"strict=True and a pass of fx_quant failed: {error!r}") from error
-            warnings.warn(
-                f"fx_quant: a pass failed with {error!r}; the graph compiles as it was. "
-                "Set options={'strict': True} to get the traceback.",
-                stacklevel=2,
-            )
-            log.debug("pass failed", exc_info=True)
-            miss = MissReport("", "", "graph", "", f"a pass failed with {error!r}")
-            report = Report(str(target), (), (miss,))
+        report = safely(
+            lambda: rewrite_graph(graph, target, self.options, static_input_indices()), target, self.options
+        )
         _record(report)
         if self.on_report is not None:
             self.on_report(report)
@@ -97,6 +85,28 @@ class RewritePass(CustomGraphPass):
             repr(sorted(tuned_tables().items())),
             torch.__version__,
         )
+
+
+def safely(passes: Callable[[], Report], target: Target, options: Options) -> Report:
+    """The report of ``passes``; where they fail, a warning and a report of one miss that names the exception.
+
+    Raises:
+        FxQuantError: what ``passes`` raise on purpose, and under ``strict`` a ``MissError`` for any other exception.
+    """
+    try:
+        return passes()
+    except FxQuantError:
+        raise
+    except Exception as error:
+        if options.strict:
+            raise MissError(f"strict=True and a pass of fx_quant failed: {error!r}") from error
+        warnings.warn(
+            f"fx_quant: a pass failed with {error!r}; the graph compiles as it was. "
+            "Set options={'strict': True} to get the traceback.",
+            stacklevel=2,
+        )
+        log.debug("pass failed", exc_info=True)
+        return Report(str(target), (), (MissReport("", "", "graph", "", f"a pass failed with {error!r}"),))
 
 
 def _device(graph: Graph) -> torch.device:

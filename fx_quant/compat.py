@@ -52,6 +52,13 @@ def static_input_indices() -> frozenset[int] | None:
     return frozenset(context.fw_metadata.static_input_indices or ())
 
 
+def source_of(placeholder: Node) -> str | None:
+    """Dynamo's name of what a placeholder of its graph stands for: ``L['self']._modules['proj']._parameters['weight']``."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    return name() if callable(name) else name  # a method until torch 2.10
+
+
 @contextlib.contextmanager
 def second_compile() -> Iterator[None]:
     """Compile another graph within an AOT compile, without reporting its output strides as those of the first."""
