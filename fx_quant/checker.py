@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from fx_quant.backend import compile_graph, safely
+from fx_quant.backend import compile_graph, safely, warn_of_failures
 from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import copy_graph, replace_contents, row_scales_on_cpu, second_compile, static_input_indices
 from fx_quant.config import Options
@@ -174,7 +174,9 @@ class _Recorder:
         """Rewrite ``graph`` in place; one on which a pass fails stays as it is, and is a miss."""
         self._sites = None
         target = detect_target("cuda" if _on_cuda(graph) else "cpu")
-        self.misses += safely(lambda: self._rewrite(graph, target), target, self.options).misses
+        report = safely(lambda: self._rewrite(graph, target), target, self.options)
+        warn_of_failures(report)
+        self.misses += report.misses
 
     def _rewrite(self, graph: Graph, target: Target) -> Report:
         if not holds_codes(graph):

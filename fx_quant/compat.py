@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +73,36 @@ def second_compile() -> Iterator[None]:
     finally:
         if context is not None:
             context.output_strides = strides
+
+
+@contextlib.contextmanager
+def carried_by_artefacts(text: Callable[[], str], found: list[str]) -> Iterator[None]:
+    """Within, each compiled graph that this thread makes carries ``text()``, in every cache and copy of it.
+
+    What graphs carry that are made, or loaded from a cache instead, is put into ``found``. Neither Inductor's nor
+    AOTAutograd's cache has a place for it, so for the time being their class is given one.
+    """
+    from torch._inductor.output_code import CompiledFxGraph
+
+    made, loaded, thread = CompiledFxGraph.__init__, CompiledFxGraph.post_compile, threading.get_ident()
+
+    @functools.wraps(made)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if threading.get_ident() == thread:
+            self._fx_quant = text()
+
+    @functools.wraps(loaded)
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == thread and (carried := getattr(self, "_fx_quant", "")):
+            found.append(carried)
+        loaded(self, *args, **kwargs)
+
+    CompiledFxGraph.__init__, CompiledFxGraph.post_compile = make, load
+    try:
+        yield
+    finally:
+        CompiledFxGraph.__init__, CompiledFxGraph.post_compile = made, loaded
 
 
 _MATMULS = ("mm", "addmm", "bmm")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from fx_quant.backend import safely
+from fx_quant.backend import safely, warn_of_failures
 from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.coded_modules import unseen_modules
 from fx_quant.compat import static_input_indices
@@ -63,6 +63,7 @@ def explain(
         uncaptured=capture.uncaptured,
     )
     for each in reports:
+        warn_of_failures(each)
         report = report.merged(each)
     return replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
 

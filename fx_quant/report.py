@@ -148,6 +148,14 @@ class Report:
         """The whole report as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report of which ``to_json`` made ``text``."""
+        data = json.loads(text)
+        for name, row in _ROWS.items():
+            data[name] = tuple(row(**each) for each in data[name])
+        return cls(**data)
+
     def merged(self, other: Report) -> Report:
         """The sites and misses of this report and of ``other``, in order."""
         return dataclasses.replace(
@@ -299,6 +307,13 @@ class Report:
 
 
 _BREAKS_SHOWN = 5
+_ROWS = {
+    "sites": SiteReport,
+    "misses": MissReport,
+    "recognised": RecognisedReport,
+    "unseen": UnseenReport,
+    "breaks": BreakReport,
+}
 
 
 def _modules(count: int) -> str:
