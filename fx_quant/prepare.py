@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from fx_quant.adapters.base import Adapter, adapter_of, adapters, difference
 from fx_quant.errors import NoKernelError
 from fx_quant.linear import QuantizedLinear
+from fx_quant.quantize_model import disable_fast_paths
 from fx_quant.report import without_numbers
 
 _HOOKS = (
@@ -203,7 +204,7 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
         used[adapter.library] = adapter
         swapped.append(SwappedModule(*where, str(linear.scheme), numerics, note))
     if swapped:
-        _disable_fast_paths(model)
+        disable_fast_paths(model)
     notes = tuple(note for adapter in used.values() for note in adapter.finish(model))
     return PrepareReport(tuple(swapped), tuple(left), already, notes)
 
@@ -297,11 +298,3 @@ def _weight_owners(model: nn.Module) -> dict[nn.Module, str]:
         for module, _ in shared
         if len(shared) > 1
     }
-
-
-def _disable_fast_paths(model: nn.Module) -> None:
-    for module in model.modules():
-        inside = any(isinstance(child, QuantizedLinear) for child in module.children())
-        if isinstance(module, nn.TransformerEncoderLayer) and inside:
-            # Its fast path reads the weights without calling the linears; this is what it asks before it takes it.
-            module.activation_relu_or_gelu = 0

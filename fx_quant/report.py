@@ -271,7 +271,6 @@ class Report:
             lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
         return "\n".join(lines)
 
-
     def _unseen_table(self) -> str:
         """One line for modules of the same class and, but for numbers, name; those outside the graphs first."""
         parts = []
@@ -282,7 +281,9 @@ class Report:
             alike: dict[tuple[str, str], list[str]] = {}
             for row in self.unseen:
                 if row.in_graph is in_graph:
-                    alike.setdefault((without_numbers(row.module), row.kind), []).append(row.module or "the model itself")
+                    alike.setdefault((without_numbers(row.module), row.kind), []).append(
+                        row.module or "the model itself"
+                    )
             if not alike:
                 continue
             lines = [f"{_modules(sum(map(len, alike.values())))} codes {says}:"]

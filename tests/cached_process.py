@@ -54,7 +54,10 @@ def main(mode: str, file: str, cache: str) -> None:
     if mode == "load":
         assert torch.compiler.load_cache_artifacts(path.read_bytes()) is not None
     torch.manual_seed(0)
-    for model, grad in ((torch.nn.Sequential(Missed(), torch.nn.GELU(), Rewritten()), False), (torch.nn.Sequential(Rewritten()), True)):
+    for model, grad in (
+        (torch.nn.Sequential(Missed(), torch.nn.GELU(), Rewritten()), False),
+        (torch.nn.Sequential(Rewritten()), True),
+    ):
         with torch.set_grad_enabled(grad):
             out = torch.compile(model, backend="fx_quant")(torch.randn(5, 64))
         if grad:

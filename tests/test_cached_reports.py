@@ -33,7 +33,9 @@ def first(tmp_path_factory):
     said = process(directory / "caches", "save", directory / "package", "aot")
     assert said["hits"] == [0, 0]
     assert said["counters"] == {"rewritten": 2, "recognised": 0, "missed": 1}
-    assert sum("WARNING aten.mm left as it is at 0: the scale of b varies along k" in each for each in said["lines"]) == 1
+    assert (
+        sum("WARNING aten.mm left as it is at 0: the scale of b varies along k" in each for each in said["lines"]) == 1
+    )
     return directory, said
 
 
@@ -56,7 +58,11 @@ def test_another_machine_with_the_package_of_artefacts_says_the_same(first, tmp_
 def test_a_report_survives_json():
     report = Report(
         "x86",
-        (SiteReport("a.0", "f.py:1", "aten.mm", "s", "2..", 3, 4, "float32", "k", "none", "exact", "", {"l": ["r", "s"]}),),
+        (
+            SiteReport(
+                "a.0", "f.py:1", "aten.mm", "s", "2..", 3, 4, "float32", "k", "none", "exact", "", {"l": ["r", "s"]}
+            ),
+        ),
         (MissReport("b", "", "aten.mm", "mm", "reason"),),
         (RecognisedReport("c", "", "op", "", "", None, None, "reason", {}),),
         graph_breaks=1,

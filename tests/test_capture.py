@@ -128,7 +128,7 @@ def test_counters_and_random_numbers_are_as_before(op_by_op):
     fx_quant.explain(noisy, x)
     fx_quant.check(noisy, x)
     assert {name: dict(counts) for name, counts in counters.items()} == before
-    assert torch._dynamo.convert_frame.FRAME_COUNTER == frames
+    assert frames == torch._dynamo.convert_frame.FRAME_COUNTER
     assert torch.equal(torch.get_rng_state(), state)
 
 
