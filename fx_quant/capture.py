@@ -29,6 +29,7 @@ class Capture:
         output: of the model.
         modules: those of the model, by name.
         seen: names of the modules of which a graph took a tensor.
+        renamings: for each joint graph the modules that it was called for: those by whose names it goes, renamed so.
         breaks: where a graph ended.
         uncaptured: why there was no graph; empty where there was one.
     """
@@ -36,6 +37,7 @@ class Capture:
     output: Any
     modules: dict[str, nn.Module]
     seen: set[str]
+    renamings: list[list[dict[str, str]]]
     breaks: tuple[BreakReport, ...]
     uncaptured: str
 
@@ -47,9 +49,10 @@ def run_captured(
     *,
     on_graph: Callable[[Graph], None],
     inner_compile: InnerCompile,
+    on_call: Callable[[Mapping[str, str]], None] = lambda renaming: None,
     dynamic: bool | None = None,
 ) -> Capture:
-    """Call ``model`` compiled by ``inner_compile``, ``on_graph`` seeing each joint graph first.
+    """Call ``model`` compiled by ``inner_compile``, ``on_graph`` seeing each joint graph, ``on_call`` each call.
 
     Modules go by their names in ``named_modules()``. What the model or its parts were compiled with is left aside, and
     Dynamo is afterwards as it was before.
@@ -57,20 +60,35 @@ def run_captured(
     model = innermost(model)
     modules = named_modules_of(model)
     names = ModuleNames(modules)
+    renamings: list[list[dict[str, str]]] = []
     captured = 0
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         nonlocal captured
         captured += 1
-        names.put_into(gm, example_inputs)
+        graph, called_for = names.put_into(gm, example_inputs), []
+
+        def rewrite(joint: Graph) -> None:
+            renamings.append(called_for)
+            on_graph(joint)
+
         # A cache hit would skip the passes, and what they see is the purpose.
-        return compile_with(
+        compiled = compile_with(
             gm,
             example_inputs,
-            on_graph,
+            rewrite,
             inductor_options={"force_disable_caches": True},
             inner_compile=inner_compile,
         )
+
+        def call(*inputs: Any) -> Any:
+            renaming = graph.renaming(inputs)
+            if renaming not in called_for:
+                called_for.append(renaming)
+            on_call(renaming)
+            return compiled(*inputs)
+
+        return call
 
     with isolated(), uncompiled(modules.values()), torch.no_grad():
         try:
@@ -81,7 +99,7 @@ def run_captured(
                 raise error.inner_exception from None
             raise
         uncaptured = "" if captured else why_nothing_was_captured(model, modules.values())
-        return Capture(output, modules, names.seen, graph_breaks(), uncaptured)
+        return Capture(output, modules, names.seen, renamings, graph_breaks(), uncaptured)
 
 
 def run_eagerly(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

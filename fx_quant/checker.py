@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from fx_quant.compat import copy_graph, replace_contents, row_scales_on_cpu, sec
 from fx_quant.config import Options
 from fx_quant.errors import ToleranceError
 from fx_quant.isolation import innermost, preserve_rng_state, uncompiled
-from fx_quant.module_names import named_modules_of
+from fx_quant.module_names import named_modules_of, renamed
 from fx_quant.passes.pipeline import Rewriting, holds_codes, report_on, to_canonical, to_kernels
 from fx_quant.passes.sites import Site
 from fx_quant.report import MissReport, Report, SiteReport, without_numbers
@@ -169,6 +169,11 @@ class _Recorder:
         self.sites: list[SiteCheck] = []
         self.misses: list[MissReport] = []
         self._sites: _Sites | None = None
+        self._renaming: Mapping[str, str] = {}
+
+    def on_call(self, renaming: Mapping[str, str]) -> None:
+        """A graph is called next, for the modules that ``renaming`` says in place of its own."""
+        self._renaming = renaming
 
     def on_graph(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; one on which a pass fails stays as it is, and is a miss."""
@@ -225,8 +230,9 @@ class _Recorder:
     def _compare(self, sites: _Sites, kept: dict[str, Tensor], results: Sequence[Tensor]) -> None:
         for root, codes, report, result in zip(sites.roots, sites.codes, sites.reports, results, strict=True):
             saturated = 0.0 if codes is None else _saturated(kept[codes[0]], *codes[1:])
+            module = renamed(report.module, self._renaming)
             self.sites.append(
-                SiteCheck(report.module, report.kernel, report.numerics, error_of(result, kept[root]), saturated)
+                SiteCheck(module, report.kernel, report.numerics, error_of(result, kept[root]), saturated)
             )
 
 
@@ -317,7 +323,13 @@ def check(
     with preserve_rng_state(), uncompiled(named_modules_of(original).values()), torch.no_grad(), row_scales_on_cpu():
         reference = original(*args, **kwargs)
     capture = run_captured(
-        original, args, kwargs, on_graph=recorder.on_graph, inner_compile=recorder.inner_compile, dynamic=dynamic
+        original,
+        args,
+        kwargs,
+        on_graph=recorder.on_graph,
+        on_call=recorder.on_call,
+        inner_compile=recorder.inner_compile,
+        dynamic=dynamic,
     )
     outputs = _output_error(capture.output, reference)
     return CheckReport(tuple(recorder.sites), tuple(recorder.misses), outputs, capture.uncaptured)

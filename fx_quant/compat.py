@@ -55,10 +55,10 @@ def static_input_indices() -> frozenset[int] | None:
 
 
 def source_of(placeholder: Node) -> str | None:
-    """Dynamo's name of what a placeholder of its graph stands for: ``L['self']._modules['proj']._parameters['weight']``."""
+    """Dynamo's name of what a placeholder of its graph is: ``L['self']._modules['proj']._parameters['weight']``."""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", None)
-    return name() if callable(name) else name  # a method until torch 2.10
+    return name() if callable(name) else name  # a method until it became a property
 
 
 @contextlib.contextmanager

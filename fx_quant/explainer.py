@@ -15,8 +15,9 @@ from fx_quant.coded_modules import unseen_modules
 from fx_quant.compat import static_input_indices
 from fx_quant.config import Options
 from fx_quant.isolation import innermost
+from fx_quant.module_names import renamed, roots_of
 from fx_quant.passes.pipeline import holds_codes, report_on, to_canonical
-from fx_quant.prepare import needs_prepare
+from fx_quant.prepare import first_steps
 from fx_quant.report import Report
 from fx_quant.target import Target, resolve_target
 
@@ -58,13 +59,15 @@ def explain(
         (),
         graphs=0,
         graph_breaks=sum(each.count for each in capture.breaks),
-        note=needs_prepare(innermost(model)) or "",
+        note=" ".join(filter(None, map(first_steps, roots_of(innermost(model)).values()))),
         breaks=capture.breaks,
         uncaptured=capture.uncaptured,
     )
-    for each in reports:
+    for each, called_for in zip(reports, capture.renamings, strict=True):
         warn_of_failures(each)
-        report = report.merged(each)
+        report = replace(report, graphs=report.graphs + each.graphs)
+        for renaming in called_for:
+            report = report.merged(replace(each.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
     return replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
 
 

@@ -29,8 +29,8 @@ _NO_LIMIT = 2**30
 def isolated() -> Iterator[None]:
     """Within, Dynamo starts as in a fresh process; afterwards it is as it was before, and so are random numbers.
 
-    Caches, counters, the history of sizes, limits and numbers of frames are meant. Not for use while another thread runs
-    compiled code.
+    Caches, counters, the history of sizes, limits and numbers of frames are meant. Not for use while another thread
+    runs compiled code.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng_state())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tabulate import tabulate
@@ -167,14 +168,26 @@ class Report:
             graph_breaks=self.graph_breaks + other.graph_breaks,
         )
 
+    def renamed(self, name_of: Callable[[str], str]) -> Report:
+        """The same with the name that ``name_of`` gives for that of each module."""
+
+        def rows(found: tuple) -> tuple:
+            return tuple(dataclasses.replace(row, module=name_of(row.module)) for row in found)
+
+        return dataclasses.replace(
+            self, sites=rows(self.sites), misses=rows(self.misses), recognised=rows(self.recognised)
+        )
+
     def summary(self) -> str:
         """One line: how many were rewritten, recognised and missed."""
         total = len(self.sites) + len(self.misses) + len(self.recognised)
         if not total and not self.graphs:
             return f"nothing was captured: {self.uncaptured or 'the reason is not known'}"
         if not total:
-            ends = f"but {_modules(len(self.unseen))} codes" if self.unseen else "the model compiles unchanged"
-            return f"no quantized matmul found ({self._graphs()}){',' if self.unseen else ';'} {ends}"
+            found = f"no quantized matmul found ({self._graphs()})"
+            if self.unseen:
+                return f"{found}, though {_count(len(self.unseen), 'module holds', 'modules hold')} codes"
+            return f"{found}; the model compiles unchanged"
         kept = f"{len(self.recognised)} recognised and left, " if self.recognised else ""
         counts = f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}"
         return f"{counts}, {kept}{len(self.misses)} missed"
@@ -275,7 +288,7 @@ class Report:
         """One line for modules of the same class and, but for numbers, name; those outside the graphs first."""
         parts = []
         for in_graph, says in (
-            (False, "in no graph, so they run as they are"),
+            (False, "in no graph, so nothing is done there"),
             (True, "in a graph, but in no quantized matmul that fx_quant knows"),
         ):
             alike: dict[tuple[str, str], list[str]] = {}
@@ -286,7 +299,8 @@ class Report:
                     )
             if not alike:
                 continue
-            lines = [f"{_modules(sum(map(len, alike.values())))} codes {says}:"]
+            count = sum(map(len, alike.values()))
+            lines = [f"{_count(count, 'module that holds codes is', 'modules that hold codes are')} {says}:"]
             for (module, kind), names in alike.items():
                 where = names[0] if len(names) == 1 else f"{module} x {len(names)}"
                 lines.append(textwrap.fill(f"{where} ({kind})", 118, initial_indent="  ", subsequent_indent="      "))
@@ -317,8 +331,8 @@ _ROWS = {
 }
 
 
-def _modules(count: int) -> str:
-    return f"{count} {'module holds' if count == 1 else 'modules hold'}"
+def _count(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
 
 
 def without_numbers(module: str) -> str:

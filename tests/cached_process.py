@@ -65,7 +65,7 @@ def main(mode: str, file: str, cache: str) -> None:
     if mode == "save":
         path.write_bytes(torch.compiler.save_cache_artifacts()[0])
     hits = [counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"]]
-    print(json.dumps({"hits": hits, "counters": counters["fx_quant"], "lines": lines}))
+    sys.stdout.write(json.dumps({"hits": hits, "counters": counters["fx_quant"], "lines": lines}))
 
 
 if __name__ == "__main__":
