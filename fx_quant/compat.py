@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,6 +78,13 @@ def static_input_indices() -> frozenset[int] | None:
     return frozenset(context.fw_metadata.static_input_indices or ())
 
 
+def source_of(placeholder: Node) -> str | None:
+    """Dynamo's name of what a placeholder of its graph is: ``L['self']._modules['proj']._parameters['weight']``."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    return name() if callable(name) else name  # a method until it became a property
+
+
 @contextlib.contextmanager
 def second_compile() -> Iterator[None]:
     """Compile another graph within an AOT compile, without reporting its output strides as those of the first."""
@@ -88,6 +97,36 @@ def second_compile() -> Iterator[None]:
     finally:
         if context is not None:
             context.output_strides = strides
+
+
+@contextlib.contextmanager
+def carried_by_artefacts(text: Callable[[], str], found: list[str]) -> Iterator[None]:
+    """Within, each compiled graph that this thread makes carries ``text()``, in every cache and copy of it.
+
+    What graphs carry that are made, or loaded from a cache instead, is put into ``found``. Neither Inductor's nor
+    AOTAutograd's cache has a place for it, so for the time being their class is given one.
+    """
+    from torch._inductor.output_code import CompiledFxGraph
+
+    made, loaded, thread = CompiledFxGraph.__init__, CompiledFxGraph.post_compile, threading.get_ident()
+
+    @functools.wraps(made)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if threading.get_ident() == thread:
+            self._fx_quant = text()
+
+    @functools.wraps(loaded)
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == thread and (carried := getattr(self, "_fx_quant", "")):
+            found.append(carried)
+        loaded(self, *args, **kwargs)
+
+    CompiledFxGraph.__init__, CompiledFxGraph.post_compile = make, load
+    try:
+        yield
+    finally:
+        CompiledFxGraph.__init__, CompiledFxGraph.post_compile = made, loaded
 
 
 _MATMULS = ("mm", "addmm", "bmm")
