@@ -65,7 +65,7 @@ class RewritePass(CustomGraphPass):
         target = self.target or detect_target(_device(graph))
         dump_graph("FX_QUANT_BEFORE", graph)
         try:
-            report = rewrite_graph(graph, target, self.options, static_input_indices())
+            report = rewrite_graph(graph, target, self.options, static_input_indices(graph))
         except FxQuantError:
             raise
         except Exception as error:

@@ -171,7 +171,7 @@ class _Recorder:
         if not holds_codes(graph):
             return
         target = detect_target("cuda" if _on_cuda(graph) else "cpu")
-        state = to_canonical(graph, target, self.options, static_input_indices())
+        state = to_canonical(graph, target, self.options, static_input_indices(graph))
         report = report_on(state, target)
         self.misses += report.misses
         if not state.selections:

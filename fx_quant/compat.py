@@ -44,12 +44,29 @@ def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     return copy, replace_contents(copy, graph)
 
 
-def static_input_indices() -> frozenset[int] | None:
-    """Positions of the graph inputs that are parameters or buffers; None outside an AOT compile."""
+def static_input_indices(graph: Graph) -> frozenset[int] | None:
+    """Positions of the inputs of ``graph`` that are parameters or buffers; None outside an AOT compile.
+
+    Empty for the subgraph of a higher-order op, whose operands are whatever each call of it gives.
+    """
     context = torch._guards.TracingContext.try_get()
     if context is None or context.fw_metadata is None:
         return None
+    if is_subgraph(graph):
+        return frozenset()
     return frozenset(context.fw_metadata.static_input_indices or ())
+
+
+def is_subgraph(graph: Graph) -> bool:
+    """Whether ``graph`` belongs to a higher-order op of the graph that AOTAutograd compiles, not the latter itself.
+
+    Inductor runs the passes on both, in one tracing context. Only the inputs of the whole graph are described in it.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fw_metadata is None:
+        return False
+    inputs = graph.find_nodes(op="placeholder")
+    return bool(inputs) and not any("desc" in node.meta for node in inputs)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def explain(
 
     def on_graph(graph: Graph) -> None:
         if holds_codes(graph):
-            reports.append(report_on(to_canonical(graph, resolved, parsed, static_input_indices()), resolved))
+            reports.append(report_on(to_canonical(graph, resolved, parsed, static_input_indices(graph)), resolved))
         else:
             reports.append(Report(str(resolved), (), ()))
 

@@ -17,7 +17,7 @@ def common_subexpressions_merged(graph: Graph) -> Graph:
     Kept apart are what an op that mutates stands between, random numbers, uninitialised memory, higher-order ops, and
     whatever shares memory with an output: two outputs never become one tensor. Takes time linear in the graph.
     """
-    copy = Graph()
+    copy = Graph(graph.owning_module)
     copied: dict[Node, Node] = {}
     first: dict[tuple, Node] = {}
     # For each node, the one that stands for it.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
-from fx_quant.compat import copy_graph, replace_contents
+from fx_quant.compat import copy_graph, is_subgraph, replace_contents
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes.annotate import Annotation
@@ -21,7 +21,7 @@ from fx_quant.passes.emit import Emitter
 from fx_quant.passes.folding import fold_constants
 from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.merge import common_subexpressions_merged
-from fx_quant.passes.nodes import dtype, is_op, module_path, source_line
+from fx_quant.passes.nodes import is_op, module_path, source_line
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.rewrite import (
     collapse_reshapes,
@@ -36,7 +36,7 @@ from fx_quant.passes.values import Product
 from fx_quant.passes.verify import verify
 from fx_quant.problem import Problem
 from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
-from fx_quant.scheme import CODE_DTYPES, dtype_name
+from fx_quant.scheme import dtype_name
 from fx_quant.selection import Selection, Verdict, check_kernel_names, select
 from fx_quant.target import Target
 
@@ -71,8 +71,10 @@ class Rewriting:
 
 
 def holds_codes(graph: Graph) -> bool:
-    """Whether anything in ``graph`` may be quantized: a low-bit dtype, packed integers, or a fake quantization."""
-    return any(dtype(node) in CODE_DTYPES or starts_codes(node) for node in graph.nodes)
+    """Whether anything in ``graph`` may be quantized: a low-bit dtype, packed integers, a fake quantization, or an op of
+    which only the name says so.
+    """
+    return any(starts_codes(node) for node in graph.nodes)
 
 
 def to_canonical(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Rewriting:
@@ -90,7 +92,8 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     state = Rewriting(before, work, static_indices)
     inputs = classify_inputs(work, static_indices)
     found = find_sites(work, Annotation(work), inputs, options.numerics)
-    state.misses, state.recognised = found.misses, found.recognised
+    # Those of a subgraph are missed once in each call of it, as the graph around it says.
+    state.misses, state.recognised = [] if is_subgraph(graph) else found.misses, found.recognised
     # The layers of a model ask the same few questions.
     choose = functools.cache(functools.partial(_choose, target=target, options=options))
     for site in found.sites:
