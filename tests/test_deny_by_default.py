@@ -116,7 +116,9 @@ def straight_through(x: Tensor) -> Tensor:
 
 FORMS = {
     "mv": Form(lambda x, w, s: torch.mv(decoded(w, s), x), (floats(K), W, S), "without a matmul"),
-    "addmv": Form(lambda x, w, s, b: torch.addmv(b, decoded(w, s), x), (floats(K), W, S, floats(N)), "without a matmul"),
+    "addmv": Form(
+        lambda x, w, s, b: torch.addmv(b, decoded(w, s), x), (floats(K), W, S, floats(N)), "without a matmul"
+    ),
     "dot": Form(lambda x, w, s: torch.dot(decoded(w, s), x), (floats(K), ints(K), scales()), "without a matmul"),
     "baddbmm": Form(
         lambda x, w, s, b: torch.baddbmm(b, x, decoded(w, s)),
@@ -222,11 +224,13 @@ FORMS = {
         "no rule proves deny.dequantize_blocks",
     ),
     "opaque_codes": Form(
-        lambda x, w: F.linear(torch.ops.deny.to_codes(x).float(), w), (floats(M, K), floats(N, K)), "only the activation"
+        lambda x, w: F.linear(torch.ops.deny.to_codes(x).float(), w),
+        (floats(M, K), floats(N, K)),
+        "only the activation",
     ),
-    "opaque_linear": Form(lambda x, w, s: torch.ops.deny.apply(x, w, s), (floats(M, K), W, S), "no rule knows what it"),
+    "opaque_linear": Form(torch.ops.deny.apply, (floats(M, K), W, S), "no rule knows what it"),
     "opaque_gemm_of_packed": Form(
-        lambda x, p: torch.ops.deny.gptq_gemm(x, p), (floats(M, K), ints(2, N, dtype=torch.int32)), "deny.gptq_gemm"
+        torch.ops.deny.gptq_gemm, (floats(M, K), ints(2, N, dtype=torch.int32)), "deny.gptq_gemm"
     ),
     "exponents": Form(
         lambda x, w: F.linear(x, torch.exp2(w.float())), (floats(M, K), ints(N, K, low=-8, high=0)), "aten.exp2"
@@ -275,7 +279,20 @@ def _is_forward(op: object) -> bool:
 
 # Beside what PyTorch counts, what it does not, or not before it is decomposed.
 _WEIGHTS = ("mat2", "batch2", "weight", "key", "w_ih", "other", "tensor", "x2", "vec")
-_BESIDE = ("mv", "addmv", "dot", "vdot", "linear", "matmul", "addbmm", "_grouped_mm", "bilinear", "cdist", "conv2d", "lstm_cell")
+_BESIDE = (
+    "mv",
+    "addmv",
+    "dot",
+    "vdot",
+    "linear",
+    "matmul",
+    "addbmm",
+    "_grouped_mm",
+    "bilinear",
+    "cdist",
+    "conv2d",
+    "lstm_cell",
+)
 _COUNTED = [*filter(_is_forward, flop_registry), *(getattr(torch.ops.aten, name) for name in _BESIDE)]
 
 
@@ -286,7 +303,11 @@ def test_each_op_that_multiplies_and_sums_is_a_miss_of_a_decoded_weight(op):
     graph = Graph()
     with FakeTensorMode():
         x, w, s = (graph.placeholder(name) for name in "xws")
-        x.meta["val"], w.meta["val"], s.meta["val"] = torch.empty(B, M, K), torch.empty(B, K, N, dtype=INT8), torch.empty(())
+        x.meta["val"], w.meta["val"], s.meta["val"] = (
+            torch.empty(B, M, K),
+            torch.empty(B, K, N, dtype=INT8),
+            torch.empty(()),
+        )
         weight = graph.call_function(torch.ops.aten.mul.Tensor, (w, s))
         weight.meta["val"] = torch.empty(B, K, N)
         names = [a.name for a in overload._schema.arguments if str(a.type) == "Tensor"]
@@ -324,7 +345,7 @@ class Bert(nn.Module):
 
 
 NEAR = {
-    "linear": (lambda x, w: F.linear(x, w), (floats(M, K), floats(N, K))),
+    "linear": (F.linear, (floats(M, K), floats(N, K))),
     "image_patches": (
         lambda x, mean, std, w: F.conv2d(normalised_image(x, mean, std), w),
         (ints(1, 3, 8, 8, dtype=UINT8), floats(3, 1, 1), scales(3, 1, 1), floats(N, 3, 4, 4)),
@@ -381,7 +402,10 @@ NEAR = {
         lambda x, w, a, b: torch.addmm(F.linear(x, w), x @ a, b),
         (floats(M, K), floats(N, K), floats(K, 2), floats(2, N)),
     ),
-    "counted_mean": (lambda m, x: (x * m[..., None]).sum(1) / m.sum(1, True), (torch.ones(2, M, dtype=INT8), floats(2, M, K))),
+    "counted_mean": (
+        lambda m, x: (x * m[..., None]).sum(1) / m.sum(1, True),
+        (torch.ones(2, M, dtype=INT8), floats(2, M, K)),
+    ),
     "pixel_rounding": (
         lambda x, t, w: F.linear(F.embedding(x[:, 0].round().clamp(0, 7).long(), t), w),
         (floats(M, K), floats(8, K), floats(N, K)),
@@ -420,6 +444,14 @@ NEAR = {
     "decoded_norm": (
         lambda x, w, g, s: F.linear(F.layer_norm(x, (K,)) * (g.float() * s), w),
         (floats(M, K), floats(N, K), ints(K), scales()),
+    ),
+    "floats_in_bytes": (
+        lambda x, t: F.linear(x, t.view(torch.bfloat16).float()),
+        (floats(M, K), ints(N, 2 * K, dtype=UINT8)),
+    ),
+    "wide_floats_in_bytes": (
+        lambda x, t: F.linear(x, (t.view(torch.int16).to(torch.int32) << 16).view(torch.float32)),
+        (floats(M, K), ints(N, 2 * K, dtype=UINT8)),
     ),
     "mask_of_attention": (
         lambda x, m: F.scaled_dot_product_attention(x, x, x, attn_mask=m.float() * -1e4),
@@ -496,14 +528,16 @@ class Layers(nn.Module):
 
 class Branches(Layers):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda x: self.layers[0](x), lambda x: self.layers[1](x), (x,))
+        return torch.cond(
+            x.sum() > 0, lambda x: torch.tanh(self.layers[0](x)), lambda x: torch.tanh(self.layers[1](x)), (x,)
+        )
 
 
 class Mapped(Layers):
     def forward(self, x: Tensor) -> Tensor:
         from torch._higher_order_ops.map import map as over
 
-        return over(lambda x: self.layers[0](x), x[None].expand(2, *x.shape))
+        return over(lambda x: torch.tanh(self.layers[0](x)), x[None].expand(2, *x.shape))
 
 
 class Loop(Layers):

@@ -31,7 +31,9 @@ _QUANTIZED_CONTRACTION = re.compile(
 _ADDS_FIRST = frozenset({"addmm", "addmv", "baddbmm", "addbmm", "sspaddmm", "_addmm_activation"})
 _BESIDE = re.compile(r"bias|mask|scale|zero|offs|seed|qparam")
 # Namespaces whose ops the rules see through, or are meant to.
-_OPEN = frozenset({"aten", "prims", "fx_quant", "higher_order", "inductor_prims", "quantized_decomposed", "rngprims", ""})
+_OPEN = frozenset(
+    {"aten", "prims", "fx_quant", "higher_order", "inductor_prims", "quantized_decomposed", "rngprims", ""}
+)
 
 
 def op_name(target: object) -> str:

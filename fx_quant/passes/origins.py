@@ -16,6 +16,17 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.axes import REPEAT, seen_through
+from fx_quant.passes.carriers import (
+    CACHES,
+    CARRIERS,
+    CHOICES,
+    ENDS,
+    LOOKUPS,
+    NARROW_INTEGERS,
+    ROUNDS,
+    UNPACKS,
+    WIDE_INTEGERS,
+)
 from fx_quant.passes.contractions import (
     LOW_BIT_DTYPES,
     added_operand,
@@ -29,7 +40,6 @@ from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.nodes import (
     ADDITIONS,
     CASTS,
-    COPIES,
     DIVISIONS,
     MULTIPLICATIONS,
     SUBTRACTIONS,
@@ -40,7 +50,6 @@ from fx_quant.passes.nodes import (
     is_op,
     same_shape,
     shape,
-    tensor,
 )
 from fx_quant.passes.values import Environment, Unknown
 from fx_quant.scheme import INT8_DTYPES
@@ -122,7 +131,7 @@ class Origins:
     def _origin(self, node: Node) -> Origin | None:
         if node.op in ("placeholder", "get_attr"):
             return self._leaf(node)
-        if node.op != "call_function" or node.target in _ENDS:
+        if node.op != "call_function" or node.target in ENDS:
             return self._own(node)
         if is_contraction(node):
             return self._added(node) or self._own(node)
@@ -134,14 +143,14 @@ class Origins:
         made = [(source, origin) for source in node.all_input_nodes if (origin := self.of(source)) is not None]
         if is_opaque(node) or is_quantization(node):
             return self._of_library(node, made)
-        if is_op(node, *_ROUNDS):
+        if is_op(node, *ROUNDS):
             return self._rounded(node, made)
         if not made:
             return self._cast_to_codes(node)
-        if dtype(node) in (None, torch.bool) and tensor(node) is not None:
+        if dtype(node) is torch.bool or _is_float_in_bytes(node):
             return None
         carried = self._stored_step(node, made) if node not in self._inputs.runtime else self._step(node, made)
-        if carried is not None and dtype(node) in _NARROW_INTEGERS and carried.kind in (Kind.ROUNDED, Kind.PACKED):
+        if carried is not None and dtype(node) in NARROW_INTEGERS and carried.kind in (Kind.ROUNDED, Kind.PACKED):
             return replace(carried, kind=Kind.CODES)
         return carried if carried is not None else self._cast_to_codes(node)
 
@@ -152,7 +161,7 @@ class Origins:
             if not many:
                 return None
             return Origin(Kind.CODES if stored or kind not in INT8_DTYPES else Kind.INPUT, node, stored)
-        wide = stored and kind in _WIDE_INTEGERS and sum(not is_one(size) for size in shape(node)) > 1
+        wide = stored and kind in WIDE_INTEGERS and sum(not is_one(size) for size in shape(node)) > 1
         return Origin(Kind.PACKED, node, stored) if wide else None
 
     def _own(self, node: Node) -> Origin | None:
@@ -169,7 +178,7 @@ class Origins:
 
     def _cast_to_codes(self, node: Node) -> Origin | None:
         """A cast of floats to a byte."""
-        if dtype(node) not in _NARROW_INTEGERS or not is_op(node, *CASTS):
+        if dtype(node) not in NARROW_INTEGERS or not is_op(node, *CASTS):
             return None
         source = dtype(node.args[0])
         if source is None or not source.is_floating_point:
@@ -218,12 +227,12 @@ class Origins:
 
     def _stored_step(self, node: Node, made: list[tuple[Node, Origin]]) -> Origin | None:
         """A step of what is the same in each call. Whatever is not known to end it may be part of decoding a weight."""
-        if is_op(node, *_LOOKUPS):
+        if is_op(node, *LOOKUPS):
             return self._looked_up(node, made)
         if is_op(node, *MULTIPLICATIONS, *DIVISIONS) and any(_is_float_leaf(n, node) for n in node.all_input_nodes):
             return None  # a float weight under a mask, or of scaled columns
         origin = max((origin for _, origin in made), key=lambda origin: origin.kind)
-        if is_op(node, *_UNPACKS):
+        if is_op(node, *UNPACKS):
             return replace(origin, kind=Kind.CODES)
         scaled = is_op(node, *MULTIPLICATIONS, *DIVISIONS, *SUBTRACTIONS)
         if origin.kind is Kind.PACKED:
@@ -245,19 +254,19 @@ class Origins:
 
     def _step(self, node: Node, made: list[tuple[Node, Origin]]) -> Origin | None:
         """A step of what a call brings: only what may be part of quantizing goes on."""
-        if is_op(node, *_LOOKUPS):
+        if is_op(node, *LOOKUPS):
             return self._chosen(node, dict(made))
-        if is_op(node, *MULTIPLICATIONS, *DIVISIONS, *ADDITIONS, *SUBTRACTIONS, *_CHOICES):
+        if is_op(node, *MULTIPLICATIONS, *DIVISIONS, *ADDITIONS, *SUBTRACTIONS, *CHOICES):
             return self._combined(node, made)
         if is_op(node, aten.cat.default, aten.stack.default):
             return made[0][1] if len(made) == len(node.all_input_nodes) else None
-        if is_op(node, *_CACHES):
+        if is_op(node, *CACHES):
             values = [self.coded(n) for n in node.all_input_nodes[:1] + node.all_input_nodes[-1:]]
             return next((origin for origin in values if origin is not None), self.of(node.all_input_nodes[0]))
-        if not is_op(node, *_CARRIERS, *_UNPACKS):
+        if not is_op(node, *CARRIERS, *UNPACKS):
             return None
         origin = self.of(node.all_input_nodes[0])
-        return replace(origin, kind=Kind.CODES) if origin and origin.coded and is_op(node, *_UNPACKS) else origin
+        return replace(origin, kind=Kind.CODES) if origin and origin.coded and is_op(node, *UNPACKS) else origin
 
     def _chosen(self, node: Node, origins: dict[Node, Origin]) -> Origin | None:
         table = node.args[0]
@@ -278,7 +287,9 @@ class Origins:
             return replace(weights[0], kind=Kind.WEIGHTED, weighted=True) if multiplies and weights else None
         source, origin = max(full, key=lambda pair: pair[1].kind)
         others = [n for n in node.all_input_nodes if n is not source and dtype(n) is not torch.bool]
-        floats = [n for n in others if self.coded(n) is None and n in self._inputs.runtime and not self._undone(origin, n)]
+        floats = [
+            n for n in others if self.coded(n) is None and n in self._inputs.runtime and not self._undone(origin, n)
+        ]
         met = [n for n in floats if same_shape(shape(n), shape(node)) and not _only_repeats(n)]
         if origin.stored and floats:
             if not multiplies or not _is_weight(origin):
@@ -296,7 +307,7 @@ class Origins:
 
     def _undone(self, origin: Origin, other: Node) -> bool:
         """Whether ``other`` is what was rounded, which straight-through rounding subtracts and adds again."""
-        return is_op(origin.source, *_ROUNDS) and _base(origin.source.args[0]) is _base(other)
+        return is_op(origin.source, *ROUNDS) and _base(origin.source.args[0]) is _base(other)
 
 
 def is_library_matmul(node: Node, origins: Origins) -> bool:
@@ -337,60 +348,11 @@ def _only_repeats(node: Node) -> bool:
     return any(piece.axis == REPEAT for dim in seen_through(node, lambda n: is_op(n, *CASTS))[1] for piece in dim)
 
 
+def _is_float_in_bytes(node: Node) -> bool:
+    """Whether ``node`` reads bytes as the floats that they store, as GGUF's blocks hold their scales."""
+    kind = dtype(node)
+    return is_op(node, aten.view.dtype) and kind not in LOW_BIT_DTYPES and kind is not None and kind.is_floating_point
+
+
 def _keeps_values(node: Node) -> bool:
     return is_op(node, *VIEWS, *CASTS, aten.slice.Tensor, aten.select.int, aten.cat.default, aten.stack.default)
-
-
-_WIDE_INTEGERS = frozenset({torch.int16, torch.int32, torch.int64})
-_NARROW_INTEGERS = INT8_DTYPES | {kind for kind in LOW_BIT_DTYPES if not kind.is_floating_point}
-_ROUNDS = frozenset({aten.round.default, aten.round.decimals})
-_UNPACKS = frozenset(
-    {
-        *(getattr(aten, name).Scalar for name in ("__and__", "__rshift__", "__lshift__", "bitwise_and")),
-        *(getattr(aten, f"bitwise_{name}").Tensor for name in ("and", "or", "xor", "right_shift", "left_shift")),
-        *(getattr(aten, f"bitwise_{name}_shift").Tensor_Scalar for name in ("right", "left")),
-        *(aten.remainder.Scalar, aten.remainder.Tensor, aten.floor_divide.default, aten.div.Tensor_mode),
-        *(aten.div.Scalar_mode, aten.view.dtype),
-    }
-)
-_LOOKUPS = frozenset(
-    {
-        *(aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default),
-        *(aten.take.default, aten._unsafe_index.Tensor),
-    }
-)
-_CHOICES = frozenset(
-    {
-        *(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.maximum.default, aten.minimum.default),
-        *(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor, aten.fmin.default, aten.fmax.default),
-    }
-)
-_CACHES = frozenset(
-    {
-        *(aten.index_put.default, aten.slice_scatter.default, aten.select_scatter.default, aten.copy.default),
-        *(aten.index_copy.default, aten.scatter.src, aten._unsafe_index_put.default),
-    }
-)
-# What goes on of a call's values when it has one operand.
-_CARRIERS = frozenset(
-    {
-        *(*VIEWS, *CASTS, *COPIES, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.neg.default),
-        *(aten.split_with_sizes.default, aten.unbind.int, aten.constant_pad_nd.default, aten.repeat.default),
-        *(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.reciprocal.default, aten.flip.default),
-        *(aten.as_strided.default, aten.repeat_interleave.self_int, aten.im2col.default, aten.hardtanh.default),
-        *(aten.floor.default, aten.ceil.default, aten.trunc.default, aten.view_as.default, aten.pixel_shuffle.default),
-    }
-)
-# What ends it even for a weight: statistics, normalisations and random numbers are no decoded codes.
-_ENDS = frozenset(
-    overload
-    for name in (
-        *("mean", "amax", "amin", "max", "min", "aminmax", "prod", "var", "var_mean", "std", "norm", "linalg_vector_norm"),
-        *("_softmax", "softmax", "_log_softmax", "native_layer_norm", "native_group_norm", "_native_batch_norm_legit"),
-        *("_native_batch_norm_legit_no_training", "_fused_rms_norm", "argmax", "argmin", "topk", "sort", "any", "all"),
-        *("cumsum", "sym_size", "numel", "_local_scalar_dense", "bernoulli", "rand_like", "randn_like", "native_dropout"),
-        *("ones_like", "zeros_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
-    )
-    if hasattr(aten, name)
-    for overload in (getattr(getattr(aten, name), each) for each in getattr(aten, name).overloads())
-)

@@ -71,8 +71,8 @@ class Rewriting:
 
 
 def holds_codes(graph: Graph) -> bool:
-    """Whether anything in ``graph`` may be quantized: a low-bit dtype, packed integers, a fake quantization, or an op of
-    which only the name says so.
+    """Whether anything in ``graph`` may be quantized: a low-bit dtype, packed integers, a fake quantization, or an op
+    of which only the name says so.
     """
     return any(starts_codes(node) for node in graph.nodes)
 
@@ -227,7 +227,7 @@ def _recognised_report(found: Recognised) -> RecognisedReport:
         module=module_path(found.gemm),
         source=source_line(found.gemm),
         op=_op_name(found.gemm),
-        scheme="" if site is None else str(site.scheme),
+        scheme="" if site is None else site.words,
         m="" if site is None else str(site.problem.m),
         n=None if site is None else site.problem.n,
         k=None if site is None else site.problem.k,
@@ -255,7 +255,7 @@ def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteRepo
         module=module_path(site.gemm),
         source=source_line(site.gemm),
         op=_op_name(site.gemm),
-        scheme=str(site.scheme),
+        scheme=site.words,
         m=str(problem.m),
         n=problem.n,
         k=problem.k,

@@ -74,5 +74,3 @@ def _inside(
     reason = f"it is inside {op}, where the passes do not know which operands are weights"
     found = [(gemm, gemm, reason) for gemm in sites if gemm not in handled]
     return found + [(gemm, node, f"inside {op}: {rule}") for gemm, node, rule in missed if gemm not in handled]
-
-

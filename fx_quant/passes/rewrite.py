@@ -29,8 +29,14 @@ from fx_quant.passes.sites import Site
 
 
 def remove_identities(graph: Graph) -> None:
-    """Drop views, casts and ``+ 0`` / ``* 1`` that change nothing, which libraries leave between the steps."""
+    """Drop views, casts and ``+ 0`` / ``* 1`` that change nothing, which libraries leave between the steps.
+
+    And what ``torch.export`` asserts of dtypes and devices, which a graph of known dtypes cannot break.
+    """
     for node in list(graph.nodes):
+        if is_op(node, aten._assert_tensor_metadata.default):
+            graph.erase_node(node)
+            continue
         source = _identity_source(node)
         if source is not None:
             node.replace_all_uses_with(source)

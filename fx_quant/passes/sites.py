@@ -21,6 +21,7 @@ from fx_quant.passes.regions import Findings, reasons_in_regions
 from fx_quant.passes.rulebook import is_matmul, own_kernel
 from fx_quant.passes.unclaimed import unclaimed_contraction
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
+from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.selection import Verdict
@@ -36,6 +37,7 @@ class Site:
         product: what is proven of ``root``; None for a canonical op, which says it all.
         problem: the GEMM as data, as a kernel is asked.
         scheme: how the source quantizes; what the kernel is asked leaves out what the graph corrects around it.
+        words: the scheme as a report prints it, with what a scheme has no place for.
     """
 
     gemm: Node
@@ -43,6 +45,7 @@ class Site:
     product: Product | None
     problem: Problem
     scheme: Scheme
+    words: str
 
     @property
     def numerics(self) -> Numerics:
@@ -96,7 +99,8 @@ class Found:
 def find_sites(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Found:
     """All quantized matmuls of ``graph``; rewrites past ``cap`` are not proposed.
 
-    Those in the subgraphs of a higher-order op, which are rewritten by themselves or not at all, are misses of each call.
+    Those in the subgraphs of a higher-order op, which are rewritten by themselves or not at all, are misses of each
+    call.
     """
     return _find_sites(graph, annotation, inputs, cap, {})
 
@@ -107,8 +111,8 @@ def _find_sites(
     origins = Origins(graph, annotation, inputs, given)
     found = _found(graph, annotation, inputs, cap, origins)
 
-    def in_region(region: Graph, static: frozenset[int], given: Mapping[Node, Origin]) -> Findings:
-        inside = _find_sites(region, Annotation(region), classify_inputs(region, static), cap, given)
+    def in_region(graph: Graph, static: frozenset[int], given: Mapping[Node, Origin]) -> Findings:
+        inside = _find_sites(graph, Annotation(graph), classify_inputs(graph, static), cap, given)
         sites, recognised = [site.gemm for site in inside.sites], [each.gemm for each in inside.recognised]
         return sites, recognised, [(miss.gemm, miss.node, miss.rule) for miss in inside.misses]
 
@@ -171,7 +175,9 @@ def _site(
     if not fits_int32(product, gemm, k):
         return Miss(gemm, gemm, f"the sum of integers is taken in int32, which k={k} may leave")
     problem = problem_of(product, scheme, _size_range(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
-    return Site(gemm, root, product, problem, scheme)
+    source = source_scheme(product, scheme, inputs)
+    words = scheme_in_words(source, product, chain[-1][0], annotation, inputs, origins)
+    return Site(gemm, root, product, problem, source, words)
 
 
 def _scales_columns(product: Product, inputs: Inputs) -> bool:
@@ -232,7 +238,7 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
         bias=dtype(of.bias),
         constant_weight=_is_constant_matrix(of.b, None, inputs),
     )
-    return Site(node, node, None, problem, problem.scheme)
+    return Site(node, node, None, problem, problem.scheme, str(problem.scheme))
 
 
 def _scale_granularity(scale: Node | None, block: tuple[int, int] | None, named: Granularity) -> Granularity:

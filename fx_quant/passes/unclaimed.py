@@ -70,7 +70,9 @@ def _described(coded: list[tuple[Node, Origin]]) -> str:
     return "stored codes" if origin.kind is Kind.CODES else "a weight that is decoded from stored codes"
 
 
-def _lost(gemm: Node, operands: list[Node], coded: list[tuple[Node, Origin]], annotation: Annotation) -> tuple[Node, str]:
+def _lost(
+    gemm: Node, operands: list[Node], coded: list[tuple[Node, Origin]], annotation: Annotation
+) -> tuple[Node, str]:
     """Why a matmul that has rules has no value."""
     operand, origin = max(coded, key=lambda pair: (pair[1].stored, pair[1].kind))
     if is_op(origin.source, aten.round.default, aten.round.decimals):
@@ -87,8 +89,8 @@ def _lost(gemm: Node, operands: list[Node], coded: list[tuple[Node, Origin]], an
 
 
 _ROUNDED = (
-    "an operand is rounded in floating point, as fake quantization does, so there are no codes to multiply: convert the "
-    "model first"
+    "an operand is rounded in floating point, as fake quantization does, so there are no codes to multiply: convert "
+    "the model first"
 )
 
 
@@ -101,4 +103,7 @@ def _multiplied_and_summed(node: Node, origins: Origins) -> tuple[Node, str] | N
     product = through(operand, VIEWS | CASTS)
     if not is_op(product, *MULTIPLICATIONS):
         return None
-    return product, "a weight decoded from stored codes is multiplied and summed without a matmul, which no rule rewrites"
+    return (
+        product,
+        "a weight decoded from stored codes is multiplied and summed without a matmul, which no rule rewrites",
+    )
