@@ -161,7 +161,7 @@ class Watched:
         from fx_quant.compat import decompositions_without_matmul, static_input_indices
 
         def compiler(gm, _):
-            static = static_input_indices()
+            static = static_input_indices(gm.graph)
             self.reports.append(rewrite_graph(gm.graph, X86, Options(), static))
             gm.recompile()
             return gm

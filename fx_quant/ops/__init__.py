@@ -31,8 +31,8 @@ from fx_quant.ops.scaled_mm import (
 from fx_quant.ops.weight_only_mm import check_weight_only_mm, dequantize_weight, unpack_codes, weight_only_mm
 
 __all__ = [
-    "LIBRARY",
     "KEEPING_TAGS",
+    "LIBRARY",
     "MATMUL_TAGS",
     "QUANTIZE_TAGS",
     "accumulate",

@@ -25,7 +25,7 @@ from fx_quant.passes.unclaimed import unclaimed_contraction
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, SizeRange
-from fx_quant.scheme import CODE_DTYPES, STORED_DTYPES, Granularity, Numerics, OperandSpec, Scheme
+from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.selection import Verdict
 
 
