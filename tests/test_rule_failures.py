@@ -18,6 +18,7 @@ from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes import annotate, assign, pipeline, rulebook, sites
 from fx_quant.passes import rewrite as rewrite_pass
+from fx_quant.passes.failures import Failure
 from fx_quant.passes.pipeline import rewrite_graph, to_kernels
 from fx_quant.target import named_target
 
@@ -128,7 +129,7 @@ def test_strict_lists_the_exception(step, monkeypatch):
     step(monkeypatch)
     with pytest.raises(MissError, match="1 quantized matmuls were missed") as raised:
         rewrite_graph(graph, X86, Options(strict=True), frozenset({1, 2, 3}))
-    assert "OverflowError: cannot convert float infinity to integer" in str(raised.value)
+    assert "OverflowError: cannot convert float infinity to integer" in " ".join(str(raised.value).split())
 
 
 @pytest.mark.parametrize("name", ["recognise_quantizer", "_rewrite_quantizer"])
@@ -148,8 +149,8 @@ def test_a_rule_s_exception_is_in_the_debug_log(monkeypatch, caplog):
     raise_in_rule(monkeypatch)
     with caplog.at_level(logging.DEBUG, logger="fx_quant"):
         rewrite(trace(three, *given()))
-    (record,) = [r for r in caplog.records if "matmuls._matmul" in r.getMessage()]
-    assert record.exc_info is not None
+    (record,) = [r for r in caplog.records if r.name == "fx_quant.passes.failures"]
+    assert record.exc_info[0] is OverflowError
 
 
 def test_a_forced_kernel_that_cannot_run_is_still_an_error():
@@ -214,7 +215,11 @@ READ: dict[str, Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "pt2e_scale": lambda c, x, w, s, b: x @ pt2e.dequantize_per_tensor(w, c, 0, -128, 127, torch.int8).t(),
     "pt2e_zero_point": lambda c, x, w, s, b: x @ pt2e.dequantize_per_tensor(w, 0.1, c, -128, 127, torch.int8).t(),
     "float8_scale": lambda c, x, w, s, b: torch._scaled_mm(
-        x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn).t(), torch.full((), c, dtype=F32), torch.ones(()), out_dtype=F32
+        x.to(torch.float8_e4m3fn),
+        w.to(torch.float8_e4m3fn).t(),
+        torch.full((), c, dtype=F32),
+        torch.ones(()),
+        out_dtype=F32,
     ),
 }
 CONSTANTS = [math.inf, -math.inf, math.nan, -0.0, True, 1e300, 2**31, -(2**63), 200, 3.5, 16777217]
@@ -237,11 +242,16 @@ def traced(name: str, constant: Any) -> Graph | None:
 
 @pytest.mark.parametrize("name", READ)
 def test_no_constant_raises_in_a_rule_or_changes_a_result(name, monkeypatch):
-    def unexpected(what: str, error: Exception) -> str:
-        raise AssertionError(what) from error
+    def unguarded(step: Callable, *arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except LookupError as error:
+            if type(error) is LookupError:
+                return Failure(error)
+            raise
 
-    for module in (annotate, sites, pipeline, rewrite_pass):
-        monkeypatch.setattr(module, "failed", unexpected)
+    for module in (annotate, sites, pipeline, rewrite_pass, assign):
+        monkeypatch.setattr(module, "attempt", unguarded)
     ran = 0
     for constant in [*CONSTANTS, *SYMBOLIC]:
         graph = traced(name, constant)
@@ -258,7 +268,9 @@ def test_no_constant_raises_in_a_rule_or_changes_a_result(name, monkeypatch):
         assert torch.equal(old[~finite].nan_to_num(), new[~finite].nan_to_num()), constant
         if finite.any():
             allowed = 2e-2 * old[finite].abs().max().item()
-            torch.testing.assert_close(new[finite], old[finite], rtol=2e-2, atol=allowed, msg=lambda m: f"{constant}: {m}")
+            torch.testing.assert_close(
+                new[finite], old[finite], rtol=2e-2, atol=allowed, msg=lambda m, constant=constant: f"{constant}: {m}"
+            )
     assert ran
 
 

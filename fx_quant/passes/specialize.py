@@ -1,14 +1,13 @@
 """Sizes of weights that are symbolic, made static by a guard: another size of weight compiles anew.
 
-A weight that is no parameter (a plain attribute, an argument) has symbolic sizes under ``dynamic=True``. Kernels are chosen,
-and weights packed, for sizes that are known. The rows of an activation are never made static.
+A weight that is no parameter (a plain attribute, an argument) has symbolic sizes under ``dynamic=True``. Kernels are
+chosen, and weights packed, for sizes that are known. The rows of an activation are never made static.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
