@@ -64,9 +64,13 @@ def is_marked_dynamic(size: torch.SymInt) -> bool:
         constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
         for of, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
             strict = isinstance(constraint, (RelaxedUnspecConstraint, StrictMinMaxConstraint))
-            if strict and not constraint.warn_only and isinstance(of, torch.SymInt):
-                if of.node.expr.free_symbols & symbols:
-                    return True
+            if (
+                strict
+                and not constraint.warn_only
+                and isinstance(of, torch.SymInt)
+                and of.node.expr.free_symbols & symbols
+            ):
+                return True
     return False
 
 

@@ -1,4 +1,4 @@
-"""Which ops are functions of their arguments alone. What is not known to be one is none: it is not merged, not folded."""
+"""Which ops are functions of their arguments alone. What is not known to be one is not merged and not folded."""
 
 from __future__ import annotations
 

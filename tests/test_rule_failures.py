@@ -18,6 +18,7 @@ from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes import annotate, assign, pipeline, rulebook, sites
 from fx_quant.passes import rewrite as rewrite_pass
+from fx_quant.passes.failures import Failure
 from fx_quant.passes.pipeline import rewrite_graph, to_kernels
 from fx_quant.target import named_target
 
@@ -148,8 +149,8 @@ def test_a_rule_s_exception_is_in_the_debug_log(monkeypatch, caplog):
     raise_in_rule(monkeypatch)
     with caplog.at_level(logging.DEBUG, logger="fx_quant"):
         rewrite(trace(three, *given()))
-    (record,) = [r for r in caplog.records if "matmuls._matmul" in r.getMessage()]
-    assert record.exc_info is not None
+    (record,) = [r for r in caplog.records if r.name == "fx_quant.passes.failures"]
+    assert record.exc_info[0] is OverflowError
 
 
 def test_a_forced_kernel_that_cannot_run_is_still_an_error():
@@ -241,11 +242,16 @@ def traced(name: str, constant: Any) -> Graph | None:
 
 @pytest.mark.parametrize("name", READ)
 def test_no_constant_raises_in_a_rule_or_changes_a_result(name, monkeypatch):
-    def unexpected(what: str, error: Exception) -> str:
-        raise AssertionError(what) from error
+    def unguarded(step: Callable, *arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except LookupError as error:
+            if type(error) is LookupError:
+                return Failure(error)
+            raise
 
-    for module in (annotate, sites, pipeline, rewrite_pass):
-        monkeypatch.setattr(module, "failed", unexpected)
+    for module in (annotate, sites, pipeline, rewrite_pass, assign):
+        monkeypatch.setattr(module, "attempt", unguarded)
     ran = 0
     for constant in [*CONSTANTS, *SYMBOLIC]:
         graph = traced(name, constant)
@@ -263,7 +269,7 @@ def test_no_constant_raises_in_a_rule_or_changes_a_result(name, monkeypatch):
         if finite.any():
             allowed = 2e-2 * old[finite].abs().max().item()
             torch.testing.assert_close(
-                new[finite], old[finite], rtol=2e-2, atol=allowed, msg=lambda m: f"{constant}: {m}"
+                new[finite], old[finite], rtol=2e-2, atol=allowed, msg=lambda m, constant=constant: f"{constant}: {m}"
             )
     assert ran
 

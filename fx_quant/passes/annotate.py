@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from fx_quant.passes.failures import failed
+from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import is_full
 from fx_quant.passes.nodes import (
     ADDITIONS,
@@ -45,12 +45,12 @@ class Annotation:
 
     def _guarded(self, node: Node) -> Value | None:
         """The value of ``node``; what a rule raises makes it unknown and is no concern of other nodes."""
-        try:
-            return self._evaluate(node)
-        except Exception as error:
-            rule = rule_of(node)
-            name = "annotate" if rule is None else f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
-            return Unknown(node, failed(f"the rule {name} of {_op_name(node)}", error))
+        value = attempt(self._evaluate, node)
+        if not isinstance(value, Failure):
+            return value
+        rule = rule_of(node)
+        name = "annotate" if rule is None else f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
+        return Unknown(node, value.reason(f"the rule {name} of {_op_name(node)}"))
 
     def _evaluate(self, node: Node) -> Value | None:
         if tensor(node) is None:

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from fx_quant.kernels.packing import PANEL, TRANSPOSED
 from fx_quant.passes.canonical import Operands, operands_of
 from fx_quant.passes.emit import Emitter
+from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.nodes import args_of, aten, is_single, shape
 from fx_quant.selection import Selection
@@ -21,12 +22,12 @@ class UnassignedError(Exception):
     """Some canonical ops could not be replaced; the graph is half rewritten.
 
     Args:
-        errors: what was raised, by the canonical op.
+        reasons: why not, by the canonical op.
     """
 
-    def __init__(self, errors: Mapping[Node, Exception]) -> None:
-        super().__init__("; ".join(f"{node}: {error!r}" for node, error in errors.items()))
-        self.errors = errors
+    def __init__(self, reasons: Mapping[Node, str]) -> None:
+        super().__init__("; ".join(f"{node}: {reason}" for node, reason in reasons.items()))
+        self.reasons = reasons
 
 
 def assign(
@@ -44,17 +45,17 @@ def assign(
     packed = _pack(emitter, selections)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     results = {}
-    errors: dict[Node, Exception] = {}
+    reasons: dict[Node, str] = {}
     for node, selection in selections.items():
-        try:
-            results[node] = _assign(emitter, node, selection, packed.get(node, Packed()), casts, runtime)
-        except Exception as error:
-            errors[node] = error
+        result = attempt(_assign, emitter, node, selection, packed.get(node, Packed()), casts, runtime)
+        if isinstance(result, Failure):
+            reasons[node] = result.reason("calling the kernel")
             continue
+        results[node] = result
         node.replace_all_uses_with(results[node])
         graph.erase_node(node)
-    if errors:
-        raise UnassignedError(errors)
+    if reasons:
+        raise UnassignedError(reasons)
     return results
 
 

@@ -32,7 +32,7 @@ class Memory:
         for i, node in enumerate(graph.nodes):
             self._order[node] = i
             source = attributes.setdefault(node.target, node) if node.op == "get_attr" else _viewed(node)
-            self._bases[node] = node if source in (None, node) else self._bases[source]
+            self._bases[node] = node if source is None or source is node else self._bases[source]
             for written in written_by(node):
                 self._written.setdefault(self._bases[written], i)
         self._returned = {self._bases[node] for node in graph.output_node().all_input_nodes}

@@ -116,11 +116,13 @@ def dtype_of(node: Node) -> torch.dtype:
 def shape(node: object) -> tuple[Size, ...]:
     """The sizes of ``node``'s tensor; ``()`` when it has none."""
     value = tensor(node)
-    return () if value is None else tuple([size if type(size) is int else _known(size) for size in value.shape])
+    return () if value is None else tuple([_known(size) for size in value.shape])
 
 
-def _known(size: torch.SymInt) -> Size:
+def _known(size: Size) -> Size:
     """``size``, as an int where a guard has made it one."""
+    if isinstance(size, int):
+        return size
     known = size.node.maybe_as_int()
     return size if known is None else known
 

@@ -14,12 +14,12 @@ from torch.fx import Graph, Node
 
 from fx_quant.compat import copy_graph, is_subgraph, replace_contents
 from fx_quant.config import Options
-from fx_quant.errors import FxQuantError, MissError, NoKernelError
+from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import UnassignedError, assign
 from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.failures import failed
+from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.folding import fold_constants
 from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.memory import Memory
@@ -120,13 +120,11 @@ def to_canonical(
     choose = functools.cache(functools.partial(_choose, target=target, options=options))
     for site in found.sites:
         reason = left.get(site.gemm.name) or _overwritten(site, memory)
-        try:
-            if reason is None:
-                _select(state, site, choose(site.problem), target, options)
-        except FxQuantError:
-            raise
-        except Exception as error:
-            reason = failed("choosing a kernel", error)
+        selection = None if reason is not None else attempt(choose, site.problem)
+        if isinstance(selection, Failure):
+            reason = selection.reason("choosing a kernel")
+        elif selection is not None:
+            _select(state, site, selection, target, options)
         if reason is not None:
             state.misses.append(Miss(site.gemm, site.gemm, reason))
     quantizers = quantizers_of(state.selections, memory)
@@ -134,14 +132,13 @@ def to_canonical(
         return state
     emitter = Emitter(work)
     for site in list(state.selections):
-        try:
-            state.canonical[site], state.results[site] = canonicalize(emitter, site)
-        except Exception as error:
+        written = attempt(canonicalize, emitter, site)
+        if isinstance(written, Failure):
             # What was emitted of it has no user.
             del state.selections[site]
-            reason = str(error) if type(error) is LookupError else failed("writing the canonical op", error)
-            state.misses.append(Miss(site.gemm, site.gemm, reason))
+            state.misses.append(Miss(site.gemm, site.gemm, written.reason("writing the canonical op")))
             continue
+        state.canonical[site], state.results[site] = written
         if site.codes is not None:
             state.quantizers[site] = quantizers[site.codes]
     unwritten = rewrite_quantizers(emitter, state.quantizers.values())
@@ -203,7 +200,7 @@ def to_kernels(state: Rewriting) -> None:
         _to_kernels(state)
     except UnassignedError as error:
         sites = {node: site for site, node in state.canonical.items()}
-        left = {sites[node].gemm.name: failed("calling the kernel", each) for node, each in error.errors.items()}
+        left = {sites[node].gemm.name: reason for node, reason in error.reasons.items()}
         without = to_canonical(state.source, state.target, state.options, state.static_indices, left)
         vars(state).update(vars(without))
         if state.selections:

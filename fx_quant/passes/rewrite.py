@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.failures import failed
+from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.merge import call_key
 from fx_quant.passes.nodes import (
@@ -118,10 +118,9 @@ def quantizers_of(sites: Iterable[Site], memory: Memory) -> dict[Node, Quantizer
 
 
 def _recognised(codes: Node, memory: Memory) -> Quantizer | str:
-    try:
-        found = recognise_quantizer(codes)
-    except Exception as error:
-        return failed("recognising the quantize", error)
+    found = attempt(recognise_quantizer, codes)
+    if isinstance(found, Failure):
+        return found.reason("recognising the quantize")
     if not isinstance(found, Quantizer):
         return found
     for source in (found.x, found.scale):
@@ -144,10 +143,9 @@ def rewrite_quantizers(emitter: Emitter, found: Iterable[Quantizer | str]) -> di
         if not isinstance(quantizer, Quantizer) or quantizer.codes in done:
             continue
         done.add(quantizer.codes)
-        try:
-            _rewrite_quantizer(emitter, quantizer)
-        except Exception as error:
-            left[quantizer.codes] = failed("rewriting the quantize", error)
+        outcome = attempt(_rewrite_quantizer, emitter, quantizer)
+        if isinstance(outcome, Failure):
+            left[quantizer.codes] = outcome.reason("rewriting the quantize")
     return left
 
 

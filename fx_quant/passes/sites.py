@@ -12,7 +12,7 @@ from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.axes import Dims
 from fx_quant.passes.canonical import CANONICAL, operands_of
 from fx_quant.passes.contractions import operands_of_contraction
-from fx_quant.passes.failures import failed
+from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.inputs import Inputs, classify_inputs
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
 from fx_quant.passes.nodes import Size, dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
@@ -130,10 +130,9 @@ def _find_sites(
 def _found(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics, origins: Origins) -> Found:
     found = Found()
     for gemm in graph.nodes:
-        try:
-            one = _find(gemm, annotation, inputs, cap, origins)
-        except Exception as error:
-            one = Miss(gemm, gemm, failed(f"finding what {gemm.target} multiplies", error))
+        one = attempt(_find, gemm, annotation, inputs, cap, origins)
+        if isinstance(one, Failure):
+            one = Miss(gemm, gemm, one.reason(f"finding what {gemm.target} multiplies"))
         if isinstance(one, Site):
             found.sites.append(one)
         elif isinstance(one, Miss):

@@ -1,7 +1,7 @@
 """Sizes of weights that are symbolic, made static by a guard: another size of weight compiles anew.
 
-A weight that is no parameter (a plain attribute, an argument) has symbolic sizes under ``dynamic=True``. Kernels are chosen,
-and weights packed, for sizes that are known. The rows of an activation are never made static.
+A weight that is no parameter (a plain attribute, an argument) has symbolic sizes under ``dynamic=True``. Kernels are
+chosen, and weights packed, for sizes that are known. The rows of an activation are never made static.
 """
 
 from __future__ import annotations

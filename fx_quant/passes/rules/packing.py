@@ -28,11 +28,12 @@ def _mask(env: Environment, node: Node) -> Value | None:
 def _shift(env: Environment, node: Node) -> Value | None:
     """``packed >> bits`` of bytes: codes of the remaining bits."""
     value, bits = env.value(args_of(node)[0]), uniform_value(args_of(node)[1])
-    # Other numbers of bits wrap around to one of these.
-    if not isinstance(value, Codes) or bits not in range(8) or dtype(node) is not torch.uint8:
+    if not isinstance(value, Codes) or not isinstance(bits, int) or dtype(node) is not torch.uint8:
         return None
     bounds = integer_range(value)
-    return None if bounds is None or bounds[0] < 0 else Codes.of(node, bounds=(0, bounds[1] >> int(bits)))
+    if bounds is None or bounds[0] < 0 or bits not in range(8):
+        return None  # other numbers of bits wrap around
+    return Codes.of(node, bounds=(0, bounds[1] >> bits))
 
 
 def _joined(env: Environment, node: Node) -> Value | None:
