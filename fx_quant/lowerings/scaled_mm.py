@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.ir import TensorBox
@@ -131,8 +132,8 @@ def _dense(x: TensorBox) -> TensorBox:
     rows = ir.ExternKernel.realize_input(x)
     # A flexible layout is not decided yet, and will be dense.
     if isinstance(rows.get_layout(), ir.FixedLayout):
+        (m, n), (down, across) = map(sympy.sympify, rows.get_size()), map(sympy.sympify, rows.get_stride())
         known = V.graph.sizevars.statically_known_geq
-        (m, n), (down, across) = rows.get_size(), rows.get_stride()
         if not (across == 1 and known(down, n)) and not (down == 1 and known(across, m)):
             return lowerings[aten.clone.default](x, memory_format=torch.contiguous_format)
     return x

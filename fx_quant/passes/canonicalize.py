@@ -130,7 +130,10 @@ def _activation(emitter: Emitter, product: Product, root: Node) -> tuple[Node, P
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A zero point: what of it the integer sum holds, int32, and what is taken off in float32; None is 0."""
+    """A zero point: what of it the integer sum holds, int32, and what is taken off in float32; None is 0.
+
+    Where there is a rest there is a near part.
+    """
 
     near: Node | None
     rest: Node | None
@@ -192,12 +195,12 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
     of_b = _point(emitter, product, product.b, product.b_zero_points, [-1], -product.b.offset)
     extras = {} if of_a.near is None else {"a_zero_point": of_a.near}
     out = result = call(SCALED_MM, a, b, None, None, None, INT32, **extras)
-    if of_b != Point(None, None):
+    rows = None
+    if of_b.near is not None:
         rows = call(aten.sum.dim_IntList, a, [1], True, dtype=INT32)
         if of_a.near is not None:
             rows = call(aten.sub.Tensor, rows, call(aten.mul.Tensor, of_a.near, k))
-        if of_b.near is not None:
-            result = call(aten.sub.Tensor, out, call(aten.mul.Tensor, rows, of_b.near))
+        result = call(aten.sub.Tensor, out, call(aten.mul.Tensor, rows, of_b.near))
     if product.dtype is INT32:
         return out, result
     result = emitter.cast(result, FLOAT32, like=root)
@@ -209,7 +212,7 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
         if of_b.rest is not None:
             columns = call(aten.sub.Tensor, columns, call(aten.mul.Tensor, of_b.rest, k))
         result = call(aten.sub.Tensor, result, call(aten.mul.Tensor, of_a.rest, columns))
-    if of_b.rest is not None:
+    if of_b.rest is not None and rows is not None:
         rows = emitter.cast(rows, FLOAT32, like=root)
         result = call(aten.sub.Tensor, result, call(aten.mul.Tensor, rows, of_b.rest))
     for scale in (
