@@ -83,7 +83,7 @@ def quantize_by(
         codes         x's shape, in the dtype of ``spec``
         scale         float: one element per_tensor, [..., 1] per_token (one element is that of every token),
                       [..., ceil(k / g)] per_group(g); every dim may be 1 where it could be larger
-        zero_point    integers like scale, if ``spec`` is asymmetric; else None
+        zero_point    integers like scale, from -128 to 127, if ``spec`` is asymmetric; else None
 
     Its float scale is widened to float32. Written in plain PyTorch it is traced as it is; a function of a module, or a
     ``functools.partial`` of one, survives pickling too. It is not asked about an ``x`` without rows.
@@ -276,6 +276,14 @@ def _checked(result: object, x: Tensor, spec: OperandSpec) -> Quantized:
         raise ValueError(
             f"a quantizer to {spec} must return integer zero points {_scale_text(x, spec)}, got {_describe(zero_point)}"
         )
+    # Elsewhere looking at the values would wait for the device.
+    if type(zero_point) is Tensor and zero_point.device.type == "cpu" and zero_point.numel():
+        low, high = map(int, zero_point.aminmax())
+        if low < -128 or high > 127:
+            raise ValueError(
+                f"a quantizer to {spec} must return zero points of int8 codes, -128 to 127, as sums of integers have "
+                f"room for no other, got {low if low < -128 else high}"
+            )
     return codes, scale, zero_point
 
 

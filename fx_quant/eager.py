@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fx_quant.kernels.base import empty_product
 from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.ops import column_sums
 from fx_quant.problem import Problem
@@ -61,7 +62,7 @@ def run_kernel(
 ) -> Tensor:
     """``out [m, n]`` of the selected kernel: pads, packs the weight once, calls, unpads.
 
-    Padded codes are 0, padded scales 1 (finite), padded zero points and bias 0. Without rows no kernel is called.
+    Padded codes are 0, padded scales 1 (finite), padded zero points and bias 0. Where a size is 0 no kernel is called.
 
     Args:
         selection: kernel and padding plan.
@@ -76,8 +77,8 @@ def run_kernel(
     """
     kernel, problem, padding = selection.kernel, selection.problem, selection.padding
     m = a.shape[0]
-    if m == 0:
-        return a.new_empty((0, problem.n), dtype=problem.out_dtype)
+    if 0 in (m, problem.n, problem.k):
+        return empty_product(a, problem.n, bias, problem.out_dtype)
     rows = max(m, padding.rows)
     if rows > m or padding.k > problem.k:
         a = F.pad(a, (0, padding.k - problem.k, 0, rows - m))

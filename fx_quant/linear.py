@@ -25,6 +25,7 @@ from fx_quant.linear_operands import (
     linear_problem,
     scale_shape,
     weight_block,
+    wrong_input_zero_point,
     zero_point_dtype,
 )
 from fx_quant.quantize_weight import quantize_weight
@@ -119,10 +120,10 @@ class QuantizedLinear(nn.Module):
         weight_scale: float32: one element per_tensor, ``[n, 1]`` or ``[n]`` per_channel, ``[n, ceil(k / g)]``
             per_group(g), ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
         weight_zero_point: integers of the shape of ``weight_scale``, for an asymmetric weight; kept in int32, those of
-            4-bit codes in int8 where that holds them.
+            4-bit codes in int8 where that holds them, those that int32 does not hold in int64.
         bias: ``[n]``, float.
         input_scale: one element, for a static scheme.
-        input_zero_point: one integer, for a static asymmetric scheme.
+        input_zero_point: one integer from -128 to 127, for a static asymmetric scheme.
         force_kernel: the kernel to run, or raise.
         quantizer: the formula that quantizes ``x``, eagerly and traced: ``(x, input_scale, input_zero_point) -> (codes,
             scale, zero_point)``, as ``fx_quant.activation.quantize_by`` describes it. None is ``quantize_activation``.
@@ -230,6 +231,11 @@ class QuantizedLinear(nn.Module):
         given = state_dict.get(f"{prefix}weight_zero_point")
         if isinstance(given, Tensor) and self.weight_zero_point is not None:
             self.weight_zero_point = self.weight_zero_point.to(zero_point_dtype(given, self.scheme.weight))
+        point = state_dict.get(f"{prefix}input_zero_point")
+        wrong = wrong_input_zero_point(point) if isinstance(point, Tensor) and point.numel() == 1 else None
+        if wrong is not None:
+            # As load_state_dict reports what does not fit.
+            arguments[-1].append(f"{prefix}{wrong}")
         super()._load_from_state_dict(state_dict, prefix, *arguments, **named)
         # Buffers made under inference_mode count no writes.
         forget_storages({buffer.untyped_storage()._cdata for buffer in self.buffers(recurse=False)})

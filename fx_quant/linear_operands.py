@@ -143,11 +143,16 @@ def check_operands(
 def zero_point_dtype(zero_point: Tensor, spec: OperandSpec) -> torch.dtype:
     """What zero points of a weight of ``spec`` are kept in: int32, or int8 for 4-bit codes where that holds them.
 
-    In groups of 32 a zero point is read for every 16 bytes of codes. Those on ``meta`` or traced are kept in int32.
+    In groups of 32 a zero point is read for every 16 bytes of codes. Those that int32 does not hold are kept in int64,
+    those on ``meta`` or traced in int32.
     """
+    if not _has_values(zero_point) or zero_point.numel() == 0:
+        return torch.int32
+    low, high = zero_point.min(), zero_point.max()
     # Less 8, as packed uint4 is read, they must fit too.
-    narrow = spec.dtype in INT4_DTYPES and _has_values(zero_point) and zero_point.numel() > 0
-    return torch.int8 if narrow and zero_point.min() >= -120 and zero_point.max() <= 127 else torch.int32
+    if spec.dtype in INT4_DTYPES and low >= -120 and high <= 127:
+        return torch.int8
+    return torch.int32 if low >= 8 - 2**31 and high < 2**31 else torch.int64
 
 
 def check_quantizer(scheme: Scheme, quantizer: object) -> None:
@@ -185,9 +190,22 @@ def _check_input(scheme: Scheme, scale: Tensor | None, zero_point: Tensor | None
         zero_point is None or _is_integer(zero_point),
         lambda: f"input_zero_point must be an integer, got {describe(zero_point)}",
     )
+    if zero_point is not None:
+        wrong = wrong_input_zero_point(zero_point)
+        must(wrong is None, lambda: str(wrong))
     if scale is not None:
         must(scale.is_floating_point(), lambda: f"input_scale must be float, got {describe(scale)}")
         _check_positive(scale, "input_scale")
+
+
+def wrong_input_zero_point(zero_point: Tensor) -> str | None:
+    """What is wrong with the value of a static activation's zero point; None where nothing is, or it is not known."""
+    if not _has_values(zero_point) or -128 <= int(zero_point) <= 127:
+        return None
+    return (
+        "input_zero_point must be one of int8 codes, -128 to 127, as sums of integers have room for no other, "
+        f"got {int(zero_point)}"
+    )
 
 
 def _has_values(x: Tensor) -> bool:

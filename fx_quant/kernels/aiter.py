@@ -20,19 +20,17 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     INT8_PAIRS,
-    KERNEL_SCHEMA,
     ROCM,
     ROCM_FLOAT8,
     ROW_SCALES,
     TENSOR_SCALES,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
 )
 from fx_quant.kernels.operands import BLOCK_SCALES, add_bias, dense, one_or_each, whole_blocks
 from fx_quant.kernels.packing import Layout, register_layout
-from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.scheme import HALF_DTYPES, Numerics
 
 _AITER = {"amd-aiter": "0.1.9"}
@@ -102,7 +100,7 @@ def _blocks(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
 
 
 for _name, _body in (("aiter_rowwise", _rows), ("aiter_preshuffled", _preshuffled), ("aiter_block", _blocks)):
-    register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, _body)
 
 register_kernel(
     Kernel(

@@ -15,7 +15,7 @@ import torch
 from packaging.version import Version
 
 from fx_quant.errors import FxQuantError, unknown_name
-from fx_quant.ops import check_scaled_mm
+from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
 from fx_quant.problem import Problem
 from fx_quant.reasons import missing_feature, other_codes, other_platform
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, dtype_name
@@ -271,6 +271,33 @@ ROW_SCALES = frozenset(
 def weight_scales(*weights: Granularity) -> frozenset[tuple[Granularity, Granularity]]:
     """The pairs of a weight-only kernel that takes these granularities of the weight: the activation has no scale."""
     return frozenset((Granularity.PER_TENSOR, weight) for weight in weights)
+
+
+def register_op(name: str, body: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor] | None = None) -> None:
+    """Register the op ``fx_quant::<name>`` of a kernel.
+
+    A library may do anything with a matrix that has no elements, so ``body`` is not asked where a size is 0.
+
+    Args:
+        body: takes what ``Kernel`` says.
+        fake: its fake function; ``fake_kernel(name)`` unless given.
+    """
+    register(f"{name}{KERNEL_SCHEMA}", _without_empty(body), fake or fake_kernel(name), MATMUL_TAGS)
+
+
+def _without_empty(body: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(a, b, a_scale, b_scale, bias, n, out_dtype, **more) -> torch.Tensor:
+        if n and a.numel():
+            return body(a, b, a_scale, b_scale, bias, n, out_dtype, **more)
+        return empty_product(a, n, bias, out_dtype)
+
+    return run
+
+
+def empty_product(a: torch.Tensor, n: int, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """``[m, n]`` of an activation ``a [m, k]`` where any of the sizes is 0: sums over nothing, and the bias."""
+    sums = a.new_zeros((a.shape[0], n), dtype=torch.int32)
+    return dequantize(sums, None, None, bias, out_dtype).contiguous()
 
 
 def fake_kernel(name: str) -> Callable[..., torch.Tensor]:

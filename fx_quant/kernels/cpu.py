@@ -14,18 +14,18 @@ from torch import Tensor
 from fx_quant.kernels.base import (
     CPU,
     FLOAT8_PAIRS,
-    KERNEL_SCHEMA,
     ROW_SCALES,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
     weight_scales,
 )
+from fx_quant.kernels.operands import dense
 from fx_quant.kernels.packing import packed_layout
 from fx_quant.kernels.pytorch import weight_only
 from fx_quant.native import BFLOAT16, Dot, matmul
-from fx_quant.ops import MATMUL_TAGS, correct, dequantize, register
+from fx_quant.ops import correct, dequantize
 from fx_quant.scheme import FLOAT_DTYPES, HALF_DTYPES, Granularity, Numerics
 
 
@@ -71,17 +71,18 @@ def _weight_only_int8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor
     if a.shape[0] >= MANY_ROWS[a.dtype]:
         return weight_only(a, b, a_scale, b_scale, bias, n, out_dtype)
     scale = b_scale.reshape(-1).expand(n).to(a.dtype)
-    out = torch._weight_int8pack_mm(a.contiguous(), b.t().contiguous(), scale)
+    # It reads the strides of dims of one element too.
+    out = torch._weight_int8pack_mm(dense(a), dense(b.t()), scale.contiguous())
     return dequantize(out, None, None, bias, out_dtype)
 
 
-register(f"cpu_weight_only_int8{KERNEL_SCHEMA}", _weight_only_int8, fake_kernel("cpu_weight_only_int8"), MATMUL_TAGS)
+register_op("cpu_weight_only_int8", _weight_only_int8)
 
 for _name, _layout, _dot, _sum in (
     ("cpu_float8_bf16", "bf16_pairs", BFLOAT16, _float32_mm),
     ("cpu_float8_float32", "float32", None, _float32_mm),
 ):
-    register(f"{_name}{KERNEL_SCHEMA}", matmul_body(_layout, _dot, _sum), fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, matmul_body(_layout, _dot, _sum))
 
 register_kernel(
     Kernel(

@@ -15,18 +15,18 @@ from fx_quant.kernels.base import (
     CPU,
     FLOAT8_PAIRS,
     INT8_PAIRS,
-    KERNEL_SCHEMA,
     ROW_SCALES,
     WEIGHT,
     Kernel,
     Requires,
     fake_kernel,
     register_kernel,
+    register_op,
     weight_scales,
 )
 from fx_quant.kernels.packing import packed_layout
 from fx_quant.native_decode import INT4_BYTES, decoded_matmul, is_int4
-from fx_quant.ops import MATMUL_TAGS, dequantize, dequantize_weight, register
+from fx_quant.ops import dequantize, dequantize_weight
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _ANY_SCALES = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
@@ -71,7 +71,7 @@ def _fake(name: str):
 
 
 for _name in ("cpu_decoded_bf16", "cpu_decoded_float32"):
-    register(f"{_name}{KERNEL_SCHEMA}", _decoded, _fake(_name), MATMUL_TAGS)
+    register_op(_name, _decoded, _fake(_name))
 
 _AVX512 = frozenset({"avx512", "cpp_compiler"})
 _BF16 = _AVX512 | {"avx512_bf16", "avx512_vbmi"}

@@ -7,16 +7,15 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     CPU,
-    KERNEL_SCHEMA,
     WEIGHT,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
     weight_scales,
 )
 from fx_quant.kernels.packing import Layout, register_layout
-from fx_quant.ops import MATMUL_TAGS, dequantize, register
+from fx_quant.ops import dequantize
 from fx_quant.scheme import INT4_DTYPES, Granularity, Numerics
 
 _GROUPS = (32, 64, 128, 256)
@@ -55,7 +54,7 @@ def _weight_only_int4(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_poin
     return dequantize(out, None, None, bias, out_dtype)
 
 
-register(f"cpu_weight_only_int4{KERNEL_SCHEMA}", _weight_only_int4, fake_kernel("cpu_weight_only_int4"), MATMUL_TAGS)
+register_op("cpu_weight_only_int4", _weight_only_int4)
 
 register_kernel(
     Kernel(

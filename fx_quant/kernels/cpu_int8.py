@@ -11,12 +11,11 @@ from fx_quant.kernels.base import (
     CPU,
     INT8_MAX_K,
     INT8_PAIRS,
-    KERNEL_SCHEMA,
     ROW_SCALES,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
 )
 from fx_quant.kernels.cpu import matmul_body
 from fx_quant.native import (
@@ -28,7 +27,7 @@ from fx_quant.native import (
     INT8_VNNI,
     Dot,
 )
-from fx_quant.ops import MATMUL_TAGS, accumulate, register
+from fx_quant.ops import accumulate
 from fx_quant.scheme import FLOAT_DTYPES, Numerics
 
 
@@ -61,12 +60,7 @@ LEVELS = (
 
 for _level in LEVELS:
     _layout = "vnni" if _level.dot.packed else None
-    register(
-        f"{_level.kernel}{KERNEL_SCHEMA}",
-        matmul_body(_layout, _level.dot, accumulate),
-        fake_kernel(_level.kernel),
-        MATMUL_TAGS,
-    )
+    register_op(_level.kernel, matmul_body(_layout, _level.dot, accumulate))
     register_kernel(
         Kernel(
             name=_level.kernel,

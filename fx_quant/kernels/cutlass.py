@@ -23,15 +23,14 @@ from fx_quant.kernels.base import (
     E4M3_PAIRS,
     INT8_MAX_K,
     INT8_PAIRS,
-    KERNEL_SCHEMA,
     ROW_SCALES,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
 )
 from fx_quant.kernels.operands import BLOCK, BLOCK_SCALES, add_bias, dense, one_or_each, vllm_op, whole_blocks
-from fx_quant.ops import MATMUL_TAGS, column_sums, register
+from fx_quant.ops import column_sums
 from fx_quant.scheme import HALF_DTYPES, Numerics
 
 
@@ -72,7 +71,7 @@ def _blocks(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
 
 
 for _name, _body in (("cutlass_float8", _rows), ("cutlass_int8", _rows), ("cutlass_float8_block", _blocks)):
-    register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, _body)
 
 register_kernel(
     Kernel(

@@ -20,15 +20,13 @@ from torch import Tensor
 from fx_quant.kernels.base import (
     CUDA,
     E4M3_PAIRS,
-    KERNEL_SCHEMA,
     TENSOR_SCALES,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
 )
 from fx_quant.kernels.operands import BLOCK, BLOCK_SCALES, add_bias, dense, one_or_each
-from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.scheme import HALF_DTYPES, Numerics
 
 
@@ -75,7 +73,7 @@ def _blocks(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
 
 
 for _name, _body in (("flashinfer_float8", _tensor), ("flashinfer_float8_block_sm90", _blocks)):
-    register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, _body)
 
 register_kernel(
     Kernel(

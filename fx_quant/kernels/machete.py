@@ -26,16 +26,14 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     CUDA,
-    KERNEL_SCHEMA,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
     weight_scales,
 )
 from fx_quant.kernels.operands import add_bias, dense, scalar_type, vllm_op
 from fx_quant.kernels.packing import Layout, register_layout
-from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.scheme import HALF_DTYPES, Granularity, Numerics
 
 _GROUPS = (64, 128)
@@ -103,7 +101,7 @@ for _name, _body, _pack, _codes, _stored, _per_byte in (
             align=_BLOCK_K // _per_byte,
         )
     )
-    register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, _body)
     register_kernel(
         Kernel(
             name=_name,

@@ -27,17 +27,15 @@ from torch import Tensor
 
 from fx_quant.kernels.base import (
     CUDA,
-    KERNEL_SCHEMA,
     WEIGHT,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
     weight_scales,
 )
 from fx_quant.kernels.operands import dense, scalar_type, vllm_op
 from fx_quant.kernels.packing import Layout, register_layout
-from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.scheme import HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _GROUPS = (32, 64, 128)
@@ -209,7 +207,7 @@ for _name, _body, _codes, _asymmetric in (
     ("marlin_int4", _int4, INT4_DTYPES, WEIGHT),
     ("marlin_int8", _int8, frozenset({torch.int8}), frozenset()),
 ):
-    register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, _body)
     register_kernel(
         Kernel(
             name=_name,

@@ -239,9 +239,12 @@ def _check_weight(weight: Tensor, layout: Layout) -> None:
 
 def pack_weight(weight: Tensor, layout: str) -> Tensor:
     """``weight [n, k]`` in ``layout``, as a new tensor; nothing is remembered."""
-    _check_weight(weight, packed_layout(layout))
+    found = packed_layout(layout)
+    _check_weight(weight, found)
+    if weight.numel() == 0:
+        return weight.new_zeros(found.shape(*weight.shape), dtype=found.dtype or weight.dtype)
     with torch.no_grad():
-        return in_huge_pages(packed_layout(layout).pack(weight.detach()))
+        return in_huge_pages(found.pack(weight.detach()))
 
 
 # --- what was packed --------------------------------------------------------------------------------------------

@@ -16,18 +16,17 @@ from fx_quant.kernels.base import (
     FLOAT8_PAIRS,
     FNUZ_PAIRS,
     INT8_PAIRS,
-    KERNEL_SCHEMA,
     ROCM,
     ROW_SCALES,
     TENSOR_SCALES,
     WEIGHT,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
 )
 from fx_quant.kernels.operands import BLOCK_SCALES
-from fx_quant.ops import MATMUL_TAGS, correct, dequantize, dequantize_weight, register
+from fx_quant.ops import correct, dequantize, dequantize_weight
 from fx_quant.padding import SCALED_MM_ROWS
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
@@ -46,12 +45,27 @@ CUDA_INT_MM_ROWS = 17  # cuBLASLt's int8 matmul asserts more than 16 rows
 
 def _int_mm(a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, **_) -> Tensor:
     """``torch._int_mm`` and the canonical epilogue; on CUDA short inputs get zero rows that are cut off after it."""
+    a, b = _dense(a), _dense(b)
     missing = CUDA_INT_MM_ROWS - a.shape[0] if a.is_cuda else 0
     if missing > 0:
         acc = torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, missing)), b)[: a.shape[0]]
     else:
         acc = torch._int_mm(a, b)
     return dequantize(correct(acc, a_zero_point, b_sum), a_scale, b_scale, bias, out_dtype).contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x [rows, columns]`` in strides that ``torch._int_mm`` computes with, copied only where it has others.
+
+    On CPUs it takes any strides and returns something else where an operand repeats, or where those of a dimension of
+    one element are not what they would be in a matrix of its own.
+    """
+    (rows, columns), (down, across) = x.shape, x.stride()
+    if 1 in (rows, columns):
+        return x.contiguous().as_strided(x.shape, (columns, 1))
+    if (across == 1 and down >= columns) or (down == 1 and across >= rows):
+        return x
+    return x.contiguous()
 
 
 def column_major(b: Tensor) -> Tensor:
@@ -117,7 +131,7 @@ for _name, _body in (
     ("pytorch_dequantized_block", _dequantized_blocks),
     ("pytorch_weight_only", weight_only),
 ):
-    register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, _body)
 
 register_kernel(
     Kernel(

@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from fx_quant.kernels.base import (
-    KERNEL_SCHEMA,
     ROCM,
     ROCM_FLOAT8,
     TENSOR_SCALES,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
 )
 from fx_quant.kernels.operands import dense, one_or_each, vllm_op
 from fx_quant.kernels.pytorch import scaled_mm
-from fx_quant.ops import MATMUL_TAGS, register
 from fx_quant.scheme import HALF_DTYPES, Numerics
 
 # wvSplitKQ is compiled for each number of rows up to this.
@@ -52,7 +50,7 @@ def _float8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
     return out
 
 
-register(f"rocm_float8{KERNEL_SCHEMA}", _float8, fake_kernel("rocm_float8"), MATMUL_TAGS)
+register_op("rocm_float8", _float8)
 
 for _feature, _pairs, _suffix in ROCM_FLOAT8:
     register_kernel(

@@ -23,19 +23,16 @@ from fx_quant.kernels.base import (
     CUDA,
     INT8_MAX_K,
     INT8_PAIRS,
-    KERNEL_SCHEMA,
     ROCM,
     ROW_SCALES,
     WEIGHT,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
     weight_scales,
 )
 from fx_quant.ops import (
-    MATMUL_TAGS,
-    register,
     scaled_mm,
     weight_only_mm,
 )
@@ -71,7 +68,7 @@ def _weight_only_mm(
 
 
 for _name, _body in (("triton_scaled_mm", _scaled_mm), ("triton_weight_only_mm", _weight_only_mm)):
-    register(f"{_name}{KERNEL_SCHEMA}", _body, fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, _body)
 
 
 # --- what may be asked of them --------------------------------------------------------------------------------

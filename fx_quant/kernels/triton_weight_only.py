@@ -19,17 +19,16 @@ from fx_quant.gpu.packed_codes import PACKED_CODES, PackedCodes
 from fx_quant.gpu.weight_only import configuration, packed_operands, plan_weight_only_mm
 from fx_quant.kernels.base import (
     CUDA,
-    KERNEL_SCHEMA,
     ROCM,
     WEIGHT,
     Kernel,
     Requires,
-    fake_kernel,
     register_kernel,
+    register_op,
     weight_scales,
 )
 from fx_quant.kernels.packing import Layout, register_layout
-from fx_quant.ops import MATMUL_TAGS, register, weight_only_mm
+from fx_quant.ops import weight_only_mm
 from fx_quant.scheme import FLOAT_DTYPES, HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _OCP = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
@@ -82,7 +81,7 @@ for _codes in PACKED_CODES.values():
             unpack=_codes.unpack,
         )
     )
-    register(f"{_name}{KERNEL_SCHEMA}", partial(_weight_only_mm, _codes), fake_kernel(_name), MATMUL_TAGS)
+    register_op(_name, partial(_weight_only_mm, _codes))
 
 # Triton decodes e4m3 from sm89 on, and every float8 on AMD.
 for _name, _suffix, _dtypes, _platforms, _capability, _asymmetric, _sizes in (

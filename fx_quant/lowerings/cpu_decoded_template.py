@@ -90,7 +90,11 @@ class DecodedTemplate(TileTemplate):
         """The weight's factors as ``FxqFactor`` has them."""
         named = (("scale", inputs.get("S")), ("zero_point", inputs.get("Z")))
         factors = [(field, node, *self._factor(node)) for field, node in named if node is not None]
-        return {"decode": self.decode, "group": self.k if self.block is None else self.block[1], "factors": factors}
+        return {
+            "decode": self.decode,
+            "group": self.k if self.block is None else self.block[1],
+            "factors": factors,
+        }
 
     def _factor(self, node: Any) -> tuple[int | None, int, Any, Any, Any]:
         """``(kind, rows, row_stride, group_stride, panel_stride)``."""

@@ -38,12 +38,11 @@ aten = torch.ops.aten
 
 
 def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
-    """Whether ``n`` and ``k`` are static, Inductor's vectors are as wide as those of ``dot``, which exists here."""
+    """Whether ``n`` and ``k`` are known and not 0, and ``dot`` exists, for which Inductor's vectors are wide enough."""
     isa = pick_vec_isa()
     is_wide = (isa.bit_width() if isa else 0) >= dot.vector_bits
-    return (
-        is_wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) for size in (n, a.get_size()[1]))
-    )
+    sizes = (n, a.get_size()[1])
+    return is_wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) and size > 0 for size in sizes)
 
 
 # What a thread computes: its rows and panels.

@@ -170,3 +170,19 @@ def quantize_dynamic(
     in_range = wide and floor_on != "none" and floor >= _LEAST_FLOOR and divisor <= min(-lo, hi) and divisor % 1 == 0
     # NaN needs a scale of 0, NaN or infinity, which hides the code in any product; the check would cost a third.
     return _codes(x, scale, dtype, reciprocal, lo, hi, nan_to_zero=False, in_range=in_range), scale
+
+
+@register_lowering(fxq.split_zero_point.default, type_promotion_kind=None)
+def split_zero_point(zero_point: TensorBox, lo: int, hi: int) -> tuple[TensorBox, TensorBox]:
+    """``(near, rest)``; see ``fx_quant.ops.split_zero_point``."""
+    kind = zero_point.get_dtype()
+    clamp = L.make_pointwise(
+        lambda value: ops.minimum(ops.maximum(value, ops.constant(lo, kind)), ops.constant(hi, kind))
+    )
+    near = clamp(zero_point)
+    rest = to_dtype(lowerings[aten.sub.Tensor](zero_point, near), torch.float32)
+    near = to_dtype(near, torch.int32)
+    for part in (near, rest):
+        # Computed once, not again for each element of an epilogue.
+        part.realize()
+    return near, rest

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import sympy
 import torch
+from torch._inductor import ir
 from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch._inductor.virtualized import V
@@ -125,13 +127,27 @@ def cpu_float8_float32(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
 # --- kernels of PyTorch ---------------------------------------------------------------------------------------
 
 
+def _dense(x: TensorBox) -> TensorBox:
+    """A matrix as ``torch._int_mm`` and ``_scaled_mm`` read it: row by row or column by column without repeats."""
+    rows = ir.ExternKernel.realize_input(x)
+    # A flexible layout is not decided yet, and will be dense.
+    if isinstance(rows.get_layout(), ir.FixedLayout):
+        (m, n), (down, across) = map(sympy.sympify, rows.get_size()), map(sympy.sympify, rows.get_stride())
+        known = V.graph.sizevars.statically_known_geq
+        if not (across == 1 and known(down, n)) and not (down == 1 and known(across, m)):
+            return lowerings[aten.clone.default](x, memory_format=torch.contiguous_format)
+    return x
+
+
 @register_lowering(fxq.pytorch_int_mm.default, type_promotion_kind=None)
 def pytorch_int_mm(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point) -> TensorBox:
     """``torch._int_mm``, epilogue fused by Inductor; the op's own body, which pads, where CUDA may get too few rows."""
-    enough = V.graph.sizevars.statically_known_geq(a.get_size()[0], CUDA_INT_MM_ROWS)
-    if a.get_device_or_error().type != "cpu" and not enough:
+    (m, k), is_cpu = a.get_size(), a.get_device_or_error().type == "cpu"
+    enough = V.graph.sizevars.statically_known_geq(m, CUDA_INT_MM_ROWS)
+    # The body knows what torch._int_mm does not: sizes of 0 and 1.
+    if {0, 1}.intersection((m, n, k)) or not (is_cpu or enough):
         return _extern(fxq.pytorch_int_mm.default)(a, b, a_scale, b_scale, bias, n, out_dtype, **zero_point)
-    acc = _correct(lowerings[aten._int_mm.default](a, b), **zero_point)
+    acc = _correct(lowerings[aten._int_mm.default](_dense(a), _dense(b)), **zero_point)
     return _dequantize(acc, a_scale, b_scale, bias, out_dtype)
 
 
@@ -160,13 +176,13 @@ def pytorch_scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
         scales = [_one(a) if scale is None else _reshape(scale, []) for scale in (a_scale, b_scale)]
     else:
         scales = [_rows(a_scale, a, [m, 1]), _rows(b_scale, a, [1, n])]
-    return lowerings[aten._scaled_mm.default](a, b, *scales, bias=bias, out_dtype=out_dtype)
+    return lowerings[aten._scaled_mm.default](_dense(a), _dense(b), *scales, bias=bias, out_dtype=out_dtype)
 
 
 @register_lowering(fxq.pytorch_channelwise.default, type_promotion_kind=None)
 def pytorch_channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
     """``torch._scaled_mm`` with unit scales to float32, epilogue fused by Inductor."""
-    acc = lowerings[aten._scaled_mm.default](a, b, _one(a), _one(a), out_dtype=torch.float32)
+    acc = lowerings[aten._scaled_mm.default](_dense(a), _dense(b), _one(a), _one(a), out_dtype=torch.float32)
     return _dequantize(acc, a_scale, b_scale, bias, out_dtype)
 
 
@@ -176,7 +192,7 @@ def pytorch_channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox
 @register_lowering(fxq.scaled_mm.default, type_promotion_kind=None)
 def scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None) -> TensorBox:
     """``torch._int_mm`` and the epilogue for int8 on a CPU where that is exact; the op's own body elsewhere."""
-    plain = a_zero_point is None and block is None
+    plain = a_zero_point is None and block is None and 0 not in (*a.get_size(), *b.get_size())
     if plain and int_mm_is_exact() and a.get_device().type == "cpu" and a.get_dtype() == b.get_dtype() == torch.int8:
         return pytorch_int_mm(a, b, a_scale, b_scale, bias, b.get_size()[1], out_dtype)
     extras = {"a_zero_point": a_zero_point, "block": block}

@@ -29,6 +29,7 @@ from fx_quant.ops.scaled_mm import (
     scaled_mm,
 )
 from fx_quant.ops.weight_only_mm import check_weight_only_mm, dequantize_weight, unpack_codes, weight_only_mm
+from fx_quant.ops.zero_points import split_zero_point
 
 __all__ = [
     "KEEPING_TAGS",
@@ -59,6 +60,7 @@ __all__ = [
     "rms_norm_quantize",
     "rms_norm_quantize_dynamic",
     "scaled_mm",
+    "split_zero_point",
     "unpack_codes",
     "weight_only_mm",
 ]

@@ -14,7 +14,7 @@ from fx_quant.passes.canonical import Operands, operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
-from fx_quant.passes.nodes import args_of, aten, is_single, shape
+from fx_quant.passes.nodes import args_of, aten, is_op, is_single, shape
 from fx_quant.selection import Selection
 
 
@@ -89,6 +89,7 @@ def _assign(
             b = emitter.call(aten.constant_pad_nd.default, b, [0, pad_k, 0, pad_n], like=node)
             b = emitter.call(aten.permute.default, b, [1, 0], like=node)
         sums = _sums(emitter, of, packed, like=node)
+        _share(sums, of.b)
         if pad_n:
             if sums is not None:
                 sums = emitter.call(aten.constant_pad_nd.default, sums, [0, pad_n], like=node)
@@ -129,6 +130,14 @@ def _sums(emitter: Emitter, of: Operands, packed: Packed, *, like: Node) -> Node
     if of.a_zero_point is None or packed.sums is not None:
         return packed.sums
     return emitter.call(aten.sum.dim_IntList, of.b, [0], dtype=torch.int32, like=like)
+
+
+def _share(sums: Node | None, b: Node) -> None:
+    """Give ``sums`` to what sums ``b`` over k after it, as the correction of a zero point that lies far out does."""
+    for user in list(b.users):
+        is_sum = is_op(user, aten.sum.dim_IntList) and user.args == (b, [0]) and user.kwargs == {"dtype": torch.int32}
+        if sums is not None and is_sum and sums < user:
+            user.replace_all_uses_with(sums)
 
 
 @dataclass(frozen=True)

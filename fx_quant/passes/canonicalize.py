@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +16,15 @@ from fx_quant.passes.axes import extent
 from fx_quant.passes.canonical import SCALED_MM, WEIGHT_ONLY_MM
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import integer_range, stored_dtype
-from fx_quant.passes.nodes import aten, rounded_number, same_shape, same_size, shape
-from fx_quant.passes.problems import corrects_weight, is_unsigned
+from fx_quant.passes.nodes import aten, dtype_of, rounded_number, same_shape, same_size, shape
+from fx_quant.passes.problems import corrects_outside, is_unsigned, near_range
+from fx_quant.passes.ranges import bounds_of, is_near
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.scheme import INT4_DTYPES
 
-INT32, FLOAT32 = torch.int32, torch.float32
+INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
+_TWO_POINTS = "two zero points of one operand whose values are not known, and whose sum may wrap around"
 
 
 def canonicalize(emitter: Emitter, site: Site) -> tuple[Node, Node]:
@@ -37,7 +41,7 @@ def canonicalize(emitter: Emitter, site: Site) -> tuple[Node, Node]:
     with emitter.graph.inserting_before(root):
         if not isinstance(product.a, Codes):
             out = result = _weight_only(emitter, site, product)
-        elif corrects_weight(product):
+        elif corrects_outside(product):
             out, result = _corrected(emitter, site, product)
         else:
             out = result = _scaled(emitter, site, product)
@@ -53,8 +57,9 @@ def _scaled(emitter: Emitter, site: Site, product: Product) -> Node:
     """``fx_quant::scaled_mm`` with everything in it."""
     root, k = site.root, site.problem.k
     a, zero_point = _activation(emitter, product, root)
+    assert zero_point.rest is None
     b = _stored(emitter, product.b, root)
-    extras: dict[str, Any] = {} if zero_point is None else {"a_zero_point": zero_point}
+    extras: dict[str, Any] = {} if zero_point.near is None else {"a_zero_point": zero_point.near}
     if product.block is None:
         a_scale = combined(emitter, vectors(emitter, product.rows, root, FLOAT32, [-1, 1]), root)
         b_scale = combined(emitter, vectors(emitter, product.columns, root, FLOAT32, [-1]), root)
@@ -113,51 +118,112 @@ def _stored(emitter: Emitter, codes: Codes, like: Node) -> Node:
     return emitter.cast(matrix(emitter, codes, like), to, like=like)
 
 
-def _activation(emitter: Emitter, product: Product, root: Node) -> tuple[Node, Node | None]:
+def _activation(emitter: Emitter, product: Product, root: Node) -> tuple[Node, Point]:
     """Codes ``[m, k]``, as int8 where they are bytes, and their zero point."""
     assert isinstance(product.a, Codes)
     a = _stored(emitter, product.a, root)
-    points = vectors(emitter, product.a_zero_points, root, INT32, [-1, 1])
     shift = -product.offset
     if is_unsigned(product):
         wide = emitter.call(aten.sub.Tensor, emitter.cast(a, INT32, like=root), 128, like=root)
         a, shift = emitter.cast(wide, torch.int8, like=root), shift - 128
+    return a, _point(emitter, product, product.a, product.a_zero_points, [-1, 1], shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A zero point: what of it the integer sum holds, int32, and what is taken off in float32; None is 0.
+
+    Where there is a rest there is a near part.
+    """
+
+    near: Node | None
+    rest: Node | None
+
+
+def _point(
+    emitter: Emitter,
+    product: Product,
+    codes: Codes,
+    factors: Sequence[Factor | Tile],
+    sizes: list[int],
+    shift: int,
+) -> Point:
+    """The zero points ``factors`` of integer ``codes`` and the integer ``shift`` as one, flattened to ``sizes``."""
+    root = product.gemm
+    far = [] if product.wraps else [factor for factor in factors if not is_near(factor)]
+    if len(far) > 1:
+        raise LookupError(_TWO_POINTS)
+    near = [factor for factor in factors if factor not in far]
+    points, rest = vectors(emitter, near, root, INT32, sizes), None
+    if far:
+        low, high = near_range(codes, far[0])
+        point, rest = _split(emitter, far[0], low, high, root, sizes)
+        points.append(point)
     if shift:
         points.append(number(emitter, shift, root, INT32))
-    return a, combined(emitter, points, root, aten.add.Tensor)
+    return Point(combined(emitter, points, root, aten.add.Tensor), rest)
+
+
+def _split(
+    emitter: Emitter, factor: Factor | Tile, low: int, high: int, like: Node, sizes: list[int]
+) -> tuple[Node, Node]:
+    """``factor`` as an int32 in ``low`` to ``high`` and the float32 that is missing."""
+    if not isinstance(factor.source, Node):
+        near = min(max(int(factor.source), low), high)
+        return number(emitter, near, like, INT32), number(emitter, factor.source - near, like, FLOAT32)
+    (whole,) = vectors(emitter, [factor], like, dtype_of(factor.source), sizes)
+    pair = emitter.call(torch.ops.fx_quant.split_zero_point.default, whole, low, high, like=like)
+    near, rest = (emitter.call(operator.getitem, pair, i, like=like) for i in range(2))
+    return near, rest
 
 
 def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, Node]:
-    """The raw sum, and what becomes of it when the weight's zero point is corrected and scaled around it.
+    """The raw sum, and what becomes of it when zero points are corrected and scales multiplied around it.
 
-    ``sum_k (a - a_zero_point) (b - b_zero_point) = acc - b_zero_point[n] * sum_k (a - a_zero_point)``.
+    With integers ``a' = a - near_a`` and ``b' = b - near_b`` the sum, less the rests of the zero points, is::
+
+        sum_k (a' - rest_a) (b' - rest_b) = sum_k a' b' - rest_a[m] (sum_k b' - k rest_b[n]) - rest_b[n] sum_k a'
+        sum_k a' b' = acc - near_b[n] * sum_k a'
     """
+    assert isinstance(product.a, Codes)
     root, k = site.root, site.problem.k
-    a, zero_point = _activation(emitter, product, root)
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+        return emitter.call(target, *args, like=root, **kwargs)
+
+    a, of_a = _activation(emitter, product, root)
     b = _stored(emitter, product.b, root)
-    extras = {} if zero_point is None else {"a_zero_point": zero_point}
-    out = emitter.call(SCALED_MM, a, b, None, None, None, INT32, like=root, **extras)
-    sums = emitter.call(aten.sum.dim_IntList, a, [1], True, dtype=INT32, like=root)
-    if zero_point is not None:
-        whole = emitter.call(aten.mul.Tensor, zero_point, k, like=root)
-        sums = emitter.call(aten.sub.Tensor, sums, whole, like=root)
-    points = vectors(emitter, product.b_zero_points, root, INT32, [-1])
-    if product.b.offset:
-        points.append(number(emitter, -product.b.offset, root, INT32))
-    point = combined(emitter, points, root, aten.add.Tensor)
-    assert point is not None
-    result = emitter.call(aten.sub.Tensor, out, emitter.call(aten.mul.Tensor, sums, point, like=root), like=root)
+    of_b = _point(emitter, product, product.b, product.b_zero_points, [-1], -product.b.offset)
+    extras = {} if of_a.near is None else {"a_zero_point": of_a.near}
+    out = result = call(SCALED_MM, a, b, None, None, None, INT32, **extras)
+    rows = None
+    if of_b.near is not None:
+        rows = call(aten.sum.dim_IntList, a, [1], True, dtype=INT32)
+        if of_a.near is not None:
+            rows = call(aten.sub.Tensor, rows, call(aten.mul.Tensor, of_a.near, k))
+        result = call(aten.sub.Tensor, out, call(aten.mul.Tensor, rows, of_b.near))
     if product.dtype is INT32:
         return out, result
     result = emitter.cast(result, FLOAT32, like=root)
+    if of_a.rest is not None:
+        columns = call(aten.sum.dim_IntList, b, [0], dtype=INT32)
+        if of_b.near is not None:
+            columns = call(aten.sub.Tensor, columns, call(aten.mul.Tensor, of_b.near, k))
+        columns = emitter.cast(columns, FLOAT32, like=root)
+        if of_b.rest is not None:
+            columns = call(aten.sub.Tensor, columns, call(aten.mul.Tensor, of_b.rest, k))
+        result = call(aten.sub.Tensor, result, call(aten.mul.Tensor, of_a.rest, columns))
+    if of_b.rest is not None and rows is not None:
+        rows = emitter.cast(rows, FLOAT32, like=root)
+        result = call(aten.sub.Tensor, result, call(aten.mul.Tensor, rows, of_b.rest))
     for scale in (
         *vectors(emitter, product.rows, root, FLOAT32, [-1, 1]),
         *vectors(emitter, product.columns, root, FLOAT32, [-1]),
     ):
-        result = emitter.call(aten.mul.Tensor, result, scale, like=root)
+        result = call(aten.mul.Tensor, result, scale)
     bias = _bias(emitter, product, site)
     if bias is not None:
-        result = emitter.call(aten.add.Tensor, result, bias, like=root)
+        result = call(aten.add.Tensor, result, bias)
     return out, emitter.cast(result, product.dtype, like=root)
 
 
@@ -171,23 +237,40 @@ def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:
     # Scales of the result's rows have no place in the op: the result is multiplied by them, as in the source.
     if product.rows:
         raise LookupError("a weight-only matmul whose result is scaled by rows")
+    if len(product.b_zero_points) > 1 and not all(map(is_near, product.b_zero_points)):
+        raise LookupError(_TWO_POINTS)
+    every = [bounds_of(point.source) or (-(2**63), 2**63 - 1) for point in product.b_zero_points]
+    # Read in each call, so in 64 bits only where they are stored so and not known to be small.
+    kind = INT32 if all(low >= -(2**31) and high < 2**31 for low, high in every) else INT64
     if product.block is None:
         b_scale = combined(emitter, vectors(emitter, product.columns, root, FLOAT32, [-1]), root)
-        points = vectors(emitter, product.b_zero_points, root, INT32, [-1])
+        points = vectors(emitter, product.b_zero_points, root, kind, [-1])
     else:
         b_scale = _weight_blocks(emitter, product, site, FLOAT32)
         high, groups = product.block[0], -(-problem.k // product.block[1])
-        points = blocks(emitter, product.b_zero_points, high, groups, root, INT32)
+        points = blocks(emitter, product.b_zero_points, high, groups, root, kind)
     if b_scale is None:
         b_scale = number(emitter, 1.0, root, FLOAT32)
+    points = [_with_room(emitter, *of, shift, root) for of in zip(points, every, strict=True)]
     if shift:
-        points.append(number(emitter, shift, root, INT32))
+        points.append(number(emitter, shift, root, kind))
     point = combined(emitter, points, root, aten.add.Tensor)
     if point is not None:
         b_scale, point = _alike(emitter, b_scale, point, root)
     extras = {} if product.block is None else {"block": list(product.block)}
     bias = _bias(emitter, product, site)
     return emitter.call(WEIGHT_ONLY_MM, x, b, b_scale, point, bias, product.dtype, like=root, **extras)
+
+
+def _with_room(emitter: Emitter, point: Node, bounds: tuple[int, int], shift: int, like: Node) -> Node:
+    """``point`` so that adding ``shift`` does not wrap around: at the ends of its dtype it may be ``shift`` off.
+
+    There it is so large that float32, in which codes are decoded, does not tell the two apart.
+    """
+    info = torch.iinfo(dtype_of(point))
+    if info.min <= bounds[0] + shift and bounds[1] + shift <= info.max:
+        return point
+    return emitter.call(aten.clamp.default, point, info.min + max(-shift, 0), info.max - max(shift, 0), like=like)
 
 
 def _alike(emitter: Emitter, scale: Node, point: Node, like: Node) -> tuple[Node, Node]:

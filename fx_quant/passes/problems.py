@@ -7,6 +7,7 @@ import torch
 from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.matrices import integer_range, stored_dtype
 from fx_quant.passes.nodes import dtype, dtype_of
+from fx_quant.passes.ranges import bounds_of, is_near
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
@@ -18,6 +19,27 @@ def corrects_weight(product: Product) -> bool:
     No kernel takes one: its correction is arithmetic around the raw sum.
     """
     return isinstance(product.a, Codes) and (bool(product.b_zero_points) or product.b.offset != 0)
+
+
+def corrects_outside(product: Product) -> bool:
+    """Whether zero points are corrected by arithmetic around the raw sum: the weight's, and those that may be far off.
+
+    A zero point that is not proven to lie where its codes do can make an int32 sum wrap around that the source takes in
+    floating point or 64 bits.
+    """
+    return corrects_weight(product) or bool(isinstance(product.a, Codes) and not product.wraps and far_points(product))
+
+
+def near_range(codes: Codes, point: Factor | Tile) -> tuple[int, int]:
+    """The bounds of what the integer sum holds of a zero point of integer ``codes``: all of it, or its near part."""
+    proven, of_codes = bounds_of(point.source) if is_near(point) else None, integer_range(codes)
+    assert of_codes is not None
+    return proven or (min(of_codes[0], 0), max(of_codes[1], 0))
+
+
+def far_points(product: Product) -> list[Factor | Tile]:
+    """The zero points of ``product`` that may lie anywhere."""
+    return [point for point in (*product.a_zero_points, *product.b_zero_points) if not is_near(point)]
 
 
 def is_unsigned(product: Product) -> bool:
@@ -81,7 +103,7 @@ def _varies(factor: Factor | Tile, axis: Axis) -> bool:
 def problem_of(product: Product, scheme: Scheme, rows: SizeRange, n: int, k: int, constant_weight: bool) -> Problem:
     """What a kernel is asked to run for ``product``."""
     bias = None if product.bias is None else dtype(product.bias.source) or torch.float32
-    if not corrects_weight(product):
+    if not corrects_outside(product):
         return Problem(scheme, rows, n, k, product.dtype, bias, constant_weight)
     plain = Scheme(
         OperandSpec(scheme.activation.dtype, symmetric=scheme.activation.symmetric), OperandSpec(scheme.weight.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from fx_quant.passes.inputs import Inputs, classify_inputs
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
 from fx_quant.passes.nodes import Size, dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
 from fx_quant.passes.origins import Origin, Origins
-from fx_quant.passes.problems import corrects_weight, problem_of, scheme_of
+from fx_quant.passes.problems import corrects_outside, near_range, problem_of, scheme_of
 from fx_quant.passes.regions import Findings, reasons_in_regions
 from fx_quant.passes.rulebook import is_matmul, own_kernel
 from fx_quant.passes.specialize import why_symbolic
@@ -161,7 +161,7 @@ def _find(
 
 def _site(
     gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, cap: Numerics, origins: Origins
-) -> Site | Miss | None:
+) -> Site | Miss | Recognised | None:
     chain = _chain(gemm, annotation)
     if not isinstance(product.a, Codes) and product.b.node in inputs.runtime:
         if origins.coded(operands_of_contraction(gemm)[-1]) is None and not _scales_columns(chain[-1][1], inputs):
@@ -176,13 +176,16 @@ def _site(
     if not capped:
         least = min(value.numerics for _, value in allowed)
         return Miss(gemm, gemm, f"the rewrite is of class {least}, and numerics={cap} does not allow that")
-    root, product = _choose_root(capped)
     n, k = shape(gemm)[-1], summed_size(gemm)
     if not isinstance(n, int) or not isinstance(k, int):
         return SizeMiss(gemm, gemm, _dynamic(n, k))
-    scheme = scheme_of(product, inputs)
-    if not fits_int32(product, gemm, k):
+    if 0 in (*(size for size in shape(gemm) if isinstance(size, int)), k):
+        return Recognised(gemm, _EMPTY)
+    fitting = [(node, value) for node, value in capped if fits_int32(value, k)]
+    if not fitting:
         return Miss(gemm, gemm, f"the sum of integers is taken in int32, which k={k} may leave")
+    root, product = _choose_root(fitting)
+    scheme = scheme_of(product, inputs)
     problem = problem_of(product, scheme, _size_range(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
     source = source_scheme(product, scheme, inputs)
     words = scheme_in_words(source, product, chain[-1][0], annotation, inputs, origins)
@@ -203,34 +206,43 @@ def _dynamic(n: Size, k: Size) -> str:
     return f"n and k must be static, got n={n} k={k}: {why}"
 
 
-def fits_int32(product: Product, gemm: Node, k: int) -> bool:
-    """Whether the canonical sum of ``k`` products, taken in int32, is that of ``gemm``.
+def fits_int32(product: Product, k: int) -> bool:
+    """Whether the canonical sum of ``k`` products, taken in int32, is that of the source.
 
-    A zero point is taken to be in the range of its codes. Where the source sums in int32 too, both wrap around alike.
+    Where the source sums in int32 too, both wrap around alike. Of zero points that may lie anywhere only what is near
+    is in the sum.
     """
-    kind = dtype(gemm)
-    if not isinstance(product.a, Codes) or kind is None:
+    if not isinstance(product.a, Codes) or product.wraps:
         return True
     largest = _largest(product.a, product.a_zero_points), _largest(product.b, product.b_zero_points)
-    if largest[0] is None or largest[1] is None or not kind.is_floating_point:
+    if largest[0] is None or largest[1] is None:
         return True
     return largest[0] * largest[1] * (k if product.block is None else product.block[1]) < 2**31
 
 
-def _largest(codes: Codes, zero_points: tuple) -> int | None:
-    """Largest magnitude of integer codes less their zero point."""
+def _largest(codes: Codes, zero_points: Sequence[Factor | Tile]) -> int | None:
+    """Largest magnitude of integer codes less the near part of their zero points."""
     bounds = integer_range(codes)
     if bounds is None:
         return None
-    return bounds[1] - bounds[0] if zero_points else max(-bounds[0], bounds[1])
+    low, high = bounds
+    for point in zero_points:
+        least, most = near_range(codes, point)
+        low, high = low - most, high - least
+    return max(-low, high)
 
 
-def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
+_EMPTY = "a size of the matmul is 0, so there is nothing to multiply"
+
+
+def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
     """The site of a canonical op that stands in the source graph, as ``QuantizedLinear`` puts it there."""
     of = operands_of(node)
     n, k = shape(of.b)[1], shape(of.a)[1]
     if not isinstance(n, int) or not isinstance(k, int):
         return SizeMiss(node, node, _dynamic(n, k))
+    if 0 in (n, k):
+        return Recognised(node, _EMPTY)
     activation = OperandSpec(
         dtype_of(of.a),
         _scale_granularity(of.a_scale, of.block and (1, of.block[1]), Granularity.PER_TOKEN),
@@ -292,7 +304,7 @@ def _choose_root(candidates: list[tuple[Node, Product]]) -> tuple[Node, Product]
 
 def _can_end(product: Product) -> bool:
     if product.dtype is torch.int32:
-        return not product.rows and not product.columns and product.bias is None and not corrects_weight(product)
+        return not product.rows and not product.columns and product.bias is None and not corrects_outside(product)
     return product.dtype in EPILOGUE_DTYPES
 
 

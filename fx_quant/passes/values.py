@@ -161,6 +161,7 @@ class Product:
         dtype: dtype of the value.
         stage: the last canonical step that was met.
         numerics: class of replacing the value by the canonical op.
+        wraps: the source takes the sum, zero points and all, in int32 modulo 2**32, as the canonical op does.
         offset: integer that was added to ``a``'s codes.
         a_zero_points, b_zero_points: integers subtracted from the codes.
         block: rows and columns of the weight ``[n, k]`` that share one scale, where scales vary along k.
@@ -177,6 +178,7 @@ class Product:
     dtype: torch.dtype
     stage: Stage
     numerics: Numerics
+    wraps: bool = False
     offset: int = 0
     a_zero_points: tuple[Factor | Tile, ...] = ()
     b_zero_points: tuple[Factor | Tile, ...] = ()

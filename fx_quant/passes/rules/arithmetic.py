@@ -42,12 +42,14 @@ from fx_quant.passes.nodes import (
     summed_size,
     uniform_value,
 )
+from fx_quant.passes.ranges import is_near
 from fx_quant.passes.rules.packing import GATHERED, is_gathered
 from fx_quant.passes.rules.steps import (
     as_affine,
     factor_source,
     is_integer,
     is_whole,
+    may_wrap,
     rounded,
     scale_of,
     stepped,
@@ -324,8 +326,9 @@ def _correct(product: Product, node: Node, other: object, correction: ColumnSum,
     to = dtype(node)
     if base is None or product.dtype not in ACCUMULATORS or to not in ACCUMULATORS:
         return None
-    # In 64 bits nothing wraps around, so it is the canonical sum only where that does not in 32 bits.
-    if to is torch.int64 and not _fits_int32(product):
+    # In 64 bits nothing wraps around; what did in 32 bits before is no sum less a zero point.
+    wraps = product.wraps and to is torch.int32
+    if product.wraps and not wraps and (product.a_zero_points or may_wrap(correction, dtype(other))):
         return None
     node_of_b, transposed = base
     sums_k = correction.base is node_of_b and correction.dim == (1 if transposed else 0)
@@ -340,14 +343,16 @@ def _correct(product: Product, node: Node, other: object, correction: ColumnSum,
         of_rows = correction.zero_point.axis is Axis.ROW and is_full(other, node)
         if multiplier != 1 or product.offset != 0 or not (along_n or of_rows):
             return None
-        return dataclasses.replace(product, dtype=to, a_zero_points=(*product.a_zero_points, correction.zero_point))
-    return dataclasses.replace(product, dtype=to, offset=0) if along_n and multiplier == product.offset else None
-
-
-def _fits_int32(product: Product) -> bool:
-    """Whether no sum of products of bytes less a byte can leave int32."""
-    k = summed_size(product.gemm)
-    return isinstance(k, int) and k * 255 * 255 < 2**31
+        exact = wraps or is_near(correction.zero_point)
+        return dataclasses.replace(
+            product,
+            dtype=to,
+            wraps=wraps,
+            numerics=product.numerics if exact else max(product.numerics, Numerics.REASSOCIATED),
+            a_zero_points=(*product.a_zero_points, correction.zero_point),
+        )
+    offset_is_gone = along_n and multiplier == product.offset
+    return dataclasses.replace(product, dtype=to, wraps=wraps, offset=0) if offset_is_gone else None
 
 
 def _sum(env: Environment, node: Node) -> Value | None:

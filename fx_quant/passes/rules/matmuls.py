@@ -11,6 +11,7 @@ from torch.fx import Node
 from fx_quant.passes.axes import REPEAT, Dims, Piece, cut, flat, segments
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range, stored_dtype
 from fx_quant.passes.nodes import CASTS, args_of, arguments, aten, dtype, is_op, shape, summed_size, through
+from fx_quant.passes.ranges import is_near
 from fx_quant.passes.rules.steps import as_affine
 from fx_quant.passes.values import (
     Affine,
@@ -168,7 +169,7 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
     block = _block(of_a, of_b, shape(node)[-1])
     if isinstance(block, str):
         return Unknown(node, block)
-    stage = Stage.ACCUMULATOR if to in (torch.int32, torch.float32) else Stage.CAST
+    stage, a_is_codes = Stage.ACCUMULATOR if to in (torch.int32, torch.float32) else Stage.CAST, isinstance(a, Codes)
     product = Product(
         gemm=node,
         a=a,
@@ -179,11 +180,15 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
         dtype=to,
         stage=stage,
         numerics=numerics,
+        wraps=to is torch.int32,
         offset=a.offset if isinstance(a, Codes) else 0,
         a_zero_points=() if of_a is None else of_a.zero_points,
         b_zero_points=of_b.zero_points,
         block=block,
     )
+    if a_is_codes and not product.wraps and not all(map(is_near, (*product.a_zero_points, *product.b_zero_points))):
+        # The part of a zero point that lies far out is taken off the sum in float32.
+        product = dataclasses.replace(product, numerics=max(product.numerics, Numerics.REASSOCIATED))
     if not is_op(node, aten.addmm.default):
         return product
     if arguments(node)["alpha"] != 1 or arguments(node)["beta"] != 1:
@@ -195,7 +200,7 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
         product,
         bias=Factor(args_of(node)[0], axis, node),
         stage=Stage.BIAS if stage is Stage.ACCUMULATOR else stage,
-        numerics=max(numerics, Numerics.SAME_ACCUM),
+        numerics=max(product.numerics, Numerics.SAME_ACCUM),
     )
 
 

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from fx_quant.passes.axes import Pair, broadcast_pairs, extent, length, own_dims, seen_through
 from fx_quant.passes.nodes import CASTS, args_of, constant, dtype, is_op, is_widening, shape, tensor, uniform_value
-from fx_quant.passes.values import Affine, Codes, Decode, Product, Stage, Value
+from fx_quant.passes.ranges import bounds_of
+from fx_quant.passes.values import Affine, Codes, ColumnSum, Decode, Product, Stage, Value
 from fx_quant.scheme import Numerics
 
 
@@ -125,3 +126,13 @@ def stepped(product: Product, to: torch.dtype, stage: Stage, *, exact: bool, **c
     numerics = product.numerics if exact and in_order else max(product.numerics, Numerics.SAME_ACCUM)
     skipped = product.skipped + (product.dtype in (torch.bfloat16, torch.float16))
     return dataclasses.replace(product, dtype=to, stage=stage, numerics=numerics, skipped=skipped, **changes)
+
+
+def may_wrap(sums: ColumnSum, kind: torch.dtype | None) -> bool:
+    """Whether a column sum of bytes, times its multiplier and zero point, may have left dtype ``kind``."""
+    k = shape(sums.base)[sums.dim]
+    bounds = (1, 1) if sums.zero_point is None else bounds_of(sums.zero_point.source)
+    if kind is torch.int64:
+        return False
+    largest = None if bounds is None else max(-bounds[0], bounds[1]) * abs(sums.multiplier)
+    return not isinstance(k, int) or largest is None or k * 255 * largest >= 2**31

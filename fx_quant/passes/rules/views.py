@@ -23,7 +23,7 @@ from fx_quant.passes.nodes import (
     same_size,
     shape,
 )
-from fx_quant.passes.rules.steps import rounded, stepped
+from fx_quant.passes.rules.steps import may_wrap, rounded, stepped
 from fx_quant.passes.values import Affine, Codes, ColumnSum, Environment, Product, Rule, Stage, Unknown, Value
 from fx_quant.scheme import CODE_DTYPES
 
@@ -78,7 +78,9 @@ def _cast(env: Environment, node: Node) -> Value | None:
     if isinstance(value, Affine):
         return rounded(value, to) if to in EPILOGUE_DTYPES else None
     if isinstance(value, ColumnSum):
-        return value if to in (torch.int32, torch.int64) else None
+        source = dtype(args_of(node)[0])
+        widened = source is torch.int32 and to is torch.int64
+        return value if to in (torch.int32, torch.int64) and not (widened and may_wrap(value, source)) else None
     if isinstance(value, Product):
         if to not in EPILOGUE_DTYPES:
             return value if to == value.dtype else None

@@ -1,0 +1,176 @@
+"""Between which integers a zero point lies: what is proven of it by its dtype and the steps that computed it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.fx import Node
+
+from fx_quant.passes.nodes import CASTS, VIEWS, arguments, aten, dtype, is_op, rounded_number, uniform_value
+from fx_quant.passes.values import Factor, Tile
+
+Range = tuple[float, float]
+_ANY: Range = (-math.inf, math.inf)
+# How many steps are looked back: clamps and casts stand right before what they bound.
+_DEPTH = 16
+# Zero points are those of bytes, perhaps with another added: what lies further out is none that fits its codes.
+_NEAR = 512
+
+
+def bounds_of(source: object) -> tuple[int, int] | None:
+    """Inclusive bounds of the integers that a number or the tensor of a node holds; None where none are proven."""
+    low, high = _range(source, _DEPTH)
+    return (int(low), int(high)) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def is_near(point: Factor | Tile) -> bool:
+    """Whether a zero point is proven to lie about where codes of a byte do, so that integer sums have room for it."""
+    bounds = bounds_of(point.source)
+    return bounds is not None and bounds[0] >= -_NEAR and bounds[1] <= _NEAR
+
+
+def _range(value: object, depth: int) -> Range:
+    number = uniform_value(value)
+    if number is not None:
+        return (number, number) if math.isfinite(number) else _ANY
+    if not isinstance(value, Node):
+        return _ANY
+    found = _computed(value, depth - 1) if depth and value.op == "call_function" else _ANY
+    to = dtype(value)
+    if to is None or to.is_floating_point or to.is_complex:
+        return found
+    least, most = (0, 1) if to is torch.bool else (torch.iinfo(to).min, torch.iinfo(to).max)
+    # What leaves the dtype wraps around, to anywhere in it.
+    return found if least <= found[0] and found[1] <= most else (least, most)
+
+
+def _computed(node: Node, depth: int) -> Range:
+    if node.target in _FIRST or is_op(node, *VIEWS):
+        return _range(node.args[0], depth)
+    if is_op(node, *CASTS):
+        return _cast(_range(node.args[0], depth), dtype(node))
+    rule = _RULES.get(node.target)
+    return _ANY if rule is None else rule(node, lambda value: _range(value, depth))
+
+
+def _cast(of: Range, to: torch.dtype | None) -> Range:
+    if to is None or not all(map(math.isfinite, of)):
+        return of
+    if to.is_floating_point:
+        low, high = (rounded_number(end, to) for end in of)
+        return (low, high) if math.isfinite(low) and math.isfinite(high) else _ANY
+    return math.trunc(of[0]), math.trunc(of[1])
+
+
+_Of = Callable[[object], Range]
+
+
+def _clamp(node: Node, of: _Of) -> Range:
+    given = arguments(node)
+    low, high = of(given["self"])
+    if given.get("min") is not None:
+        least = of(given["min"])
+        low, high = max(low, least[0]), max(high, least[1])
+    if given.get("max") is not None:
+        most = of(given["max"])
+        low, high = min(low, most[0]), min(high, most[1])
+    return low, high
+
+
+def _add(node: Node, of: _Of) -> Range:
+    given, sign = arguments(node), -1 if node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1
+    if given["alpha"] != 1:
+        return _ANY
+    left, right = of(given["self"]), of(given["other"])
+    if sign < 0:
+        right = -right[1], -right[0]
+    return left[0] + right[0], left[1] + right[1]
+
+
+def _multiply(node: Node, of: _Of) -> Range:
+    left, right = (of(arguments(node)[name]) for name in ("self", "other"))
+    if not all(map(math.isfinite, (*left, *right))):
+        return _ANY
+    products = [x * y for x in left for y in right]
+    return min(products), max(products)
+
+
+def _negate(node: Node, of: _Of) -> Range:
+    low, high = of(node.args[0])
+    return -high, -low
+
+
+def _larger(node: Node, of: _Of) -> Range:
+    left, right = of(node.args[0]), of(node.args[1])
+    return max(left[0], right[0]), max(left[1], right[1])
+
+
+def _smaller(node: Node, of: _Of) -> Range:
+    left, right = of(node.args[0]), of(node.args[1])
+    return min(left[0], right[0]), min(left[1], right[1])
+
+
+def _either(node: Node, of: _Of) -> Range:
+    left, right = of(node.args[1]), of(node.args[2])
+    return min(left[0], right[0]), max(left[1], right[1])
+
+
+def _any_of(node: Node, of: _Of) -> Range:
+    parts = node.args[0]
+    found = [of(part) for part in parts] if isinstance(parts, (list, tuple)) else []
+    return (min(low for low, _ in found), max(high for _, high in found)) if found else _ANY
+
+
+def _mask(node: Node, of: _Of) -> Range:
+    mask = uniform_value(node.args[1])
+    return (0, mask) if isinstance(mask, int) and mask >= 0 else _ANY
+
+
+def _shift(node: Node, of: _Of) -> Range:
+    (low, high), bits = of(node.args[0]), uniform_value(node.args[1])
+    if not isinstance(bits, int) or not 0 <= bits < 32 or low < 0 or not math.isfinite(high):
+        return _ANY
+    return 0, int(high) >> bits
+
+
+def _rounded(to_integer: Callable[[float], int]) -> Callable[[Node, _Of], Range]:
+    def rule(node: Node, of: _Of) -> Range:
+        low, high = (to_integer(end) if math.isfinite(end) else end for end in of(node.args[0]))
+        return low, high
+
+    return rule
+
+
+# Ops whose result holds elements of their first argument only.
+_FIRST = frozenset(
+    {
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.index.Tensor,
+        aten.index_select.default,
+        aten.repeat.default,
+        aten.amax.default,
+        aten.amin.default,
+    }
+)
+_RULES: dict[object, Callable[[Node, _Of], Range]] = {
+    **dict.fromkeys((aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_min.Tensor), _clamp),
+    **dict.fromkeys((aten.clamp_max.default, aten.clamp_max.Tensor), _clamp),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _add),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _multiply),
+    aten.neg.default: _negate,
+    aten.maximum.default: _larger,
+    aten.minimum.default: _smaller,
+    aten.where.self: _either,
+    **dict.fromkeys((aten.cat.default, aten.stack.default), _any_of),
+    **dict.fromkeys((aten.bitwise_and.Scalar, aten.bitwise_and.Tensor, aten.__and__.Scalar), _mask),
+    **dict.fromkeys(
+        (aten.bitwise_right_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor, aten.__rshift__.Scalar), _shift
+    ),
+    aten.round.default: _rounded(round),
+    aten.floor.default: _rounded(math.floor),
+    aten.ceil.default: _rounded(math.ceil),
+    aten.trunc.default: _rounded(math.trunc),
+}
