@@ -53,6 +53,8 @@ def _count(count: int, what: str) -> str:
 
 def _multiplies(module: nn.Module) -> bool:
     """Whether ``module`` has a weight to multiply with, or holds one where it cannot be seen."""
+    if "PackedParam" in type(module).__name__:
+        return False  # what a module of torch.ao holds its weight in
     return hasattr(module, "_packed_params") or any(value.dim() > 1 for _, value in tensors_of(module))
 
 
