@@ -21,8 +21,6 @@ from torch._dynamo.utils import counters, graph_break_reasons, preserve_rng_stat
 
 from fx_quant.report import BreakReport
 
-# Dynamo's own limits are about one user's compile; nothing of a run in isolation stays to pile up.
-_NO_LIMIT = 2**30
 _CALLS_MODULES = (nn.Module.__call__.__code__.co_filename, eval_frame.__file__)
 
 
@@ -30,21 +28,14 @@ _CALLS_MODULES = (nn.Module.__call__.__code__.co_filename, eval_frame.__file__)
 def isolated() -> Iterator[None]:
     """Within, Dynamo starts as in a fresh process; afterwards it is as it was before, and so are random numbers.
 
-    Caches, counters, the history of sizes, limits and numbers of frames are meant. Not for use while another thread
-    runs compiled code.
+    Caches, counters, what its limits count, the history of sizes and numbers of frames are meant. Not for use while
+    another thread runs compiled code.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng_state())
         stack.enter_context(_counters_of_their_own())
         stack.enter_context(_attributes_of_their_own())
-        stack.enter_context(
-            config.patch(
-                recompile_limit=_NO_LIMIT,
-                accumulated_recompile_limit=_NO_LIMIT,
-                automatic_dynamic_local_pgo=False,
-                automatic_dynamic_remote_pgo=False,
-            )
-        )
+        stack.enter_context(config.patch(automatic_dynamic_local_pgo=False, automatic_dynamic_remote_pgo=False))
         stack.enter_context(_code_of_their_own())
         yield
 

@@ -42,7 +42,7 @@ def library_notes(model: nn.Module, known: Set[nn.Module] = frozenset()) -> list
     if layers := sum(map(_may_skip_its_linears, model.modules())):
         notes.append(
             f"{_count(layers, 'nn.TransformerEncoderLayer')} may take PyTorch's fast path, which reads the weights of "
-            "its linears without calling them: switch it off, torch.backends.mha.set_fastpath_enabled(False)."
+            "linears without calling them: switch it off, torch.backends.mha.set_fastpath_enabled(False)."
         )
     return notes
 
