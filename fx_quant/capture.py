@@ -98,7 +98,7 @@ def run_captured(
             if isinstance(error.inner_exception, FxQuantError):
                 raise error.inner_exception from None
             raise
-        uncaptured = "" if captured else why_nothing_was_captured(model, modules.values())
+        uncaptured = "" if captured else why_nothing_was_captured(model)
         return Capture(output, modules, names.seen, renamings, graph_breaks(), uncaptured)
 
 

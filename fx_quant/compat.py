@@ -127,27 +127,30 @@ def carried_by_artefacts(text: Callable[[], str], found: list[str]) -> Iterator[
     What graphs carry that are made, or loaded from a cache instead, is put into ``found``. Neither Inductor's nor
     AOTAutograd's cache has a place for it, so for the time being their class is given one.
     """
+    from torch._dynamo.convert_frame import compile_lock
     from torch._inductor.output_code import CompiledFxGraph
 
-    made, loaded, thread = CompiledFxGraph.__init__, CompiledFxGraph.post_compile, threading.get_ident()
+    # Dynamo holds this lock already where it calls a backend; who calls one otherwise waits for it.
+    with compile_lock:
+        made, loaded, thread = CompiledFxGraph.__init__, CompiledFxGraph.post_compile, threading.get_ident()
 
-    @functools.wraps(made)
-    def make(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        if threading.get_ident() == thread:
-            self._fx_quant = text()
+        @functools.wraps(made)
+        def make(self: Any, *args: Any, **kwargs: Any) -> None:
+            made(self, *args, **kwargs)
+            if threading.get_ident() == thread:
+                self._fx_quant = text()
 
-    @functools.wraps(loaded)
-    def load(self: Any, *args: Any, **kwargs: Any) -> None:
-        if threading.get_ident() == thread and (carried := getattr(self, "_fx_quant", "")):
-            found.append(carried)
-        loaded(self, *args, **kwargs)
+        @functools.wraps(loaded)
+        def load(self: Any, *args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() == thread and (carried := getattr(self, "_fx_quant", "")):
+                found.append(carried)
+            loaded(self, *args, **kwargs)
 
-    CompiledFxGraph.__init__, CompiledFxGraph.post_compile = make, load
-    try:
-        yield
-    finally:
-        CompiledFxGraph.__init__, CompiledFxGraph.post_compile = made, loaded
+        CompiledFxGraph.__init__, CompiledFxGraph.post_compile = make, load
+        try:
+            yield
+        finally:
+            CompiledFxGraph.__init__, CompiledFxGraph.post_compile = made, loaded
 
 
 _MATMULS = ("mm", "addmm", "bmm")

@@ -21,29 +21,21 @@ from torch._dynamo.utils import counters, graph_break_reasons, preserve_rng_stat
 
 from fx_quant.report import BreakReport
 
-# Dynamo's own limits are about one user's compile; nothing of a run in isolation stays to pile up.
-_NO_LIMIT = 2**30
+_CALLS_MODULES = (nn.Module.__call__.__code__.co_filename, eval_frame.__file__)
 
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Within, Dynamo starts as in a fresh process; afterwards it is as it was before, and so are random numbers.
 
-    Caches, counters, the history of sizes, limits and numbers of frames are meant. Not for use while another thread
-    runs compiled code.
+    Caches, counters, what its limits count, the history of sizes and numbers of frames are meant. Not for use while
+    another thread runs compiled code.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserve_rng_state())
         stack.enter_context(_counters_of_their_own())
         stack.enter_context(_attributes_of_their_own())
-        stack.enter_context(
-            config.patch(
-                recompile_limit=_NO_LIMIT,
-                accumulated_recompile_limit=_NO_LIMIT,
-                automatic_dynamic_local_pgo=False,
-                automatic_dynamic_remote_pgo=False,
-            )
-        )
+        stack.enter_context(config.patch(automatic_dynamic_local_pgo=False, automatic_dynamic_remote_pgo=False))
         stack.enter_context(_code_of_their_own())
         yield
 
@@ -173,7 +165,9 @@ def graph_breaks() -> tuple[BreakReport, ...]:
     found: Counter[tuple[str, str]] = Counter()
     located: Counter[str] = Counter()
     for each in graph_break_reasons:
-        at = each.user_stack[-1] if each.user_stack else None
+        # Where PyTorch calls a module tells less than who called it.
+        stack = [frame for frame in each.user_stack if not frame.filename.startswith(_CALLS_MODULES)] or each.user_stack
+        at = stack[-1] if stack else None
         reason = str(each.reason)
         found[f"{at.filename}:{at.lineno}" if at else "", reason] += 1
         located[reason] += 1
@@ -187,21 +181,21 @@ def graph_breaks() -> tuple[BreakReport, ...]:
     )
 
 
-def why_nothing_was_captured(model: Callable[..., Any], modules: Iterable[nn.Module]) -> str:
+def why_nothing_was_captured(model: Callable[..., Any]) -> str:
     """Why Dynamo made no graph of a call of ``model`` that has just ended: what was found, and what to do."""
     if config.disable:
         return "torch.compile is switched off by TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE or torch._dynamo.config"
     stance = eval_frame._stance.stance
     if stance != "default":
         return f"torch.compiler.set_stance({stance!r}) is in force, under which nothing new is compiled; use 'default'"
-    for function in (model, *(module.forward for module in modules)):
-        if is_disabled(function):
-            name = getattr(function, "__qualname__", type(function).__name__)
-            return f"torch.compiler.disable was applied to {name}; remove it"
+    function = model.forward if isinstance(model, nn.Module) else model
+    if is_disabled(function):
+        name = getattr(function, "__qualname__", type(function).__name__)
+        return f"torch.compiler.disable was applied to {name}; remove it"
     if torch._C._len_torch_dispatch_stack():
         mode = type(torch.utils._python_dispatch._get_current_dispatch_mode()).__name__
         return f"the dispatch mode {mode} is active, under which Dynamo compiles nothing; leave it first"
     if breaks := graph_breaks():
         where = f" at {breaks[0].source}" if breaks[0].source else ""
-        return f"the graph broke before any op on a tensor{where}: {breaks[0].reason}"
+        return f"the graph broke{where}: {breaks[0].reason}"
     return "Dynamo met no op on a tensor that it compiles"

@@ -42,7 +42,7 @@ def library_notes(model: nn.Module, known: Set[nn.Module] = frozenset()) -> list
     if layers := sum(map(_may_skip_its_linears, model.modules())):
         notes.append(
             f"{_count(layers, 'nn.TransformerEncoderLayer')} may take PyTorch's fast path, which reads the weights of "
-            "its linears without calling them: switch it off, torch.backends.mha.set_fastpath_enabled(False)."
+            "linears without calling them: switch it off, torch.backends.mha.set_fastpath_enabled(False)."
         )
     return notes
 
@@ -53,6 +53,8 @@ def _count(count: int, what: str) -> str:
 
 def _multiplies(module: nn.Module) -> bool:
     """Whether ``module`` has a weight to multiply with, or holds one where it cannot be seen."""
+    if "PackedParam" in type(module).__name__:
+        return False  # what a module of torch.ao holds its weight in
     return hasattr(module, "_packed_params") or any(value.dim() > 1 for _, value in tensors_of(module))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fx_quant.compat import source_of
-from fx_quant.passes.nodes import dotted_source
+from fx_quant.passes.nodes import dotted_source, is_variable
 
 
 def named_modules_of(model: Callable[..., Any]) -> dict[str, nn.Module]:
@@ -92,8 +92,11 @@ class ModuleNames:
         """
         paths = [_module_of(source_of(node)) for node in gm.graph.find_nodes(op="placeholder")]
         graph = GraphNames(self, paths, inputs)
+        # What the traced function does itself has no stack, though it may be the forward of any part of the model.
+        frames = [path for path in graph.first if is_variable(path)]
+        own = {frames[0]: (frames[0], nn.Module)} if len(frames) == 1 else {}
         for node in gm.graph.nodes:
-            stack = node.meta.get("nn_module_stack") or {}
+            stack = node.meta.get("nn_module_stack") or own
             named = {
                 key: (renamed(dotted_source(str(path)), graph.first), *rest) for key, (path, *rest) in stack.items()
             }

@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -140,16 +139,20 @@ def _objection(module: nn.Module) -> str | None:
         return "its parent reads its weight without calling it"
     if isinstance(module, nn.Linear) or _is_conv1d(module):
         if own or (isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward):
-            return f"its forward pass is not that of {'nn.Linear' if isinstance(module, nn.Linear) else 'Conv1D'}"
+            of = "nn.Linear" if isinstance(module, nn.Linear) else "Conv1D"
+            return (
+                f"its forward pass is not that of {of}; if it computes the same, set it to QuantizedLinear.from_float"
+            )
         return None
     if isinstance(module, (QuantizedLinear, *_NO_MATMUL)):
         return ""
-    found = [f"{name} {list(value.shape)}" for name, value in module._parameters.items() if _is_matrix(name, value)]
+    held = module.named_parameters(recurse=False)
+    found = [f"{name} {list(value.shape)}" for name, value in held if _is_matrix(name, value)]
     return f"it is no linear, and multiplies with a weight itself: {', '.join(found)}" if found else ""
 
 
-def _is_matrix(name: str, value: Tensor | None) -> bool:
-    if value is None or not value.is_floating_point() or any(word in name for word in _TABLES):
+def _is_matrix(name: str, value: Tensor) -> bool:
+    if not value.is_floating_point() or any(word in name for word in _TABLES):
         return False
     return value.dim() > 1 and value.dtype.itemsize > 1 and 1 not in value.shape
 
@@ -163,8 +166,7 @@ def _as_linear(module: nn.Module) -> nn.Linear:
     if isinstance(module, nn.Linear):
         return module
     weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
-    with torch.device("meta"):
-        linear = nn.Linear(*weight.shape)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
     linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
     linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear.train(module.training)

@@ -240,6 +240,11 @@ def dotted_source(source: str) -> str:
     return _MODULES.sub(r".\1", source)
 
 
+def is_variable(path: str) -> bool:
+    """Whether ``path`` is that of what a variable of the traced frame holds, and not of a submodule of it."""
+    return _ROOT.fullmatch(path) is not None
+
+
 def module_path(node: Node) -> str:
     """Dotted path of the module that ``node`` came from, or ``""``; from the function that was compiled."""
     stack = node.meta.get("nn_module_stack")
