@@ -450,7 +450,10 @@ RULES: dict[str, Rule] = {
         lambda x, p: x @ (p & 255).float().t(),
         "float32 x uint8 unscaled -> same_accum",
         {
-            "wider_than_a_byte": (lambda x, p: x @ (p & 511).float().t(), f"{DECODED} by steps that no rule proves"),
+            "wider_than_a_byte": (
+                lambda x, p: x @ (p & 511).float().t(),
+                f"{DECODED}, and no rule proves aten.bitwise_and.Scalar",
+            ),
             "joined_of_signed_and_unsigned": (
                 lambda x, p: x @ torch.cat((p & 255, (p & 255).to(INT32) - 128), 0).float().t(),
                 "miss: no rule proves aten.cat of quantized codes",

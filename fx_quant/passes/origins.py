@@ -335,10 +335,12 @@ def _base(node: object) -> object:
 
 
 def _is_float_leaf(source: Node, node: Node) -> bool:
-    """Whether ``source`` is a stored float tensor with as many elements as ``node``."""
+    """Whether ``source`` is a stored float matrix with as many elements as ``node``."""
     kind, base = dtype(source), _base(source)
     if kind is None or not kind.is_floating_point or not isinstance(base, Node):
         return False
+    if sum(not is_one(size) for size in shape(source)) < 2:
+        return False  # of a single row or column it may be a scale
     kind = dtype(base)
     leaf = base.op in ("placeholder", "get_attr") and kind is not None and kind.is_floating_point
     return leaf and kind not in LOW_BIT_DTYPES and same_shape(shape(source), shape(node)) and not _only_repeats(source)
