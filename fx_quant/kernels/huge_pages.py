@@ -116,7 +116,8 @@ def _room(size: int) -> memoryview | None:
             _regions.append(region)
     assert start is not None
     view = memoryview(region.memory)[start : start + size]
-    weakref.finalize(view, _free, region, start, start + taken).atexit = False
+    finalizer = weakref.finalize(view, _free, region, start, start + taken)
+    finalizer.atexit = False  # pyrefly: ignore [missing-attribute]
     _settle()
     return view
 
