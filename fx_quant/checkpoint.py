@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,9 +107,16 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
     return report
 
 
+def _is_folder(directory: Path) -> bool:
+    try:
+        return directory.is_dir()
+    except OSError:  # a folder above it that may not be searched
+        return False
+
+
 def _quantization_config(directory: Path) -> Mapping[str, Any]:
     require(
-        directory.is_dir(),
+        _is_folder(directory),
         f"directory must be a folder on this machine, got {str(directory)!r}; download the model first "
         "(huggingface_hub.snapshot_download)",
     )
@@ -274,6 +282,14 @@ def _decoded(model: nn.Module, planned: _Linear, files: Files) -> QuantizedLinea
     name = planned.names[0]
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
+    n, k = linear.weight.shape
+    for key in planned.keys.values():
+        # Before it is read: a file of no size can say that it holds more than any memory.
+        require(
+            math.prod(files.shape(key)) <= max(n * k, n, k, 2),
+            f"{key} must have at most the {n * k} elements of a {[n, k]} weight, got {files.shape(key)}; build the "
+            "model from the checkpoint's config.json",
+        )
     tensors = {what: files.tensor(key) for what, key in planned.keys.items()}
     try:
         quantized = decode_linear(linear, planned.scheme, tensors)

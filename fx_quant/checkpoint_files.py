@@ -156,5 +156,5 @@ def _opened(path: Path) -> Any:
     )
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last where it cannot be mapped
         raise CheckpointError(f"{path} must be a safetensors file, got {error}; download it again") from error

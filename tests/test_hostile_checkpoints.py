@@ -498,6 +498,20 @@ def test_a_file_that_lies_about_its_tensors_is_refused(name, tmp_path):
     assert loads(tmp_path) is not None
 
 
+@pytest.mark.parametrize("name", ["first.weight", "first.weight_scale", "first.weight_g_idx", "norm.weight", "more"])
+@pytest.mark.parametrize("size", [1 << 33, 1 << 38])
+def test_a_tensor_larger_than_memory_is_refused_before_it_is_read(name, size, tmp_path):
+    save(tmp_path, {key: x for key, x in tiny_state().items() if key != name}, W8)
+    path = tmp_path / "model-2.safetensors"
+    path.write_bytes(header({name: entry(shape=(size // 64, 64), offsets=(0, size))}))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + size)
+    keys = [key for key in tiny_state() if key != name]
+    index = {**dict.fromkeys(keys, "model.safetensors"), name: path.name}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    assert name in str(loads(tmp_path)) or "must be a safetensors file" in str(loads(tmp_path))
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
 def test_a_file_that_is_cut_off_is_refused(kept, tmp_path):
     save(tmp_path, tiny_state(), W8)
@@ -638,8 +652,13 @@ def test_files_that_may_not_be_read_are_refused(folder):
         (folder / file).chmod(0)
     for above in (folder, *list(folder.parents)[:4]):
         above.chmod(above.stat().st_mode | 0o055)
+    locked = folder.parent / "locked"
+    (locked / "inner").mkdir(parents=True)
+    locked.chmod(0)
     os.seteuid(54321)
     try:
         assert "config.json must be JSON, got " in str(loads(folder))
+        assert "directory must be a folder on this machine" in str(loads(folder / "config.json" / "x"))
+        assert "directory must be a folder on this machine" in str(loads(locked / "inner"))
     finally:
         os.seteuid(0)

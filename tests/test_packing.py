@@ -191,26 +191,5 @@ def test_a_packed_weight_is_the_same_without_huge_pages(layout, shape, monkeypat
     # A system that has no name for the advice, and one that refuses it.
     for advice in (None, -1):
         monkeypatch.setattr(mmap, "MADV_HUGEPAGE", advice, raising=False)
-        monkeypatch.setattr(huge_pages, "_roomiest", [])
+        monkeypatch.setattr(huge_pages, "_regions", [])
         assert torch.equal(pack_weight(weight, layout), packed)
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs a system with huge pages on request: Linux")
-def test_tensors_in_huge_pages_share_memory_that_lives_as_long_as_they_do(monkeypatch):
-    monkeypatch.setattr(huge_pages, "_roomiest", [])
-    small, sizes = torch.zeros(1024, dtype=torch.int8), (100_000, 3 << 20, 40 << 20, 65_537)
-    assert huge_pages.in_huge_pages(small) is small
-    originals = [torch.randint(-128, 128, (size,), dtype=torch.int8) for size in sizes]
-    copies = [huge_pages.in_huge_pages(x) for x in originals]
-    for x, copy in zip(originals, copies, strict=True):
-        assert torch.equal(copy, x)
-        assert copy.untyped_storage().nbytes() == x.nbytes  # what is saved or shared is the tensor alone
-        assert copy.data_ptr() % 64 == 0
-    # One after the other; what did not fit has memory of its own, and more room is left where the first two are.
-    assert copies[1].data_ptr() - copies[0].data_ptr() == 100_032
-    assert copies[3].data_ptr() - copies[1].data_ptr() == 3 << 20
-    memory = huge_pages._roomiest[0].memory
-    assert memory() is not None
-    del copies, copy
-    assert memory() is None
-    assert torch.equal(huge_pages.in_huge_pages(originals[0]), originals[0])

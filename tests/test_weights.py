@@ -760,6 +760,7 @@ def spec(dtype=torch.int8, granularity=PER_CHANNEL, **more):
         (lambda: pad_weight(I8, ONE, 4, 4, torch.ones(3)), r"bias must have shape \[n\] = \[4\], got \[3\]"),
         (lambda: pad_weight(I8, torch.full((4,), NAN), 8, 4), r"got 4 of 4"),
         (lambda: expand_block_scale(torch.ones(2, 2), (2, 2), (4, 5)), r"must be \[2, 3\], got \[2, 2\]"),
+        (lambda: expand_block_scale(torch.ones(2, 2), (2, 2), (4,)), r"a weight must be \[n, k\], got \[4\]"),
         (lambda: dequantize_blockwise(torch.ones(2, 2), torch.ones(1, 1), (2, 2)), r"codes must be codes of dtype"),
         (lambda: column_major_scales(torch.ones(3)), r"must be \[m, g\], got \[3\]"),
         (lambda: column_major_scales(torch.ones(3, 1), 0), r"align must be a positive"),

@@ -2,13 +2,19 @@
 
 A matmul of few rows reads its weight from memory once. With pages of 4 KiB it also waits for their addresses, and the
 hardware's prefetcher stops at the end of each. Source: madvise(2), ``MADV_HUGEPAGE``.
+
+What a weight leaves when it dies is room for the next, and pages that are all free go back to the system at once
+(``MADV_DONTNEED``). Weights smaller than a page are among their own kind, so that none keeps what large ones leave.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import mmap
 import threading
 import weakref
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -22,67 +28,130 @@ _LEAST = 64 << 10
 _LINE = 64
 
 
-@dataclass
+@dataclass(eq=False)
 class _Region:
-    """Memory that weights are put into in turn, free from ``start`` to ``end``; it goes when the last of them does."""
+    """Memory that weights are put into, from ``start``, which is that of a page, to ``end``.
 
-    memory: weakref.ref[mmap.mmap]
+    Args:
+        small: it holds weights smaller than a page.
+        holes: what is free, ``(start, end)``, in order and apart.
+    """
+
+    memory: mmap.mmap
     start: int
     end: int
+    small: bool
+    holes: list[tuple[int, int]]
 
     @property
-    def room(self) -> int:
-        """Bytes that are free."""
-        return self.end - self.start
+    def is_empty(self) -> bool:
+        """Whether no weight is in it."""
+        return self.holes == [(self.start, self.end)]
+
+    def take(self, size: int) -> int | None:
+        """Where the first ``size`` free bytes are; None where there are none."""
+        for i, (start, end) in enumerate(self.holes):
+            if end - start >= size:
+                self.holes[i : i + 1] = [(start + size, end)] if end - start > size else []
+                return start
+        return None
+
+    def give(self, start: int, end: int) -> None:
+        """Free what ``take`` gave, and the pages that nothing is left in."""
+        at = bisect.bisect(self.holes, (start, end))
+        first, last = start, end
+        if at < len(self.holes) and self.holes[at][0] == end:
+            last = self.holes.pop(at)[1]
+        if at and self.holes[at - 1][1] == start:
+            at -= 1
+            first = self.holes.pop(at)[0]
+        self.holes.insert(at, (first, last))
+        # Of the pages that these bytes are in, those that are free now.
+        low = self._page(max(first, self._page(start)) + _PAGE - 1)
+        high = min(self._page(last), self._page(end - 1) + _PAGE)
+        if low < high:
+            with contextlib.suppress(OSError):  # of locked memory, which then is only used again
+                self.memory.madvise(mmap.MADV_DONTNEED, low, high - low)
+
+    def _page(self, at: int) -> int:
+        """Where the page of ``at`` starts."""
+        return at - (at - self.start) % _PAGE
 
 
 _lock = threading.Lock()
-_roomiest: list[_Region] = []  # of the regions the one with the most room; none at first
+_regions: list[_Region] = []  # those that a weight is in, oldest first
+_freed: deque[tuple[_Region, int, int]] = deque()  # what died while somebody held the lock
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
     """A copy of contiguous ``x`` in memory that was asked to be in huge pages; ``x`` itself where that is no use.
 
     It is no use for small tensors, on other devices than a CPU, and on other systems than Linux. Whether the system
-    follows is its own decision: nothing but time depends on it. The copy has a storage of its own.
+    follows is its own decision: nothing but time depends on it. The copy has a storage of its own, with which its
+    memory is freed.
     """
     if x.device.type != "cpu" or x.nbytes < _LEAST:
         return x
-    found = _room(x.nbytes)
-    if found is None:
+    room = _room(x.nbytes)
+    if room is None:
         return x
-    memory, offset = found
-    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape).copy_(x)
+    return torch.frombuffer(room, dtype=x.dtype, count=x.numel()).view(x.shape).copy_(x)
 
 
-def _room(size: int) -> tuple[mmap.mmap, int] | None:
-    """Memory of which ``size`` bytes from an offset on are nobody else's; None where there are no huge pages."""
+def _room(size: int) -> memoryview | None:
+    """``size`` bytes that are nobody else's until the view dies; None where there are no huge pages."""
+    taken = -(-size // _LINE) * _LINE
+    small = size < _PAGE
+    _settle()
     with _lock:
-        region = _roomiest[0] if _roomiest else None
-        memory = None if region is None else region.memory()
-        if region is None or memory is None or region.room < size:
-            memory = _new_memory(max(_REGION, size))
-            if memory is None:
+        for region in _regions:
+            start = region.take(taken) if region.small == small else None
+            if start is not None:
+                break
+        else:
+            made = _new_region(max(_REGION, taken), small)
+            if made is None:
                 return None
-            address = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-            start = -address % _PAGE
-            region = _Region(weakref.ref(memory), start, start + len(memory) - _PAGE)
-        start = region.start
-        region.start = min(region.end, -(-(start + size) // _LINE) * _LINE)
-        if not _roomiest or _roomiest[0].memory() is None or region.room > _roomiest[0].room:
-            _roomiest[:] = [region]
-        return memory, start
+            region, start = made, made.take(taken)
+            _regions.append(region)
+    assert start is not None
+    view = memoryview(region.memory)[start : start + size]
+    finalizer = weakref.finalize(view, _free, region, start, start + taken)
+    finalizer.atexit = False  # pyrefly: ignore [missing-attribute]
+    _settle()
+    return view
 
 
-def _new_memory(size: int) -> mmap.mmap | None:
+def _free(region: _Region, start: int, end: int) -> None:
+    # The collector runs anywhere, also in a thread that holds the lock.
+    _freed.append((region, start, end))
+    _settle()
+
+
+def _settle() -> None:
+    """Give back what died, unless somebody holds the lock, who does so when it is released."""
+    while _freed and _lock.acquire(blocking=False):
+        try:
+            while _freed:
+                region, start, end = _freed.popleft()
+                region.give(start, end)
+                if region.is_empty and region in _regions:
+                    _regions.remove(region)
+        finally:
+            _lock.release()
+
+
+def _new_region(size: int, small: bool) -> _Region | None:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None:
         return None
     # Private, since memory that can be shared follows another setting; longer by what its start may be off by.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    length = -(-size // _PAGE) * _PAGE
     try:
-        memory = mmap.mmap(-1, -(-size // _PAGE) * _PAGE + _PAGE, flags=flags)
+        memory = mmap.mmap(-1, length + _PAGE, flags=flags)
         memory.madvise(advice)
     except OSError:
         return None
-    return memory
+    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _PAGE
+    return _Region(memory, start, start + length, small, [(start, start + length)])

@@ -85,6 +85,7 @@ def scale_of_rows(scale: Tensor, n: int) -> Tensor:
 def scale_of_blocks(scale: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
     """``scale`` of ``[ceil(n / r), ceil(k / c)]``, float32."""
     require_block(block)
+    require(len(shape) == 2, f"a weight must be [n, k], got {list(shape)}")
     grid = [ceil_div(size, step) for size, step in zip(shape, block, strict=True)]
     require(
         list(scale.shape) == grid,
