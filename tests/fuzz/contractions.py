@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch.fx import Graph, Node
 
@@ -47,27 +49,37 @@ MOVES = {
 DECODES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.sub.Tensor, aten.sub.Scalar}
 
 
-def quantized_contractions(graph: Graph) -> dict[str, str]:
-    """Names and ops of the contractions whose weight, the second operand, is codes or is decoded from them for certain."""
+def quantized_contractions(graph: Graph, static: Collection[int]) -> dict[str, str]:
+    """Names and ops of the contractions of a weight that is codes, or is decoded from them for certain.
+
+    Integers that change from call to call may be a mask or an image; they are codes once they are scaled or shifted.
+
+    Args:
+        static: positions of the inputs that are parameters.
+    """
+    raw: set[Node] = set()
     decoded: set[Node] = set()
     found = {}
+    placeholders = graph.find_nodes(op="placeholder")
     for node in graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
         if node.target in CONTRACTIONS:
-            operand = node.args[CONTRACTIONS[node.target][1]]
-            if operand in decoded:
+            if node.args[CONTRACTIONS[node.target][1]] in decoded:
                 found[node.name] = str(node.target)
-            continue
-        if value.dtype in CODES and value.dim() >= 2 and (node.op == "placeholder" or node.target in MOVES):
-            if node.op == "placeholder" or node.args[0] in decoded:
-                decoded.add(node)
-        elif node.target in MOVES and node.args[0] in decoded:
-            if value.dtype.is_floating_point or value.dtype in (torch.int32, torch.int16, torch.int64):
-                decoded.add(node)
-        elif node.target in DECODES and node.args[0] in decoded:
+        elif node.op == "placeholder":
+            if value.dtype in CODES and value.dim() >= 2:
+                kept = placeholders.index(node) in static or value.dtype.is_floating_point
+                (decoded if kept else raw).add(node)
+        elif node.target in MOVES and value.dtype is not torch.bool:
+            for known in (raw, decoded):
+                if node.args[0] in known:
+                    known.add(node)
+        elif node.target in DECODES and node.args[0] in raw | decoded:
             other = node.args[1].meta.get("val") if isinstance(node.args[1], Node) else None
-            if not isinstance(other, torch.Tensor) or other.numel() < value.numel():
+            if isinstance(other, torch.Tensor) and other.numel() < value.numel():
+                decoded.add(node)
+            elif not isinstance(node.args[1], Node) and node.args[0] in decoded:
                 decoded.add(node)
     return found

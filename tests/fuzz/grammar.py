@@ -776,7 +776,7 @@ def draw(seed: int) -> Program:
 def _draw(seed: int) -> Program:
     d = Draft(seed)
     z = Sizes(d)
-    mutating = d.chance(0.2)
+    mutating = d.chance(0.15)
     x = activation(d, z, d.pick("f32", "f32", "f32", "bf16", "f16"), static=d.chance(0.06))
     if d.chance(0.1):
         x = d.do(d.pick(f"{x}.relu()", f"{x} * 0.5", f"{x}.float()", f"{x} + {x}", f"fuzz.noise({x})")) or x
@@ -805,6 +805,6 @@ def _draw(seed: int) -> Program:
             text = d.pick(f"{chosen.name}.mul_(2)", f"{chosen.name}.copy_({chosen.name}.flip(0))", f"{chosen.name}.neg_()")
             between.append(text if value.dim() else f"{chosen.name}.mul_(2)")
     first = d.inputs[0]
-    dynamic = d.chance(0.2) and not first.static and 0 not in d.shape(first.name)
+    dynamic = d.chance(0.12) and not first.static and 0 not in d.shape(first.name)
     numerics = d.pick(*["reassociated"] * 6, "approximate", "same_accum", "exact")
     return Program(tuple(d.inputs), tuple(d.steps), tuple(returned), dynamic, numerics, tuple(between))

@@ -153,7 +153,7 @@ class Judge:
         ends = [one.gemm.name for of in (found.sites, found.misses, found.recognised) for one in of]
         for name in {name for name in ends if ends.count(name) > 1}:
             self.fault("twice", "found", f"{name} is counted twice")
-        quantized = quantized_contractions(proven.before)
+        quantized = quantized_contractions(proven.before, program.static)
         for name, target in quantized.items():
             if name not in ends:
                 self.fault("silent", target, f"{name} is neither rewritten, recognised nor missed")
