@@ -267,7 +267,7 @@ AROUND = (0, 0, 3, 8, -8, 128, 127, -128, 255, -129, 300, 1000, 40000, 300000, 2
 
 def point_maker(d: Draft) -> Callable[..., str]:
     kind = d.pick("i32", "i32", "i32", "i8", "u8", "i64", "i16", "f32")
-    around = d.pick(*AROUND[:6]) if d.chance(0.5) else d.pick(*AROUND)
+    around = d.pick(*AROUND[:6]) if d.chance(0.4) else d.pick(*AROUND[6:])
 
     def make(*sizes: int) -> str:
         text = ", ".join(map(str, (d.seed(), kind, around, *sizes)))
@@ -330,6 +330,11 @@ def quantized(d: Draft, x: str) -> tuple[str, str | None, str | None]:
     form = d.pick("token", "token", "token", "tensor", "given", "asymmetric", "float8", "column", "number")
     lo, hi = d.pick((-128, 127), (-128, 127), (-127, 127), (-8, 7), (0, 127))
     x = same(d, x)
+    if d.chance(0.08):
+        sizes = d.shape(x)
+        codes = d.make(f"codes({d.seed()}, {d.pick('i8', 'i8', 'u8')}, {', '.join(map(str, sizes))})", static=d.chance(0.2))
+        text = ", ".join(map(str, (d.seed(), *sizes[:-1], 1)))
+        return same(d, codes, 0.1), d.make(f"scales({text})", static=False), None
     y = d.first(f"{x}.float()") if d.kind(x) != "f32" and d.chance(0.6) else x
     if form == "token":
         amax = d.first(
@@ -414,6 +419,11 @@ class Weight:
             suffix = d.pick("", "", "", ".t().contiguous().t()")
             self.name = d.make(f"codes({seed}, {self.kind}, {sizes}{low}){suffix}", static=static)
         self.name = same(d, self.name, 0.1)
+        if d.chance(0.05) and self.kind in ("i8", "u8", "nibbles"):
+            name = self.name
+            moved = d.pick(f"{name} + 1", f"{name}.to(i8)", f"({name}.to(i16) - 128).to(i8)", f"{name} ^ 1", f"-{name}", f"({name} - 8).to(i8)", f"{name}.to(torch.bool).to({d.kind(name)})", f"{name} // 2")
+            self.name = d.do(moved) or name
+            self.kind = d.kind(self.name)
         if d.chance(0.06):
             self.name = changed(d, self.name)
 
@@ -532,6 +542,47 @@ def integer_matmul(d: Draft, q: str, w: Weight) -> str:
     return d.first(d.rng.choice(texts))
 
 
+def shifted_matmul(d: Draft, q: str, w: Weight) -> str | None:
+    """Codes moved to bytes before the matmul, and what that added taken off after it, or nearly."""
+    k = d.shape(q)[-1]
+    if d.kind(q) != "i8" or w.kind != "i8" or k < 2:
+        return None
+    added, taken = d.pick(128, 128, 127, 3), d.pick(128, 128, 128, 127, 3)
+    flat = d.first(f"({q}.reshape(-1, {k}).to(i32) + {added}).to(u8)")
+    acc = d.do(f"torch._int_mm({flat}, {w.columns(d)})")
+    if acc is None:
+        return None
+    dim = 0 if w.by_k else 1
+    sums = d.first(d.pick(f"{w.name}.sum({dim}, dtype=i32)", f"{w.name}.to(i32).sum({dim})", f"{w.name}.sum({dim}, keepdim=True, dtype=i32).reshape(1, -1)"))
+    if d.chance(0.1):
+        sums = changed(d, sums)
+    return d.do(
+        d.pick(
+            f"{acc} - {sums} * {taken}",
+            f"{acc} - {taken} * {sums}",
+            f"{acc} + {sums} * -{taken}",
+            f"torch.sub({acc}, {sums}, alpha={taken})",
+            f"{acc} - ({sums} * {taken}).unsqueeze({d.pick(0, 0, -1)})",
+        )
+    )
+
+
+def batched_matmul(d: Draft, x: str, z: Sizes, kind: str) -> str | None:
+    """``x [b, m, k]`` times a weight for each of the batch, or codes that are an activation too, as in attention."""
+    if len(d.shape(x)) != 3:
+        return None
+    b = d.shape(x)[0]
+    codes_of = d.pick("i8", "i8", "e4m3")
+    w = d.make(f"codes({d.seed()}, {codes_of}, {b}, {z.k}, {z.n})", static=d.chance(0.7))
+    scale = scale_maker(d)(*d.pick((b, 1, z.n), (b, 1, 1), (z.n,), (1, 1, z.n), ()))
+    y = d.first(f"{w}.to({kind})")
+    y = d.do(f"{y} * {scale}") or y
+    y = d.first(f"{y}.to({kind})")
+    if d.chance(0.3):
+        y = changed(d, y)
+    return d.do(d.pick(f"torch.bmm({x}, {y})", f"{x} @ {y}", f"torch.einsum('bmk,bkn->bmn', {x}, {y})"))
+
+
 def float8_matmul(d: Draft, q: str, w: Weight, scale: str) -> str | None:
     k, n = d.shape(q)[-1], d.shape(w.name)[1 if w.by_k else 0]
     flat = d.first(f"{q}.reshape(-1, {k})")
@@ -622,6 +673,14 @@ def epilogue(d: Draft, y: str) -> str:
         f"torch.clamp({y}, min={d.pick(0, 0.0, '-inf')})",
         f"{y} * {y}",
         f"{y} + {y}",
+        f"{y} * {d.inputs[0].name}.shape[0]",
+        f"{y} + {d.inputs[0].name}.shape[-1]",
+        f"{y}[: {d.inputs[0].name}.shape[0]]",
+        f"torch.where({y} > 0, {y}, {v})",
+        f"{y} * torch.tensor(0.5)",
+        f"torch.addmm({v}, {y}, {y}.t())",
+        f"torch.ops.aten.div.Tensor_mode({y}, {v}, rounding_mode=None)",
+        f"{y}.view(-1, {n}).t().reshape({list(shape)})",
         f"{y} * {d.pick('inf', 'nan')}",
         f"fuzz.twice({y})",
         f"fuzz.noise({y}) + fuzz.noise({y})",
@@ -717,6 +776,10 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
         text = ", ".join(map(str, (d.seed(), *sizes)))
         return d.make(f"normal({text}, dtype={kind})")
 
+    if d.chance(0.06):
+        y = batched_matmul(d, x, z, kind)
+        if y is not None:
+            return y
     weight = shared["weight"] if reuse and "weight" in shared and d.chance(0.3) else Weight(d, z)
     shared["weight"] = weight
     if form == "weight only":
@@ -743,7 +806,7 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
             return found
     if d.kind(codes) == "u8" and weight.kind == "i8" and d.chance(0.1):
         weight = shared["weight"] = Weight(d, z, "i8")
-    acc = integer_matmul(d, codes, weight)
+    acc = (shifted_matmul(d, codes, weight) if zero is None and d.chance(0.2) else None) or integer_matmul(d, codes, weight)
     if d.kind(acc) in ("i32",) and (zero is not None or d.chance(0.25)):
         acc = correction(d, acc, codes, weight, zero)
     acc = same(d, acc, 0.1)
