@@ -101,6 +101,13 @@ class Judge:
             if before.is_floating_point() and not after.is_floating_point() and not fits(before, after.dtype):
                 raise ValueError(f"{node.name} casts what {after.dtype} does not hold")
 
+    def outcome_now(self) -> Outcome:
+        """What the passes make of the program, as they are now."""
+        self.outcome = Outcome()
+        self.guarded(self.proven)
+        self.guarded(self.kernels)
+        return self.outcome
+
     def fault(self, kind: str, where: str, what: str) -> None:
         """Note something that must not be."""
         self.outcome.faults.append(Fault(kind, where, what[:300]))
@@ -216,7 +223,7 @@ class Judge:
 
     def second_call(self, state: Rewriting, new: Ran) -> None:
         """The caller writes into what was returned and into inputs, then calls again."""
-        source = self.source
+        source = self.call(self.graph, self.program.tensors())
         for ran in (source, new):
             for output in ran.outputs:
                 if isinstance(output, Tensor) and not _overlaps(output):
@@ -294,9 +301,7 @@ def judge(program: Program) -> Outcome:
     except Exception as error:
         # PyTorch itself does not run it.
         return Outcome(declined=True, reasons=[repr(error)[:200]])
-    judged.guarded(judged.proven)
-    judged.guarded(judged.kernels)
-    return judged.outcome
+    return judged.outcome_now()
 
 
 def _first(sites: Sequence[Site]) -> list[Site]:
