@@ -33,6 +33,7 @@ from fx_quant.passes.nodes import tensor
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.report import MissReport, Report
 from fx_quant.selection import disabled_kernels
+from fx_quant.subclasses import with_outer_versions
 from fx_quant.target import Target, detect_target
 from fx_quant.tuning import tuned_tables
 
@@ -249,10 +250,11 @@ def compile_with(
     **compile_arguments: Any,
 ) -> Any:
     """Inductor on ``gm`` with ``rewrite`` run on its joint graph, nothing global changed."""
-    return compile_fx(
+    compiled = compile_fx(
         gm,
         example_inputs,
         config_patches=config_patches(mode, inductor_options or {}, rewrite),
         decompositions=decompositions_without_matmul(),
         **compile_arguments,
     )
+    return with_outer_versions(compiled, example_inputs)

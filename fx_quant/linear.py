@@ -16,6 +16,7 @@ from typing_extensions import Self
 from fx_quant.activation import Quantizer, quantize_activation, quantize_by
 from fx_quant.eager import eager_selection, run_kernel, target_of
 from fx_quant.inference_only import without_gradient
+from fx_quant.kernels.packing import forget_storages
 from fx_quant.linear_operands import (
     check_operands,
     check_quantizer,
@@ -231,6 +232,8 @@ class QuantizedLinear(nn.Module):
         if isinstance(given, Tensor) and self.weight_zero_point is not None:
             self.weight_zero_point = self.weight_zero_point.to(zero_point_dtype(given, self.scheme.weight))
         super()._load_from_state_dict(state_dict, prefix, *arguments, **named)
+        # Buffers made under inference_mode count no writes.
+        forget_storages({buffer.untyped_storage()._cdata for buffer in self.buffers(recurse=False)})
 
     def selection(self, x: Tensor) -> Selection:
         """The kernel for activations like ``x``, with the verdict of every other.

@@ -1,62 +1,117 @@
-"""Results that are computed of constant tensors once, and again only after one of them was written to.
+"""Results that are computed of constant tensors once, and again after one of them was written to.
 
-A repeated call compares addresses, identities and versions. Inference tensors have no version and are taken to be
-constant; writes through ``tensor.data`` do not raise it: call ``fx_quant.clear_packed_weights()`` after either. A
-result is dropped when the storage of a tensor that it was computed of dies.
+A result is a copy, and must not outlive what it was made of. Each call compares the tensors' memory, view and version,
+and looks at some of their bytes (``fingerprint``), as many writes raise no version. What PyTorch counts is seen
+exactly; the rest at once where a tensor was replaced, and within some calls where a part of it was. A result is dropped
+when the storage of a tensor that it was computed of dies.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fx_quant.fingerprint import Fingerprint, Watches, fingerprint
+
+_has_died = torch.UntypedStorage._expired
+
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
-    """How one tensor looked: the object itself, or, where that was a passing view, what it viewed."""
+class Mark:
+    """How one tensor looked.
 
-    tensor: weakref.ref
-    version: int | None
+    Args:
+        versions: how often it was written to, None for an inference tensor, for each tensor that counted it (by
+            ``id``: ``torch.utils.swap_tensors`` refuses tensors with weak references). Tied weights count apart.
+        storage, death: its memory, and what drops the group when that is freed.
+        shape, stride, dtype: what it shows of the memory.
+        fingerprint: of its bytes; None where they are not looked at.
+    """
+
+    versions: dict[int, int | None]
     storage: StorageWeakRef
     death: weakref.ref
-    view: tuple
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    fingerprint: Fingerprint | None
+
+    def same_content(self, other: Mark) -> bool:
+        """Whether the same memory, under the same view, holds what it held: by its bytes, or else by its version."""
+        if self.fingerprint is None or other.fingerprint is None:
+            return not self.versions.items().isdisjoint(other.versions.items())
+        return self.fingerprint.same_bytes(other.fingerprint)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """One call site: how each of its tensors looked, and what was computed of them."""
+    """One call site: where its tensors are, how they looked, in full and at a glance, their bytes, and the results."""
 
-    marks: tuple[_Mark, ...]
+    place: tuple
+    marks: tuple[Mark, ...]
+    looks: list[tuple]
+    watches: Watches
     results: tuple[Tensor, ...]
 
 
+# By the tensors' addresses, which a call has at hand.
 _groups: dict[tuple, _Group] = {}
+# By storages and views: the key in ``_groups``. A storage may be freed and filled again elsewhere, as FSDP does.
+_keys: dict[tuple, tuple] = {}
 
 
-def remembered(tensors: Sequence[Tensor], what: tuple, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-    """``compute()``, which depends on ``tensors`` and ``what`` alone. The results are shared: do not write to them."""
+def remembered(
+    tensors: Sequence[Tensor], what: tuple, compute: Callable[[Sequence[Mark]], Sequence[Tensor]]
+) -> list[Tensor]:
+    """``compute(marks)``, which depends on ``tensors`` and ``what`` alone.
+
+    The results are shared: do not write to them.
+    """
     key = (*[tensor.data_ptr() for tensor in tensors], *what)
     group = _groups.get(key)
     if group is not None and _is_current(group, tensors):
         return list(group.results)
-    results = tuple(compute())
-    _groups[key] = _Group(tuple(_mark(tensor, key) for tensor in tensors), results)
+    # Marked first, so that what is written while it computes is seen in the next call.
+    marks = tuple(_mark(tensor, key) for tensor in tensors)
+    results = tuple(compute(marks))
+    looked_at = [
+        (tensor.data_ptr(), mark.fingerprint)
+        for tensor, mark in zip(tensors, marks, strict=True)
+        if mark.fingerprint is not None
+    ]
+    looks = [(*version, mark.dtype, mark.stride, mark.shape) for mark in marks for version in mark.versions.items()]
+    place = (
+        *[(mark.storage.cdata, t.storage_offset(), *view_of(t)) for mark, t in zip(marks, tensors, strict=True)],
+        *what,
+    )
+    _drop(_keys.get(place, key))
+    _keys[place] = key
+    _groups[key] = _Group(place, marks, looks, Watches(looked_at), results)
     return list(results)
 
 
 def forget_all() -> None:
     """Forget every result."""
     _groups.clear()
+    _keys.clear()
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """How often ``tensor`` was written to; None for an inference tensor."""
-    return None if tensor.is_inference() else tensor._version
+def forget(storages: Collection[int]) -> None:
+    """Forget every result that was computed of tensors in ``storages``, given by ``_cdata``."""
+    for key, group in list(_groups.items()):
+        if any(mark.storage.cdata in storages for mark in group.marks):
+            _drop(key)
+
+
+def _drop(key: tuple) -> None:
+    group = _groups.pop(key, None)
+    if group is not None and _keys.get(group.place) == key:
+        del _keys[group.place]
 
 
 def view_of(tensor: Tensor) -> tuple:
@@ -64,28 +119,58 @@ def view_of(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def drop_at_death(storage: torch.UntypedStorage, entries: dict, key: tuple) -> weakref.ref:
-    """A reference to ``storage`` that drops ``entries[key]`` when it dies; keep it as long as the entry."""
-    return weakref.ref(storage, lambda _: entries.pop(key, None))
-
-
 def _is_current(group: _Group, tensors: Sequence[Tensor]) -> bool:
-    # Runs at each call of a compiled graph.
-    for tensor, mark in zip(tensors, group.marks, strict=True):
-        if mark.tensor() is tensor:
-            if mark.version is not None and mark.version != tensor._version:
-                return False
-        elif mark.storage.expired() or mark.version != version_of(tensor) or mark.view != view_of(tensor):
-            return False
+    # Runs at each call of a compiled graph, so what is usual is asked of all tensors at once.
+    try:
+        looks = [(id(tensor), tensor._version, tensor.dtype, tensor.stride(), tensor.shape) for tensor in tensors]
+    except RuntimeError:  # an inference tensor has no version
+        looks = []
+    if looks != group.looks and not all(map(_is_as_marked, tensors, group.marks)):
+        return False
+    return not group.watches.changed()
+
+
+_COUNTERS = 8
+
+
+def _is_as_marked(tensor: Tensor, mark: Mark) -> bool:
+    """Whether ``tensor`` is what was marked, a passing view of it, or another tensor of the same memory and bytes."""
+    if _has_died(mark.storage.cdata) or view_of(tensor) != (mark.shape, mark.stride, mark.dtype):
+        return False
+    counter, version = _counter(tensor), _version(tensor)
+    if counter in mark.versions:
+        return mark.versions[counter] == version
+    found = fingerprint(tensor)
+    if found is None or mark.fingerprint is None or not found.same_bytes(mark.fingerprint):
+        return False
+    if len(mark.versions) >= _COUNTERS:
+        mark.versions.clear()
+    mark.versions[counter] = version
     return True
 
 
-def _mark(tensor: Tensor, key: tuple) -> _Mark:
+def _version(tensor: Tensor) -> int | None:
+    """How often ``tensor`` was written to; None for an inference tensor."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
+def _counter(tensor: Tensor) -> int:
+    """Which tensor's version ``tensor`` shows, by ``id``: views share that of their base."""
+    base = tensor._base if not tensor.is_inference() and tensor._is_view() else None
+    return id(tensor if base is None else base)
+
+
+def _mark(tensor: Tensor, key: tuple) -> Mark:
     storage = tensor.untyped_storage()
-    return _Mark(
-        weakref.ref(tensor),
-        version_of(tensor),
+    return Mark(
+        {_counter(tensor): _version(tensor)},
         StorageWeakRef(storage),
-        drop_at_death(storage, _groups, key),
-        view_of(tensor),
+        weakref.ref(storage, lambda _: _drop(key)),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        fingerprint(tensor),
     )

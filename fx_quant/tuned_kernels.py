@@ -193,7 +193,10 @@ def cache_bytes() -> int:
     """Size of the last-level cache that a core has, 64 MiB where the system does not say."""
     sizes = [64 * 2**20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="ascii").strip()
+        try:
+            text = path.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            continue
         number, unit = text.rstrip("KMG"), text[-1:]
         if number.isdigit():
             sizes.append(int(number) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(unit, 1))

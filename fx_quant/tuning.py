@@ -187,7 +187,11 @@ class Machine:
     sources: str
 
     def path(self) -> Path:
-        """Where its plans are; other sources do not change the name, so that what is stale is found and said."""
+        """Where its plans are; other sources do not change the name, so that what is stale is found and said.
+
+        Raises:
+            FxQuantError: no folder is known, as ``cache_folder`` says.
+        """
         lasting = repr((self.cpu, self.features, self.threads, self.torch))
         return file_path("plans", lasting)
 
@@ -200,7 +204,7 @@ def this_machine(threads: int | None = None) -> Machine:
 
 def load(machine: Machine) -> Mapping[str, PlanTable]:
     """The plans saved for ``machine``; none, with a warning, where the file is unreadable, foreign or stale."""
-    found = read(machine.path(), dataclasses.asdict(machine), PLANS, _from_data)
+    found = read(machine.path, dataclasses.asdict(machine), PLANS, _from_data)
     return MappingProxyType({} if found is None else found)
 
 
@@ -254,7 +258,7 @@ def _cpu_model() -> str:
     """The processor's name; with family and model, as virtual machines shorten the name of several to one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         lines = []
     found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     if "model name" in found:

@@ -287,9 +287,9 @@ def _aten_scaled_mm_v2_in_float64(a, b, scale_a, recipe_a, swizzle_a, scale_b, r
     return _aten_scaled_mm_in_float64(a, b, scale_a[0], scale_b[0].t() if by_column else scale_b[0], bias)
 
 
-def _int_mm_in_float64(a, b):
+def _int_mm_in_float64(self, mat2):
     # PyTorch multiplies unsigned codes here since 2.12 only.
-    return (a.double() @ b.double()).to(torch.int32)
+    return (self.double() @ mat2.double()).to(torch.int32)
 
 
 def _per_tensor_in_float64(q, scale, zero_point, *_, **__):
@@ -302,8 +302,8 @@ def _per_channel_in_float64(q, scales, zero_points, axis, *_, **__):
     return (q.double() - points) * scales.view(sizes)
 
 
-def _int8pack_mm_in_float64(x, weight, scales):
-    return x.double() @ weight.double().t() * scales
+def _int8pack_mm_in_float64(self, mat2, scales):
+    return self.double() @ mat2.double().t() * scales
 
 
 _NAMED_FLOAT64_BODIES = {

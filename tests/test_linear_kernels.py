@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import inspect
+import itertools
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
@@ -419,6 +424,193 @@ def test_init_names_the_module_in_its_error(monkeypatch):
         lk.init_fp8_linear_kernel(TOKEN, CHANNEL, torch.bfloat16, forced, "up", compute_capability=90)
     with pytest.raises(ValueError, match="out_dtype must be float32, bfloat16 or float16, got int8"):
         lk.init_fp8_linear_kernel(TOKEN, CHANNEL, torch.int8)
+
+
+# --- what a class of somebody else answers ------------------------------------------------------------------------
+
+
+def derived(base: type, name: str = "Theirs", **body: Any) -> type:
+    """A subclass of one of our families; functions become class methods. With kernels it is listed while it lives."""
+    return type(name, (base,), {k: classmethod(v) if inspect.isfunction(v) else v for k, v in body.items()})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_class_stays():
+    yield
+    gc.collect()
+
+
+YES = lambda cls, asked=None: (True, None)  # noqa: E731
+# What an answer may be, and the reason that is read off it; None is a yes.
+ANSWERS: Mapping[str, tuple[Any, str | None]] = {
+    "yes": (lambda cls, asked=None: (True, None), None),
+    "yes with a word": (lambda cls, asked=None: (True, "gladly"), None),
+    "bare yes": (lambda cls, asked=None: True, None),
+    "no": (lambda cls, asked=None: (False, "not on a Sunday"), "not on a Sunday"),
+    "no reason": (lambda cls, asked=None: (False, None), "{} gave no reason"),
+    "empty reason": (lambda cls, asked=None: (False, " "), "{} gave no reason"),
+    "a number as reason": (lambda cls, asked=None: (False, 7), "7"),
+    "bare no": (lambda cls, asked=None: False, "{} gave no reason"),
+    "nothing": (lambda cls, asked=None: None, "{} must return (bool, reason), got None"),
+    "text": (lambda cls, asked=None: "yes", "{} must return (bool, reason), got 'yes'"),
+    "text for a bool": (lambda cls, asked=None: ("no", None), "{} must return (bool, reason), got ('no', None)"),
+    "three": (lambda cls, asked=None: (True, None, 1), "{} must return (bool, reason), got (True, None, 1)"),
+    "raises": (lambda cls, asked=None: 1 // 0, "{} raised ZeroDivisionError: "),
+    "static yes": (staticmethod(lambda asked=None: (True, None)), None),
+    "static no": (staticmethod(lambda asked=None: (False, "not on a Sunday")), "not on a Sunday"),
+    "raises nothing to say": (lambda cls, asked=None: next(iter(())), "{} raised StopIteration"),
+}
+OURS = {"x86_vnni": lk.CPUInt8ScaledMMLinearKernel, "sm90": lk.CutlassInt8ScaledMMLinearKernel}
+SM90 = named_target("sm90", packages={"torch": torch.__version__, "vllm": "0.33", "triton": "3.5"})
+
+
+@pytest.mark.parametrize("method", ["is_supported", "can_implement"])
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("base", ["with kernels", "without kernels", "interface"])
+def test_a_class_is_asked_first_and_never_refused_without_a_reason(base, answer, method):
+    other = {"is_supported": "can_implement", "can_implement": "is_supported"}[method]
+    given, reason = ANSWERS[answer]
+    reason = None if reason is None else f"Theirs: {reason.format(method)}"
+    body = {method: given, other: YES}
+    if base == "with kernels":
+        theirs = derived(lk.TorchInt8ScaledMMLinearKernel, **body)
+    elif base == "without kernels":
+        theirs = derived(lk.Int8ScaledMMLinearKernel, **body)
+    else:
+        theirs = derived(made("Their"), **body)
+    ok, found = lk.is_supported_and_can_implement_kernel(theirs, int8(), "x86_vnni")
+    assert ok == (reason is None)
+    assert found == "" if ok else found.startswith(reason)
+    lists = {"cpu": [theirs, D]}
+    assert lk.choose_scaled_mm_linear_kernel(int8(), lists, "x86_vnni") is (theirs if ok else D)
+    if ok:
+        forced = lk.choose_scaled_mm_linear_kernel(int8(), {}, "x86_vnni", force_kernel=theirs)
+        assert forced is theirs
+    else:
+        with pytest.raises(NoKernelError, match=re.escape(reason)) as error:
+            lk.choose_scaled_mm_linear_kernel(int8(), {}, "x86_vnni", force_kernel=theirs)
+        assert "\n" not in str(error.value)
+        with pytest.raises(NoKernelError, match=re.escape(reason)):
+            lk.choose_scaled_mm_linear_kernel(int8(), {"cpu": [theirs]}, "x86_vnni")
+
+
+@pytest.mark.parametrize("method", ["is_supported", "can_implement"])
+def test_every_chooser_asks_a_class_that_is_listed_by_its_kernels(method, monkeypatch):
+    config = mp(E4M3)
+    for family, like, choose, machine in (
+        (
+            lk.Int8ScaledMMLinearKernel,
+            "pytorch_int_mm",
+            lambda: type(lk.init_int8_linear_kernel(True, False, True, compute_capability="x86_vnni")),
+            "cpu",
+        ),
+        (
+            lk.FP8ScaledMMLinearKernel,
+            "cpu_float8_float32",
+            lambda: type(lk.init_fp8_linear_kernel(TOKEN, CHANNEL, torch.float32, compute_capability="x86_vnni")),
+            "cpu",
+        ),
+        (lk.MPLinearKernel, "pytorch_weight_only", lambda: lk.choose_mp_linear_kernel(config, "x86"), "cpu"),
+    ):
+        name = f"their_{like}"
+        register(replace(kernel(like), name=name, provider="their"), monkeypatch)
+        theirs = derived(family, KERNELS=(name,), **{method: lambda cls, asked=None: (False, "not here")})
+        assert theirs in lk.possible_kernels(family)[machine]
+        assert choose() is not theirs
+        setattr(theirs, method, classmethod(YES))
+        assert choose() is theirs
+        del theirs
+        gc.collect()
+
+
+def test_a_class_is_asked_for_the_machine_and_the_configuration_that_were_asked():
+    seen: list[Any] = []
+    body = {
+        "is_supported": lambda cls, compute_capability=None: (seen.append(compute_capability), (True, None))[1],
+        "can_implement": lambda cls, config: (seen.append(config), (True, None))[1],
+    }
+    theirs = derived(lk.Int8ScaledMMLinearKernel, **body)
+    for asked, number in ((90, 90), ("sm100", 100), (SM90, 90), ("x86_vnni", None), ("gfx942", None)):
+        assert lk.is_supported_and_can_implement_kernel(theirs, int8(), asked) == (True, "")
+        assert seen == [number, int8()]
+        seen.clear()
+
+
+def test_what_a_class_adds_to_the_requirements_of_its_kernels_is_no_substitute_for_them():
+    theirs = derived(lk.CPUInt8ScaledMMLinearKernel, is_supported=YES, can_implement=YES)
+    assert lk.is_supported_and_can_implement_kernel(theirs, int8(), "x86_vnni") == (True, "")
+    ok, reason = lk.is_supported_and_can_implement_kernel(theirs, fp8(), "x86_vnni")
+    assert not ok and "cpu_int8_vnni: has no float8_e4m3fn x float8_e4m3fn matmul" in reason
+    stricter = derived(
+        lk.CPUInt8ScaledMMLinearKernel,
+        can_implement=lambda cls, config: (
+            super(cls, cls).can_implement(config) if config.input_symmetric else (False, "wants no zero point")
+        ),
+    )
+    assert lk.is_supported_and_can_implement_kernel(stricter, int8(), "x86_vnni")[0]
+    ok, reason = lk.is_supported_and_can_implement_kernel(stricter, int8(symmetric=False), "x86_vnni")
+    assert not ok and reason == "Theirs: wants no zero point"
+
+
+@pytest.mark.parametrize(
+    ("body", "missing"),
+    [
+        ({}, "is_supported and can_implement"),
+        ({"is_supported": YES}, "can_implement"),
+        ({"can_implement": YES}, "is_supported"),
+    ],
+)
+def test_a_class_without_kernels_says_what_it_lacks(body, missing):
+    theirs = derived(lk.Int8ScaledMMLinearKernel, **body)
+    expected = f"has no kernels; name them in KERNELS, or implement {missing}"
+    assert lk.is_supported_and_can_implement_kernel(theirs, int8(), 90) == (False, f"Theirs: {expected}")
+    with pytest.raises(NoKernelError, match=re.escape(expected)):
+        lk.choose_scaled_mm_linear_kernel(int8(), {"cuda": [theirs]}, 90)
+    for method, argument in (("is_supported", 90), ("can_implement", int8())):
+        if method not in body:
+            ok, reason = getattr(theirs, method)(argument)
+            assert not ok and "has no kernels" in reason
+    layer = layer_of(weight=WEIGHT, weight_scale=SCALE)
+    with pytest.raises(NoKernelError, match="Theirs cannot run .*has no kernels; name them in KERNELS"):
+        theirs(int8()).process_weights_after_loading(layer)
+
+
+def test_a_class_without_kernels_that_answers_itself_runs_a_layer():
+    class Theirs(lk.Int8ScaledMMLinearKernel):
+        is_supported = can_implement = classmethod(YES)
+
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            layer.ready = True
+
+        def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
+            return x * 2
+
+    chosen = lk.choose_scaled_mm_linear_kernel(int8(), {"cpu": [Theirs]}, "x86")
+    theirs, layer = chosen(int8()), nn.Module()
+    theirs.process_weights_after_loading(layer)
+    assert chosen is Theirs and layer.ready and torch.equal(theirs.apply_weights(layer, X), X * 2)
+    assert theirs.get_output_padding() is None
+
+
+def test_a_class_that_lacks_part_of_the_interface_is_refused_by_name():
+    class Half(lk.MMLinearKernel):
+        is_supported = can_implement = classmethod(YES)
+
+    expected = "Half: does not implement _get_layer_params, apply_weights, process_weights_after_loading"
+    assert lk.is_supported_and_can_implement_kernel(Half, CONFIG, 90) == (False, expected)
+    for wrong in ("KernelC", None, 3):
+        ok, reason = lk.is_supported_and_can_implement_kernel(wrong, CONFIG, 90)
+        assert not ok and reason.startswith(f"{wrong!r}: is_supported raised AttributeError")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
+def test_no_class_of_ours_is_refused_without_a_reason(platform):
+    configs = [fp8(), int8(), mp(), mp(UINT4, 32, True), mp(has_g_idx=True)]
+    machines = [name for name in named_targets() if named_target(name).platform == platform]
+    for cls, config, machine in itertools.product(CLASSES, configs, machines):
+        ok, reason = lk.is_supported_and_can_implement_kernel(cls, config, machine)
+        assert ok == (reason == "")
+        assert ok or re.fullmatch(rf"{cls.__name__}: .*\w.*", reason)
 
 
 # --- the life of a layer ------------------------------------------------------------------------------------------

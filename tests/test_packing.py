@@ -14,7 +14,7 @@ from fx_quant import remembering
 from fx_quant.errors import UnknownNameError
 from fx_quant.kernels import huge_pages, packing
 from fx_quant.kernels.base import kernels
-from fx_quant.kernels.packing import clear_packed_weights, layouts, pack_weight, packed_layout
+from fx_quant.kernels.packing import layouts, pack_weight, packed_layout
 from fx_quant.scheme import INT8_DTYPES
 
 pytestmark = pytest.mark.usefixtures("uncached")
@@ -128,12 +128,13 @@ def test_a_replaced_storage_is_seen():
     assert torch.equal(prepack([w], ["vnni"])[0], pack_weight(w, "vnni"))
 
 
-def test_writes_through_data_need_a_clear():
-    w = parameter()
-    prepack([w], ["vnni"])
-    w.data.copy_(weight(70, 9))
-    clear_packed_weights()
-    assert torch.equal(prepack([w], ["vnni"])[0], pack_weight(w, "vnni"))
+def test_a_weight_stored_transposed_is_packed_as_its_transpose():
+    w = parameter(64, 48)
+    packed = prepack([w], [f"vnni{packing.TRANSPOSED}"])[0]
+    assert torch.equal(packed, pack_weight(w.t(), "vnni"))
+    layout = packed_layout(f"vnni{packing.TRANSPOSED}")
+    assert packed.shape == layout.shape(64, 48)
+    assert torch.equal(layout.unpack(packed, 64, 48), w)
 
 
 def test_another_view_at_the_same_address_is_another_weight():

@@ -115,7 +115,7 @@ def test_a_graph_with_misses_only_is_left_byte_for_byte():
     assert all(new is old for new, old in zip(graph.nodes, nodes, strict=True))
 
 
-PASSES = ["canonicalize", "rewrite_quantizers", "merge_duplicates", "assign", "verify"]
+PASSES = ["rewrite_quantizers", "merge_duplicates", "assign", "verify"]
 
 
 def explode(*_: object, **__: object) -> None:

@@ -20,6 +20,9 @@ from fx_quant.measurements import Kind, delete, file_path, read, write
 
 CONFIGURATIONS = Kind("configurations", "sources of Triton kernels", "python -m fx_quant tune --device cuda")
 
+# Those that a case may have, as ``gpu/scaled_mm.py`` plans them.
+_FORMS = ("persistent", "swapped", "tile")
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -39,7 +42,11 @@ class Gpu:
     sources: str
 
     def path(self) -> Path:
-        """Where its configurations are; other sources do not change the name, so that what is stale is found."""
+        """Where its configurations are; other sources do not change the name, so that what is stale is found.
+
+        Raises:
+            FxQuantError: no folder is known, as ``cache_folder`` says.
+        """
         return file_path("configurations", repr((self.device, self.driver, self.torch, self.triton)))
 
 
@@ -78,12 +85,27 @@ def save(found: Mapping[str, Configuration], gpu: Gpu) -> Path:
 
 def load(gpu: Gpu) -> Mapping[str, Configuration]:
     """What was saved for ``gpu``; nothing, with a warning, where the file is unreadable, foreign or stale."""
-    found = read(gpu.path(), dataclasses.asdict(gpu), CONFIGURATIONS, _from_data)
+    found = read(gpu.path, dataclasses.asdict(gpu), CONFIGURATIONS, _from_data)
     return MappingProxyType({} if found is None else found)
 
 
 def _from_data(tables: Mapping[str, Any]) -> dict[str, Configuration]:
-    return {case: Configuration(**values) for case, values in tables.items()}
+    return {case: _checked(Configuration(**values)) for case, values in tables.items()}
+
+
+def _checked(found: Configuration) -> Configuration:
+    """``found``, where a kernel could be launched with it; that it fits an operand is asked of its form."""
+    sizes = (found.block_m, found.block_n, found.block_k, found.warps, found.stages, found.split_k)
+    powers = (*zip(sizes, (1024, 1024, 4096, 32), strict=False),)
+    holds = (
+        found.form in _FORMS
+        and all(type(size) is int and 1 <= size <= 4096 for size in sizes)
+        and all(size & (size - 1) == 0 and size <= most for size, most in powers)
+        and all(type(flag) is bool for flag in (found.warp_specialized, found.flattened))
+    )
+    if not holds:
+        raise ValueError(f"no kernel can take {found!r}")
+    return found
 
 
 def reset(gpu: Gpu) -> Path | None:

@@ -19,9 +19,10 @@ from fx_quant.errors import FxQuantError
 from fx_quant.gpu.architectures import Architecture, architecture_of
 from fx_quant.gpu.choose import case_of, ranked
 from fx_quant.gpu.launch import Configuration
-from fx_quant.gpu.measured import load, save, this_gpu
+from fx_quant.gpu.measured import CONFIGURATIONS, load, save, this_gpu
 from fx_quant.gpu.operands import ScaledOperands, scaled_operands
 from fx_quant.gpu.scaled_mm import FORMS, plan_scaled_mm
+from fx_quant.measurements import check_path
 from fx_quant.ops import scaled_mm
 
 # Linears (n, k) of Llama 3 8B: query, key and value in one, output, gate and up in one, down.
@@ -147,7 +148,8 @@ def tune(
     if not torch.cuda.is_available():
         raise FxQuantError("tuning Triton kernels needs a GPU, and PyTorch finds none; see `python -m fx_quant doctor`")
     device = torch.device("cuda", torch.cuda.current_device())
-    on = architecture_of(device)
+    gpu, on = this_gpu(device), architecture_of(device)
+    check_path(gpu.path(), CONFIGURATIONS)
     known = [recipe for recipe in recipes if recipe == "int8" or on.float8]
     asked = [Asked(recipe, m, n, k) for m in rows for recipe in known for n, k in shapes]
     start = time.perf_counter()
@@ -158,7 +160,6 @@ def tune(
     decisions = tuple(decide_all(asked, on, make, measure, budget_seconds, time.perf_counter))
     path = None
     if decisions:
-        gpu = this_gpu(device)
         path = save({**load(gpu), **{each.case: each.chosen for each in decisions}}, gpu)
     return Report(decisions, tuple(asked[len(decisions) :]), time.perf_counter() - start, path)
 

@@ -2,34 +2,33 @@
 
 ``fx_quant::prepack`` is one call for all weights of a graph. Its body keeps what it packed:
 
-- a *group* is one call site's list of weights; a repeated call compares addresses, identities and versions, and hands
-  out the same tensors;
+- a *group* is one call site's list of weights, see ``remembering``: a repeated call hands out the same tensors, unless
+  a weight was written to;
 - a *packed weight* is kept by storage, offset, shape and strides, so tied weights and views are packed once.
 
-An in-place update of a weight raises its version and it is packed again. Inference tensors have no version and are
-taken to be constant; writes through ``weight.data`` do not raise the version: call ``clear_packed_weights()`` after
-either. What was packed is dropped when its weight's storage dies.
+What was packed is dropped when its weight's storage dies, or by ``clear_packed_weights()``.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.kernels.huge_pages import in_huge_pages
 from fx_quant.ops import MATMUL_TAGS, register
-from fx_quant.remembering import drop_at_death, forget_all, remembered, version_of, view_of
+from fx_quant.remembering import Mark, forget, forget_all, remembered, view_of
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
 PANEL = 64
+TRANSPOSED = ".t"
 
 
 @dataclass(frozen=True)
@@ -203,9 +202,24 @@ def packed_layout(name: str) -> Layout:
     Raises:
         UnknownNameError: no layout has that name.
     """
+    if name not in _LAYOUTS and name.endswith(TRANSPOSED):
+        return _transposed(packed_layout(name.removesuffix(TRANSPOSED)))
     if name not in _LAYOUTS:
         raise unknown_name("layout", name, _LAYOUTS)
     return _LAYOUTS[name]
+
+
+@functools.cache
+def _transposed(layout: Layout) -> Layout:
+    """``layout`` of a weight that is given as ``[k, n]``."""
+    unpack = layout.unpack
+    return replace(
+        layout,
+        name=f"{layout.name}{TRANSPOSED}",
+        shape=lambda k, n: layout.shape(n, k),
+        pack=lambda weight: layout.pack(weight.t()),
+        unpack=None if unpack is None else lambda packed, k, n: unpack(packed, n, k).t(),
+    )
 
 
 def _check_weight(weight: Tensor, layout: Layout) -> None:
@@ -235,11 +249,10 @@ def pack_weight(weight: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Packed:
-    """One packed weight: valid while its storage lives and the version is the one that was packed."""
+    """One packed weight: valid while its storage lives and holds what was packed."""
 
-    storage: StorageWeakRef
+    mark: Mark
     death: weakref.ref
-    version: int | None
     tensor: Tensor
 
 
@@ -252,26 +265,38 @@ def clear_packed_weights() -> None:
     _packed.clear()
 
 
-def _packed_once(weight: Tensor, name: str) -> Tensor:
+def forget_storages(storages: Collection[int]) -> None:
+    """Forget what was computed of tensors in ``storages``, given by ``_cdata``."""
+    forget(storages)
+    for key in [key for key in _packed if key[0] in storages]:
+        _packed.pop(key, None)
+
+
+def _packed_once(weight: Tensor, name: str, mark: Mark) -> Tensor:
     storage = weight.untyped_storage()
     key = (storage._cdata, weight.storage_offset(), view_of(weight), name)
-    found, version = _packed.get(key), version_of(weight)
-    if found is not None and not found.storage.expired() and found.version == version:
+    found = _packed.get(key)
+    if found is not None and not found.mark.storage.expired() and found.mark.same_content(mark):
         return found.tensor
     tensor = pack_weight(weight, name)
-    _packed[key] = _Packed(StorageWeakRef(storage), drop_at_death(storage, _packed, key), version, tensor)
+    _packed[key] = _Packed(mark, weakref.ref(storage, lambda _: _packed.pop(key, None)), tensor)
     return tensor
 
 
 def prepack(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
     """Weights ``[n, k]``, any strides, packed: ``result[i]`` is ``weights[i]`` in ``layouts[i]``.
 
+    A layout's name with ``TRANSPOSED`` behind it takes the weight as ``[k, n]``: what a graph holds is given as it is,
+    as views that a graph makes anew have no version.
+
     The results are kept and handed out again: do not write to them. They never alias an input; equal inputs give the
     same tensor.
     """
-    return remembered(
-        weights, tuple(layouts), lambda: [_packed_once(*pair) for pair in zip(weights, layouts, strict=True)]
-    )
+
+    def pack(marks: Sequence[Mark]) -> list[Tensor]:
+        return [_packed_once(*each) for each in zip(weights, layouts, marks, strict=True)]
+
+    return remembered(weights, tuple(layouts), pack)
 
 
 def _prepack_fake(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:

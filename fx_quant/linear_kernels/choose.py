@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ from fx_quant.linear_kernels.configs import (
     MPLinearLayerConfig,
     ScaledMMLinearLayerConfig,
 )
-from fx_quant.linear_kernels.interface import MMLinearKernel
+from fx_quant.linear_kernels.interface import ASKED, MMLinearKernel, refusal
 from fx_quant.linear_kernels.registry import (
     Capability,
     FP8ScaledMMLinearKernel,
@@ -27,6 +27,7 @@ from fx_quant.linear_kernels.registry import (
 )
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, INT8_DTYPES, OperandSpec, dtype_name
 from fx_quant.selection import disabled_kernels
+from fx_quant.target import Target
 
 KernelT = TypeVar("KernelT", bound=MMLinearKernel)
 
@@ -37,21 +38,34 @@ _FAMILIES = (FP8ScaledMMLinearKernel, Int8ScaledMMLinearKernel, MPLinearKernel)
 def is_supported_and_can_implement_kernel(
     kernel: type[KernelT], config: Any, compute_capability: Capability = None
 ) -> tuple[bool, str]:
-    """Whether ``kernel`` can run ``config`` on a machine, and every reason why not.
+    """Whether ``kernel`` can run ``config`` on a machine, and why not: a reason is never empty.
 
-    A class is switched off by its own name, its kernels' or their provider's in ``FX_QUANT_DISABLED_KERNELS``.
+    A class is switched off by its own name, its kernels' or their provider's in ``FX_QUANT_DISABLED_KERNELS``. What a
+    class answers itself is asked first, as ``refusal`` reads it; then every requirement of its kernels.
     """
-    if kernel.__name__ in disabled_kernels():
-        return False, f"{kernel.__name__}: is disabled by environment variable"
+    name = getattr(kernel, "__name__", repr(kernel))
+    if name in disabled_kernels():
+        return False, f"{name}: is disabled by environment variable"
     target = resolve_capability(compute_capability)
-    if issubclass(kernel, RegistryLinearKernel):
+    reasons = _own_reasons(kernel, config, target)
+    if not reasons and _is_ours(kernel):
         reasons = kernel.unmet(config, target)
-        return not reasons, "; ".join(f"{kernel.__name__}: {reason}" for reason in reasons)
-    supported, reason = kernel.is_supported(target.capability)
-    if not supported:
-        return False, f"{kernel.__name__}: {reason}"
-    implements, reason = kernel.can_implement(config)
-    return implements, "" if implements else f"{kernel.__name__}: {reason}"
+    return not reasons, "; ".join(f"{name}: {reason}" for reason in reasons)
+
+
+def _is_ours(kernel: type[MMLinearKernel]) -> TypeGuard[type[RegistryLinearKernel]]:
+    return isinstance(kernel, type) and issubclass(kernel, RegistryLinearKernel)
+
+
+def _own_reasons(kernel: type[MMLinearKernel], config: Any, target: Target) -> list[str]:
+    """Why a class says that it cannot, where it is not our requirements that speak: one reason, or none."""
+    for method, argument in zip(ASKED, (target.capability, config), strict=True):
+        if not (_is_ours(kernel) and kernel.inherits(method)):
+            reason = refusal(kernel, method, argument)
+            if reason is not None:
+                return [reason]
+    lacks = sorted(getattr(kernel, "__abstractmethods__", ()))
+    return [f"does not implement {', '.join(lacks)}"] if lacks else []
 
 
 def choose_scaled_mm_linear_kernel(

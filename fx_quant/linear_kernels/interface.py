@@ -13,6 +13,7 @@ from fx_quant.linear_kernels.params import Params
 ConfigT = TypeVar("ConfigT", bound=MMLinearLayerConfig)
 ParamsT = TypeVar("ParamsT", bound=Params)
 Verdict = tuple[bool, str | None]
+ASKED = ("is_supported", "can_implement")
 
 
 class MMLinearKernel(ABC, Generic[ConfigT, ParamsT]):
@@ -55,3 +56,24 @@ class MMLinearKernel(ABC, Generic[ConfigT, ParamsT]):
     @abstractmethod
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
         """``[..., k] -> [..., n]``."""
+
+
+def refusal(kernel: type[MMLinearKernel], method: str, argument: Any) -> str | None:
+    """Why ``kernel.method(argument)`` is no yes, in one line that is never empty; None for a yes.
+
+    A bare bool is an answer too. One of another form, and an exception, are a no: they cannot be told from a mistake.
+    """
+    try:
+        answer = getattr(kernel, method)(argument)
+    except Exception as error:  # noqa: BLE001  (somebody else's code, after which the next class is asked)
+        return one_line(f"{method} raised {type(error).__name__}: {error}")
+    found = (answer, None) if isinstance(answer, bool) else answer
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], bool)):
+        return one_line(f"{method} must return (bool, reason), got {answer!r}")
+    holds, reason = found
+    return None if holds else one_line("" if reason is None else str(reason)) or f"{method} gave no reason"
+
+
+def one_line(text: str) -> str:
+    """``text`` with each run of white space as one space."""
+    return " ".join(text.split())

@@ -20,7 +20,7 @@ from fx_quant.linear_kernels.configs import (
     MPLinearLayerConfig,
     ScaledMMLinearLayerConfig,
 )
-from fx_quant.linear_kernels.interface import ConfigT, MMLinearKernel, ParamsT, Verdict
+from fx_quant.linear_kernels.interface import ASKED, ConfigT, MMLinearKernel, ParamsT, Verdict
 from fx_quant.linear_kernels.params import (
     FP8Params,
     Int8Params,
@@ -52,6 +52,10 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
     """A face of kernels of the registry, best first: ``KERNELS`` names them, ``PARAMS`` the tensors of a layer.
 
     ``target`` is the machine that an object was chosen for; None is this one.
+
+    A subclass that overrides ``is_supported`` or ``can_implement`` is asked first, ``is_supported`` with the compute
+    capability as a number, None off NVIDIA; what its kernels require must hold beside that. One without kernels answers
+    both itself, and implements ``process_weights_after_loading`` and ``apply_weights``.
     """
 
     KERNELS: ClassVar[tuple[str, ...]] = ()
@@ -70,23 +74,46 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
     def is_supported(cls, compute_capability: Capability = None) -> Verdict:
         """Whether any of the kernels meets its requirements of the target; all reasons otherwise."""
         target = resolve_capability(compute_capability)
-        return _verdict({k.name: k.requires.unmet_by_target(target) for k in cls.kernels()})
+        return cls._verdict({k.name: k.requires.unmet_by_target(target) for k in cls.kernels()})
 
     @classmethod
     def can_implement(cls, config: ConfigT) -> Verdict:
         """Whether any of the kernels meets its requirements of the problem; all reasons otherwise."""
+        return cls._implements(config)
+
+    @classmethod
+    def _implements(cls, config: ConfigT) -> Verdict:
         problem = problem_of(config)
         if getattr(config, "has_g_idx", False):
             return False, "groups must be neighbours along k, got a g_idx; reorder the weight to act_order=False"
-        return _verdict({k.name: k.requires.unmet_by_problem(problem) for k in cls.kernels()})
+        return cls._verdict({k.name: k.requires.unmet_by_problem(problem) for k in cls.kernels()})
+
+    @classmethod
+    def inherits(cls, method: str) -> bool:
+        """Whether ``method`` is what this class reads off the requirements of kernels, rather than a subclass's own."""
+        return getattr(getattr(cls, method), "__func__", None) is getattr(RegistryLinearKernel, method).__func__
 
     @classmethod
     def unmet(cls, config: ConfigT, target: Target) -> list[str]:
-        """Why none of the kernels can run ``config`` on ``target``, disabled ones included; empty when one can."""
-        implements, why = cls.can_implement(config)
+        """Why none of the kernels can run ``config`` on ``target``, disabled ones included; empty when one can.
+
+        Empty too for a class without kernels that answers for itself.
+        """
+        if not cls.KERNELS and not any(map(cls.inherits, ASKED)):
+            return []
+        implements, why = cls._implements(config)
         if implements:
-            implements, why = _verdict(cls._reasons(problem_of(config), target))
+            implements, why = cls._verdict(cls._reasons(problem_of(config), target))
         return [] if implements else [str(why)]
+
+    @classmethod
+    def _verdict(cls, reasons: Mapping[str, list[str]]) -> Verdict:
+        if not reasons:
+            missing = " and ".join(filter(cls.inherits, ASKED)) or "process_weights_after_loading"
+            return False, f"has no kernels; name them in KERNELS, or implement {missing}"
+        if any(not each for each in reasons.values()):
+            return True, None
+        return False, "; ".join(f"{name}: {', '.join(each)}" for name, each in reasons.items())
 
     @classmethod
     def _reasons(cls, problem: Problem, target: Target) -> dict[str, list[str]]:
@@ -104,7 +131,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
         for candidate in self.kernels():
             if not reasons[candidate.name]:
                 return candidate
-        raise NoKernelError(f"{type(self).__name__} cannot run {problem} on {target}: {_verdict(reasons)[1]}")
+        raise NoKernelError(f"{type(self).__name__} cannot run {problem} on {target}: {self._verdict(reasons)[1]}")
 
     def get_output_padding(self) -> int | None:
         """Rows to which an eager call pads fewer: 17 for ``torch._scaled_mm`` on CUDA; None where it pads none."""
@@ -284,12 +311,6 @@ def problem_of(config: object) -> Problem:
             f"MPLinearLayerConfig, got {type(config).__name__}"
         )
     return config.problem()
-
-
-def _verdict(reasons: Mapping[str, list[str]]) -> Verdict:
-    if any(not each for each in reasons.values()):
-        return True, None
-    return False, "; ".join(f"{name}: {', '.join(each)}" for name, each in reasons.items())
 
 
 def resolve_capability(asked: Capability) -> Target:

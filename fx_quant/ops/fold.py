@@ -17,19 +17,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from fx_quant.ops.library import MATMUL_TAGS, register
+from fx_quant.purity import is_pure
 from fx_quant.remembering import remembered
 
 
 def can_fold(node: Node) -> bool:
     """Whether ``program_of`` can write ``node`` down: a pure op of tensors and static arguments."""
     target = node.target
-    if node.op != "call_function":
+    if node.op != "call_function" or not is_pure(target):
         return False
-    if target is not operator.getitem:
-        if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-            return False
-        if torch.Tag.nondeterministic_seeded in target.tags:
-            return False
+    if target is not operator.getitem and not isinstance(target, torch._ops.OpOverload):
+        return False
     try:
         json.dumps(_encoded((node.args, node.kwargs), dict.fromkeys(node.all_input_nodes, 0)))
     except TypeError:
@@ -170,7 +168,7 @@ def fold(inputs: list[Tensor], program: str) -> list[Tensor]:
 
     Do not write to the results. They never alias an input.
     """
-    return remembered(inputs, (program,), lambda: [_own(result, inputs) for result in _run(inputs, program)])
+    return remembered(inputs, (program,), lambda _: [_own(result, inputs) for result in _run(inputs, program)])
 
 
 def _own(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
+from fx_quant.passes.failures import failed
 from fx_quant.passes.matrices import is_full
 from fx_quant.passes.nodes import (
     ADDITIONS,
@@ -34,13 +35,22 @@ class Annotation:
     def __init__(self, graph: Graph) -> None:
         self._values: dict[Node, Value] = {}
         for node in graph.nodes:
-            value = self._evaluate(node)
+            value = self._guarded(node)
             if value is not None:
                 self._values[node] = value
 
     def value(self, node: object) -> Value | None:
         """What is proven of ``node``; None for plain floating point and for what is not a tensor node."""
         return self._values.get(node) if isinstance(node, Node) else None
+
+    def _guarded(self, node: Node) -> Value | None:
+        """The value of ``node``; what a rule raises makes it unknown and is no concern of other nodes."""
+        try:
+            return self._evaluate(node)
+        except Exception as error:
+            rule = rule_of(node)
+            name = "annotate" if rule is None else f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
+            return Unknown(node, failed(f"the rule {name} of {_op_name(node)}", error))
 
     def _evaluate(self, node: Node) -> Value | None:
         if tensor(node) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import sympy
@@ -11,8 +12,9 @@ from torch.fx import Node
 from fx_quant.passes.axes import REPEAT, Piece, Segment, extent, flat, length, own_dims
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import axis_of
-from fx_quant.passes.nodes import aten, same_shape, shape
+from fx_quant.passes.nodes import aten, rounded_number, same_shape, shape, uniform_value
 from fx_quant.passes.values import Axis, Codes, Factor, Tile
+from fx_quant.scheme import dtype_name
 
 
 def matrix(emitter: Emitter, codes: Codes, like: Node) -> Node:
@@ -68,7 +70,10 @@ def combined(emitter: Emitter, parts: Sequence[Node], like: Node, target=aten.mu
 def _vector(emitter: Emitter, factor: Factor | Tile, like: Node, to: torch.dtype, sizes: list[int]) -> Node:
     """``factor`` in dtype ``to``, flattened over the axis along which it varies; ``[]`` for a scalar."""
     if not isinstance(factor.source, Node):
+        if factor.inverse and factor.source == 0:
+            raise LookupError("the codes are divided by 0")
         return number(emitter, 1.0 / factor.source if factor.inverse else factor.source, like, to)
+    _as_held(uniform_value(factor.source) or 0, to)
     if isinstance(factor, Tile):
         if factor.row_block is None:
             return _cast(emitter, emitter.reshape(factor.source, [], like=like), factor, like, to)
@@ -87,9 +92,34 @@ def _vector(emitter: Emitter, factor: Factor | Tile, like: Node, to: torch.dtype
 
 
 def number(emitter: Emitter, value: float, like: Node, to: torch.dtype) -> Node:
-    """``value`` as a tensor ``[]``."""
-    value = value if to.is_floating_point else int(value)
+    """``value`` as a tensor ``[]``.
+
+    Raises:
+        LookupError: ``to`` does not hold it, or it is no finite number there.
+    """
+    value = _as_held(value, to)
     return emitter.call(aten.full.default, [], value, dtype=to, device=like.meta["val"].device, like=like)
+
+
+def _as_held(value: float, to: torch.dtype) -> float:
+    """``value``, as an integer where ``to`` is of integers.
+
+    Scales leave the sum, in which an infinite one makes NaN of what it makes infinite outside.
+
+    Raises:
+        LookupError: ``to`` does not hold it, or it is no finite number there.
+    """
+    if to.is_floating_point:
+        if not math.isfinite(rounded_number(value, to)):
+            raise LookupError(f"the scale {value:g} is no finite {dtype_name(to)}")
+        return value
+    if not math.isfinite(value) or not _fits(value, to):
+        raise LookupError(f"the zero point {value:g} is no {dtype_name(to)}")
+    return int(value)
+
+
+def _fits(value: float, to: torch.dtype) -> bool:
+    return torch.iinfo(to).min <= value <= torch.iinfo(to).max
 
 
 def _cast(emitter: Emitter, node: Node, factor: Factor | Tile, like: Node, to: torch.dtype) -> Node:

@@ -9,12 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.kernels.packing import PANEL
+from fx_quant.kernels.packing import PANEL, TRANSPOSED
 from fx_quant.passes.canonical import Operands, operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.nodes import args_of, aten, is_single, shape
 from fx_quant.selection import Selection
+
+
+class UnassignedError(Exception):
+    """Some canonical ops could not be replaced; the graph is half rewritten.
+
+    Args:
+        errors: what was raised, by the canonical op.
+    """
+
+    def __init__(self, errors: Mapping[Node, Exception]) -> None:
+        super().__init__("; ".join(f"{node}: {error!r}" for node, error in errors.items()))
+        self.errors = errors
 
 
 def assign(
@@ -24,15 +36,25 @@ def assign(
 
     All weights that want packing are packed by one call at the head of the graph. What is computed of anything but
     constants is in ``runtime``: it is not rearranged, as that would be done in every call.
+
+    Raises:
+        UnassignedError: names every op that could not be replaced.
     """
     emitter = Emitter(graph)
     packed = _pack(emitter, selections)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     results = {}
+    errors: dict[Node, Exception] = {}
     for node, selection in selections.items():
-        results[node] = _assign(emitter, node, selection, packed.get(node, Packed()), casts, runtime)
+        try:
+            results[node] = _assign(emitter, node, selection, packed.get(node, Packed()), casts, runtime)
+        except Exception as error:
+            errors[node] = error
+            continue
         node.replace_all_uses_with(results[node])
         graph.erase_node(node)
+    if errors:
+        raise UnassignedError(errors)
     return results
 
 
@@ -145,23 +167,20 @@ def _pack_stored(emitter: Emitter, stored: Sequence[tuple[Node, str, Node, bool,
         return {}
     graph = emitter.graph
     head = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
-    weights: list[Node] = []
-    layouts: list[str] = []
-    known: dict[tuple[Node, bool, str], int] = {}
+    known: dict[tuple[Node, str], int] = {}
     index: dict[Node, dict[str, int]] = {}
     with graph.inserting_before(head):
         for node, field, base, transposed, layout in stored:
-            key = (base, transposed, layout)
+            key = base, layout if transposed else f"{layout}{TRANSPOSED}"
             if key not in known:
-                known[key] = len(weights)
+                known[key] = len(known)
                 if base.op == "get_attr":
                     head.prepend(base)
-                weights.append(base if transposed else emitter.call(aten.permute.default, base, [1, 0], like=node))
-                layouts.append(layout)
             index.setdefault(node, {})[field] = known[key]
         like = stored[0][0]
+        weights, layouts = map(list, zip(*known, strict=True))
         call = emitter.call(torch.ops.fx_quant.prepack.default, weights, layouts, like=like)
-        outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(weights))]
+        outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(known))]
     return {node: {field: outs[i] for field, i in fields.items()} for node, fields in index.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fx_quant.passes.axes import extent
 from fx_quant.passes.canonical import SCALED_MM, WEIGHT_ONLY_MM
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import integer_range, stored_dtype
-from fx_quant.passes.nodes import aten, same_size, shape
+from fx_quant.passes.nodes import aten, rounded_number, same_size, shape
 from fx_quant.passes.problems import corrects_weight, is_unsigned
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
@@ -226,7 +227,9 @@ def _bias(emitter: Emitter, product: Product, site: Site) -> Node | None:
     n, root = site.problem.n, site.root
     if not isinstance(bias.source, Node):
         device = root.meta["val"].device
-        return emitter.call(aten.full.default, [n], bias.source, dtype=FLOAT32, device=device, like=root)
+        rounded = rounded_number(bias.source, FLOAT32)
+        number = bias.source if math.isfinite(rounded) else rounded
+        return emitter.call(aten.full.default, [n], number, dtype=FLOAT32, device=device, like=root)
     node = emitter.reshape(bias.source, [-1], like=root)
     if bias.axis is Axis.SCALAR and n != 1:
         node = emitter.call(aten.expand.default, node, [n], like=root)

@@ -53,10 +53,14 @@ def fold_constants(emitter: Emitter, kernels: Sequence[Node], inputs: Inputs) ->
 
 
 def _matrices(kernel: Node) -> Iterator[Node]:
-    """The weight, its sums, and every scale and zero point of more than one dim."""
+    """The weight, its sums, and every scale and zero point of it of more than one dim.
+
+    What is on the activation's side is computed in every call, even of a buffer: it may be a frame that is filled anew.
+    """
     weight, sums = args_of(kernel)[1], kernel.kwargs.get("b_sum")
+    of_activation = {args_of(kernel)[0], args_of(kernel)[2], kernel.kwargs.get("a_zero_point")}
     for argument in kernel.all_input_nodes:
-        if argument in (weight, sums) or len(shape(argument)) > 1:
+        if argument not in of_activation and (argument in (weight, sums) or len(shape(argument)) > 1):
             yield argument
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.passes.nodes import aten, dtype, shape, tensor
+from fx_quant.passes.memory import written_inputs
+from fx_quant.passes.nodes import dtype, shape, tensor
+from fx_quant.purity import is_pure
 from fx_quant.scheme import CODE_DTYPES
 
 
@@ -32,18 +34,21 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
             that hold codes or float vectors for such.
     """
     constant, runtime = set(), set()
-    written = {node.args[0] for node in graph.find_nodes(op="call_function", target=aten.copy_.default)}
+    written = written_inputs(graph)
     for index, node in enumerate(graph.find_nodes(op="placeholder")):
         static = _looks_static(node) if static_indices is None else index in static_indices
         if static and node not in written:
             constant.add(node)
         elif tensor(node) is not None:
             runtime.add(node)
-    constant.update(graph.find_nodes(op="get_attr"))
+    attributes = graph.find_nodes(op="get_attr")
+    constant.update(node for node in attributes if node not in written)
+    runtime.update(node for node in attributes if node in written)
     for node in graph.nodes:
         # A size depends on the input's shape alone, and what is expanded to it holds the same values in every call.
         is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
-        if not is_size and any(source in runtime for source in node.all_input_nodes):
+        changes = node.op == "call_function" and not is_pure(node.target)
+        if not is_size and (changes or any(source in runtime for source in node.all_input_nodes)):
             runtime.add(node)
     return Inputs(frozenset(constant), frozenset(runtime))
 

@@ -7,32 +7,53 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.compat import mutates
-from fx_quant.passes.nodes import aten, tensor
+from fx_quant.passes.memory import Memory, is_barrier
+from fx_quant.passes.nodes import shape, spell_by_schema, tensor
+from fx_quant.purity import is_pure
 
 
 def common_subexpressions_merged(graph: Graph) -> Graph:
     """A copy of ``graph`` in which equal pure computations are one node.
 
-    Kept apart are what an op that mutates stands between, random numbers, uninitialised memory, higher-order ops, and
-    whatever shares memory with an output: two outputs never become one tensor. Takes time linear in the graph.
+    Kept apart are what an op that mutates stands between, what is not known to be pure, and whatever shares memory with
+    an output or is written to: two outputs never become one tensor. Arguments of ops are spelled in one way, so that
+    each rule need know one only. Takes time linear in the graph.
     """
     copy = Graph()
     copied: dict[Node, Node] = {}
     first: dict[tuple, Node] = {}
     # For each node, the one that stands for it.
     kept: dict[Node, Node] = {}
-    returned = {_storage(node) for node in graph.output_node().all_input_nodes} - {None}
+    memory = Memory(graph)
     region = 0
     for node in graph.nodes:
-        region += mutates(node)
-        if node.op == "call_function" and _is_pure(node.target) and _storage(node) not in returned:
+        region += is_barrier(node)
+        if _is_mergeable(node, memory):
             known = first.setdefault((region, call_key(node, kept)), node)
             if known is not node:
                 kept[node], copied[node] = known, copied[known]
                 continue
         copied[node] = copy.node_copy(node, copied.__getitem__)
+        spell_by_schema(copied[node])
     return copy
+
+
+def _is_mergeable(node: Node, memory: Memory) -> bool:
+    return (
+        node.op == "call_function"
+        and is_pure(node.target)
+        and not _brings_size(node)
+        and not memory.is_returned(node)
+        and not memory.is_written(node)
+    )
+
+
+def _brings_size(node: Node) -> bool:
+    """Whether ``node`` has a number or size that is read off values, by whose name others refer to it."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.data_dependent_output not in tags and torch.Tag.dynamic_output_shape not in tags:
+        return False
+    return tensor(node) is None or not all(isinstance(size, int) for size in shape(node))
 
 
 def call_key(node: Node, kept: Mapping[Node, Node]) -> tuple:
@@ -62,21 +83,3 @@ def constant_key(constant: object) -> tuple[type, object]:
 
 
 _EQUAL_AS_THEY_ARE = (int, bool, str, type(None), torch.dtype)
-
-
-def _is_pure(target: object) -> bool:
-    """Whether two calls of ``target`` with the same arguments give the same."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket is not aten.empty and torch.Tag.nondeterministic_seeded not in target.tags
-    return not isinstance(target, torch._ops.HigherOrderOperator)
-
-
-def _storage(node: Node) -> object:
-    """Identity of the memory behind ``node``'s tensor; None where it has none."""
-    value = tensor(node)
-    if value is None:
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except NotImplementedError:  # a tensor without a storage of its own, such as a sparse one
-        return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -53,6 +53,51 @@ def tensor(node: object) -> torch.Tensor | None:
 def args_of(node: Node) -> tuple[Any, ...]:
     """The positional arguments of ``node``; FX types them as a union that every use would have to narrow."""
     return node.args
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a call of an op by the names of its schema, defaults filled in, however they were spelled."""
+    found = {name: default for name, _, default in _parameters(node.target)}
+    return found | dict(zip(found, node.args, strict=False)) | dict(node.kwargs)
+
+
+def spell_by_schema(node: Node) -> None:
+    """Give ``node`` its arguments in one spelling: by position what may be so given, and no defaults at the end."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    parameters = _parameters(node.target)
+    if not node.kwargs and len(node.args) == sum(not of.keyword_only and of.default is _REQUIRED for of in parameters):
+        return
+    given = arguments(node)
+    positional = [of for of in parameters if not of.keyword_only]
+    while positional and _is_default(positional[-1], given):
+        positional.pop()
+    named = [of for of in parameters if of.keyword_only and not _is_default(of, given)]
+    node.args = tuple(given[of.name] for of in positional)
+    node.kwargs = {of.name: given[of.name] for of in named}
+
+
+class _Parameter(NamedTuple):
+    name: str
+    keyword_only: bool
+    default: Any
+
+
+_REQUIRED = object()
+
+
+@functools.cache
+def _parameters(target: Any) -> tuple[_Parameter, ...]:
+    return tuple(
+        _Parameter(each.name, each.kwarg_only, each.default_value if each.has_default_value() else _REQUIRED)
+        for each in target._schema.arguments
+    )
+
+
+def _is_default(parameter: _Parameter, given: Mapping[str, Any]) -> bool:
+    value, default = given[parameter.name], parameter.default
+    # Of 1, 1.0 and True only what is the default itself is left out.
+    return default is not _REQUIRED and type(value) is type(default) and value == default
 
 
 def dtype(node: object) -> torch.dtype | None:
@@ -150,7 +195,17 @@ def uniform_value(node: object) -> float | int | None:
 def _cast_number(value: float | int | None, to: torch.dtype | None) -> float | int | None:
     if value is None or to is None:
         return None
+    if not to.is_floating_point and (not math.isfinite(value) or int(value) not in _range(to)):
+        return None  # it wraps around, or is what the machine makes of it
     return rounded_number(value, to)
+
+
+def _range(to: torch.dtype) -> range:
+    """The integers of an integer dtype, or bool."""
+    if to is torch.bool:
+        return range(2)
+    info = torch.iinfo(to)
+    return range(info.min, info.max + 1)
 
 
 def rounded_number(value: float | int, to: torch.dtype) -> float | int:

@@ -6,20 +6,23 @@ import contextlib
 import functools
 import gc
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch.fx import Graph, Node
 
 from fx_quant.compat import copy_graph, replace_contents
 from fx_quant.config import Options
-from fx_quant.errors import MissError, NoKernelError
+from fx_quant.errors import FxQuantError, MissError, NoKernelError
 from fx_quant.passes.annotate import Annotation
-from fx_quant.passes.assign import assign
+from fx_quant.passes.assign import UnassignedError, assign
 from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
+from fx_quant.passes.failures import failed
 from fx_quant.passes.folding import fold_constants
 from fx_quant.passes.inputs import classify_inputs
+from fx_quant.passes.memory import Memory
 from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.nodes import dtype, is_op, module_path, source_line
 from fx_quant.passes.quantizers import Quantizer
@@ -32,7 +35,7 @@ from fx_quant.passes.rewrite import (
 )
 from fx_quant.passes.rulebook import starts_codes
 from fx_quant.passes.sites import Miss, Recognised, Site, find_sites
-from fx_quant.passes.values import Product
+from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
 from fx_quant.problem import Problem
 from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
@@ -48,8 +51,11 @@ class Rewriting:
     """One graph on its way through the passes.
 
     Args:
-        before: the normalised source graph.
+        source: the source graph, which is not touched.
+        before: the same, normalised.
         graph: the graph being rewritten.
+        target: the machine to choose kernels for.
+        options: what the user asked for.
         static_indices: positions of the placeholders that are parameters or buffers; None where that is not known.
         selections: the kernel of each site.
         misses: what is left as it is, because a rule failed.
@@ -59,8 +65,11 @@ class Rewriting:
         quantizers: what was recognised of the quantize behind each site.
     """
 
+    source: Graph
     before: Graph
     graph: Graph
+    target: Target
+    options: Options
     static_indices: frozenset[int] | None = None
     selections: dict[Site, Selection] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
@@ -75,10 +84,19 @@ def holds_codes(graph: Graph) -> bool:
     return any(dtype(node) in CODE_DTYPES or starts_codes(node) for node in graph.nodes)
 
 
-def to_canonical(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Rewriting:
+def to_canonical(
+    graph: Graph,
+    target: Target,
+    options: Options,
+    static_indices: frozenset[int] | None,
+    left: Mapping[str, str] = MappingProxyType({}),
+) -> Rewriting:
     """Find the sites of ``graph``, select a kernel for each and rewrite a copy to canonical ops.
 
-    ``graph`` itself is not touched. A site that no kernel can run is a miss.
+    ``graph`` itself is not touched. A site that no kernel can run, or at which a step raises, is a miss.
+
+    Args:
+        left: sites to leave as they are: the reason, by the name of the matmul.
 
     Raises:
         NoKernelError: the forced kernel cannot run a site.
@@ -87,32 +105,56 @@ def to_canonical(graph: Graph, target: Target, options: Options, static_indices:
     work = common_subexpressions_merged(graph)
     remove_identities(work)
     before, _ = copy_graph(work)
-    state = Rewriting(before, work, static_indices)
+    state = Rewriting(graph, before, work, target, options, static_indices)
     inputs = classify_inputs(work, static_indices)
     found = find_sites(work, Annotation(work), inputs, options.numerics)
     state.misses, state.recognised = found.misses, found.recognised
+    memory = Memory(work)
     # The layers of a model ask the same few questions.
     choose = functools.cache(functools.partial(_choose, target=target, options=options))
     for site in found.sites:
-        _select(state, site, choose(site.problem), target, options)
-    quantizers = quantizers_of(state.selections)
+        reason = left.get(site.gemm.name) or _overwritten(site, memory)
+        try:
+            if reason is None:
+                _select(state, site, choose(site.problem), target, options)
+        except FxQuantError:
+            raise
+        except Exception as error:
+            reason = failed("choosing a kernel", error)
+        if reason is not None:
+            state.misses.append(Miss(site.gemm, site.gemm, reason))
+    quantizers = quantizers_of(state.selections, memory)
     if not state.selections:
         return state
     emitter = Emitter(work)
     for site in list(state.selections):
         try:
             state.canonical[site], state.results[site] = canonicalize(emitter, site)
-            if site.codes is not None:
-                state.quantizers[site] = quantizers[site.codes]
-        except LookupError as error:
+        except Exception as error:
+            # What was emitted of it has no user.
             del state.selections[site]
-            state.misses.append(Miss(site.gemm, site.gemm, str(error)))
-    rewrite_quantizers(emitter, state.quantizers.values())
+            reason = str(error) if type(error) is LookupError else failed("writing the canonical op", error)
+            state.misses.append(Miss(site.gemm, site.gemm, reason))
+            continue
+        if site.codes is not None:
+            state.quantizers[site] = quantizers[site.codes]
+    unwritten = rewrite_quantizers(emitter, state.quantizers.values())
+    for site, quantizer in state.quantizers.items():
+        if isinstance(quantizer, Quantizer) and quantizer.codes in unwritten:
+            state.quantizers[site] = unwritten[quantizer.codes]
     collapse_reshapes(emitter)
     merge_duplicates(emitter)
     work.eliminate_dead_code()
     state.results = {site: emitter.current(node) for site, node in state.results.items()}
     return state
+
+
+def _overwritten(site: Site, memory: Memory) -> str | None:
+    """Why the site's operands cannot be read where its result stands; None where they can."""
+    for node in () if site.product is None else sources(site.product):
+        if memory.is_written_before(node, site.root):
+            return f"{node} is written to before the rewritten matmul would read it"
+    return None
 
 
 def _choose(problem: Problem, target: Target, options: Options) -> Selection | NoKernelError:
@@ -147,7 +189,22 @@ def _left(site: Site, product: Product, target: Target, verdicts: tuple[Verdict,
 
 
 def to_kernels(state: Rewriting) -> None:
-    """Replace the canonical ops of ``state`` by their kernels' ops, and verify the result."""
+    """Replace the canonical ops of ``state`` by their kernels' ops, and verify the result.
+
+    A site at which that raises becomes a miss.
+    """
+    try:
+        _to_kernels(state)
+    except UnassignedError as error:
+        sites = {node: site for site, node in state.canonical.items()}
+        left = {sites[node].gemm.name: failed("calling the kernel", each) for node, each in error.errors.items()}
+        without = to_canonical(state.source, state.target, state.options, state.static_indices, left)
+        vars(state).update(vars(without))
+        if state.selections:
+            _to_kernels(state)
+
+
+def _to_kernels(state: Rewriting) -> None:
     selections = {node: state.selections[site] for site, node in state.canonical.items()}
     inputs = classify_inputs(state.graph, state.static_indices)
     results = assign(state.graph, selections, inputs.runtime)
@@ -157,7 +214,7 @@ def to_kernels(state: Rewriting) -> None:
     ops = {selection.kernel.overload() for selection in selections.values()}
     kernels = [node for node in state.graph.nodes if is_op(node, *ops)]
     fold_constants(Emitter(state.graph), kernels, classify_inputs(state.graph, state.static_indices))
-    verify(state.graph, state.before)
+    verify(state.graph, state.source)
 
 
 def rewrite_graph(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Report:
@@ -193,11 +250,12 @@ def collector_paused() -> Iterator[None]:
 
 def _rewrite_graph(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Report:
     state = to_canonical(graph, target, options, static_indices)
+    if state.selections:
+        to_kernels(state)
     report = report_on(state, target)
     if options.strict and report.misses:
         raise MissError(f"strict=True and {len(report.misses)} quantized matmuls were missed.\n{report}")
     if state.selections:
-        to_kernels(state)
         replace_contents(graph, state.graph)
     return report
 

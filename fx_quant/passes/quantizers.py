@@ -31,6 +31,7 @@ from fx_quant.passes.nodes import (
     through_widening,
     uniform_value,
 )
+from fx_quant.passes.rules.steps import is_whole
 from fx_quant.scheme import CODE_DTYPES
 
 
@@ -78,7 +79,7 @@ def recognise_quantizer(codes: Node) -> Quantizer | str:
         return "integer codes are cut off, not rounded"
     if not integer and rounds:
         return "float8 codes are rounded to integers"
-    if integer and not (clamped.lo == int(clamped.lo) and clamped.hi == int(clamped.hi)):
+    if integer and not (is_whole(clamped.lo) and is_whole(clamped.hi)):
         return "the clamp bounds of integer codes are not integers"
     if dtype(node) is not torch.float32:
         return f"x is scaled in {dtype(node)}, not in float32"

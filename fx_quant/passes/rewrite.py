@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable
 
@@ -9,6 +10,8 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.emit import Emitter
+from fx_quant.passes.failures import failed
+from fx_quant.passes.memory import Memory
 from fx_quant.passes.merge import call_key
 from fx_quant.passes.nodes import (
     CASTS,
@@ -29,10 +32,15 @@ from fx_quant.passes.sites import Site
 
 
 def remove_identities(graph: Graph) -> None:
-    """Drop views, casts and ``+ 0`` / ``* 1`` that change nothing, which libraries leave between the steps."""
+    """Drop views, casts and ``+ 0`` / ``* 1`` that change nothing, which libraries leave between the steps.
+
+    One that makes a copy stays where that could be told: outputs keep memory of their own.
+    """
+    memory = Memory(graph)
     for node in list(graph.nodes):
         source = _identity_source(node)
-        if source is not None:
+        if source is not None and memory.can_stand_for(source, node):
+            memory.join(source, node)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
 
@@ -48,6 +56,9 @@ def _identity_source(node: Node) -> Node | None:
         return None
     if node.target in RESHAPES | EXPANDS or is_op(node, aten.slice.Tensor):
         return source
+    # Arithmetic makes a dense copy, of which later steps may take views that its source has not.
+    if len(node.args) < 2 or not same_shape(before.stride(), after.stride()):
+        return None
     if is_op(node, aten.mul.Tensor) and uniform_value(node.args[1]) == 1:
         return source
     if is_op(node, aten.add.Tensor) and uniform_value(node.args[1]) == 0 and _loses_sign_of_zero(node):
@@ -96,20 +107,44 @@ def merge_duplicates(emitter: Emitter) -> None:
 _SCALE_ARITHMETIC = (aten.mul.Tensor, aten.reciprocal.default, aten.full.default)
 
 
-def quantizers_of(sites: Iterable[Site]) -> dict[Node, Quantizer | str]:
+def quantizers_of(sites: Iterable[Site], memory: Memory) -> dict[Node, Quantizer | str]:
     """What is recognised of the quantize behind each site's activation, by the node of its codes."""
     nodes = {site.codes for site in sites} - {None}
-    return {node: recognise_quantizer(node) for node in nodes if node is not None}
+    return {node: _recognised(node, memory) for node in nodes if node is not None}
 
 
-def rewrite_quantizers(emitter: Emitter, found: Iterable[Quantizer | str]) -> None:
-    """Replace each recognised quantize by ``fx_quant::quantize``, codes and scale, for all of their users."""
+def _recognised(codes: Node, memory: Memory) -> Quantizer | str:
+    try:
+        found = recognise_quantizer(codes)
+    except Exception as error:
+        return failed("recognising the quantize", error)
+    if not isinstance(found, Quantizer):
+        return found
+    for source in (found.x, found.scale):
+        if memory.is_written_before(source, found.codes):
+            return f"{source} is written to while it is quantized"
+    if found.dynamic is not None and memory.base(found.scale) is not found.scale and memory.is_returned(found.scale):
+        # The scale is a view of an output, and is to stay one.
+        return dataclasses.replace(found, dynamic=None)
+    return found
+
+
+def rewrite_quantizers(emitter: Emitter, found: Iterable[Quantizer | str]) -> dict[Node, str]:
+    """Replace each recognised quantize by ``fx_quant::quantize``, codes and scale, for all of their users.
+
+    Returns why not, by the node of the codes, of those that could not be replaced.
+    """
     done: set[Node] = set()
+    left: dict[Node, str] = {}
     for quantizer in found:
         if not isinstance(quantizer, Quantizer) or quantizer.codes in done:
             continue
         done.add(quantizer.codes)
-        _rewrite_quantizer(emitter, quantizer)
+        try:
+            _rewrite_quantizer(emitter, quantizer)
+        except Exception as error:
+            left[quantizer.codes] = failed("rewriting the quantize", error)
+    return left
 
 
 def _rewrite_quantizer(emitter: Emitter, quantizer: Quantizer) -> None:

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.axes import Dims
 from fx_quant.passes.canonical import CANONICAL, operands_of
+from fx_quant.passes.failures import failed
 from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
 from fx_quant.passes.nodes import dtype, dtype_of, is_op, is_single, shape, summed_size
@@ -92,7 +93,10 @@ def find_sites(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numeri
     """All quantized matmuls of ``graph``; rewrites past ``cap`` are not proposed."""
     found = Found()
     for gemm in graph.nodes:
-        one = _find(gemm, annotation, inputs, cap)
+        try:
+            one = _find(gemm, annotation, inputs, cap)
+        except Exception as error:
+            one = Miss(gemm, gemm, failed(f"finding what {gemm.target} multiplies", error))
         if isinstance(one, Site):
             found.sites.append(one)
         elif isinstance(one, Miss):

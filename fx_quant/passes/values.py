@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -183,6 +183,16 @@ class Product:
     block: tuple[int, int] | None = None
     skipped: int = 0
     obstacle: str = ""
+
+
+def sources(product: Product) -> Iterator[Node]:
+    """The nodes that a rewrite of ``product`` reads."""
+    yield product.a.node if isinstance(product.a, Codes) else product.a
+    yield product.b.node
+    factors = (*product.rows, *product.columns, *product.a_zero_points, *product.b_zero_points, product.bias)
+    for factor in factors:
+        if factor is not None and isinstance(factor.source, Node):
+            yield factor.source
 
 
 @dataclass(frozen=True)

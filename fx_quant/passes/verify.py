@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from fx_quant.passes.memory import Memory
 from fx_quant.passes.nodes import is_op, same_shape
 
 
@@ -13,13 +14,22 @@ class VerificationError(AssertionError):
 
 
 def verify(graph: Graph, before: Graph) -> None:
-    """Raise unless ``graph`` is well-formed, canonical ops are gone and its outputs look like those of ``before``."""
+    """Raise unless ``graph`` is well-formed, canonical ops are gone and its outputs are like those of ``before``.
+
+    They look alike, and share memory with the same inputs and outputs: a caller may write to any of them.
+
+    Raises:
+        VerificationError: names the output.
+    """
     graph.lint()
     leftover = [n for n in graph.nodes if is_op(n, torch.ops.fx_quant.scaled_mm.default)]
     if leftover:
         raise VerificationError(f"canonical ops must all be assigned a kernel, found {leftover}")
     for old, new in zip(_outputs(before), _outputs(graph), strict=True):
         _same_metadata(old, new)
+    for i, (was, now) in enumerate(zip(Memory(before).outputs(), Memory(graph).outputs(), strict=True)):
+        if was != now:
+            raise VerificationError(f"output {i} must keep the memory of {was}, got that of {now}")
 
 
 def _outputs(graph: Graph) -> list[Node | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from fx_quant.passes.nodes import (
     SUBTRACTIONS,
     VIEWS,
     args_of,
+    arguments,
     aten,
     dtype,
     is_op,
     is_widening,
+    rounded_number,
     same_shape,
     shape,
     summed_size,
@@ -127,8 +130,9 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
         return None
     if isinstance(other, Node) and dtype(other) not in EPILOGUE_DTYPES:
         return None
-    if divides and other == 0:
-        return None  # what 0 / 0 is in the source has no scale
+    number = uniform_value(other)
+    if number is not None and not _is_scale(number, divides):
+        return None
     weight_only = isinstance(product.a, Node)
     if weight_only and axis not in (Axis.SCALAR, Axis.COLUMN):
         return None  # the canonical op has no scale of its rows
@@ -147,6 +151,14 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
             return None
         changes["block"] = (1, group)
     return stepped(product, to, stage, exact=exact, **changes)
+
+
+def _is_scale(number: float, divides: bool) -> bool:
+    """Whether a product may be scaled by ``number`` in another order: what 0 / 0 is in the source has no scale."""
+    if divides and number == 0:
+        return False
+    held = rounded_number(number, torch.float32)
+    return math.isfinite(held) and math.isfinite(1 / held if divides and held else held)
 
 
 def _scale_product_by_both(product: Product, node: Node, other: object, divides: bool) -> Product | None:
@@ -189,7 +201,7 @@ def _scaled_sum(env: Environment, node: Node) -> Value | None:
 
 def _shift(env: Environment, node: Node) -> Value | None:
     """Addition or subtraction of an offset, a bias or a correction."""
-    if node.kwargs.get("alpha", 1) != 1:
+    if arguments(node)["alpha"] != 1:
         return None
     subtracts = node.target in SUBTRACTIONS
     found = _operands(env, node, (Product,))

@@ -7,6 +7,7 @@ import operator
 from torch.fx import Node
 
 from fx_quant.passes.nodes import args_of, aten, constant, is_op
+from fx_quant.passes.rules.steps import is_whole
 from fx_quant.passes.values import Environment, Rule, Unknown, Value
 
 _OPS = frozenset(
@@ -32,12 +33,13 @@ def _first_result(env: Environment, node: Node) -> Value | None:
 
 def _clamped(env: Environment, node: Node) -> Value | None:
     """``clamp(round(x / scale) [+ zero_point], lo, hi)`` in floating point, to no more integers than a byte has."""
-    bounds = [bound for bound in map(constant, args_of(node)[1:3]) if bound is not None]
+    given = (*args_of(node)[1:3], node.kwargs.get("min"), node.kwargs.get("max"))
+    bounds = [bound for bound in map(constant, given) if bound is not None]
     inner = args_of(node)[0]
     if is_op(inner, aten.clamp_min.default):
         bounds += [bound for bound in [constant(args_of(inner)[1])] if bound is not None]
         inner = args_of(inner)[0]
-    if len(bounds) != 2 or any(bound != int(bound) for bound in bounds) or not 0 < abs(bounds[0] - bounds[1]) < 256:
+    if len(bounds) != 2 or not all(map(is_whole, bounds)) or not 0 < abs(bounds[0] - bounds[1]) < 256:
         return None
     while is_op(inner, aten.add.Tensor):
         inner = next((n for n in inner.all_input_nodes if is_op(n, aten.round.default, aten.add.Tensor)), None)

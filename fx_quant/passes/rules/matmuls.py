@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, flat, segments
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range, stored_dtype
-from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_op, shape, summed_size, through
+from fx_quant.passes.nodes import CASTS, args_of, arguments, aten, dtype, is_op, shape, summed_size, through
 from fx_quant.passes.rules.steps import as_affine
 from fx_quant.passes.values import (
     Affine,
@@ -185,7 +185,7 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
     )
     if not is_op(node, aten.addmm.default):
         return product
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+    if arguments(node)["alpha"] != 1 or arguments(node)["beta"] != 1:
         return Unknown(node, "addmm with alpha or beta other than 1")
     axis = axis_of(args_of(node)[0], node)
     if axis not in (Axis.COLUMN, Axis.SCALAR) or dtype(args_of(node)[0]) not in EPILOGUE_DTYPES:

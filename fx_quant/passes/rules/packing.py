@@ -17,18 +17,22 @@ _NARROW = 256
 def _mask(env: Environment, node: Node) -> Value | None:
     """``packed & mask``: codes ``0..mask``, whatever they were packed in."""
     mask = uniform_value(args_of(node)[1])
-    if not is_integer(dtype(node)) or not isinstance(mask, int) or not 0 < mask < _NARROW:
+    to = dtype(node)
+    if to is None or not is_integer(to) or not isinstance(mask, int) or not 0 < mask < _NARROW:
         return None
+    if mask > torch.iinfo(to).max:
+        return None  # as int8, 200 is negative
     return Codes.of(node, bounds=(0, mask))
 
 
 def _shift(env: Environment, node: Node) -> Value | None:
     """``packed >> bits`` of bytes: codes of the remaining bits."""
     value, bits = env.value(args_of(node)[0]), uniform_value(args_of(node)[1])
-    if not isinstance(value, Codes) or not isinstance(bits, int) or dtype(node) is not torch.uint8:
+    # Other numbers of bits wrap around to one of these.
+    if not isinstance(value, Codes) or bits not in range(8) or dtype(node) is not torch.uint8:
         return None
     bounds = integer_range(value)
-    return None if bounds is None or bounds[0] < 0 else Codes.of(node, bounds=(0, bounds[1] >> bits))
+    return None if bounds is None or bounds[0] < 0 else Codes.of(node, bounds=(0, bounds[1] >> int(bits)))
 
 
 def _joined(env: Environment, node: Node) -> Value | None:

@@ -9,24 +9,14 @@ from torch.fx import Node
 
 from fx_quant.passes.axes import Piece, Segment, extent
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of
-from fx_quant.passes.nodes import args_of, aten, dtype, same_shape, shape, uniform_value
+from fx_quant.passes.nodes import args_of, arguments, aten, dtype, same_shape, shape, uniform_value
 from fx_quant.passes.values import Axis, Codes, Environment, Factor, Product, Rule, Stage, Tile, Unknown, Value
 from fx_quant.scheme import Numerics
-
-_NAMES = ("self", "mat2", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum")
-_NAMES_V2 = (
-    *("self", "mat2", "scale_a", "recipe_a", "swizzle_a", "scale_b", "recipe_b", "swizzle_b", "bias", "out_dtype"),
-    *("contraction_dim", "use_fast_accum"),
-)
-
-
-def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
-    return dict(zip(names, args_of(node), strict=False)) | dict(node.kwargs)
 
 
 def _scaled_mm(env: Environment, node: Node) -> Value | None:
     """``aten._scaled_mm``: the shapes of the scales say what they are."""
-    given = _arguments(node, _NAMES)
+    given = arguments(node)
     if given.get("scale_result") is not None:
         return Unknown(node, "_scaled_mm with scale_result, which compiled code ignores")
     return _product(env, node, given)
@@ -34,7 +24,7 @@ def _scaled_mm(env: Environment, node: Node) -> Value | None:
 
 def _scaled_mm_v2(env: Environment, node: Node) -> Value | None:
     """``aten._scaled_mm_v2``, which ``torch.nn.functional.scaled_mm`` calls: recipes beside the scales."""
-    given = _arguments(node, _NAMES_V2)
+    given = arguments(node)
     if len(given["scale_a"]) != 1 or len(given["scale_b"]) != 1:
         return Unknown(node, "_scaled_mm_v2 with two levels of scales (NVFP4) has no rule")
     if any(map(int, (*(given["swizzle_a"] or ()), *(given["swizzle_b"] or ())))) or given.get("contraction_dim"):

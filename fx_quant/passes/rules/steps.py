@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import Pair, broadcast_pairs, extent, length, own_dims, seen_through
-from fx_quant.passes.nodes import CASTS, args_of, constant, dtype, is_op, is_widening, shape, uniform_value
+from fx_quant.passes.nodes import CASTS, args_of, constant, dtype, is_op, is_widening, shape, tensor, uniform_value
 from fx_quant.passes.values import Affine, Codes, Decode, Product, Stage, Value
 from fx_quant.scheme import Numerics
 
@@ -59,6 +59,8 @@ def zero_point_of(codes: Codes, node: Node, operand: object) -> Decode | None:
 
 
 def _decode(codes: Codes, node: Node, operand: Node, cast: Callable[[Node], bool], inverse: bool) -> Decode | None:
+    if tensor(operand) is None:
+        return None  # a number that depends on sizes
     base, dims = seen_through(operand, cast)
     sizes = [extent(size) for size in shape(node)]
     pairs = broadcast_pairs(codes.dims, sizes, dims, [extent(size) for size in shape(operand)])
