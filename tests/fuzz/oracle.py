@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -169,6 +170,10 @@ class Judge:
             self.fault("twice", "proven", "a rewritten matmul is computed twice")
         self.outcome.sites = len({*ends, *quantized})
         self.outcome.reasons += [miss.rule for miss in found.misses]
+        for reason in self.outcome.reasons:
+            raised = RAISED.search(reason)
+            if raised is not None:
+                self.fault("crash", raised.group(1), reason)
         mine = self.call(proven.graph, program.tensors(), wide=True)
         self.compare_meaning("proven", mine)
         native = self.call(proven.graph, program.tensors())
@@ -320,6 +325,8 @@ def _first(sites: Sequence[Site]) -> list[Site]:
     return first
 
 
+# What a miss says whose cause is an exception in a step.
+RAISED = re.compile(r"(.*) failed with \w+: ")
 # Relative to the largest result, by the coarsest dtype of the graph: far from what rounding does, far below what any
 # mistake does. How a site rounds is held to its class elsewhere.
 COARSE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

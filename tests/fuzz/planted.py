@@ -118,7 +118,7 @@ def _all_identities(old: Any) -> Any:
 
 
 def _all_pure(old: Any) -> Any:
-    return lambda target: True
+    return lambda target: old(target) or getattr(target, "namespace", "") == "fuzz"
 
 
 def _transposed_blocks(old: Any) -> Any:
@@ -200,34 +200,7 @@ def _per_token(old: Any) -> Any:
 
 
 def _never_stale(old: Any) -> Any:
-    def is_current(group: Any, tensors: Any) -> bool:
-        return all(mark.tensor() is tensor for tensor, mark in zip(tensors, group.marks, strict=True)) or old(
-            group, tensors
-        )
-
-    return is_current
-
-
-def _added_zero_point(old: Any) -> Any:
-    return lambda env, node, other, correction, subtracts: old(env, node, other, correction, not subtracts)
-
-
-def _long_chain(old: Any) -> Any:
-    """Whether a step may be taken into a site although its input has other users."""
-
-    def chain(gemm: Node, annotation: Any) -> Any:
-        found = old(gemm, annotation)
-        node = found[-1][0] if found else None
-        while node is not None:
-            value = annotation.value(node)
-            if node is not found[-1][0]:
-                if getattr(value, "gemm", None) is not gemm:
-                    break
-                found.append((node, value))
-            node = next((user for user in node.users if getattr(annotation.value(user), "gemm", None) is gemm), None)
-        return found
-
-    return chain
+    return lambda group, tensors: not any(mark.storage.expired() for mark in group.marks)
 
 
 PLANTS = (
@@ -235,7 +208,7 @@ PLANTS = (
     Plant("alpha", "passes.rules.arithmetic:_shift", _without_alpha, "alpha of add and sub is not read"),
     Plant("zero point", "passes.rules.arithmetic:_zero_point", _no_zero_point, "a zero point is dropped"),
     Plant("identities", "passes.rewrite:remove_identities", _all_identities, "an output becomes an input"),
-    Plant("random", "passes.merge:_is_pure", _all_pure, "two calls of a random op become one"),
+    Plant("random", "purity:is_pure", _all_pure, "two calls of a random op become one"),
     Plant("blocks", "passes.canonicalize:_weight_blocks", _transposed_blocks, "square block scales are transposed"),
     Plant("int32", "passes.sites:fits_int32", _always, "a sum that leaves int32 is taken there"),
     Plant("offset", "passes.arrange:number", _negated, "the offset of codes has the wrong sign"),
