@@ -180,7 +180,7 @@ class Judge:
         self.compare_aliases("proven", native, proven.graph)
         if any(site.product is not None for site in found.sites):
             old = self.call(proven.before, program.tensors())
-            for site in _first(found.sites):
+            for site in _first(found.sites, proven.before):
                 self.check_class(proven, site, old, native)
 
     def check_class(self, proven: Proven, site: Site, old: Ran, new: Ran) -> None:
@@ -213,7 +213,7 @@ class Judge:
         to_kernels(state)
         old, new = self.call(canonical, program.tensors()), self.call(state.graph, program.tensors())
         outcome.kernels += [selection.kernel.name for selection in state.selections.values()]
-        for site in _first(list(state.selections)):
+        for site in _first(list(state.selections), state.before):
             selection = state.selections[site]
             expected, actual = old.values[sites[site]], new.values[state.canonical[site].name]
             finite = expected[expected.isfinite()]
@@ -309,20 +309,19 @@ def judge(program: Program) -> Outcome:
     return judged.outcome_now()
 
 
-def _first(sites: Sequence[Site]) -> list[Site]:
+def _first(sites: Sequence[Site], before: Graph) -> list[Site]:
     """Those of ``sites`` that do not compute with the result of another, which is rounded differently already."""
-    roots = {site.root for site in sites}
-    first: list[Site] = []
-    for site in sites:
-        seen, waiting = {site.gemm}, list(site.gemm.all_input_nodes)
-        while waiting:
-            node = waiting.pop()
-            if node not in seen:
-                seen.add(node)
-                waiting += node.all_input_nodes
-        if not roots & (seen - {site.gemm}):
-            first.append(site)
-    return first
+    gemms = {site.gemm.name for site in sites}
+    # Which sites each node of the graph before computes with.
+    below: dict[Node, set[str]] = {}
+    for node in before.nodes:
+        found = set().union(*(below[source] for source in node.all_input_nodes)) if node.all_input_nodes else set()
+        if node.name in gemms and not found:
+            found = {node.name}
+        elif node.name in gemms:
+            gemms.discard(node.name)
+        below[node] = found
+    return [site for site in sites if site.gemm.name in gemms]
 
 
 # What a miss says whose cause is an exception in a step.
