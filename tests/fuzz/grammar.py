@@ -244,6 +244,9 @@ def spread(d: Draft, name: str, how: str, rows: int, k: int, group: int) -> str:
         f"{name}.unsqueeze(-1).expand({rows}, {k // group}, {group}).reshape({rows}, {k})",
         f"{name}[:, :, None].expand(-1, -1, {group}).flatten(1)",
         f"{name}.repeat(1, {group})",
+        f"torch.tile({name}, (1, {group}))",
+        f"{name}[:, None, :].expand(-1, {group}, -1).reshape({rows}, {k})",
+        f"{name}[:, None, :].expand(-1, {group}, -1).flatten(1)",
     )
     return d.first(text)
 
@@ -276,6 +279,18 @@ def point_maker(d: Draft) -> Callable[..., str]:
     return make
 
 
+def in_groups(d: Draft, op: str, y: str, name: str, group: int) -> str | None:
+    """``y [rows, k] op name [rows, k / group]`` with the codes viewed as groups, of neighbours or of every so many."""
+    rows, k = d.shape(y)
+    neighbours = d.chance(0.75)
+    inner = (k // group, group) if neighbours else (group, k // group)
+    parts = d.do(d.pick(f"{y}.view({rows}, {inner[0]}, {inner[1]})", f"{y}.reshape({rows}, -1, {inner[1]})", f"{y}.unflatten(-1, {inner})"))
+    if parts is None:
+        return None
+    found = applied(d, op, parts, d.first(f"{name}.unsqueeze({-1 if neighbours else 1})"))
+    return None if found is None else d.do(d.pick(f"{found}.view({rows}, {k})", f"{found}.flatten(1)", f"{found}.reshape({rows}, {k})"))
+
+
 def applied(d: Draft, op: str, v: str, factor_name: str) -> str | None:
     """``v op factor`` in one of its spellings."""
     texts = {
@@ -285,7 +300,8 @@ def applied(d: Draft, op: str, v: str, factor_name: str) -> str | None:
             f"{v} - {factor_name}",
             f"{v} - {factor_name}",
             f"torch.sub({v}, {factor_name})",
-            f"torch.sub({v}, {factor_name}, alpha={d.pick(1, 1, 1, 2, -1)})",
+            f"torch.sub({v}, {factor_name}, alpha={d.pick(1, 2, -1)})",
+            f"torch.sub({v}, {factor_name}, alpha={d.pick(1, 2, 0)})",
             f"{v} + -{factor_name}",
             f"torch.add({v}, {factor_name}, alpha=-1)",
             f"torch.rsub({factor_name}, {v})",
@@ -303,17 +319,18 @@ class Sizes:
 
     def __init__(self, d: Draft) -> None:
         self.group = d.pick(2, 2, 4)
-        if d.chance(0.5):
-            size = d.pick(2, 4, 4, 4, 8)
-            self.m = self.k = self.n = size
-        elif d.chance(0.1):
+        kind = d.pick(*["cube"] * 4, *["grid"] * 3, *["free"] * 3, "large")
+        if kind == "cube":
+            self.m = self.k = self.n = d.pick(2, 4, 4, 4, 8)
+        elif kind == "grid":
+            # As many groups as rows.
+            self.m = self.n = d.pick(2, 4, 4)
+            self.k = self.n * self.group
+        elif kind == "large":
             self.m, self.k, self.n, self.group = d.pick(1, 4), d.pick(64, 128), d.pick(16, 64), 32
         else:
-            self.m, self.k, self.n = d.pick(1, 2, 3, 4, 6), d.pick(2, 4, 8, 16, 16), d.pick(1, 2, 4, 4, 5, 8)
-            if d.chance(0.3):
-                # As many groups as rows.
-                self.group = max(self.k // self.n, 1)
-        self.lead = d.pick(None, None, None, 1, 2, 3, (2, 1), (2, 2))
+            self.m, self.k, self.n = d.pick(1, 2, 3, 4, 6), d.pick(2, 4, 8, 16), d.pick(1, 2, 4, 4, 5, 8)
+        self.lead = d.pick(None, None, None, 1, 2, 2, 3, (2, 1), (2, 2))
         if d.chance(0.02):
             setattr(self, d.pick("m", "m", "n"), 0)
 
@@ -439,14 +456,18 @@ class Weight:
 def decoded(d: Draft, name: str, rows: int, k: int, group: int, kind: str, shift: str | None, scale: str | None) -> str:
     """Codes ``[rows, k]`` as floats: less a zero point, times a scale. Either may be given; None draws it."""
     order = d.pick("usual", "usual", "usual", "usual", "scale first", "twice")
-    y = same(d, name, 0.1)
+    plain = d.chance(0.4)
+    if plain:
+        order = "usual"
+    y = name if plain else same(d, name, 0.1)
     if d.kind(y) == "e4m3":
         shift = ""
     in_kind = d.pick("f32", "f32", "i32", "i32", kind, "i16", "") if d.kind(y) != "e4m3" else d.pick("f32", kind)
+    in_kind = d.pick("f32", "i32", "i64") if plain and d.kind(y) != "e4m3" else in_kind
     if in_kind:
         y = d.first(d.pick(f"{y}.to({in_kind})", f"prims.convert_element_type.default({y}, {in_kind})"))
-    if shift is None and d.chance(0.4):
-        along = d.pick("tensor", "rows", "rows", "group", "number", "along_k")
+    if shift is None and d.chance(0.5 if plain else 0.35):
+        along = d.pick("tensor", "rows") if plain else d.pick("tensor", "rows", "rows", "group", "number", "along_k")
         if along == "number":
             shift = str(d.pick(0, 8, 128, -3, 2**15, 127.0, True, 300000))
         elif along == "group" and (k % group or k < group):
@@ -462,7 +483,8 @@ def decoded(d: Draft, name: str, rows: int, k: int, group: int, kind: str, shift
     for _ in range(2 if order == "twice" else 1):
         given, scale = scale, None
         if given is None:
-            along = d.pick("rows", "rows", "rows", "tensor", "group", "group", "block", "along_k", "full", "number", "none")
+            along = d.pick(*["rows"] * 4, "tensor", *["group"] * 4, "block", "along_k", "full", "number", "none")
+            along = d.pick("rows", "rows", "tensor", "group") if plain else along
             if along == "none":
                 continue
             if along == "number":
@@ -471,8 +493,11 @@ def decoded(d: Draft, name: str, rows: int, k: int, group: int, kind: str, shift
                 given = "0.25"
             else:
                 made, how = factor(d, scale_maker(d, d.pick("f32", "f32", kind)), rows, k, group, along)
+                if how == "group" and d.chance(0.5) and d.is_float(y):
+                    y = in_groups(d, d.pick("*", "*", "/"), y, made, group) or y
+                    continue
                 given = spread(d, made, how, rows, k, group)
-        y = applied(d, d.pick("*", "*", "*", "*", "/"), y, given) or y
+        y = applied(d, d.pick("*", "*", "*", "/"), y, given) or y
         y = same(d, y, 0.1)
     if shift and order == "scale first":
         y = applied(d, "-", y, shift) or y
@@ -648,15 +673,22 @@ def epilogue(d: Draft, y: str) -> str:
     shape = d.shape(y)
     n = shape[-1] if shape else 1
     v = vector(d, y)
-    options = [
-        *[f"{y} * {v}"] * 4,
+    common = [
+        *[f"{y} * {v}"] * 5,
         f"{v} * {y}",
-        *[f"{y} + {v}"] * 3,
+        *[f"{y} + {v}"] * 4,
         f"{v} + {y}",
+        f"torch.add({y}, {v}, alpha={d.pick(1, 2, 0, -1)})",
+        f"{y} * {d.pick(0.5, 2)}",
+        f"{y}.to({d.pick('f32', 'bf16')})",
+        *[f"{y}.mT", f"{y}.transpose(0, -1)"] * 2,
+        f"{y}.reshape(-1, {n})",
+        f"{y}[:]",
+    ]
+    options = [
         f"{y} - {v}",
         f"{v} - {y}",
         f"{y} / {v}",
-        f"torch.add({y}, {v}, alpha={d.pick(1, 1, 2, 0, -1)})",
         f"torch.sub({y}, {v}, alpha={d.pick(1, 2)})",
         f"torch.rsub({y}, {v})",
         f"torch.div({y}, {v}, rounding_mode={d.pick('None', chr(39) + 'trunc' + chr(39))})",
@@ -691,17 +723,17 @@ def epilogue(d: Draft, y: str) -> str:
         f"{y}.mean(-1)" if shape and y else y,
         f"F.softmax({y}.float(), -1)",
         f"F.layer_norm({y}.float(), ({n},))",
-        f"aten.add.Scalar({y}, 3, 2)",
+        f"torch.add({y}, 3, alpha=2)",
         f"aten.sub.Scalar({y}, 3, 2)",
         f"aten.sub.Tensor({y}, {v}, alpha=2)",
         f"torch.cat([{y}, {y}], -1)",
         f"{y}[..., :1]",
         f"{y}[:1]",
     ]
-    found = d.do(d.rng.choice(options))
+    found = d.do(d.rng.choice(common if d.chance(0.55) else options))
     if found is None:
         return y
-    return changed(d, found) if d.chance(0.08) else same(d, found, 0.15)
+    return changed(d, found) if d.chance(0.15) else same(d, found, 0.15)
 
 
 def mutation(d: Draft) -> None:
@@ -776,7 +808,7 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
         text = ", ".join(map(str, (d.seed(), *sizes)))
         return d.make(f"normal({text}, dtype={kind})")
 
-    if d.chance(0.06):
+    if d.chance(0.12):
         y = batched_matmul(d, x, z, kind)
         if y is not None:
             return y
@@ -807,7 +839,7 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
     if d.kind(codes) == "u8" and weight.kind == "i8" and d.chance(0.1):
         weight = shared["weight"] = Weight(d, z, "i8")
     acc = (shifted_matmul(d, codes, weight) if zero is None and d.chance(0.2) else None) or integer_matmul(d, codes, weight)
-    if d.kind(acc) in ("i32",) and (zero is not None or d.chance(0.25)):
+    if d.kind(acc) in ("i32",) and (zero is not None or d.chance(0.4)):
         acc = correction(d, acc, codes, weight, zero)
     acc = same(d, acc, 0.1)
     y = d.first(f"{acc}.to({d.pick('f32', 'f32', kind)})") if not d.is_float(acc) and d.chance(0.8) else acc
@@ -861,7 +893,7 @@ def _draw(seed: int) -> Program:
         mutation(d)
     returned = outputs(d, results)
     between = []
-    while d.chance(0.3):
+    while d.chance(0.4):
         chosen = d.rng.choice(d.inputs)
         value = d.values[chosen.name]
         if d.kind(chosen.name) != "e4m3":

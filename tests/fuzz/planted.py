@@ -192,11 +192,14 @@ def _any_multiplier(old: Any) -> Any:
     return correct
 
 
-def _per_token(old: Any) -> Any:
-    def reduction(dims: list, of: Node, x: Node) -> str | None:
-        return old(dims, of, x) or ("per_token" if of is x else None)
+def _one_less(old: Any) -> Any:
+    def recognise_quantizer(codes: Node) -> Any:
+        found = old(codes)
+        if isinstance(found, str) or found.arguments["dtype"] is not torch.int8:
+            return found
+        return dataclasses.replace(found, arguments=found.arguments | {"hi": found.arguments["hi"] - 1})
 
-    return reduction
+    return recognise_quantizer
 
 
 def _never_stale(old: Any) -> Any:
@@ -218,9 +221,9 @@ PLANTS = (
     Plant("slice", "passes.rules.views:_slice", _any_slice, "a slice is taken for the whole"),
     Plant("columns", "passes.rules.views:_keeps_columns", _any_columns, "a view that moves columns is taken for none"),
     Plant("inverse", "passes.rules.steps:scale_of", _never_inverse, "division by a scale is taken for multiplication"),
-    Plant("class", "passes.rules.matmuls:_float_sum_class", _exact, "a float sum is said to be exact"),
+    Plant("class", "passes.rules.matmuls:_moved_out_class", _exact, "scales that leave the sum are said to be exact"),
     Plant("correction", "passes.rules.arithmetic:_correct", _any_multiplier, "any multiple of column sums is a correction"),
-    Plant("amax", "passes.quantizers:_reduction", _per_token, "a maximum along any axis is taken for one per token"),
+    Plant("range", "passes.quantizers:recognise_quantizer", _one_less, "the upper bound of codes is one less"),
     Plant("stale", "remembering:_is_current", _never_stale, "a weight that was written to is not packed again"),
     Plant("exact codes", "passes.matrices:holds_exactly", _always, "a cast that wraps codes around is taken for none"),
 )  # fmt: skip
