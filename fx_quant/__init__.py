@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from fx_quant.explainer import explain
     from fx_quant.fp8_linear import Fp8LinearOp
     from fx_quant.kernels.packing import clear_packed_weights
-    from fx_quant.linear import QuantizedLinear, quantize_
+    from fx_quant.linear import QuantizedLinear
     from fx_quant.prepare import PrepareReport, prepare_
+    from fx_quant.quantize_model import QuantizeReport, quantize_
     from fx_quant.report import Report
     from fx_quant.scheme import Granularity, OperandSpec, Scheme
     from fx_quant.selection import select
@@ -32,6 +33,7 @@ _HOMES = {
     "Granularity": "scheme",
     "OperandSpec": "scheme",
     "PrepareReport": "prepare",
+    "QuantizeReport": "quantize_model",
     "QuantizedLinear": "linear",
     "Report": "report",
     "Scheme": "scheme",
@@ -45,7 +47,7 @@ _HOMES = {
     "load_quantized_": "checkpoint",
     "named_target": "target",
     "prepare_": "prepare",
-    "quantize_": "linear",
+    "quantize_": "quantize_model",
     "select": "selection",
     "tune": "tuner",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "Granularity",
     "OperandSpec",
     "PrepareReport",
+    "QuantizeReport",
     "QuantizedLinear",
     "Report",
     "Scheme",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import json
 import logging
 import pathlib
 import warnings
@@ -21,6 +22,7 @@ from torch.fx import Graph, GraphModule
 
 import fx_quant.lowerings  # cached artifacts need ops and lowerings before any pass runs
 from fx_quant.compat import (
+    carried_by_artefacts,
     decompositions_without_matmul,
     dump_graph,
     restore_matmul_decompositions,
@@ -48,7 +50,7 @@ class RewritePass(CustomGraphPass):
     Args:
         options: what the user asked for.
         target: the machine to choose kernels for; None detects it from the graph's device.
-        on_report: called with the report of each graph.
+        on_report: called with the report of each graph, one that came from a cache included.
     """
 
     def __init__(
@@ -60,31 +62,25 @@ class RewritePass(CustomGraphPass):
         self.options = options
         self.target = target
         self.on_report = on_report
+        self.reports: list[Report] = []
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; on an exception it stays as it is, unless ``strict``."""
         target = self.target or detect_target(_device(graph))
         dump_graph("FX_QUANT_BEFORE", graph)
-        try:
-            report = rewrite_graph(graph, target, self.options, static_input_indices())
-        except FxQuantError:
-            raise
-        except Exception as error:
-            if self.options.strict:
-                raise MissError(f"strict=True and a pass of fx_quant failed: {error!r}") from error
-            warnings.warn(
-                f"fx_quant: a pass failed with {error!r}; the graph compiles as it was. "
-                "Set options={'strict': True} to get the traceback.",
-                stacklevel=2,
-            )
-            log.debug("pass failed", exc_info=True)
-            miss = MissReport("", "", "graph", "", f"a pass failed with {error!r}")
-            report = Report(str(target), (), (miss,))
+        report = safely(
+            lambda: rewrite_graph(graph, target, self.options, static_input_indices()), target, self.options
+        )
+        self.record(report)
+        restore_matmul_decompositions(graph)
+        dump_graph("FX_QUANT_AFTER", graph)
+
+    def record(self, report: Report) -> None:
+        """Count, log and hand on ``report``, which a pass has made or a cached artefact brought."""
+        self.reports.append(report)
         _record(report)
         if self.on_report is not None:
             self.on_report(report)
-        restore_matmul_decompositions(graph)
-        dump_graph("FX_QUANT_AFTER", graph)
 
     def uuid(self) -> object:
         """Key of Inductor's caches: our sources, the options, the target, the kernels, their versions and plans."""
@@ -100,6 +96,23 @@ class RewritePass(CustomGraphPass):
         )
 
 
+def safely(passes: Callable[[], Report], target: Target, options: Options) -> Report:
+    """The report of ``passes``; where they fail, a report of one miss that names the exception.
+
+    Raises:
+        FxQuantError: what ``passes`` raise on purpose, and under ``strict`` a ``MissError`` for any other exception.
+    """
+    try:
+        return passes()
+    except FxQuantError:
+        raise
+    except Exception as error:
+        if options.strict:
+            raise MissError(f"strict=True and a pass of fx_quant failed: {error!r}") from error
+        log.debug("pass failed", exc_info=True)
+        return Report(str(target), (), (MissReport("", "", "graph", "", f"a pass failed with {error!r}"),))
+
+
 def _device(graph: Graph) -> torch.device:
     for node in graph.nodes:
         value = tensor(node)
@@ -112,12 +125,24 @@ def _first_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def warn_of_failures(report: Report) -> None:
+    """Warn of each graph that is left because a pass failed."""
+    for miss in report.misses:
+        if miss.op == "graph":
+            warnings.warn(
+                f"fx_quant: {miss.reason}; the graph compiles as it was. "
+                "Set options={'strict': True} to get the traceback.",
+                stacklevel=2,
+            )
+
+
 def _record(report: Report) -> None:
     counters["fx_quant"]["rewritten"] += len(report.sites)
     counters["fx_quant"]["recognised"] += len(report.recognised)
     counters["fx_quant"]["missed"] += len(report.misses)
     if report.sites or report.misses:
         log.info("%s", report.summary())
+    warn_of_failures(report)
     for miss in report.misses:
         log.warning("%s left as it is at %s: %s", miss.op, miss.module or miss.source or miss.node, miss.reason)
 
@@ -233,7 +258,22 @@ def fx_quant(
         MissError: ``strict`` and a quantized matmul was missed.
     """
     ours, inductors = split_options(options)
-    return compile_with(gm, example_inputs, RewritePass(ours), mode, inductors)
+    rewrite, found = RewritePass(ours), []
+    with carried_by_artefacts(lambda: _to_text(rewrite.reports), found):
+        compiled = compile_with(gm, example_inputs, rewrite, mode, inductors)
+    if not rewrite.reports and found:
+        # AOTAutograd's cache had the graph, so that no pass ran: what they said when it was made holds still.
+        for report in _from_text(found[0]):
+            rewrite.record(report)
+    return compiled
+
+
+def _to_text(reports: Sequence[Report]) -> str:
+    return json.dumps([report.to_json() for report in reports])
+
+
+def _from_text(text: str) -> list[Report]:
+    return [Report.from_json(each) for each in json.loads(text)]
 
 
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:

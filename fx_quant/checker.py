@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,17 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from fx_quant.backend import compile_graph
+from fx_quant.backend import compile_graph, safely, warn_of_failures
 from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import copy_graph, replace_contents, row_scales_on_cpu, second_compile, static_input_indices
 from fx_quant.config import Options
 from fx_quant.errors import ToleranceError
+from fx_quant.isolation import innermost, preserve_rng_state, uncompiled
+from fx_quant.module_names import named_modules_of, renamed
 from fx_quant.passes.pipeline import Rewriting, holds_codes, report_on, to_canonical, to_kernels
 from fx_quant.passes.sites import Site
-from fx_quant.report import MissReport, SiteReport, without_numbers
-from fx_quant.target import detect_target
+from fx_quant.report import MissReport, Report, SiteReport, without_numbers
+from fx_quant.target import Target, detect_target
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class CheckReport:
     sites: tuple[SiteCheck, ...]
     misses: tuple[MissReport, ...]
     outputs: Error
+    uncaptured: str = ""
 
     def raise_if(
         self, *, max_rel_err: float | None = None, min_sqnr_db: float | None = None, new_nan: bool = True
@@ -110,6 +113,8 @@ class CheckReport:
                 "\n\nEach site on the inputs that eager gives it, the worst of its row; the model output is that of the"
                 "\nwhole compiled model, in which dynamic quantization amplifies the rounding of every op."
             )
+        if self.uncaptured:
+            text += f"\n\nNothing was compiled, so nothing was compared: {self.uncaptured}."
         if self.misses:
             text += f"\n\n{len(self.misses)} quantized matmuls were missed and run as they were; see explain."
         return text
@@ -164,29 +169,38 @@ class _Recorder:
         self.sites: list[SiteCheck] = []
         self.misses: list[MissReport] = []
         self._sites: _Sites | None = None
+        self._renaming: Mapping[str, str] = {}
+
+    def on_call(self, renaming: Mapping[str, str]) -> None:
+        """A graph is called next, for the modules that ``renaming`` says in place of its own."""
+        self._renaming = renaming
 
     def on_graph(self, graph: Graph) -> None:
-        """Rewrite ``graph`` in place."""
+        """Rewrite ``graph`` in place; one on which a pass fails stays as it is, and is a miss."""
         self._sites = None
-        if not holds_codes(graph):
-            return
         target = detect_target("cuda" if _on_cuda(graph) else "cpu")
+        report = safely(lambda: self._rewrite(graph, target), target, self.options)
+        warn_of_failures(report)
+        self.misses += report.misses
+
+    def _rewrite(self, graph: Graph, target: Target) -> Report:
+        if not holds_codes(graph):
+            return Report(str(target), (), ())
         state = to_canonical(graph, target, self.options, static_input_indices())
         report = report_on(state, target)
-        self.misses += report.misses
-        if not state.selections:
-            return
-        to_kernels(state)
-        alone, inputs = _cut_out(state)
-        self._sites = _Sites(
-            before=state.before,
-            alone=alone,
-            inputs=inputs,
-            roots=[site.root.name for site in state.results],
-            codes=[_saturation_bounds(site) for site in state.results],
-            reports=list(report.sites),
-        )
-        replace_contents(graph, state.graph)
+        if state.selections:
+            to_kernels(state)
+            alone, inputs = _cut_out(state)
+            self._sites = _Sites(
+                before=state.before,
+                alone=alone,
+                inputs=inputs,
+                roots=[site.root.name for site in state.results],
+                codes=[_saturation_bounds(site) for site in state.results],
+                reports=list(report.sites),
+            )
+            replace_contents(graph, state.graph)
+        return report
 
     def inner_compile(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         """Compile the rewritten graph; each call also runs the source graph op by op, and the sites alone."""
@@ -216,8 +230,9 @@ class _Recorder:
     def _compare(self, sites: _Sites, kept: dict[str, Tensor], results: Sequence[Tensor]) -> None:
         for root, codes, report, result in zip(sites.roots, sites.codes, sites.reports, results, strict=True):
             saturated = 0.0 if codes is None else _saturated(kept[codes[0]], *codes[1:])
+            module = renamed(report.module, self._renaming)
             self.sites.append(
-                SiteCheck(report.module, report.kernel, report.numerics, error_of(result, kept[root]), saturated)
+                SiteCheck(module, report.kernel, report.numerics, error_of(result, kept[root]), saturated)
             )
 
 
@@ -304,12 +319,20 @@ def check(
         UnknownNameError, NoKernelError: as the backend.
     """
     recorder = _Recorder(Options.parse(options or {}))
-    with torch.no_grad(), row_scales_on_cpu():
-        reference = getattr(model, "_orig_mod", model)(*args, **kwargs)
-    output, _ = run_captured(
-        model, args, kwargs, on_graph=recorder.on_graph, inner_compile=recorder.inner_compile, dynamic=dynamic
+    original = innermost(model)
+    with preserve_rng_state(), uncompiled(named_modules_of(original).values()), torch.no_grad(), row_scales_on_cpu():
+        reference = original(*args, **kwargs)
+    capture = run_captured(
+        original,
+        args,
+        kwargs,
+        on_graph=recorder.on_graph,
+        on_call=recorder.on_call,
+        inner_compile=recorder.inner_compile,
+        dynamic=dynamic,
     )
-    return CheckReport(tuple(recorder.sites), tuple(recorder.misses), _output_error(output, reference))
+    outputs = _output_error(capture.output, reference)
+    return CheckReport(tuple(recorder.sites), tuple(recorder.misses), outputs, capture.uncaptured)
 
 
 def _output_error(output: Any, reference: Any) -> Error:

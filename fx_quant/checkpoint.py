@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fx_quant.checkpoint_formats import (
-    CheckpointError,
-    Config,
-    read_config,
-    require,
-    scheme_of_group,
-)
+from fx_quant.checkpoint_files import Files, read_json
+from fx_quant.checkpoint_formats import Config, read_config, scheme_of_group
 from fx_quant.checkpoint_linear import decode_linear, tensors_of
+from fx_quant.checkpoint_values import CheckpointError, require
+from fx_quant.linear import QuantizedLinear
 from fx_quant.scheme import Scheme
 
 __all__ = ["CheckpointError", "LoadReport", "load_quantized_", "scheme_of_group"]
@@ -73,12 +69,13 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
         model: the float modules that ``config.json`` describes, for example ``AutoModelForCausalLM.from_config``.
         directory: with ``config.json``, whose ``quantization_config`` is of compressed-tensors or ``fp8``, and
             ``model.safetensors``, or several files and ``model.safetensors.index.json``.
-        strict: raise, before the model is touched, where tensors are missing or unexpected.
+        strict: raise where tensors are missing or unexpected.
 
     Raises:
         CheckpointError: a file or field that is not there, a format that is not supported, names or shapes that differ
-            from the model's, tensors that do not fit their scheme. Where values are at fault the model is partly
-            loaded; load into a fresh one.
+            from the model's, tensors that do not fit their scheme; a file that is not below the folder, by its name or
+            by a link, but for those of the Hugging Face cache. The model is then as it was: nothing of it changes
+            before everything is read, which so is in memory beside a model that is not on meta.
 
     Source: https://github.com/vllm-project/compressed-tensors (``compressors``) and transformers'
     ``integrations/finegrained_fp8.py``
@@ -88,7 +85,7 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
     )
     directory = Path(directory)
     config = read_config(_quantization_config(directory))
-    files = _Files(directory)
+    files = Files(directory)
     plan = _plan(model, config, files)
     report = _report(model, config, files, plan)
     if strict and (report.missing or report.unexpected):
@@ -97,26 +94,16 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
             f"unexpected: {_some(report.unexpected) or 'none'}; build the model from that config.json, or pass "
             "strict=False"
         )
-    for linear in plan.linears:
-        _replace(model, linear, files)
-    for slot in plan.slots:
-        if slot.key is not None:
-            _fill(slot, files.tensor(slot.key))
+    quantized = [_decoded(model, linear, files) for linear in plan.linears]
+    values = [None if slot.key is None else files.tensor(slot.key) for slot in plan.slots]
     _make_buffers(model)
+    for planned, module in zip(plan.linears, quantized, strict=True):
+        for name in planned.names:
+            model.set_submodule(name, module)
+    for slot, value in zip(plan.slots, values, strict=True):
+        if value is not None:
+            _fill(slot, value)
     return report
-
-
-# --- files ----------------------------------------------------------------------------------------------------
-
-
-def _json(path: Path) -> dict[str, Any]:
-    require(path.is_file(), f"{path} must be a file of a Hugging Face checkpoint, got none; download the whole model")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} must be JSON, got {error}; download it again") from error
-    require(isinstance(found, dict), f"{path} must be a JSON object, got {type(found).__name__}; download it again")
-    return found
 
 
 def _quantization_config(directory: Path) -> Mapping[str, Any]:
@@ -125,7 +112,7 @@ def _quantization_config(directory: Path) -> Mapping[str, Any]:
         f"directory must be a folder on this machine, got {str(directory)!r}; download the model first "
         "(huggingface_hub.snapshot_download)",
     )
-    config = _json(directory / "config.json")
+    config = read_json(directory, "config.json")
     # The name that llm-compressor gave it at first.
     found = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(found, Mapping):
@@ -134,51 +121,6 @@ def _quantization_config(directory: Path) -> Mapping[str, Any]:
             "it with transformers and quantize it with fx_quant.quantize_"
         )
     return found
-
-
-class _Files:
-    """The tensors of a checkpoint's safetensors files, read one by one."""
-
-    def __init__(self, directory: Path) -> None:
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ModuleNotFoundError as error:
-            raise CheckpointError(
-                "reading a checkpoint needs safetensors, got none; pip install safetensors"
-            ) from error
-
-        index = directory / "model.safetensors.index.json"
-        names: Mapping[str, str] = _json(index).get("weight_map", {}) if index.is_file() else {}
-        self._file_of: dict[str, Any] = {}
-        for path in sorted({directory / name for name in names.values()} or {directory / "model.safetensors"}):
-            require(
-                path.is_file(),
-                f"{path} must be there, got no such file (only safetensors are read); download the whole model",
-            )
-            try:
-                opened = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} must be a safetensors file, got {error}; download it again") from error
-            self._file_of |= dict.fromkeys(opened.keys(), opened)
-        lost = [name for name in names if name not in self._file_of]
-        require(not lost, f"{index} must name tensors that its files hold, got {_some(lost)}; download it again")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._file_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def shape(self, key: str) -> list[int]:
-        return list(self._file_of[key].get_slice(key).get_shape())
-
-    def is_float(self, key: str) -> bool:
-        """Whether it holds plain floats rather than codes or integers."""
-        return self._file_of[key].get_slice(key).get_dtype() in ("F64", "F32", "F16", "BF16")
-
-    def tensor(self, key: str) -> Tensor:
-        """A copy: what safetensors gives may be the file itself, mapped, which then must not change."""
-        return self._file_of[key].get_tensor(key).clone()
 
 
 # --- the plan -------------------------------------------------------------------------------------------------
@@ -214,7 +156,7 @@ class _Plan:
     slots: tuple[_Slot, ...]
 
 
-def _plan(model: nn.Module, config: Config, files: _Files) -> _Plan:
+def _plan(model: nn.Module, config: Config, files: Files) -> _Plan:
     names_of: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(module, []).append(name)
@@ -229,10 +171,10 @@ def _plan(model: nn.Module, config: Config, files: _Files) -> _Plan:
     return _Plan(tuple(replaced.values()), floats, tuple(_slots(rest, files)))
 
 
-def _plan_linear(module: nn.Linear, names: list[str], config: Config, files: _Files) -> _Linear | None:
+def _plan_linear(module: nn.Linear, names: list[str], config: Config, files: Files) -> _Linear | None:
     for name in names:
         there = [key for key in ("weight", "weight_packed") if f"{name}.{key}" in files]
-        left_out = config.float_weights and there == ["weight"] and files.is_float(f"{name}.weight")
+        left_out = config.float_weights and there == ["weight"] and files.kind(f"{name}.weight") == "float"
         scheme = config.scheme_of(name, module) if there and not left_out else None
         if scheme is None:
             continue
@@ -255,7 +197,7 @@ def _plan_linear(module: nn.Linear, names: list[str], config: Config, files: _Fi
     return None
 
 
-def _slots(modules: Mapping[nn.Module, list[str]], files: _Files) -> Iterator[_Slot]:
+def _slots(modules: Mapping[nn.Module, list[str]], files: Files) -> Iterator[_Slot]:
     places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     full: dict[Tensor, list[str]] = {}
     for module, prefixes in modules.items():
@@ -276,11 +218,12 @@ def _slots(modules: Mapping[nn.Module, list[str]], files: _Files) -> Iterator[_S
         yield _Slot(tuple(where), tuple(full[x]), keys[0] if keys else None)
 
 
-def _check_slot(x: Tensor, key: str, files: _Files) -> None:
+def _check_slot(x: Tensor, key: str, files: Files) -> None:
+    kind = _kind(x)
     require(
-        x.is_floating_point() == files.is_float(key),
-        f"{key} must be {'float' if x.is_floating_point() else 'integer'} as in the model, got another kind: fx_quant "
-        "loads codes only into linears that the config quantizes; load it with transformers",
+        kind == files.kind(key),
+        f"{key} must be {kind} as in the model, got another kind: fx_quant loads codes only into linears that the "
+        "config quantizes; load it with transformers",
     )
     require(
         files.shape(key) == list(x.shape),
@@ -289,11 +232,18 @@ def _check_slot(x: Tensor, key: str, files: _Files) -> None:
     )
 
 
+def _kind(x: Tensor) -> str:
+    """What ``Files.kind`` says of a tensor that ``x`` can be loaded from; complex numbers from none."""
+    if x.is_complex():
+        return "complex"
+    return "float" if x.is_floating_point() else "bool" if x.dtype is torch.bool else "integer"
+
+
 # Of a quantized KV cache: on the attention module, or the outputs of k_proj and v_proj.
 _CACHE_SCALE = re.compile(r".*\.([kqv]|output)_(scale|zero_point)")
 
 
-def _report(model: nn.Module, config: Config, files: _Files, plan: _Plan) -> LoadReport:
+def _report(model: nn.Module, config: Config, files: Files, plan: _Plan) -> LoadReport:
     used = {key for linear in plan.linears for key in linear.keys.values()}
     used |= {name for slot in plan.slots for name in slot.names}
     missing = [slot.names[0] for slot in plan.slots if slot.key is None]
@@ -320,7 +270,7 @@ def _but(keys: list[str], patterns: Sequence[str] | None) -> tuple[str, ...]:
 # --- loading --------------------------------------------------------------------------------------------------
 
 
-def _replace(model: nn.Module, planned: _Linear, files: _Files) -> None:
+def _decoded(model: nn.Module, planned: _Linear, files: Files) -> QuantizedLinear:
     name = planned.names[0]
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
@@ -330,9 +280,7 @@ def _replace(model: nn.Module, planned: _Linear, files: _Files) -> None:
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
     device = linear.weight.device
-    quantized.to("cpu" if device.type == "meta" else device).train(linear.training)
-    for each in planned.names:
-        model.set_submodule(each, quantized)
+    return quantized.to("cpu" if device.type == "meta" else device).train(linear.training)
 
 
 @torch.no_grad()
@@ -350,26 +298,39 @@ def _fill(slot: _Slot, values: Tensor) -> None:
 
 @torch.no_grad()
 def _make_buffers(model: nn.Module) -> None:
-    """Buffers on the meta device that no checkpoint holds, by the nearest ``_init_weights`` of a transformers model."""
-    for name, module in model.named_modules():
-        wanted = {
-            key: x
-            for key, x in module._buffers.items()
-            if x is not None and x.device.type == "meta" and key in module._non_persistent_buffers_set
-        }
-        if not wanted:
-            continue
-        for key, x in wanted.items():
-            setattr(module, key, torch.full_like(x, _unwritten(x.dtype), device="cpu"))
-        owner = _initializer(model, name)
-        if owner is not None and not module._parameters:
-            owner._init_weights(module)
-        lost = [key for key in wanted if _is_unwritten(getattr(module, key))]
-        require(
-            not lost,
-            f"{name}.{', '.join(lost)} must be made by the model, as no checkpoint holds it; build the model on a real "
-            "device rather than meta",
-        )
+    """Buffers on the meta device that no checkpoint holds, by the nearest ``_init_weights`` of a transformers model.
+
+    Where one cannot be made, all are as they were.
+    """
+    before: list[tuple[nn.Module, str, Tensor]] = []
+    try:
+        for name, module in model.named_modules():
+            wanted = {
+                key: x
+                for key, x in module._buffers.items()
+                if x is not None and x.device.type == "meta" and key in module._non_persistent_buffers_set
+            }
+            before += [(module, key, x) for key, x in wanted.items()]
+            if wanted:
+                _make(model, name, module, wanted)
+    except BaseException:
+        for module, key, x in before:
+            setattr(module, key, x)
+        raise
+
+
+def _make(model: nn.Module, name: str, module: nn.Module, wanted: Mapping[str, Tensor]) -> None:
+    for key, x in wanted.items():
+        setattr(module, key, torch.full_like(x, _unwritten(x.dtype), device="cpu"))
+    owner = _initializer(model, name)
+    if owner is not None and not module._parameters:
+        owner._init_weights(module)
+    lost = [key for key in wanted if _is_unwritten(getattr(module, key))]
+    require(
+        not lost,
+        f"{name}.{', '.join(lost)} must be made by the model, as no checkpoint holds it; build the model on a real "
+        "device rather than meta",
+    )
 
 
 def _unwritten(dtype: torch.dtype) -> float:

@@ -5,28 +5,18 @@ Two formats: ``compressed-tensors`` and ``fp8`` (fine-grained float8, as DeepSee
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from fx_quant.errors import FxQuantError
+from fx_quant.checkpoint_patterns import Patterns
+from fx_quant.checkpoint_values import CheckpointError, field, is_size, require, said, texts
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
 from fx_quant.weights import INT4, UINT4
-
-
-class CheckpointError(FxQuantError, ValueError):
-    """A checkpoint that cannot be loaded: what must hold, what was found, what to do next."""
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise ``CheckpointError(message)`` unless ``holds``."""
-    if not holds:
-        raise CheckpointError(message)
-
 
 # --- schemes --------------------------------------------------------------------------------------------------
 
@@ -61,18 +51,24 @@ def scheme_of_group(group: Mapping[str, Any]) -> Scheme:
 
     Source: https://github.com/vllm-project/compressed-tensors, quantization/quant_args.py
     """
-    weights, activations = group.get("weights"), group.get("input_activations")
+    require(isinstance(group, Mapping), f"a config group must be an object, got {said(group)}; {_ELSEWHERE}")
+    weights, activations = group.get("weights"), field(group, "input_activations", Mapping, "a config group")
     if not isinstance(weights, Mapping):
         raise CheckpointError(
-            f"a config group that targets linears must quantize their weights, got weights={weights}; {_ELSEWHERE}"
+            f"a config group that targets linears must quantize their weights, got weights={said(weights)}; "
+            f"{_ELSEWHERE}"
         )
     require(
         group.get("output_activations") is None,
         f"output_activations must be null: fx_quant does not quantize the output of a linear; {_ELSEWHERE}",
     )
-    require(not weights.get("dynamic"), f"weights must be static, got dynamic={weights.get('dynamic')!r}; {_ELSEWHERE}")
+    require(
+        not weights.get("dynamic"), f"weights must be static, got dynamic={said(weights.get('dynamic'))}; {_ELSEWHERE}"
+    )
     _check_args(weights, "weights")
-    weight = OperandSpec(_codes(weights, "weights"), _weight_granularity(weights), symmetric=_symmetric(weights))
+    weight = OperandSpec(
+        _codes(weights, "weights"), _weight_granularity(weights), symmetric=_symmetric(weights, "weights")
+    )
     if activations is None:
         return Scheme(_WEIGHT_ONLY, weight)
     _check_args(activations, "input_activations")
@@ -82,54 +78,62 @@ def scheme_of_group(group: Mapping[str, Any]) -> Scheme:
 def _check_args(args: Mapping[str, Any], what: str) -> None:
     require(
         args.get("scale_dtype") in _SCALE_DTYPES,
-        f"{what} must have plain float scales, got scale_dtype={args.get('scale_dtype')} (mxfp4, mxfp8 or nvfp4), "
-        f"which fx_quant does not run; {_ELSEWHERE}",
+        f"{what} must have plain float scales, got scale_dtype={_plain(args.get('scale_dtype'))} (mxfp4, mxfp8 or "
+        f"nvfp4), which fx_quant does not run; {_ELSEWHERE}",
     )
     require(
         args.get("actorder") in (None, False, "weight", "static"),
-        f"{what} must have actorder null, 'weight' or 'static', got {args.get('actorder')!r}, which permutes k; "
+        f"{what} must have actorder null, 'weight' or 'static', got {said(args.get('actorder'))}, which permutes k; "
         "quantize the model again without it",
     )
 
 
-def _symmetric(args: Mapping[str, Any]) -> bool:
-    return bool(args.get("symmetric", True))
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else said(value)
+
+
+def _symmetric(args: Mapping[str, Any], what: str) -> bool:
+    found = field(args, "symmetric", bool, what)
+    return True if found is None else found
 
 
 def _codes(args: Mapping[str, Any], what: str) -> torch.dtype:
-    kind, bits = str(args.get("type", "int")).lower(), args.get("num_bits", 8)
-    found = _CODES.get((kind, bits, _symmetric(args)))
+    kind, bits, symmetric = (
+        (field(args, "type", str, what) or "int").lower(),
+        args.get("num_bits", 8),
+        _symmetric(args, what),
+    )
+    found = _CODES.get((kind, bits, symmetric)) if type(bits) is int else None
     if found is None:
         name = " (nvfp4 or mxfp4)" if (kind, bits) == ("float", 4) else ""
         raise CheckpointError(
-            f"{what} must be int8, int4 or symmetric float8, got {'' if _symmetric(args) else 'asymmetric '}"
-            f"{bits}-bit {kind}{name}; {_ELSEWHERE}"
+            f"{what} must be int8, int4 or symmetric float8, got {'' if symmetric else 'asymmetric '}"
+            f"{said(bits)}-bit {kind}{name}; {_ELSEWHERE}"
         )
     return found
 
 
-def _strategy(args: Mapping[str, Any]) -> str:
-    strategy, size = args.get("strategy"), args.get("group_size")
+def _strategy(args: Mapping[str, Any], what: str) -> str:
+    strategy, size = field(args, "strategy", str, what), args.get("group_size")
     if strategy is None:
-        return "tensor" if size is None else "channel" if size == -1 else "group"
-    return str(strategy).lower()
+        return "tensor" if size is None else "channel" if type(size) is int and size == -1 else "group"
+    return strategy.lower()
 
 
 def _group_size(args: Mapping[str, Any], what: str) -> int:
     size = args.get("group_size")
-    if not isinstance(size, int) or size <= 0:
-        raise CheckpointError(f"{what} per group must have a positive group_size, got {size}; check its config.json")
-    return size
+    require(is_size(size), f"{what} per group must have a positive group_size, got {said(size)}; check its config.json")
+    return size  # type: ignore[return-value]
 
 
 def _block(size: Any, what: str) -> tuple[int, int]:
-    fits = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(step, int) and step > 0 for step in size)
-    require(fits, f"{what} must be [rows, columns], both positive, got {size}; check its config.json")
+    fits = isinstance(size, (list, tuple)) and len(size) == 2 and all(map(is_size, size))
+    require(fits, f"{what} must be [rows, columns], both positive, got {said(size)}; check its config.json")
     return size[0], size[1]
 
 
 def _weight_granularity(args: Mapping[str, Any]) -> Granularity:
-    strategy = _strategy(args)
+    strategy = _strategy(args, "weights")
     if strategy == "group":
         return Granularity.per_group(_group_size(args, "weights"))
     if strategy == "block":
@@ -143,16 +147,17 @@ def _weight_granularity(args: Mapping[str, Any]) -> Granularity:
 
 
 def _activation(args: Mapping[str, Any]) -> OperandSpec:
-    strategy, dynamic = _strategy(args), args.get("dynamic", False)
+    what = "input_activations"
+    strategy, dynamic = _strategy(args, what), args.get("dynamic", False)
     require(
         isinstance(dynamic, bool) and strategy in ("tensor", "token", "group") and (dynamic or strategy == "tensor"),
         "input_activations must be dynamic per group, tensor or token, or static per tensor, "
-        f"got strategy {strategy!r} with dynamic={dynamic!r}; {_ELSEWHERE}",
+        f"got strategy {strategy!r} with dynamic={said(dynamic)}; {_ELSEWHERE}",
     )
     granularity = {"tensor": Granularity.PER_TENSOR, "token": Granularity.PER_TOKEN}.get(strategy)
     if granularity is None:
-        granularity = Granularity.per_group(_group_size(args, "input_activations"))
-    return OperandSpec(_codes(args, "input_activations"), granularity, dynamic=dynamic, symmetric=_symmetric(args))
+        granularity = Granularity.per_group(_group_size(args, what))
+    return OperandSpec(_codes(args, what), granularity, dynamic=dynamic, symmetric=_symmetric(args, what))
 
 
 def _checked(scheme: Scheme) -> Scheme:
@@ -199,15 +204,25 @@ class CompressedTensors:
         """The scheme of a module, None if it stays float. A name beats a regex, and a regex a class.
 
         Raises:
-            CheckpointError: its group is not supported.
+            CheckpointError: its group is not supported; a regex that cannot be matched.
         """
-        if any(_named(name, target) or _is_a(module, target) for target in self.ignore):
+        if self._ignored.best(name, module) is not None:
             return None
+        target = self._targeted.best(name, module)
+        return None if target is None else scheme_of_group(self._group_of[target])
+
+    @functools.cached_property
+    def _group_of(self) -> Mapping[str, Mapping[str, Any]]:
         # A target of two groups is the later one's, as in compressed-tensors.
-        group_of = {target: group for targets, group in self.groups for target in targets}
-        by_name = [target for target in sorted(group_of, key=_rank) if _named(name, target)]
-        target = next(iter(by_name + [target for target in sorted(group_of) if _is_a(module, target)]), None)
-        return None if target is None else scheme_of_group(group_of[target])
+        return {target: group for targets, group in self.groups for target in targets}
+
+    @functools.cached_property
+    def _targeted(self) -> _Targets:
+        return _Targets(self._group_of)
+
+    @functools.cached_property
+    def _ignored(self) -> _Targets:
+        return _Targets(self.ignore)
 
 
 @dataclass(frozen=True)
@@ -229,10 +244,17 @@ class FineGrainedFP8:
     float_weights: bool = True
 
     def scheme_of(self, name: str, module: nn.Module) -> Scheme | None:
-        """The scheme of a module, None if it stays float."""
-        boundary = r"(?:(?<=\.)|(?=\.|$))"
-        skipped = any(re.match(rf"(?:{key}){boundary}", name) or name.endswith(key) for key in self.skipped)
+        """The scheme of a module, None if it stays float.
+
+        Raises:
+            CheckpointError: a regex that cannot be matched.
+        """
+        skipped = any(map(name.endswith, self.skipped)) or self._skipping.first(name) is not None
         return self.scheme if isinstance(module, nn.Linear) and not skipped else None
+
+    @functools.cached_property
+    def _skipping(self) -> Patterns:
+        return Patterns(self.skipped, r"(?:(?<=\.)|(?=\.|$))")
 
 
 Config = CompressedTensors | FineGrainedFP8
@@ -247,9 +269,9 @@ def read_config(config: Mapping[str, Any]) -> Config:
     method = config.get("quant_method")
     readers = {"compressed-tensors": _read_compressed_tensors, "fp8": _read_fp8}
     require(
-        method in readers,
-        f"quant_method must be {' or '.join(map(repr, sorted(readers)))}, got {method!r}; load it with transformers "
-        "or, for another method, quantize the float model with fx_quant.quantize_",
+        isinstance(method, str) and method in readers,
+        f"quant_method must be {' or '.join(map(repr, sorted(readers)))}, got {said(method)}; load it with "
+        "transformers or, for another method, quantize the float model with fx_quant.quantize_",
     )
     return readers[str(method)](config)
 
@@ -258,49 +280,55 @@ _FORMATS = ("float-quantized", "int-quantized", "mixed-precision", "naive-quanti
 
 
 def _read_compressed_tensors(config: Mapping[str, Any]) -> CompressedTensors:
-    sparsity = config.get("sparsity_config") or {}
+    where = "quantization_config"
+    sparsity = field(config, "sparsity_config", Mapping, where) or {}
     require(
         sparsity.get("format", "dense") == "dense" and not config.get("moe_sparsity_config"),
-        f"a checkpoint must not be sparse, got sparsity_config={dict(sparsity)}; save it without sparse compression",
+        f"a checkpoint must not be sparse, got sparsity_config={said(dict(sparsity))}; save it without sparse "
+        "compression",
     )
-    transforms = (config.get("transform_config") or {}).get("config_groups")
+    transforms = (field(config, "transform_config", Mapping, where) or {}).get("config_groups")
+    found = list(transforms) if isinstance(transforms, Mapping) else transforms
     require(
         not transforms,
-        f"transform_config must be empty, got {sorted(transforms or ())}: fx_quant does not run transforms of "
-        "activations; quantize the model without them",
+        f"transform_config must be empty, got {said(found)}: "
+        "fx_quant does not run transforms of activations; quantize the model without them",
     )
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(
-            f"a compressed-tensors config must have config_groups, got {groups!r}; check its config.json"
+            f"a compressed-tensors config must have config_groups, got {said(groups)}; check its config.json"
         )
-    for holder, where in ((config, "quantization_config"), *((group, name) for name, group in groups.items())):
+    for holder, name in ((config, where), *((group, name) for name, group in groups.items())):
         require(
-            isinstance(holder, Mapping) and (holder is config or isinstance(holder.get("targets"), Sequence)),
-            f"{where} must be an object with targets, weights and input_activations, got {holder!r}",
+            isinstance(holder, Mapping) and (holder is config or "targets" in holder),
+            f"{name} must be an object with targets, weights and input_activations, got {said(holder)}",
         )
         require(
             holder.get("format") is None or holder["format"] in _FORMATS,
-            f"the format of {where} must be {', '.join(_FORMATS)}, got {holder.get('format')!r}; {_ELSEWHERE}",
+            f"the format of {name} must be {', '.join(_FORMATS)}, got {said(holder.get('format'))}; {_ELSEWHERE}",
         )
     kv_cache = _kv_cache_notes(config)
     return CompressedTensors(
-        tuple((tuple(group["targets"]), group) for group in groups.values()),
-        tuple(config.get("ignore") or ()),
+        tuple((texts(group, "targets", name), group) for name, group in groups.items()),
+        texts(config, "ignore", where),
         kv_cache,
         bool(kv_cache),
     )
 
 
 def _read_fp8(config: Mapping[str, Any]) -> FineGrainedFP8:
-    size, when = config.get("weight_block_size"), str(config.get("activation_scheme", "dynamic")).lower()
+    where = "quantization_config"
+    size, when = config.get("weight_block_size"), (field(config, "activation_scheme", str, where) or "dynamic").lower()
     require(
         when in ("dynamic", "static"),
         f"activation_scheme must be 'dynamic' or 'static', got {when!r}; check its config.json",
     )
     fmt, scale_fmt = config.get("fmt", "e4m3"), config.get("scale_fmt") or "float"
-    require(fmt in ("e4m3", "float8_e4m3fn"), f"fmt must be 'e4m3', got {fmt!r}; {_ELSEWHERE}")
-    require(scale_fmt in ("float", "ue8m0"), f"scale_fmt must be 'float' or 'ue8m0', got {scale_fmt!r}; {_ELSEWHERE}")
+    require(fmt in ("e4m3", "float8_e4m3fn"), f"fmt must be 'e4m3', got {said(fmt)}; {_ELSEWHERE}")
+    require(
+        scale_fmt in ("float", "ue8m0"), f"scale_fmt must be 'float' or 'ue8m0', got {said(scale_fmt)}; {_ELSEWHERE}"
+    )
     require(
         size is None or when == "dynamic",
         f"a weight in blocks must have activation_scheme 'dynamic', got {when!r}; quantize the model with 'dynamic'",
@@ -315,9 +343,9 @@ def _read_fp8(config: Mapping[str, Any]) -> FineGrainedFP8:
     kv_cache = bool(notes)
     if scale_fmt == "ue8m0":
         notes += ("scale_fmt 'ue8m0': weight scales are exact; activation scales are float32, not powers of two",)
-    skipped = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
+    skipped = texts(config, "modules_to_not_convert", where) or texts(config, "ignored_layers", where)
     scheme = Scheme(OperandSpec(_FLOAT8, tokens, dynamic=when == "dynamic"), OperandSpec(_FLOAT8, blocks))
-    return FineGrainedFP8(scheme, tuple(skipped), notes, kv_cache)
+    return FineGrainedFP8(scheme, skipped, notes, kv_cache)
 
 
 def _kv_cache_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -326,15 +354,18 @@ def _kv_cache_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
     return ("kv_cache_scheme is ignored: the cache keeps the model's dtype, and its scales are not loaded",)
 
 
-def _rank(target: str) -> tuple[bool, str]:
-    return target.startswith("re:"), target
+class _Targets:
+    """Class names, module names and ``re:`` regexes."""
 
+    def __init__(self, targets: Iterable[str]) -> None:
+        self._names = frozenset(targets)
+        self._regexes = Patterns(sorted(each.removeprefix("re:") for each in self._names if each.startswith("re:")))
 
-def _named(name: str, target: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
-    return target == name
-
-
-def _is_a(module: nn.Module, target: str) -> bool:
-    return any(cls.__name__ == target for cls in type(module).__mro__)
+    def best(self, name: str, module: nn.Module) -> str | None:
+        """The target that stands for a module: its name, else a regex, else its class; None where none does."""
+        if name in self._names:
+            return name
+        regex = self._regexes.first(name)
+        if regex is not None:
+            return f"re:{regex}"
+        return min(self._names & {cls.__name__ for cls in type(module).__mro__}, default=None)

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 import torch
 from torch import Tensor, nn
 
-from fx_quant.checkpoint_formats import require
+from fx_quant.checkpoint_values import require
 from fx_quant.linear import QuantizedLinear
 from fx_quant.scheme import INT4_DTYPES, OperandSpec, Scheme, dtype_name
 from fx_quant.weights import pack_int4
@@ -68,6 +68,12 @@ def decode_linear(linear: nn.Linear, scheme: Scheme, tensors: Mapping[str, Tenso
     scale = tensors["weight_scale"]
     if scale.dtype is torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
+    for what in ("weight_scale", "input_scale", "bias"):
+        x = scale if what == "weight_scale" else tensors.get(what)
+        require(
+            x is None or x.is_floating_point(),
+            f"{what} must be float, got {dtype_name(torch.int8 if x is None else x.dtype)}; save the model again",
+        )
     scale = scale.float()
     zero_point = _zero_point(scheme.weight, tensors.get("weight_zero_point"), n)
     bias, input_scale = tensors.get("bias"), tensors.get("input_scale")
@@ -130,7 +136,7 @@ def _zero_point(spec: OperandSpec, stored: Tensor | None, n: int) -> Tensor | No
     )
     if stored is None:
         return None
-    signed = _unpack_rows(spec, stored, n) if stored.dtype is torch.int32 else stored.float().int()
+    signed = _unpack_rows(spec, stored, n) if stored.dtype is torch.int32 else _integers(stored, "weight_zero_point")
     if spec.symmetric:
         require(
             not bool(signed.any()),
@@ -155,9 +161,20 @@ def _unpack_rows(spec: OperandSpec, packed: Tensor, n: int) -> Tensor:
 
 def _input_zero_point(spec: OperandSpec, stored: Tensor | None) -> Tensor | None:
     if stored is None or not spec.symmetric:
-        return None if stored is None else stored.int()
+        return None if stored is None else _integers(stored, "input_zero_point")
     require(
-        not bool(stored.float().any()),
+        not bool(_integers(stored, "input_zero_point").any()),
         "input_zero_point must be 0 for symmetric activations; say symmetric=false in the config",
     )
     return None
+
+
+def _integers(stored: Tensor, what: str) -> Tensor:
+    """``stored``, of any dtype, as int32, which must hold its values exactly."""
+    values = stored.double() if not stored.is_complex() else stored.real.double() * torch.nan
+    wrong = ~((values == values.trunc()) & (values.abs() <= 2**31 - 1))
+    require(
+        not bool(wrong.any()),
+        f"{what} must be whole numbers that int32 holds, got {values[wrong][:1].tolist()}; quantize the model again",
+    )
+    return values.int()

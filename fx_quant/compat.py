@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,12 +46,43 @@ def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     return copy, replace_contents(copy, graph)
 
 
+def is_guarded(size: torch.SymInt) -> bool:
+    """Whether Dynamo checks before each call what is found out of ``size`` while its graph is compiled."""
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    env = size.node.shape_env
+    return mode is not None and mode.shape_env is env and not env.frozen
+
+
+def is_marked_dynamic(size: torch.SymInt) -> bool:
+    """Whether the user marked ``size`` as dynamic, so that making it static is an error."""
+    from torch.fx.experimental.symbolic_shapes import RelaxedUnspecConstraint, StrictMinMaxConstraint
+
+    env = size.node.shape_env
+    symbols = size.node.expr.free_symbols
+    for tracked in env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for of, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            strict = isinstance(constraint, (RelaxedUnspecConstraint, StrictMinMaxConstraint))
+            if strict and not constraint.warn_only and isinstance(of, torch.SymInt):
+                if of.node.expr.free_symbols & symbols:
+                    return True
+    return False
+
+
 def static_input_indices() -> frozenset[int] | None:
     """Positions of the graph inputs that are parameters or buffers; None outside an AOT compile."""
     context = torch._guards.TracingContext.try_get()
     if context is None or context.fw_metadata is None:
         return None
     return frozenset(context.fw_metadata.static_input_indices or ())
+
+
+def source_of(placeholder: Node) -> str | None:
+    """Dynamo's name of what a placeholder of its graph is: ``L['self']._modules['proj']._parameters['weight']``."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    return name() if callable(name) else name  # a method until it became a property
 
 
 @contextlib.contextmanager
@@ -64,6 +97,36 @@ def second_compile() -> Iterator[None]:
     finally:
         if context is not None:
             context.output_strides = strides
+
+
+@contextlib.contextmanager
+def carried_by_artefacts(text: Callable[[], str], found: list[str]) -> Iterator[None]:
+    """Within, each compiled graph that this thread makes carries ``text()``, in every cache and copy of it.
+
+    What graphs carry that are made, or loaded from a cache instead, is put into ``found``. Neither Inductor's nor
+    AOTAutograd's cache has a place for it, so for the time being their class is given one.
+    """
+    from torch._inductor.output_code import CompiledFxGraph
+
+    made, loaded, thread = CompiledFxGraph.__init__, CompiledFxGraph.post_compile, threading.get_ident()
+
+    @functools.wraps(made)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if threading.get_ident() == thread:
+            self._fx_quant = text()
+
+    @functools.wraps(loaded)
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() == thread and (carried := getattr(self, "_fx_quant", "")):
+            found.append(carried)
+        loaded(self, *args, **kwargs)
+
+    CompiledFxGraph.__init__, CompiledFxGraph.post_compile = make, load
+    try:
+        yield
+    finally:
+        CompiledFxGraph.__init__, CompiledFxGraph.post_compile = made, loaded
 
 
 _MATMULS = ("mm", "addmm", "bmm")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph
 
+from fx_quant.backend import safely, warn_of_failures
 from fx_quant.capture import run_captured, run_eagerly
+from fx_quant.coded_modules import unseen_modules
 from fx_quant.compat import static_input_indices
 from fx_quant.config import Options
+from fx_quant.isolation import innermost
+from fx_quant.module_names import renamed, roots_of
 from fx_quant.passes.pipeline import holds_codes, report_on, to_canonical
-from fx_quant.prepare import needs_prepare
+from fx_quant.prepare import first_steps
 from fx_quant.report import Report
 from fx_quant.target import Target, resolve_target
 
@@ -28,7 +33,8 @@ def explain(
     """Every quantized matmul of ``model``: its scheme, kernel and losers, or why it would be missed.
 
     The model runs once, op by op and without gradients, on ``args`` and ``kwargs``; nothing is compiled to machine
-    code, and the target need not be present.
+    code, and the target need not be present. Compiled code of before, Dynamo's state and random numbers are afterwards
+    as they were; not for use while another thread runs compiled code.
 
     Args:
         target: a machine by name (``"sm90"``), a ``Target``, or None for the one the inputs are on.
@@ -44,16 +50,31 @@ def explain(
     reports: list[Report] = []
 
     def on_graph(graph: Graph) -> None:
-        if holds_codes(graph):
-            reports.append(report_on(to_canonical(graph, resolved, parsed, static_input_indices()), resolved))
-        else:
-            reports.append(Report(str(resolved), (), ()))
+        reports.append(safely(lambda: _report(graph, resolved, parsed), resolved, parsed))
 
-    _, breaks = run_captured(model, args, kwargs, on_graph=on_graph, inner_compile=run_eagerly, dynamic=dynamic)
-    report = Report(str(resolved), (), (), graphs=0, graph_breaks=breaks, note=needs_prepare(model) or "")
-    for each in reports:
-        report = report.merged(each)
-    return report
+    capture = run_captured(model, args, kwargs, on_graph=on_graph, inner_compile=run_eagerly, dynamic=dynamic)
+    report = Report(
+        str(resolved),
+        (),
+        (),
+        graphs=0,
+        graph_breaks=sum(each.count for each in capture.breaks),
+        note=" ".join(filter(None, map(first_steps, roots_of(innermost(model)).values()))),
+        breaks=capture.breaks,
+        uncaptured=capture.uncaptured,
+    )
+    for each, called_for in zip(reports, capture.renamings, strict=True):
+        warn_of_failures(each)
+        report = replace(report, graphs=report.graphs + each.graphs)
+        for renaming in called_for:
+            report = report.merged(replace(each.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
+    return replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
+
+
+def _report(graph: Graph, target: Target, options: Options) -> Report:
+    if not holds_codes(graph):
+        return Report(str(target), (), ())
+    return report_on(to_canonical(graph, target, options, static_input_indices()), target)
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

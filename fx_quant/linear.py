@@ -6,11 +6,10 @@ Compiled, they trace to the canonical ops, which ``backend="fx_quant"`` gives th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import Self
 
 from fx_quant.activation import Quantizer, quantize_activation, quantize_by
@@ -266,65 +265,3 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme}"
         )
-
-
-def quantize_(
-    model: nn.Module, scheme: Scheme | str, filter: Callable[[str, nn.Linear], bool] | None = None
-) -> list[str]:
-    """Replace the ``nn.Linear`` modules of ``model``, in place, by ``QuantizedLinear``.
-
-    A linear that has several names is quantized once and shared again. Subclasses with a forward pass of their own are
-    left, as is the output projection of ``nn.MultiheadAttention``, which reads its weight without calling it; the fast
-    path of an ``nn.TransformerEncoderLayer``, which does the same, is switched off.
-
-    Args:
-        model: what holds the linears; not a linear itself.
-        scheme: dynamic or weight-only, as for ``QuantizedLinear.from_float``.
-        filter: ``(name, linear) -> bool``; None takes every linear.
-
-    Returns:
-        The names that were replaced, in order.
-
-    Raises:
-        ValueError: a static scheme; ``model`` itself is a linear, which cannot be replaced in place; a linear that
-            cannot be quantized so, named: those before it are replaced already.
-    """
-    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    check_scheme(scheme)
-    if not scheme.weight_only and not scheme.activation.dynamic:
-        raise ValueError(
-            f"quantize_ has no input scales for the static scheme {scheme}; "
-            "use QuantizedLinear.from_float(linear, scheme, input_scale=...) for each linear"
-        )
-    if isinstance(model, nn.Linear):
-        raise ValueError("quantize_ replaces the linears inside a model, got a linear; use QuantizedLinear.from_float")
-    found = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if _is_replaceable(module) and (filter is None or filter(name, module))
-    ]
-    quantized: dict[nn.Module, QuantizedLinear] = {}
-    for name, linear in found:
-        if linear not in quantized:
-            try:
-                quantized[linear] = QuantizedLinear.from_float(linear, scheme)
-            except ValueError as error:
-                raise type(error)(f"{name}: {error}") from None
-        model.set_submodule(name, quantized[linear])
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _has_quantized(module):
-            # Its fast path reads the weights without calling the linears; this is what it asks before it takes it.
-            module.activation_relu_or_gelu = 0
-    return [name for name, _ in found]
-
-
-def _has_quantized(module: nn.Module) -> bool:
-    return any(isinstance(child, QuantizedLinear) for child in module.children())
-
-
-def _is_replaceable(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return (
-        isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        and not isinstance(module, NonDynamicallyQuantizableLinear)
-    )

@@ -86,9 +86,10 @@ def read(
     """
     try:
         found = path()
-        text = _text(found)
     except FxQuantError as error:
         return _nowhere(str(error))
+    try:
+        text = _text(found)
     except (FileNotFoundError, NotADirectoryError):
         obstacle = _obstacle(found)
         return None if obstacle is None else _nowhere(f"{obstacle}; {_ELSEWHERE}")

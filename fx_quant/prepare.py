@@ -16,7 +16,9 @@ from torch.nn.utils import parametrize
 
 from fx_quant.adapters.base import Adapter, adapter_of, adapters, difference
 from fx_quant.errors import NoKernelError
+from fx_quant.library_notes import library_notes
 from fx_quant.linear import QuantizedLinear
+from fx_quant.quantize_model import disable_fast_paths
 from fx_quant.report import without_numbers
 
 _HOOKS = (
@@ -203,7 +205,7 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
         used[adapter.library] = adapter
         swapped.append(SwappedModule(*where, str(linear.scheme), numerics, note))
     if swapped:
-        _disable_fast_paths(model)
+        disable_fast_paths(model)
     notes = tuple(note for adapter in used.values() for note in adapter.finish(model))
     return PrepareReport(tuple(swapped), tuple(left), already, notes)
 
@@ -216,17 +218,27 @@ def needs_prepare(model: object) -> str | None:
     """
     if not isinstance(model, nn.Module):
         return None
-    found = _found(model)
-    owners = _weight_owners(model) if found else {}
-    counts: Counter[Adapter] = Counter(
-        adapter for module, (adapter, _) in found.items() if _objection(module, adapter, owners) is None
-    )
+    counts = Counter(_swappable(model).values())
     parts = [
         f"{count} {'module' if count == 1 else 'modules'} of {adapter.library} {adapter.effect}"
         for adapter, count in counts.items()
     ]
     swaps = "fx_quant.prepare_(model) swaps them for QuantizedLinear"
     return f"{', '.join(parts)}: {swaps}" if parts else None
+
+
+def first_steps(model: nn.Module) -> str:
+    """What to do with ``model`` before it is compiled, as far as its classes tell; empty where nothing is known."""
+    needed = needs_prepare(model)
+    notes = library_notes(model, _swappable(model).keys())
+    return " ".join([f"{needed}.", *notes] if needed and notes else [needed] if needed else notes)
+
+
+def _swappable(model: nn.Module) -> dict[nn.Module, Adapter]:
+    """The modules that ``prepare_`` would swap, as far as that is known without reading their weights."""
+    found = _found(model)
+    owners = _weight_owners(model) if found else {}
+    return {module: adapter for module, (adapter, _) in found.items() if _objection(module, adapter, owners) is None}
 
 
 def _found(model: nn.Module) -> dict[nn.Module, tuple[Adapter, tuple[str, ...]]]:
@@ -297,11 +309,3 @@ def _weight_owners(model: nn.Module) -> dict[nn.Module, str]:
         for module, _ in shared
         if len(shared) > 1
     }
-
-
-def _disable_fast_paths(model: nn.Module) -> None:
-    for module in model.modules():
-        inside = any(isinstance(child, QuantizedLinear) for child in module.children())
-        if isinstance(module, nn.TransformerEncoderLayer) and inside:
-            # Its fast path reads the weights without calling the linears; this is what it asks before it takes it.
-            module.activation_relu_or_gelu = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tabulate import tabulate
@@ -87,6 +88,37 @@ class RecognisedReport:
 
 
 @dataclass(frozen=True)
+class UnseenReport:
+    """One module that holds codes and of which no quantized matmul was found.
+
+    Args:
+        module: its name in ``named_modules()``.
+        kind: its class.
+        in_graph: whether a graph took its codes, and what it does with them is no matmul that fx_quant knows; otherwise
+            it runs outside all graphs.
+    """
+
+    module: str
+    kind: str
+    in_graph: bool
+
+
+@dataclass(frozen=True)
+class BreakReport:
+    """One place where Dynamo ended a graph.
+
+    Args:
+        source: ``file:line``, ``""`` when unknown.
+        reason: in Dynamo's words, their first line.
+        count: how many times.
+    """
+
+    source: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What became of each quantized matmul of a model on a target; prints as tables.
 
@@ -97,6 +129,9 @@ class Report:
         recognised: left as they were, because nothing on the target runs them faster.
         graphs, graph_breaks: how the model was captured.
         note: what to do first, where the model hides its matmuls from every compiler.
+        unseen: modules that hold codes and are in none of the above.
+        breaks: where the graph broke.
+        uncaptured: why there is no graph; empty where there is one.
     """
 
     target: str
@@ -106,10 +141,21 @@ class Report:
     graphs: int = 1
     graph_breaks: int = 0
     note: str = ""
+    unseen: tuple[UnseenReport, ...] = ()
+    breaks: tuple[BreakReport, ...] = ()
+    uncaptured: str = ""
 
     def to_json(self) -> str:
         """The whole report as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report of which ``to_json`` made ``text``."""
+        data = json.loads(text)
+        for name, row in _ROWS.items():
+            data[name] = tuple(row(**each) for each in data[name])
+        return cls(**data)
 
     def merged(self, other: Report) -> Report:
         """The sites and misses of this report and of ``other``, in order."""
@@ -122,11 +168,26 @@ class Report:
             graph_breaks=self.graph_breaks + other.graph_breaks,
         )
 
+    def renamed(self, name_of: Callable[[str], str]) -> Report:
+        """The same with the name that ``name_of`` gives for that of each module."""
+
+        def rows(found: tuple) -> tuple:
+            return tuple(dataclasses.replace(row, module=name_of(row.module)) for row in found)
+
+        return dataclasses.replace(
+            self, sites=rows(self.sites), misses=rows(self.misses), recognised=rows(self.recognised)
+        )
+
     def summary(self) -> str:
         """One line: how many were rewritten, recognised and missed."""
         total = len(self.sites) + len(self.misses) + len(self.recognised)
+        if not total and not self.graphs:
+            return f"nothing was captured: {self.uncaptured or 'the reason is not known'}"
         if not total:
-            return f"no quantized matmul found ({self._graphs()}); the model compiles unchanged"
+            found = f"no quantized matmul found ({self._graphs()})"
+            if self.unseen:
+                return f"{found}, though {_count(len(self.unseen), 'module holds', 'modules hold')} codes"
+            return f"{found}; the model compiles unchanged"
         kept = f"{len(self.recognised)} recognised and left, " if self.recognised else ""
         counts = f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}"
         return f"{counts}, {kept}{len(self.misses)} missed"
@@ -158,8 +219,8 @@ class Report:
             parts.append(self._recognised_table())
         if self.misses:
             parts.append(self._miss_table())
-        if self.graph_breaks and (self.sites or self.misses or self.recognised):
-            parts.append(f"The model was captured in {self._graphs()}; matmuls outside the graphs are not seen.")
+        parts.append(self._unseen_table())
+        parts.append(self._breaks_table())
         return "\n\n".join(part for part in parts if part)
 
     def _site_table(self) -> str:
@@ -222,6 +283,56 @@ class Report:
             text = f"{where}{times}: {op} left as it is, at {first.node}: {reason}"
             lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
         return "\n".join(lines)
+
+    def _unseen_table(self) -> str:
+        """One line for modules of the same class and, but for numbers, name; those outside the graphs first."""
+        parts = []
+        for in_graph, says in (
+            (False, "in no graph, so nothing is done there"),
+            (True, "in a graph, but in no quantized matmul that fx_quant knows"),
+        ):
+            alike: dict[tuple[str, str], list[str]] = {}
+            for row in self.unseen:
+                if row.in_graph is in_graph:
+                    alike.setdefault((without_numbers(row.module), row.kind), []).append(
+                        row.module or "the model itself"
+                    )
+            if not alike:
+                continue
+            count = sum(map(len, alike.values()))
+            lines = [f"{_count(count, 'module that holds codes is', 'modules that hold codes are')} {says}:"]
+            for (module, kind), names in alike.items():
+                where = names[0] if len(names) == 1 else f"{module} x {len(names)}"
+                lines.append(textwrap.fill(f"{where} ({kind})", 118, initial_indent="  ", subsequent_indent="      "))
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts)
+
+    def _breaks_table(self) -> str:
+        """Where the graph broke, the most frequent place first; only where something may be outside the graphs."""
+        if not self.graph_breaks or not (self.sites or self.misses or self.recognised or self.unseen):
+            return ""
+        lines = [f"The model was captured in {self._graphs()}; matmuls outside the graphs are not seen."]
+        for row in sorted(self.breaks, key=lambda row: -row.count)[:_BREAKS_SHOWN]:
+            times = f" x {row.count}" if row.count > 1 else ""
+            text = f"{'/'.join(row.source.split('/')[-2:]) or '?'}{times}: {row.reason}"
+            lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
+        if len(self.breaks) > _BREAKS_SHOWN:
+            lines.append(f"  and {len(self.breaks) - _BREAKS_SHOWN} more places; to_json() has them all")
+        return "\n".join(lines)
+
+
+_BREAKS_SHOWN = 5
+_ROWS = {
+    "sites": SiteReport,
+    "misses": MissReport,
+    "recognised": RecognisedReport,
+    "unseen": UnseenReport,
+    "breaks": BreakReport,
+}
+
+
+def _count(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
 
 
 def without_numbers(module: str) -> str:

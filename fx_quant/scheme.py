@@ -19,6 +19,8 @@ FLOAT8_DTYPES: frozenset[torch.dtype] = frozenset(
 )
 INT8_DTYPES: frozenset[torch.dtype] = frozenset({torch.int8, torch.uint8})
 CODE_DTYPES: frozenset[torch.dtype] = FLOAT8_DTYPES | INT8_DTYPES
+# What weights are stored in, packed or not: integers of two dims or more, and floats of 8 bits.
+STORED_DTYPES: frozenset[torch.dtype] = CODE_DTYPES | {torch.int32, torch.int64, torch.int16}
 # pyrefly: ignore [missing-attribute]
 INT4_DTYPES: frozenset[torch.dtype] = frozenset({torch.int4, torch.uint4})
 HALF_DTYPES: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float16})

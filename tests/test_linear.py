@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import re
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 import fx_quant
 from fx_quant.activation import quantize_activation
 from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
-from fx_quant.linear import QuantizedLinear, apply_linear, quantize_
+from fx_quant.linear import QuantizedLinear, apply_linear
 from fx_quant.linear_operands import weight_block
+from fx_quant.quantize_model import LeftWeight, quantize_
 from fx_quant.scheme import (
     CODE_DTYPES,
     FLOAT_DTYPES,
@@ -548,8 +550,9 @@ class _Scaled(nn.Linear):
 def test_quantize_replaces_linears_in_place():
     model, x = Model().eval(), torch.randn(4, K)
     expected = model(x)
-    names = quantize_(model, INT8[0])
-    assert names == ["blocks.0.0", "blocks.1.0", "tied", "head"]
+    report = quantize_(model, INT8[0])
+    assert report.quantized == ("blocks.0.0", "blocks.1.0", "tied", "head")
+    assert report.left == (LeftWeight("own", "_Scaled", "its forward pass is not that of nn.Linear"),)
     assert model.tied is model.blocks[0][0]
     assert isinstance(model.tied, QuantizedLinear) and type(model.own) is _Scaled
     assert not model.head.training
@@ -564,17 +567,28 @@ def test_a_filter_chooses():
         asked.append(name)
         return name != "tied" and linear.bias is not None
 
-    assert quantize_(model, FLOAT8[0], wanted) == ["blocks.0.0", "blocks.1.0"]
+    assert quantize_(model, FLOAT8[0], wanted).quantized == ("blocks.0.0", "blocks.1.0")
     assert asked == ["blocks.0.0", "blocks.1.0", "tied", "head"]
     assert type(model.tied) is nn.Linear
-    assert quantize_(Model(), FLOAT8[0], lambda name, linear: False) == []
+    report = quantize_(Model(), FLOAT8[0], lambda name, linear: False)
+    assert report.quantized == ()
+    assert [row.reason for row in report.left].count("the filter left it out") == 4
 
 
 def test_an_attention_that_reads_its_weight_is_left_whole():
     model = nn.MultiheadAttention(K, 4, batch_first=True).eval()
     x = torch.randn(2, 5, K)
     expected = model(x, x, x)[0]
-    assert quantize_(model, INT8[0]) == []
+    report = quantize_(model, INT8[0])
+    assert report.quantized == ()
+    assert report.left == (
+        LeftWeight(
+            "",
+            "MultiheadAttention",
+            f"it is no linear, and multiplies with a weight itself: in_proj_weight [{3 * K}, {K}]",
+        ),
+        LeftWeight("out_proj", "NonDynamicallyQuantizableLinear", "its parent reads its weight without calling it"),
+    )
     assert torch.equal(model(x, x, x)[0], expected)
 
 
@@ -582,8 +596,65 @@ def test_an_encoder_layer_calls_its_quantized_linears():
     model = nn.TransformerEncoderLayer(K, 4, 2 * K, batch_first=True).eval()
     x = torch.randn(2, 5, K)
     expected = model(x)
-    assert quantize_(model, INT8[0]) == ["linear1", "linear2"]
+    assert quantize_(model, INT8[0]).quantized == ("linear1", "linear2")
     assert (model(x) - expected).norm() / expected.norm() < 0.05
+
+
+class _Experts(nn.Module):
+    """As transformers holds them: one parameter for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, K, 2 * K))
+        self.down_proj = nn.Parameter(torch.randn(3, K, 2 * K))
+        self.router_bias = nn.Parameter(torch.randn(3, 2))
+
+
+def test_what_quantize_leaves_is_said_once_for_repeated_layers():
+    layers = [nn.ModuleDict({"experts": _Experts(), "up": nn.Linear(K, K)}) for _ in range(2)]
+    model = nn.Sequential(nn.Embedding(5, K), nn.LayerNorm(K), nn.Conv1d(K, K, 3), *layers, nn.Bilinear(4, 5, 6))
+    report = quantize_(model, INT8[0])
+    assert report.quantized == ("3.up", "4.up")
+    assert [row.module for row in report.left] == ["3.experts", "4.experts", "5"]
+    lines = str(report).splitlines()
+    assert lines[0] == f"fx_quant: 2 linears quantized as {INT8[0]}, 3 left in float"
+    assert (
+        " ".join(lines[1:]).split()
+        == (
+            "*.experts x 2 (_Experts): it is no linear, and multiplies with a weight itself: "
+            f"gate_up_proj [3, {K}, {2 * K}], down_proj [3, {K}, {2 * K}] "
+            "5 (Bilinear): it is no linear, and multiplies with a weight itself: weight [6, 4, 5]"
+        ).split()
+    )
+    assert json.loads(report.to_json())["left"][0]["kind"] == "_Experts"
+
+
+def test_a_conv1d_of_transformers_is_the_linear_that_it_is():
+    transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2Model(config).eval()
+    conv = model.h[0].attn.c_attn
+    conv.bias.data.normal_()
+    linear = nn.Linear(32, 96)
+    linear.load_state_dict({"weight": conv.weight.t(), "bias": conv.bias})
+    report = quantize_(model, INT8[0])
+    assert report.left == ()
+    assert len(report.quantized) == 8
+    assert report.quantized[0] == "h.0.attn.c_attn"
+    found, expected = model.h[0].attn.c_attn, QuantizedLinear.from_float(linear, INT8[0])
+    x = torch.randn(2, 3, 32)
+    assert torch.equal(found(x), expected(x))
+    assert (found(x) - conv(x)).norm() / conv(x).norm() < 0.02
+
+
+def test_a_conv1d_with_a_forward_of_its_own_is_left():
+    pytest.importorskip("transformers", reason="the dev extra is not installed")
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(8, 4))
+    model[0].forward = lambda x: x
+    (row,) = quantize_(model, INT8[0]).left
+    assert row.reason == "its forward pass is not that of Conv1D"
 
 
 @pytest.mark.parametrize(

@@ -517,6 +517,12 @@ def test_memory_that_is_freed_and_gathered_again_leaves_nothing_behind():
     assert not remembering._groups and not remembering._keys and not packing._packed
 
 
+@pytest.mark.parametrize("op", [ops.prepack.default, ops.fold.default])
+def test_a_replayed_cuda_graph_looks_too(op):
+    # Inductor keeps ops with this tag out of what it replays.
+    assert torch.Tag.cudagraph_unsafe in op.tags
+
+
 # --- what is no weight --------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.kernels.huge_pages import in_huge_pages
-from fx_quant.ops import MATMUL_TAGS, register
+from fx_quant.ops import KEEPING_TAGS, MATMUL_TAGS, register
 from fx_quant.remembering import Mark, forget, forget_all, remembered, view_of
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
@@ -318,4 +318,4 @@ register(
     lambda weight, layout: _prepack_fake([weight], [layout])[0],
     MATMUL_TAGS,
 )
-register("prepack(Tensor[] weights, str[] layouts) -> Tensor[]", prepack, _prepack_fake, MATMUL_TAGS)
+register("prepack(Tensor[] weights, str[] layouts) -> Tensor[]", prepack, _prepack_fake, KEEPING_TAGS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fx_quant.ops import fold
 from fx_quant.ops.gated_mm import gated_mm, gated_mm_dynamic, gated_mm_static
-from fx_quant.ops.library import LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
+from fx_quant.ops.library import KEEPING_TAGS, LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
 from fx_quant.ops.quantize import (
     check_quantize,
     check_quantize_dynamic,
@@ -32,6 +32,7 @@ from fx_quant.ops.weight_only_mm import check_weight_only_mm, dequantize_weight,
 
 __all__ = [
     "LIBRARY",
+    "KEEPING_TAGS",
     "MATMUL_TAGS",
     "QUANTIZE_TAGS",
     "accumulate",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fx_quant.ops.library import MATMUL_TAGS, register
+from fx_quant.ops.library import KEEPING_TAGS, register
 from fx_quant.purity import is_pure
 from fx_quant.remembering import remembered
 
@@ -176,4 +176,4 @@ def _own(result: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return result.clone() if result.untyped_storage()._cdata in storages else result.detach()
 
 
-register("fold(Tensor[] inputs, str program) -> Tensor[]", fold, _run, MATMUL_TAGS)
+register("fold(Tensor[] inputs, str program) -> Tensor[]", fold, _run, KEEPING_TAGS)

@@ -9,6 +9,8 @@ LIBRARY = torch.library.Library("fx_quant", "DEF")
 # Quantize lowers to pointwise/reduction IR: a stride constraint would realize its producer and stop fusion.
 QUANTIZE_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 MATMUL_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+# What looks in each call whether its inputs were written to: a replayed CUDA graph would not look.
+KEEPING_TAGS = (*MATMUL_TAGS, torch.Tag.cudagraph_unsafe)
 
 
 def register(schema: str, body, fake, tags) -> None:

@@ -14,7 +14,7 @@ from fx_quant.passes.axes import extent
 from fx_quant.passes.canonical import SCALED_MM, WEIGHT_ONLY_MM
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.matrices import integer_range, stored_dtype
-from fx_quant.passes.nodes import aten, rounded_number, same_size, shape
+from fx_quant.passes.nodes import aten, rounded_number, same_shape, same_size, shape
 from fx_quant.passes.problems import corrects_weight, is_unsigned
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
@@ -87,7 +87,7 @@ def _widened(emitter: Emitter, scale: Node, a: Node, groups: int, like: Node) ->
     """``[m, 1]``, or ``[1, groups]`` of all rows of ``a``, repeated to ``[m, groups]``."""
     m = shape(a)[0]
     has_rows = same_size(shape(scale)[0], m)
-    if has_rows and shape(scale)[-1] == groups:
+    if has_rows and same_size(shape(scale)[-1], groups):
         return scale
     rows = -1 if has_rows else emitter.size_argument(extent(m), like)
     return emitter.call(aten.expand.default, scale, [rows, groups], like=like)
@@ -103,7 +103,7 @@ def _weight_blocks(emitter: Emitter, product: Product, site: Site, to: torch.dty
 
 
 def _full(emitter: Emitter, node: Node, sizes: list[int], like: Node) -> Node:
-    return node if list(shape(node)) == sizes else emitter.call(aten.expand.default, node, sizes, like=like)
+    return node if same_shape(shape(node), sizes) else emitter.call(aten.expand.default, node, sizes, like=like)
 
 
 def _stored(emitter: Emitter, codes: Codes, like: Node) -> Node:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from fx_quant.passes.axes import Extent, extent
@@ -72,13 +73,12 @@ class Emitter:
         Raises:
             LookupError: a symbolic size has no node before ``before``.
         """
-        args: list = []
-        # -1 is ambiguous beside a size of zero.
-        free = 0 not in sizes
-        for size in sizes:
-            symbolic = not isinstance(size, int)
-            args.append(-1 if symbolic and free and -1 not in args else self.size_argument(extent(size), before))
-        return args
+        extents = [extent(size) for size in sizes]
+        symbolic = [i for i, size in enumerate(extents) if not isinstance(size, int)]
+        # -1 is ambiguous beside a size of zero, which a size that is read off values may turn out to be.
+        others = [size for i, size in enumerate(sizes) if i not in symbolic[:1]]
+        free = symbolic[:1] if all(statically_known_true(size != 0) for size in others) else []
+        return [-1 if i in free else self.size_argument(size, before) for i, size in enumerate(extents)]
 
     def size_argument(self, size: Extent, before: Node) -> int | Node:
         """``size`` as an argument of a view: an int, or an existing node before ``before`` that holds the expression.

@@ -116,7 +116,13 @@ def dtype_of(node: Node) -> torch.dtype:
 def shape(node: object) -> tuple[Size, ...]:
     """The sizes of ``node``'s tensor; ``()`` when it has none."""
     value = tensor(node)
-    return () if value is None else tuple(value.shape)
+    return () if value is None else tuple([size if type(size) is int else _known(size) for size in value.shape])
+
+
+def _known(size: torch.SymInt) -> Size:
+    """``size``, as an int where a guard has made it one."""
+    known = size.node.maybe_as_int()
+    return size if known is None else known
 
 
 def summed_size(matmul: Node) -> Size:
@@ -219,14 +225,26 @@ def _rounded_number(value: float | int, to: torch.dtype, _sign: float) -> float 
     return torch.tensor(value, dtype=to).item()
 
 
+_MODULES = re.compile(r"(?:\.__dict__)?(?:\._modules|\['_modules'\])\['((?:[^'\\]|\\.)*)'\]")
+# How the frame came to the outermost module: a local or global variable, and steps that are no attribute of a module.
+_ROOT = re.compile(
+    r"^[LG]\['[^']*'\](?:\[\d+\]|\['[^']*'\]|\.__closure__|\.cell_contents|\.__self__|\.__func__|\.__wrapped__"
+    r"|\._orig_mod|\.func|\.args|\.keywords)*"
+)
+
+
+def dotted_source(source: str) -> str:
+    """Dynamo's name of a module's source with each step to a submodule as ``.name``."""
+    return _MODULES.sub(r".\1", source)
+
+
 def module_path(node: Node) -> str:
-    """Dotted path of the module that ``node`` came from, or ``""``."""
+    """Dotted path of the module that ``node`` came from, or ``""``; from the function that was compiled."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['\w+'\]", "", path)  # the root, by the name of the variable that Dynamo found it in
-    path = path.replace("._modules['", ".").replace("']", "").replace("['", ".").replace("[", ".").replace("]", "")
+    path = _ROOT.sub("", dotted_source(str(list(stack.values())[-1][0])))
+    path = path.replace("']", "").replace("['", ".").replace("[", ".").replace("]", "")
     return path.strip(".")
 
 

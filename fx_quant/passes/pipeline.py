@@ -34,7 +34,8 @@ from fx_quant.passes.rewrite import (
     rewrite_quantizers,
 )
 from fx_quant.passes.rulebook import starts_codes
-from fx_quant.passes.sites import Miss, Recognised, Site, find_sites
+from fx_quant.passes.sites import Miss, Recognised, Site, SizeMiss, find_sites
+from fx_quant.passes.specialize import specialize_weights
 from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
 from fx_quant.problem import Problem
@@ -108,6 +109,8 @@ def to_canonical(
     state = Rewriting(graph, before, work, target, options, static_indices)
     inputs = classify_inputs(work, static_indices)
     found = find_sites(work, Annotation(work), inputs, options.numerics)
+    if specialize_weights(miss.gemm for miss in found.misses if isinstance(miss, SizeMiss)):
+        found = find_sites(work, Annotation(work), inputs, options.numerics)
     state.misses, state.recognised = found.misses, found.recognised
     memory = Memory(work)
     # The layers of a model ask the same few questions.

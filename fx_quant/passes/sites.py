@@ -13,12 +13,13 @@ from fx_quant.passes.canonical import CANONICAL, operands_of
 from fx_quant.passes.failures import failed
 from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
-from fx_quant.passes.nodes import dtype, dtype_of, is_op, is_single, shape, summed_size
+from fx_quant.passes.nodes import Size, dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
 from fx_quant.passes.problems import corrects_weight, problem_of, scheme_of
 from fx_quant.passes.rulebook import is_matmul, own_kernel
+from fx_quant.passes.specialize import why_symbolic
 from fx_quant.passes.values import Codes, Product, Unknown
 from fx_quant.problem import Problem, SizeRange
-from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
+from fx_quant.scheme import CODE_DTYPES, STORED_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.selection import Verdict
 
 
@@ -61,6 +62,11 @@ class Miss:
     gemm: Node
     node: Node
     rule: str
+
+
+@dataclass(frozen=True)
+class SizeMiss(Miss):
+    """One that is left because n or k is symbolic."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +128,6 @@ def _find(gemm: Node, annotation: Annotation, inputs: Inputs, cap: Numerics) -> 
     return _decoded_weight(gemm, annotation, inputs)
 
 
-# Integers of two dims or more are stored codes, packed or not; floats of 8 bits are codes whatever their shape.
-_STORED = CODE_DTYPES | {torch.int32, torch.int64, torch.int16}
-
-
 def _decoded_weight(gemm: Node, annotation: Annotation, inputs: Inputs) -> Miss | None:
     """A matmul of which nothing is proven, but whose weight is computed of stored codes alone."""
     for operand in gemm.all_input_nodes:
@@ -136,7 +138,7 @@ def _decoded_weight(gemm: Node, annotation: Annotation, inputs: Inputs) -> Miss 
         while waiting:
             node = waiting.pop()
             chain.append(node)
-            stored |= node in inputs.constant and dtype(node) in _STORED and len(shape(node)) > 1
+            stored |= node in inputs.constant and dtype(node) in STORED_DTYPES and len(shape(node)) > 1
             for source in node.all_input_nodes:
                 if source not in seen:
                     seen.add(source)
@@ -169,12 +171,17 @@ def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, 
     root, product = _choose_root(capped)
     n, k = shape(gemm)[-1], summed_size(gemm)
     if not isinstance(n, int) or not isinstance(k, int):
-        return Miss(gemm, gemm, f"n and k must be static, got n={n} k={k}")
+        return SizeMiss(gemm, gemm, _dynamic(n, k))
     scheme = scheme_of(product, inputs)
     if not fits_int32(product, gemm, k):
         return Miss(gemm, gemm, f"the sum of integers is taken in int32, which k={k} may leave")
     problem = problem_of(product, scheme, _size_range(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
     return Site(gemm, root, product, problem, scheme)
+
+
+def _dynamic(n: Size, k: Size) -> str:
+    why = why_symbolic(n) or why_symbolic(k) or "the second operand is no stored weight"
+    return f"n and k must be static, got n={n} k={k}: {why}"
 
 
 def fits_int32(product: Product, gemm: Node, k: int) -> bool:
@@ -204,14 +211,14 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
     of = operands_of(node)
     n, k = shape(of.b)[1], shape(of.a)[1]
     if not isinstance(n, int) or not isinstance(k, int):
-        return Miss(node, node, f"n and k must be static, got n={n} k={k}")
+        return SizeMiss(node, node, _dynamic(n, k))
     activation = OperandSpec(
         dtype_of(of.a),
         _scale_granularity(of.a_scale, of.block and (1, of.block[1]), Granularity.PER_TOKEN),
         dynamic=of.a_scale in inputs.runtime,
         symmetric=of.a_zero_point is None,
     )
-    packed = shape(of.b)[0] != k
+    packed = not same_size(shape(of.b)[0], k)
     weight = OperandSpec(
         torch.int4 if packed else dtype_of(of.b),  # pyrefly: ignore[missing-attribute]
         _scale_granularity(of.b_scale, of.block, Granularity.PER_CHANNEL),
@@ -279,7 +286,7 @@ def _size_range(sizes: tuple[int | torch.SymInt, ...]) -> SizeRange:
         else:
             bound = size.node.shape_env.bound_sympy(size.node.expr)
             # Unbounded is a sympy infinity or the huge integer that stands for one.
-            lower = int(bound.lower) if bound.lower.is_Integer else 0
+            lower = max(int(bound.lower), 0) if bound.lower.is_Integer else 0
             upper = int(bound.upper) if bound.upper.is_Integer and bound.upper < 2**48 else None
             bounds = (lower, upper)
         low *= bounds[0]

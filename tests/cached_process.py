@@ -1,0 +1,72 @@
+"""One process that compiles two models and prints what fx_quant says of them, for test_cached_reports.py.
+
+``python cached_process.py save|load|plain FILE aot|noaot``: FILE is PyTorch's own package of artefacts, and the last word
+whether AOTAutograd's cache is on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+import sys
+
+import torch
+import torch._functorch.config
+from torch._dynamo.utils import counters
+
+
+class Missed(torch.nn.Module):
+    """A miss: one scale for each k cannot leave the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.arange(64 * 64).to(torch.int8).reshape(64, 64))
+        self.register_buffer("scale", torch.linspace(0.01, 0.02, 64))
+
+    def forward(self, x):
+        return x @ (self.codes.float() * self.scale).t()
+
+
+class Rewritten(torch.nn.Module):
+    """A weight-only int8 linear, with a float one behind it that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.arange(64 * 64).to(torch.int8).reshape(64, 64))
+        self.register_buffer("scale", torch.linspace(0.01, 0.02, 64))
+        self.narrow = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.narrow(x @ (self.codes.float() * self.scale[:, None]).t())
+
+
+def main(mode: str, file: str, cache: str) -> None:
+    path, lines = pathlib.Path(file), []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append(f"{record.levelname} {record.getMessage()}")
+
+    logging.getLogger("fx_quant").setLevel(logging.INFO)
+    logging.getLogger("fx_quant").addHandler(Keep())
+    torch._functorch.config.enable_autograd_cache = cache == "aot"
+    if mode == "load":
+        assert torch.compiler.load_cache_artifacts(path.read_bytes()) is not None
+    torch.manual_seed(0)
+    for model, grad in (
+        (torch.nn.Sequential(Missed(), torch.nn.GELU(), Rewritten()), False),
+        (torch.nn.Sequential(Rewritten()), True),
+    ):
+        with torch.set_grad_enabled(grad):
+            out = torch.compile(model, backend="fx_quant")(torch.randn(5, 64))
+        if grad:
+            out.sum().backward()
+    if mode == "save":
+        path.write_bytes(torch.compiler.save_cache_artifacts()[0])
+    hits = [counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"]]
+    sys.stdout.write(json.dumps({"hits": hits, "counters": counters["fx_quant"], "lines": lines}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
