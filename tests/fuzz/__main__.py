@@ -1,17 +1,16 @@
 """``python -m tests.fuzz --graphs 20000 --seed 0 [--jobs 2]``: random programs, and what is wrong with their rewriting.
 
-Ends with 1 when anything is. ``--seed N --only N`` prints and judges one program; ``--shrink`` makes it small.
+Ends with 1 when anything is. ``--only N`` prints and judges the program of one seed, made small where it fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
 
-from tests.fuzz.run import Tally, run, run_one
+from tests.fuzz.run import Tally, run_many, run_one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,31 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.only is not None:
         return run_one(options.only, shrinks=not options.whole)
     started = time.perf_counter()
-    tally = Tally()
-    chunk = 100
-    starts = range(options.seed, options.seed + options.graphs, chunk)
-    work = [(start, min(chunk, options.seed + options.graphs - start)) for start in starts]
-    context = multiprocessing.get_context("spawn")
-    if options.jobs == 1:
-        found = (run(*each) for each in work)
-        for one in found:
-            tally.add(one)
-            _progress(tally, started)
-    else:
-        with context.Pool(options.jobs) as pool:
-            for one in pool.imap_unordered(_run, work):
-                tally.add(one)
-                _progress(tally, started)
+
+    def progress(tally: Tally) -> None:
+        seconds = time.perf_counter() - started
+        print(f"{tally.counts['graphs']} graphs, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    tally = run_many(options.seed, options.graphs, options.jobs, progress)
     print(tally.table(time.perf_counter() - started))
     return 1 if tally.faults else 0
-
-
-def _run(work: tuple[int, int]) -> Tally:
-    return run(*work)
-
-
-def _progress(tally: Tally, started: float) -> None:
-    print(f"{tally.counts['graphs']} graphs, {time.perf_counter() - started:.0f} s", file=sys.stderr, end="\r", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--graphs", type=int, default=2000, help="how many programs (2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first program; the others follow (0)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
-    parser.add_argument("--only", type=int, help="judge the program of this seed alone, and print it")
-    parser.add_argument("--whole", action="store_true", help="with --only: do not shrink it")
+    parser.add_argument("--only", type=int, metavar="SEED", help="judge the program of this seed alone, and print it")
+    parser.add_argument("--whole", action="store_true", help="with --only: do not make it smaller")
     return parser
 
 

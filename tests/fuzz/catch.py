@@ -9,7 +9,11 @@ from tests.fuzz.oracle import Judge
 from tests.fuzz.planted import Plant
 
 
-@functools.lru_cache(maxsize=600)
+# How many programs are drawn at most.
+MOST = 400
+
+
+@functools.lru_cache(maxsize=MOST)
 def _judge(seed: int) -> Judge | None:
     """The program of ``seed``, traced; the same for every plant."""
     try:

@@ -270,7 +270,9 @@ AROUND = (0, 0, 3, 8, -8, 128, 127, -128, 255, -129, 300, 1000, 40000, 300000, 2
 
 def point_maker(d: Draft) -> Callable[..., str]:
     kind = d.pick("i32", "i32", "i32", "i8", "u8", "i64", "i16", "f32")
-    around = d.pick(*AROUND[:6]) if d.chance(0.4) else d.pick(*AROUND[6:])
+    around = d.pick(*AROUND[:10])
+    if d.chance(0.4):
+        kind, around = d.pick("i32", "i32", "i64"), d.pick(*AROUND[10:])
 
     def make(*sizes: int) -> str:
         text = ", ".join(map(str, (d.seed(), kind, around, *sizes)))
@@ -432,7 +434,7 @@ class Weight:
             )
         else:
             sizes = f"{k}, {n}" if self.by_k else f"{n}, {k}"
-            low = d.pick("", "", "", ", low=-8, high=7", ", low=-127") if self.kind == "i8" else ""
+            low = d.pick("", "", "", ", low=-8, high=7", ", low=-127", ", low=64") if self.kind == "i8" else ""
             suffix = d.pick("", "", "", ".t().contiguous().t()")
             self.name = d.make(f"codes({seed}, {self.kind}, {sizes}{low}){suffix}", static=static)
         self.name = same(d, self.name, 0.1)
@@ -453,10 +455,12 @@ class Weight:
         return self.name if self.by_k else d.first(f"{self.name}.t()", f"{self.name}.mT")
 
 
-def decoded(d: Draft, name: str, rows: int, k: int, group: int, kind: str, shift: str | None, scale: str | None) -> str:
+def decoded(
+    d: Draft, name: str, rows: int, k: int, group: int, kind: str, shift: str | None, scale: str | None, plain: bool = False
+) -> str:
     """Codes ``[rows, k]`` as floats: less a zero point, times a scale. Either may be given; None draws it."""
     order = d.pick("usual", "usual", "usual", "usual", "scale first", "twice")
-    plain = d.chance(0.4)
+    plain = plain or d.chance(0.4)
     if plain:
         order = "usual"
     y = name if plain else same(d, name, 0.1)
@@ -555,7 +559,7 @@ def integer_matmul(d: Draft, q: str, w: Weight) -> str:
     right = w.columns(d)
     if d.chance(0.03) and d.shape(q)[-2:] == d.shape(right)[-2:]:
         right = d.first(f"{flat}.t()", right)
-    kind = d.pick("int_mm", "int_mm", "int_mm", "i32", "f32", "f32", "bf16")
+    kind = d.pick("int_mm", "int_mm", "int_mm", "int_mm", "i32", "f32", "f32", "bf16")
     whole = d.values[flat].dtype in (torch.int8, torch.uint8) and d.values[right].dtype == torch.int8
     if kind == "int_mm" and whole and k > 1:
         texts = [f"torch._int_mm({flat}, {right})", f"aten._int_mm.default({flat}, {right})"]
@@ -736,6 +740,25 @@ def epilogue(d: Draft, y: str) -> str:
     return changed(d, found) if d.chance(0.15) else same(d, found, 0.15)
 
 
+def plain_epilogue(d: Draft, y: str) -> str:
+    """One step that most matmuls are followed by: whatever may be taken into one with it."""
+    shape = d.shape(y)
+    n, m = shape[-1], shape[-2] if len(shape) > 1 else 1
+    v = d.make(f"{d.pick('scales', 'normal')}({', '.join(map(str, (d.seed(), *d.pick((n,), (n,), (1, n), (m, 1), (1,), ()))))})")
+    text = d.pick(
+        *[f"{y} * {v}"] * 4,
+        *[f"{y} + {v}"] * 4,
+        f"{y} / {v}",
+        f"{y} - {v}",
+        f"torch.add({y}, {v}, alpha={d.pick(2, -1, 3)})",
+        f"{y}.transpose(-2, -1)",
+        f"{y}.mT",
+        f"{y}.transpose(-2, -1).reshape({list(shape)})",
+        f"{y}.float()",
+    )
+    return d.do(text) or y
+
+
 def mutation(d: Draft) -> None:
     """A write to an input, a parameter or what was computed."""
     name = d.rng.choice(list(d.values))
@@ -801,7 +824,7 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
     """One quantized matmul of ``x``, which may share codes, scales or weights with those before it."""
     kind = d.kind(x)
     reuse = bool(shared) and d.chance(0.6)
-    form = d.pick("weight only", "weight only", "weight only", "both decoded", "both decoded", "codes", "codes", "codes", "codes")
+    form = d.pick(*["weight only"] * 3, *["both decoded"] * 3, *["codes"] * 4)
 
     def bias() -> str:
         sizes = d.pick((z.n,), (z.n,), (z.n,), (1,), (1, z.n), (z.m, 1), (z.m, z.n), ())
@@ -829,8 +852,13 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
     if d.kind(codes) != "e4m3" and weight.kind == "e4m3" and d.chance(0.9):
         weight = shared["weight"] = Weight(d, z, "i8")
     if form == "both decoded":
-        a = decoded(d, codes, d.shape(codes)[-2], z.k, z.group, kind, zero or d.pick(None, ""), scale)
-        w = decoded(d, weight.rows(d), z.n, z.k, z.group, kind, None, None)
+        far = d.chance(0.3) and d.kind(codes) != "e4m3"
+        if far:
+            sizes = d.pick("", ", 1", f", {d.shape(codes)[-2]}, 1")
+            zero = d.make(f"points({d.seed()}, {d.pick('i32', 'i64')}, {d.pick(*AROUND[10:])}{sizes})")
+        rows = d.shape(codes)[-2]
+        a = decoded(d, codes, rows, z.k, z.group, kind, zero or d.pick(None, None, ""), scale, plain=far)
+        w = decoded(d, weight.rows(d), z.n, z.k, z.group, kind, d.pick("", None) if far else None, None, plain=far)
         return float_matmul(d, a, w, bias)
     if d.kind(codes) == "e4m3" and scale is not None:
         found = float8_matmul(d, codes, weight, scale)
@@ -838,7 +866,7 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
             return found
     if d.kind(codes) == "u8" and weight.kind == "i8" and d.chance(0.1):
         weight = shared["weight"] = Weight(d, z, "i8")
-    acc = (shifted_matmul(d, codes, weight) if zero is None and d.chance(0.2) else None) or integer_matmul(d, codes, weight)
+    acc = (shifted_matmul(d, codes, weight) if zero is None and d.chance(0.4) else None) or integer_matmul(d, codes, weight)
     if d.kind(acc) in ("i32",) and (zero is not None or d.chance(0.4)):
         acc = correction(d, acc, codes, weight, zero)
     acc = same(d, acc, 0.1)
@@ -881,7 +909,10 @@ def _draw(seed: int) -> Program:
             mutation(d)
         y = site(d, z, x, shared)
         d.matmuls.append(y)
-        for _ in range(d.rng.randrange(5)):
+        if d.chance(0.45):
+            for _ in range(d.pick(1, 2, 3, 4)):
+                y = plain_epilogue(d, y)
+        for _ in range(d.pick(0, 0, 1, 2, 3, 4)):
             if mutating and d.chance(0.2):
                 mutation(d)
             y = epilogue(d, y)

@@ -165,8 +165,14 @@ def _neighbours(old: Any) -> Any:
     return block_size
 
 
-def _one_of_the_batch(old: Any) -> Any:
-    return lambda dims: dims[-2:]
+def _transposed_square(old: Any) -> Any:
+    def matrix_base(node: Node, dims: Any = None) -> tuple[Node, bool] | None:
+        found = old(node, dims)
+        if found is None or shape(found[0])[0] != shape(found[0])[1]:
+            return found
+        return found[0], not found[1]
+
+    return matrix_base
 
 
 def _any_slice(old: Any) -> Any:
@@ -217,7 +223,7 @@ PLANTS = (
     Plant("offset", "passes.arrange:number", _negated, "the offset of codes has the wrong sign"),
     Plant("bias", "passes.rules.arithmetic:_scale_product", _scale_before_bias, "a bias that was scaled is added as it is"),
     Plant("groups", "passes.axes:block_size", _neighbours, "codes that share a scale are taken to be neighbours"),
-    Plant("batch", "passes.rules.matmuls:_without_batch", _one_of_the_batch, "each of a batch gets the first weight"),
+    Plant("layout", "passes.matrices:matrix_base", _transposed_square, "a square weight is packed transposed"),
     Plant("slice", "passes.rules.views:_slice", _any_slice, "a slice is taken for the whole"),
     Plant("columns", "passes.rules.views:_keeps_columns", _any_columns, "a view that moves columns is taken for none"),
     Plant("inverse", "passes.rules.steps:scale_of", _never_inverse, "division by a scale is taken for multiplication"),

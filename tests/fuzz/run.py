@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
-from collections import Counter, defaultdict
+import multiprocessing
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +35,7 @@ class Tally:
     """
 
     counts: Counter[str] = field(default_factory=Counter)
-    faults: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    faults: dict[str, list[int]] = field(default_factory=dict)
     kernels: Counter[str] = field(default_factory=Counter)
 
     def note(self, seed: int, outcome: Outcome) -> None:
@@ -41,7 +46,7 @@ class Tally:
         for column in {_COLUMN_OF.get(fault.kind, "wrong") for fault in outcome.faults}:
             self.counts[column] += 1
         for key in {describe(fault) for fault in outcome.faults}:
-            self.faults[key].append(seed)
+            self.faults.setdefault(key, []).append(seed)
         self.kernels.update(outcome.kernels)
 
     def add(self, other: Tally) -> None:
@@ -49,7 +54,7 @@ class Tally:
         self.counts.update(other.counts)
         self.kernels.update(other.kernels)
         for key, seeds in other.faults.items():
-            self.faults[key] += seeds
+            self.faults.setdefault(key, []).extend(seeds)
 
     def table(self, seconds: float) -> str:
         """Counts, kernels and faults as text."""
@@ -68,22 +73,46 @@ def describe(fault: Fault) -> str:
 
 def run(first: int, count: int) -> Tally:
     """Judge the programs of ``count`` seeds."""
-    _quiet()
+    quiet()
     tally = Tally()
     for seed in range(first, first + count):
         tally.note(seed, judge(draw(seed)))
     return tally
 
 
-def _quiet() -> None:
+def run_many(first: int, count: int, jobs: int, progress: Callable[[Tally], None] = lambda _: None) -> Tally:
+    """``run`` in ``jobs`` processes; ``progress`` is called with what came of the programs so far."""
+    tally = Tally()
+    work = [(start, min(_CHUNK, first + count - start)) for start in range(first, first + count, _CHUNK)]
+    with contextlib.ExitStack() as stack:
+        if jobs == 1:
+            found = itertools.starmap(run, work)
+        else:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs))
+            found = pool.imap_unordered(_run, work)
+        for one in found:
+            tally.add(one)
+            progress(tally)
+    return tally
+
+
+_CHUNK = 100
+
+
+def _run(work: tuple[int, int]) -> Tally:
+    return run(*work)
+
+
+def quiet() -> None:
     """One thread, as the tensors are tiny; and no tracebacks of what PyTorch refuses."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=UserWarning)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 def run_one(seed: int, *, shrinks: bool) -> int:
     """Print and judge one program; returns the exit code."""
-    _quiet()
+    quiet()
     program = draw(seed)
     outcome = judge(program)
     if outcome.faults and shrinks:
