@@ -219,7 +219,7 @@ def capture(layers: int, quantized: str, *, dynamic: bool) -> CapturedGraph:
     found: list[CapturedGraph] = []
 
     def keep(graph: Graph) -> None:
-        found.append(CapturedGraph(copy_graph(graph)[0], static_input_indices()))
+        found.append(CapturedGraph(copy_graph(graph)[0], static_input_indices(graph)))
 
     torch._dynamo.reset()
     model = Decoder(layers, quantized)

@@ -69,7 +69,7 @@ class RewritePass(CustomGraphPass):
         target = self.target or detect_target(_device(graph))
         dump_graph("FX_QUANT_BEFORE", graph)
         report = safely(
-            lambda: rewrite_graph(graph, target, self.options, static_input_indices()), target, self.options
+            lambda: rewrite_graph(graph, target, self.options, static_input_indices(graph)), target, self.options
         )
         self.record(report)
         restore_matmul_decompositions(graph)

@@ -186,7 +186,7 @@ class _Recorder:
     def _rewrite(self, graph: Graph, target: Target) -> Report:
         if not holds_codes(graph):
             return Report(str(target), (), ())
-        state = to_canonical(graph, target, self.options, static_input_indices())
+        state = to_canonical(graph, target, self.options, static_input_indices(graph))
         report = report_on(state, target)
         if state.selections:
             to_kernels(state)

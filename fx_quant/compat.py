@@ -70,11 +70,16 @@ def is_marked_dynamic(size: torch.SymInt) -> bool:
     return False
 
 
-def static_input_indices() -> frozenset[int] | None:
-    """Positions of the graph inputs that are parameters or buffers; None outside an AOT compile."""
+def static_input_indices(graph: Graph) -> frozenset[int] | None:
+    """Positions of the inputs of ``graph`` that are parameters or buffers; None outside an AOT compile.
+
+    Empty for the subgraph of a higher-order op, whose operands are whatever each call of it gives.
+    """
     context = torch._guards.TracingContext.try_get()
     if context is None or context.fw_metadata is None:
         return None
+    if is_subgraph(graph):
+        return frozenset()
     return frozenset(context.fw_metadata.static_input_indices or ())
 
 
@@ -83,6 +88,18 @@ def source_of(placeholder: Node) -> str | None:
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", None)
     return name() if callable(name) else name  # a method until it became a property
+
+
+def is_subgraph(graph: Graph) -> bool:
+    """Whether ``graph`` belongs to a higher-order op of the graph that AOTAutograd compiles, not the latter itself.
+
+    Inductor runs the passes on both, in one tracing context. Only the inputs of the whole graph are described in it.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fw_metadata is None:
+        return False
+    inputs = graph.find_nodes(op="placeholder")
+    return bool(inputs) and not any("desc" in node.meta for node in inputs)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def explain(
 def _report(graph: Graph, target: Target, options: Options) -> Report:
     if not holds_codes(graph):
         return Report(str(target), (), ())
-    return report_on(to_canonical(graph, target, options, static_input_indices()), target)
+    return report_on(to_canonical(graph, target, options, static_input_indices(graph)), target)
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

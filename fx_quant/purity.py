@@ -19,7 +19,15 @@ _IMPURE_TAGS = tuple(
 )
 _OF_NUMBERS = frozenset(
     {
-        *(operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod),
+        *(
+            operator.getitem,
+            operator.add,
+            operator.sub,
+            operator.mul,
+            operator.floordiv,
+            operator.truediv,
+            operator.mod,
+        ),
         *(operator.pow, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
         *(operator.and_, operator.or_, operator.xor, operator.not_, math.floor, math.ceil, math.trunc),
         *(torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_ite),

@@ -71,12 +71,12 @@ def capture(
 
     def on_graph(graph: Graph) -> None:
         source, _ = copy_graph(graph)
-        state = to_canonical(graph, named_target(target), Options.parse(options or {}), static_input_indices())
+        state = to_canonical(graph, named_target(target), Options.parse(options or {}), static_input_indices(graph))
         before, canonical = print_graph(state.before), print_graph(state.graph)
         if state.selections:
             to_kernels(state)
         after = print_graph(state.graph)
-        captured.append(Captured(source, state, before, canonical, after, static_input_indices(), []))
+        captured.append(Captured(source, state, before, canonical, after, static_input_indices(graph), []))
 
     def inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         compiled, of = run_eagerly(gm, example_inputs), captured[-1]

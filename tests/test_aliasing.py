@@ -112,7 +112,10 @@ def test_a_caller_who_writes_to_an_output_changes_no_later_call(name):
     module, after = (GraphModule(torch.nn.Module(), copy_of(g)) for g in (graph, rewritten(graph)))
     with torch.no_grad():
         for _ in range(2):
-            expected, actual = module(*(old := [x.clone() for x in inputs])), after(*(new := [x.clone() for x in inputs]))
+            expected, actual = (
+                module(*(old := [x.clone() for x in inputs])),
+                after(*(new := [x.clone() for x in inputs])),
+            )
             for outputs in (expected, actual):
                 for y in outputs:
                     y.zero_()
@@ -219,9 +222,7 @@ def test_nothing_is_read_after_a_write_that_was_read_before_it(name):
 
 def test_a_matmul_across_a_write_is_a_miss_that_says_so():
     state = rewrite(trace(_scale_written_after_it_was_read, *given()))
-    assert [miss.rule for miss in state.misses] == [
-        "s_1 is written to before the rewritten matmul would read it"
-    ]
+    assert [miss.rule for miss in state.misses] == ["s_1 is written to before the rewritten matmul would read it"]
 
 
 # --- the invariant ----------------------------------------------------------------------------------------------

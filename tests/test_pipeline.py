@@ -350,7 +350,7 @@ def test_a_weight_that_is_a_constant_of_the_graph_is_packed():
     constant = next(iter(placeholder.users))
     with graph.inserting_before(constant):
         attribute = graph.create_node("get_attr", "weight")
-    attribute.meta["val"] = placeholder.meta["val"]
+    attribute.meta["val"] = graph.owning_module.weight = placeholder.meta["val"]
     placeholder.replace_all_uses_with(attribute)
     state = rewrite(graph)
     to_kernels(state)

@@ -850,7 +850,7 @@ def compiled(given: Mapping[str, Any], target: Target) -> tuple[Tensor, str]:
     reports = []
 
     def on_graph(graph) -> None:
-        reports.append(rewrite_graph(graph, target, Options(strict=True), static_input_indices()))
+        reports.append(rewrite_graph(graph, target, Options(strict=True), static_input_indices(graph)))
 
     inputs = [given["a"], given["a_scale"], given.get("a_zero_point")]
     inputs = [x for x in inputs if x is not None]

@@ -56,7 +56,10 @@ TWICE = {
         lambda x: torch.empty_strided((4,), (1,)) + torch.empty_strided((4,), (1,)),
         "aten.empty_strided.default",
     ),
-    "multinomial": (lambda x: torch.multinomial(x.abs(), 2) + torch.multinomial(x.abs(), 2), "aten.multinomial.default"),
+    "multinomial": (
+        lambda x: torch.multinomial(x.abs(), 2) + torch.multinomial(x.abs(), 2),
+        "aten.multinomial.default",
+    ),
     "uniform": (lambda x: torch.rand_like(x) + torch.rand_like(x), None),
 }
 

@@ -214,7 +214,11 @@ READ: dict[str, Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "pt2e_scale": lambda c, x, w, s, b: x @ pt2e.dequantize_per_tensor(w, c, 0, -128, 127, torch.int8).t(),
     "pt2e_zero_point": lambda c, x, w, s, b: x @ pt2e.dequantize_per_tensor(w, 0.1, c, -128, 127, torch.int8).t(),
     "float8_scale": lambda c, x, w, s, b: torch._scaled_mm(
-        x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn).t(), torch.full((), c, dtype=F32), torch.ones(()), out_dtype=F32
+        x.to(torch.float8_e4m3fn),
+        w.to(torch.float8_e4m3fn).t(),
+        torch.full((), c, dtype=F32),
+        torch.ones(()),
+        out_dtype=F32,
     ),
 }
 CONSTANTS = [math.inf, -math.inf, math.nan, -0.0, True, 1e300, 2**31, -(2**63), 200, 3.5, 16777217]
@@ -258,7 +262,9 @@ def test_no_constant_raises_in_a_rule_or_changes_a_result(name, monkeypatch):
         assert torch.equal(old[~finite].nan_to_num(), new[~finite].nan_to_num()), constant
         if finite.any():
             allowed = 2e-2 * old[finite].abs().max().item()
-            torch.testing.assert_close(new[finite], old[finite], rtol=2e-2, atol=allowed, msg=lambda m: f"{constant}: {m}")
+            torch.testing.assert_close(
+                new[finite], old[finite], rtol=2e-2, atol=allowed, msg=lambda m: f"{constant}: {m}"
+            )
     assert ran
 
 

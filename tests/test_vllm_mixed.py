@@ -431,7 +431,7 @@ def test_a_rewritten_graph_calls_the_library(calls, bits, group, zero_point, m, 
 
     def on_graph(graph) -> None:
         target = named_target("sm90", packages=PACKAGES)
-        reports.append(rewrite_graph(graph, target, Options(strict=True), static_input_indices()))
+        reports.append(rewrite_graph(graph, target, Options(strict=True), static_input_indices(graph)))
 
     got, _ = run_captured(Linear(given), [given["x"]], {}, on_graph=on_graph, inner_compile=run_eagerly)
     ((site,),) = [report.sites for report in reports]

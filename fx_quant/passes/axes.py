@@ -236,6 +236,29 @@ def _refined(left: tuple[Piece, ...], right: tuple[Piece, ...]) -> list[Pair] | 
     return None if lefts or rights else pairs[::-1]
 
 
+def cut(pairs: Sequence[Pair], pieces: Iterable[Piece]) -> tuple[Pair, ...]:
+    """``pairs`` cut where one of ``pieces`` starts, so that a factor may run over the rows and along k at once."""
+    starts: dict[int, set[Extent]] = {}
+    for piece in pieces:
+        starts.setdefault(piece.axis, set()).add(piece.inner)
+    return tuple(part for of, by in pairs for part in _cut(of, by, starts.get(of.axis, ())))
+
+
+def _cut(of: Piece, by: Piece, starts: Iterable[Extent]) -> list[Pair]:
+    if not isinstance(of.size, int) or not isinstance(of.inner, int):
+        return [(of, by)]
+    parts: list[Pair] = []
+    low, inner = of.inner, by.inner
+    inside = sorted(start for start in starts if isinstance(start, int) and of.inner < start < of.stop)
+    for high in (*inside, of.stop):
+        size = _quotient(high, low)
+        if size is None:
+            return [(of, by)]
+        parts.append((Piece(of.axis, size, low), Piece(by.axis, size, inner)))
+        low, inner = high, inner * size
+    return parts[::-1]
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of one side of a matrix: ``size`` indices, and the factor's piece that varies along it, or None."""

@@ -19,7 +19,7 @@ def common_subexpressions_merged(graph: Graph) -> Graph:
     an output or is written to: two outputs never become one tensor. Arguments of ops are spelled in one way, so that
     each rule need know one only. Takes time linear in the graph.
     """
-    copy = Graph()
+    copy = Graph(graph.owning_module)
     copied: dict[Node, Node] = {}
     first: dict[tuple, Node] = {}
     # For each node, the one that stands for it.

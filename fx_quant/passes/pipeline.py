@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from torch.fx import Graph, Node
 
-from fx_quant.compat import copy_graph, replace_contents
+from fx_quant.compat import copy_graph, is_subgraph, replace_contents
 from fx_quant.config import Options
 from fx_quant.errors import FxQuantError, MissError, NoKernelError
 from fx_quant.passes.annotate import Annotation
@@ -24,7 +24,7 @@ from fx_quant.passes.folding import fold_constants
 from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.merge import common_subexpressions_merged
-from fx_quant.passes.nodes import dtype, is_op, module_path, source_line
+from fx_quant.passes.nodes import is_op, module_path, source_line
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.rewrite import (
     collapse_reshapes,
@@ -40,7 +40,7 @@ from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
 from fx_quant.problem import Problem
 from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
-from fx_quant.scheme import CODE_DTYPES, dtype_name
+from fx_quant.scheme import dtype_name
 from fx_quant.selection import Selection, Verdict, check_kernel_names, select
 from fx_quant.target import Target
 
@@ -81,8 +81,10 @@ class Rewriting:
 
 
 def holds_codes(graph: Graph) -> bool:
-    """Whether anything in ``graph`` may be quantized: a low-bit dtype, packed integers, or a fake quantization."""
-    return any(dtype(node) in CODE_DTYPES or starts_codes(node) for node in graph.nodes)
+    """Whether anything in ``graph`` may be quantized: a low-bit dtype, packed integers, a fake quantization, or an op
+    of which only the name says so.
+    """
+    return any(starts_codes(node) for node in graph.nodes)
 
 
 def to_canonical(
@@ -111,7 +113,8 @@ def to_canonical(
     found = find_sites(work, Annotation(work), inputs, options.numerics)
     if specialize_weights(miss.gemm for miss in found.misses if isinstance(miss, SizeMiss)):
         found = find_sites(work, Annotation(work), inputs, options.numerics)
-    state.misses, state.recognised = found.misses, found.recognised
+    # Those of a subgraph are missed once in each call of it, as the graph around it says.
+    state.misses, state.recognised = [] if is_subgraph(graph) else found.misses, found.recognised
     memory = Memory(work)
     # The layers of a model ask the same few questions.
     choose = functools.cache(functools.partial(_choose, target=target, options=options))
@@ -285,7 +288,7 @@ def _recognised_report(found: Recognised) -> RecognisedReport:
         module=module_path(found.gemm),
         source=source_line(found.gemm),
         op=_op_name(found.gemm),
-        scheme="" if site is None else str(site.scheme),
+        scheme="" if site is None else site.words,
         m="" if site is None else str(site.problem.m),
         n=None if site is None else site.problem.n,
         k=None if site is None else site.problem.k,
@@ -313,7 +316,7 @@ def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteRepo
         module=module_path(site.gemm),
         source=source_line(site.gemm),
         op=_op_name(site.gemm),
-        scheme=str(site.scheme),
+        scheme=site.words,
         m=str(problem.m),
         n=problem.n,
         k=problem.k,

@@ -34,10 +34,14 @@ from fx_quant.passes.sites import Site
 def remove_identities(graph: Graph) -> None:
     """Drop views, casts and ``+ 0`` / ``* 1`` that change nothing, which libraries leave between the steps.
 
-    One that makes a copy stays where that could be told: outputs keep memory of their own.
+    One that makes a copy stays where that could be told: outputs keep memory of their own. What ``torch.export`` asserts
+    of dtypes and devices goes too, which a graph of known dtypes cannot break.
     """
     memory = Memory(graph)
     for node in list(graph.nodes):
+        if is_op(node, aten._assert_tensor_metadata.default):
+            graph.erase_node(node)
+            continue
         source = _identity_source(node)
         if source is not None and memory.can_stand_for(source, node):
             memory.join(source, node)

@@ -5,6 +5,13 @@ from __future__ import annotations
 from torch.fx import Node
 
 from fx_quant.passes import dialects
+from fx_quant.passes.contractions import (
+    is_quantization,
+    is_quantized_contraction,
+    may_store_codes,
+    subgraphs_of,
+)
+from fx_quant.passes.nodes import aten
 from fx_quant.passes.rules import arithmetic, fake_quantize, matmuls, packing, scaled_matmuls, views
 from fx_quant.passes.values import Rule
 
@@ -17,7 +24,7 @@ _RULES: dict[object, Rule] = {
     **_MATMULS,
 }
 # Ops that make codes of what has no low-bit dtype.
-_STARTS = frozenset({*packing.RULES, *fake_quantize.STARTS})
+_STARTS = frozenset({*packing.RULES, *fake_quantize.STARTS, aten.view.dtype, aten.round.decimals})
 _NAMED: dict[str, Rule] = {**dialects.RULES, **dialects.MATMUL_RULES}
 
 
@@ -34,10 +41,20 @@ def is_matmul(node: object) -> bool:
 
 
 def starts_codes(node: Node) -> bool:
-    """Whether ``node`` may make codes of tensors that have no low-bit dtype, or is a library's quantized op."""
-    return node.op == "call_function" and (
-        node.target in _STARTS or str(node.target) in _NAMED or own_kernel(node) is not None
-    )
+    """Whether ``node`` may hold codes or make them of wider tensors, is a library's quantized op, or runs a graph in
+    which such a node stands.
+    """
+    if may_store_codes(node):
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target in _STARTS or str(node.target) in _NAMED or own_kernel(node) is not None:
+        return True
+    return is_quantization(node) or is_quantized_contraction(node) or _starts_inside(node)
+
+
+def _starts_inside(node: Node) -> bool:
+    return any(starts_codes(inner) for graph in subgraphs_of(node) for inner in graph.nodes)
 
 
 def own_kernel(node: Node) -> str | None:

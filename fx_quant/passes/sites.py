@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,14 +11,19 @@ from torch.fx import Graph, Node
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.axes import Dims
 from fx_quant.passes.canonical import CANONICAL, operands_of
+from fx_quant.passes.contractions import operands_of_contraction
 from fx_quant.passes.failures import failed
-from fx_quant.passes.inputs import Inputs
+from fx_quant.passes.inputs import Inputs, classify_inputs
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
 from fx_quant.passes.nodes import Size, dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
+from fx_quant.passes.origins import Origin, Origins
 from fx_quant.passes.problems import corrects_weight, problem_of, scheme_of
+from fx_quant.passes.regions import Findings, reasons_in_regions
 from fx_quant.passes.rulebook import is_matmul, own_kernel
 from fx_quant.passes.specialize import why_symbolic
-from fx_quant.passes.values import Codes, Product, Unknown
+from fx_quant.passes.unclaimed import unclaimed_contraction
+from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
+from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import CODE_DTYPES, STORED_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.selection import Verdict
@@ -33,6 +39,7 @@ class Site:
         product: what is proven of ``root``; None for a canonical op, which says it all.
         problem: the GEMM as data, as a kernel is asked.
         scheme: how the source quantizes; what the kernel is asked leaves out what the graph corrects around it.
+        words: the scheme as a report prints it, with what a scheme has no place for.
     """
 
     gemm: Node
@@ -40,6 +47,7 @@ class Site:
     product: Product | None
     problem: Problem
     scheme: Scheme
+    words: str
 
     @property
     def numerics(self) -> Numerics:
@@ -96,11 +104,34 @@ class Found:
 
 
 def find_sites(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Found:
-    """All quantized matmuls of ``graph``; rewrites past ``cap`` are not proposed."""
+    """All quantized matmuls of ``graph``; rewrites past ``cap`` are not proposed.
+
+    Those in the subgraphs of a higher-order op, which are rewritten by themselves or not at all, are misses of each
+    call.
+    """
+    return _find_sites(graph, annotation, inputs, cap, {})
+
+
+def _find_sites(
+    graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics, given: Mapping[Node, Origin]
+) -> Found:
+    origins = Origins(graph, annotation, inputs, given)
+    found = _found(graph, annotation, inputs, cap, origins)
+
+    def in_region(graph: Graph, static: frozenset[int], given: Mapping[Node, Origin]) -> Findings:
+        inside = _find_sites(graph, Annotation(graph), classify_inputs(graph, static), cap, given)
+        sites, recognised = [site.gemm for site in inside.sites], [each.gemm for each in inside.recognised]
+        return sites, recognised, [(miss.gemm, miss.node, miss.rule) for miss in inside.misses]
+
+    found.misses += [Miss(*reason) for reason in reasons_in_regions(graph, origins, inputs, in_region)]
+    return found
+
+
+def _found(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics, origins: Origins) -> Found:
     found = Found()
     for gemm in graph.nodes:
         try:
-            one = _find(gemm, annotation, inputs, cap)
+            one = _find(gemm, annotation, inputs, cap, origins)
         except Exception as error:
             one = Miss(gemm, gemm, failed(f"finding what {gemm.target} multiplies", error))
         if isinstance(one, Site):
@@ -112,55 +143,33 @@ def find_sites(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numeri
     return found
 
 
-def _find(gemm: Node, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Site | Miss | Recognised | None:
+def _find(
+    gemm: Node, annotation: Annotation, inputs: Inputs, cap: Numerics, origins: Origins
+) -> Site | Miss | Recognised | None:
+    if gemm.op != "call_function":
+        return None
     if is_op(gemm, *CANONICAL):
         return canonical_site(gemm, inputs)
     library = own_kernel(gemm)
     if library is not None:
         return Recognised(gemm, f"the source calls {library} itself, over a weight in that kernel's own layout")
-    if not is_matmul(gemm):
-        return None
-    value = annotation.value(gemm)
-    if isinstance(value, Unknown):
-        return Miss(gemm, value.node, value.rule)
+    value = annotation.value(gemm) if is_matmul(gemm) else None
     if isinstance(value, Product):
-        return _site(gemm, value, annotation, inputs, cap)
-    return _decoded_weight(gemm, annotation, inputs)
+        return _site(gemm, value, annotation, inputs, cap, origins)
+    unclaimed = unclaimed_contraction(gemm, value, annotation, origins)
+    return None if unclaimed is None else Miss(gemm, *unclaimed)
 
 
-def _decoded_weight(gemm: Node, annotation: Annotation, inputs: Inputs) -> Miss | None:
-    """A matmul of which nothing is proven, but whose weight is computed of stored codes alone."""
-    for operand in gemm.all_input_nodes:
-        if operand in inputs.runtime or operand.op != "call_function" or len(shape(operand)) < 2:
-            continue
-        chain: list[Node] = []
-        seen, waiting, stored = {operand}, [operand], False
-        while waiting:
-            node = waiting.pop()
-            chain.append(node)
-            stored |= node in inputs.constant and dtype(node) in STORED_DTYPES and len(shape(node)) > 1
-            for source in node.all_input_nodes:
-                if source not in seen:
-                    seen.add(source)
-                    waiting.append(source)
-        if not stored:
-            continue
-        for node in sorted(chain):
-            # The first step after which nothing is known of what was known before it.
-            if annotation.value(node) is None and any(annotation.value(n) for n in node.all_input_nodes):
-                return Miss(gemm, node, f"the weight is decoded from stored codes, and no rule proves {node.target}")
-        return Miss(gemm, operand, "the weight is decoded from stored codes by steps that no rule proves")
-    return None
-
-
-def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, cap: Numerics) -> Site | Miss | None:
+def _site(
+    gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, cap: Numerics, origins: Origins
+) -> Site | Miss | None:
+    chain = _chain(gemm, annotation)
     if not isinstance(product.a, Codes) and product.b.node in inputs.runtime:
-        if not (product.columns or product.b_zero_points):
+        if origins.coded(operands_of_contraction(gemm)[-1]) is None and not _scales_columns(chain[-1][1], inputs):
             return None  # integers as such, a mask or an image, are no quantized weight
         return Miss(
             gemm, product.b.node, "the dequantized operand changes from call to call; only weights are rewritten"
         )
-    chain = _chain(gemm, annotation)
     allowed = [(node, value) for node, value in chain if _can_end(value)]
     if not allowed:
         return Miss(gemm, chain[-1][0], f"nothing that can be returned is proven: the sum ends in {product.dtype}")
@@ -176,7 +185,18 @@ def _site(gemm: Node, product: Product, annotation: Annotation, inputs: Inputs, 
     if not fits_int32(product, gemm, k):
         return Miss(gemm, gemm, f"the sum of integers is taken in int32, which k={k} may leave")
     problem = problem_of(product, scheme, _size_range(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
-    return Site(gemm, root, product, problem, scheme)
+    source = source_scheme(product, scheme, inputs)
+    words = scheme_in_words(source, product, chain[-1][0], annotation, inputs, origins)
+    return Site(gemm, root, product, problem, source, words)
+
+
+def _scales_columns(product: Product, inputs: Inputs) -> bool:
+    """Whether the sum is scaled by a vector that comes with the operand, as that of codes is."""
+    return any(_comes_with_columns(factor, inputs) for factor in product.columns)
+
+
+def _comes_with_columns(factor: Factor | Tile, inputs: Inputs) -> bool:
+    return isinstance(factor, Factor) and factor.axis is Axis.COLUMN and factor.source in inputs.runtime
 
 
 def _dynamic(n: Size, k: Size) -> str:
@@ -233,7 +253,7 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss:
         bias=dtype(of.bias),
         constant_weight=_is_constant_matrix(of.b, None, inputs),
     )
-    return Site(node, node, None, problem, problem.scheme)
+    return Site(node, node, None, problem, problem.scheme, str(problem.scheme))
 
 
 def _scale_granularity(scale: Node | None, block: tuple[int, int] | None, named: Granularity) -> Granularity:

@@ -82,9 +82,9 @@ class Outcome:
 def judged(flow: Flow, report: Report) -> Verdict:
     """The verdict that ``report`` is on ``flow``; worse things hide better ones."""
     recognised = report.recognised
-    if len(report.sites) + len(recognised) + len(report.misses) < flow.matmuls:
+    if len(report.sites) + len(recognised) + len(report.misses) < flow.matmuls + flow.others:
         return Verdict.BROKEN if report.graph_breaks else Verdict.SILENT
-    if report.misses:
+    if len(report.misses) > flow.others:
         return Verdict.MISSED
     return Verdict.RECOGNISED if recognised else Verdict.REWRITTEN
 

@@ -50,6 +50,7 @@ class Flow:
             a reason.
         why: the reason of any expectation but ``rewritten``.
         matmuls: how many quantized matmuls the module has; fewer in the report is a silent miss.
+        others: further contractions of quantized operands that no kernel is for, such as convolutions; each is missed.
         needs: distributions that must be installed, such as ``torchao``.
         dtypes: those that the module can be built with.
         inputs: makes ``(args, kwargs)`` for a variant.
@@ -65,6 +66,7 @@ class Flow:
     expected: Expected = "rewritten"
     why: str = ""
     matmuls: int = 1
+    others: int = 0
     needs: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     inputs: Inputs = field(default_factory=Activation)

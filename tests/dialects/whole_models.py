@@ -132,6 +132,7 @@ class Logits(nn.Module):
     group="developers",
     needs=("transformers", "torchao"),
     matmuls=VIT_MATMULS,
+    others=1,  # the convolution that embeds patches
     inputs=image,
     whole_model=True,
     dtypes=(torch.float32,),

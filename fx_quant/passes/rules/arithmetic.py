@@ -25,6 +25,7 @@ from fx_quant.passes.nodes import (
     ADDITIONS,
     CASTS,
     DIVISIONS,
+    EXPANDS,
     MULTIPLICATIONS,
     SUBTRACTIONS,
     VIEWS,
@@ -32,6 +33,7 @@ from fx_quant.passes.nodes import (
     arguments,
     aten,
     dtype,
+    is_one,
     is_op,
     is_widening,
     rounded_number,
@@ -65,6 +67,7 @@ from fx_quant.passes.values import (
     Unknown,
     Value,
 )
+from fx_quant.scheme import Numerics
 
 
 def _in_float32(product: Product, node: Node, other: object) -> bool:
@@ -107,6 +110,7 @@ def _scale(env: Environment, node: Node) -> Value | None:
     value, other, on_left = found
     if divides and not on_left:
         return None
+    other = _unexpanded(other)
     if isinstance(value, Product):
         return _scale_product(value, node, other, axis_of(other, node), divides)
     to = dtype(node)
@@ -122,6 +126,13 @@ def _scale(env: Environment, node: Node) -> Value | None:
     if varies_everywhere(affine.codes, scale.pairs):
         return Unknown(node, GATHERED if is_gathered(other) else "every code has a scale of its own")
     return rounded(dataclasses.replace(affine, scales=(*affine.scales, scale)), to)
+
+
+def _unexpanded(other: object) -> object:
+    """A factor before it was expanded to the shape that it would be broadcast to anyhow."""
+    while is_op(other, *EXPANDS):
+        other = args_of(other)[0]
+    return other
 
 
 def _scale_product(product: Product, node: Node, other: object, axis: Axis | None, divides: bool) -> Product | None:
@@ -162,8 +173,9 @@ def _is_scale(number: float, divides: bool) -> bool:
 
 
 def _scale_product_by_both(product: Product, node: Node, other: object, divides: bool) -> Product | None:
-    """``product * (row * column)``: the scales were multiplied with each other first."""
-    if not is_op(other, aten.mul.Tensor) or not same_shape(shape(other), shape(node)):
+    """``product * (row * column)``: the scales were multiplied with each other first, maybe as ``row @ column``."""
+    outer = is_op(other, aten.mm.default) and is_one(summed_size(other))
+    if not (outer or is_op(other, aten.mul.Tensor)) or not same_shape(shape(other), shape(node)):
         return None
     factors: dict[Axis, Factor] = {}
     for operand in args_of(other)[:2]:
@@ -177,6 +189,22 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
     to = dtype(node)
     assert to is not None
     return stepped(product, to, Stage.B_SCALE, exact=False, rows=rows, columns=columns)
+
+
+def _scaled_and_shifted(env: Environment, node: Node) -> Value | None:
+    """``addcmul(bias, product, scale)``."""
+    bias, *factors = args_of(node)[:3]
+    if node.kwargs.get("value", 1) != 1:
+        return None
+    for operand, other in (factors, reversed(factors)):
+        product = env.value(operand)
+        if isinstance(product, Product) and same_shape(shape(operand), shape(node)) and operand is not other:
+            scale = _unexpanded(other)
+            scaled = _scale_product(product, node, scale, axis_of(scale, node), divides=False)
+            shifted = None if scaled is None else _shift_product(env, scaled, node, bias, subtracts=False)
+            # One op may round once where two round twice.
+            return shifted and dataclasses.replace(shifted, numerics=max(shifted.numerics, Numerics.SAME_ACCUM))
+    return None
 
 
 def _scaled_sum(env: Environment, node: Node) -> Value | None:
@@ -342,4 +370,5 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(MULTIPLICATIONS | DIVISIONS, _scale),
     **dict.fromkeys(ADDITIONS | SUBTRACTIONS, _shift),
     aten.sum.dim_IntList: _sum,
+    aten.addcmul.default: _scaled_and_shifted,
 }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.axes import REPEAT, Dims, Piece, flat, segments
+from fx_quant.passes.axes import REPEAT, Dims, Piece, cut, flat, segments
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range, stored_dtype
 from fx_quant.passes.nodes import CASTS, args_of, arguments, aten, dtype, is_op, shape, summed_size, through
 from fx_quant.passes.rules.steps import as_affine
@@ -69,11 +69,12 @@ def operand(affine: Affine, side: str, gemm: Node) -> Operand | Unknown:
 
 
 def _tile(factor: Decode, free: Sequence[Piece], along_k: Sequence[Piece]) -> Tile | None:
-    rows, columns = segments(free, factor.pairs), segments(along_k, factor.pairs)
+    pairs = cut(factor.pairs, (*free, *along_k))
+    rows, columns = segments(free, pairs), segments(along_k, pairs)
     if rows is None or columns is None:
         return None
     placed = sum(part.factor is not None for part in (*rows, *columns))
-    return Tile(factor.source, rows, columns, factor.inverse) if placed == len(factor.pairs) else None
+    return Tile(factor.source, rows, columns, factor.inverse) if placed == len(pairs) else None
 
 
 def _matmul(env: Environment, node: Node) -> Value | None:

@@ -1,0 +1,91 @@
+"""Which ops carry codes on, and which end them: what the origins of nodes are followed through."""
+
+from __future__ import annotations
+
+import torch
+
+from fx_quant.passes.contractions import LOW_BIT_DTYPES
+from fx_quant.passes.nodes import CASTS, COPIES, VIEWS, aten
+from fx_quant.scheme import INT8_DTYPES
+
+WIDE_INTEGERS = frozenset({torch.int16, torch.int32, torch.int64})
+NARROW_INTEGERS = INT8_DTYPES | {kind for kind in LOW_BIT_DTYPES if not kind.is_floating_point}
+ROUNDS = frozenset({aten.round.default, aten.round.decimals})
+UNPACKS = frozenset(
+    {
+        *(getattr(aten, name).Scalar for name in ("__and__", "__rshift__", "__lshift__", "bitwise_and")),
+        *(getattr(aten, f"bitwise_{name}").Tensor for name in ("and", "or", "xor", "right_shift", "left_shift")),
+        *(getattr(aten, f"bitwise_{name}_shift").Tensor_Scalar for name in ("right", "left")),
+        *(aten.remainder.Scalar, aten.remainder.Tensor, aten.floor_divide.default, aten.div.Tensor_mode),
+        *(aten.div.Scalar_mode, aten.view.dtype),
+    }
+)
+LOOKUPS = frozenset(
+    {
+        *(aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default),
+        *(aten.take.default, aten._unsafe_index.Tensor),
+    }
+)
+CHOICES = frozenset(
+    {
+        *(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.maximum.default, aten.minimum.default),
+        *(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor, aten.fmin.default, aten.fmax.default),
+    }
+)
+CACHES = frozenset(
+    {
+        *(aten.index_put.default, aten.slice_scatter.default, aten.select_scatter.default, aten.copy.default),
+        *(aten.index_copy.default, aten.scatter.src, aten._unsafe_index_put.default),
+    }
+)
+# What goes on of a call's values when it has one operand.
+CARRIERS = frozenset(
+    {
+        *(*VIEWS, *CASTS, *COPIES, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.neg.default),
+        *(aten.split_with_sizes.default, aten.unbind.int, aten.constant_pad_nd.default, aten.repeat.default),
+        *(
+            aten.clamp.default,
+            aten.clamp_min.default,
+            aten.clamp_max.default,
+            aten.reciprocal.default,
+            aten.flip.default,
+        ),
+        *(aten.as_strided.default, aten.repeat_interleave.self_int, aten.im2col.default, aten.hardtanh.default),
+        *(aten.floor.default, aten.ceil.default, aten.trunc.default, aten.view_as.default, aten.pixel_shuffle.default),
+    }
+)
+# What ends it even for a weight: statistics, normalisations and random numbers are no decoded codes.
+ENDS = frozenset(
+    overload
+    for name in (
+        *(
+            "mean",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "aminmax",
+            "prod",
+            "var",
+            "var_mean",
+            "std",
+            "norm",
+            "linalg_vector_norm",
+        ),
+        *("_softmax", "softmax", "_log_softmax", "native_layer_norm", "native_group_norm", "_native_batch_norm_legit"),
+        *("_native_batch_norm_legit_no_training", "_fused_rms_norm", "argmax", "argmin", "topk", "sort", "any", "all"),
+        *(
+            "cumsum",
+            "sym_size",
+            "numel",
+            "_local_scalar_dense",
+            "bernoulli",
+            "rand_like",
+            "randn_like",
+            "native_dropout",
+        ),
+        *("ones_like", "zeros_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
+    )
+    if hasattr(aten, name)
+    for overload in (getattr(getattr(aten, name), each) for each in getattr(aten, name).overloads())
+)
