@@ -1,0 +1,36 @@
+"""How many programs it takes to see each planted mistake."""
+
+from __future__ import annotations
+
+import functools
+
+from tests.fuzz.grammar import draw
+from tests.fuzz.oracle import Judge
+from tests.fuzz.planted import Plant
+
+
+# How many programs are drawn at most.
+MOST = 400
+
+
+@functools.lru_cache(maxsize=MOST)
+def _judge(seed: int) -> Judge | None:
+    """The program of ``seed``, traced; the same for every plant."""
+    try:
+        return Judge(draw(seed))
+    except Exception:
+        return None
+
+
+def graphs_to_catch(plant: Plant, most: int) -> int | None:
+    """How many programs are drawn until one shows the mistake; None where ``most`` do not."""
+    for seed in range(most):
+        judge = _judge(seed)
+        if judge is None:
+            continue
+        with plant.planted():
+            faults = {fault.key for fault in judge.outcome_now().faults}
+        # What is wrong without the mistake too does not count.
+        if faults and faults - {fault.key for fault in judge.outcome_now().faults}:
+            return seed + 1
+    return None
