@@ -592,6 +592,50 @@ def test_a_region_of_floats_is_no_business_of_ours():
     assert not (report.sites or report.misses or report.recognised)
 
 
+@pytest.mark.parametrize("op", [torch.ops.deny.apply, torch.ops.deny.gptq_gemm], ids=str)
+def test_an_op_made_functional_around_its_mutation_is_what_it_calls(op):
+    """As AOTAutograd leaves vLLM's ops, which write their result into an argument."""
+    graph = Graph()
+    with FakeTensorMode():
+        out, x, w = (graph.placeholder(name) for name in ("out", "x", "w"))
+        out.meta["val"], x.meta["val"], w.meta["val"] = (
+            torch.empty(M, N),
+            torch.empty(M, K),
+            torch.empty(N, K, dtype=INT8),
+        )
+        given = {"result": out, "x": x, "codes": w}
+        both = graph.call_function(torch.ops.higher_order.auto_functionalized, (op.default,), given)
+        both.meta["val"] = (torch.empty(M, N), torch.empty(M, N))
+        result = graph.call_function(operator.getitem, (both, 1))
+        result.meta["val"] = both.meta["val"][1]
+    graph.output(result)
+    (miss,) = rewrite(graph, static=(2,)).misses
+    assert str(op.default).removesuffix(".default") in miss.rule
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantized", "rewritten"), [(False, 0), (True, 8)])
+def test_attention_to_relative_positions_is_no_quantized_matmul(quantized, rewritten):
+    transformers = pytest.importorskip("transformers")
+    torchao = pytest.importorskip("torchao.quantization")
+    config = transformers.DebertaV2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=99,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        max_relative_positions=16,
+        share_att_key=True,
+    )
+    model = transformers.DebertaV2Model(config).eval()
+    if quantized:
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    report = explained(model, torch.arange(24).view(2, 12) + 3)
+    assert (len(report.sites), report.recognised, report.misses) == (rewritten, (), ())
+
+
 def test_getitem_of_an_unknown_quantize_gives_codes():
     graph = Graph()
     x, w = graph.placeholder("x"), graph.placeholder("w")

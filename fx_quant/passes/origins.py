@@ -312,7 +312,7 @@ class Origins:
 
 def is_library_matmul(node: Node, origins: Origins) -> bool:
     """Whether an op of which nothing is known takes a stored quantized matrix and what a call brings."""
-    if not is_opaque(node) or dtype(node) is None or node not in origins._inputs.runtime:
+    if not is_opaque(node) or node not in origins._inputs.runtime:
         return False
     matrices = [n for n in node.all_input_nodes if len(shape(n)) > 1 and dtype(n) is not torch.bool]
     weights = [n for n in matrices if (origin := origins.coded(n)) is not None and origin.stored]
