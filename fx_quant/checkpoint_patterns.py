@@ -61,8 +61,10 @@ class Patterns:
         if repeats is not None:
             self._take(1 + (len(name) ** repeats >> 4), pattern)
             return quick.match(name) is not None
-        match = _Match(pattern, name, int(parsed.state.flags), self._take)
-        return match.run(parsed, 1) != 0
+        try:
+            return _Match(pattern, name, int(parsed.state.flags), self._take).run(parsed, 1) != 0
+        except RecursionError:
+            raise CheckpointError(f"{said(pattern)} must be a regular expression that nests less; {_CHECK}") from None
 
     def _take(self, steps: int, pattern: str) -> None:
         self._steps += steps
