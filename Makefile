@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | setup. Each does all the set-up
+# make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | promises | setup. Each does all the set-up
 # it needs, the first time only. make gpu-check installs nothing.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects gates gpu-check clean
+.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects promises gates gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-eager   single quantized linears without torch.compile, timed (some minutes)"
 	@echo "make bench-passes  what share of a Llama's compile the passes take (many minutes)"
 	@echo "make dialects      what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"
+	@echo "make promises      attack every promise and write docs/promises.md (half an hour; ARGS=--quick takes some minutes)"
 	@echo "make gates         compile every Triton kernel for GPUs that are not here, by two Tritons (some 10 minutes)"
 	@echo "make gpu-check     on a GPU machine, by its own $(PYTHON): GPU tests, benchmark, report (10 minutes a section)"
 	@echo "make setup         only install, into $(VENV)"
@@ -76,6 +77,9 @@ bench-passes: $(STAMP)
 
 dialects: $(STAMP)
 	@$(BIN)/python -m tests.dialects $(ARGS)
+
+promises: $(STAMP)
+	@$(BIN)/python -m tests.promises --write $(ARGS)
 
 bench-eager: $(STAMP)
 	@$(BIN)/python benchmarks/eager.py $(ARGS)

@@ -112,7 +112,9 @@ ROWS = (
     Row(CRASH, "sizes that are not known", ("test_unbacked.py",)),
     Row(CRASH, "sizes of zero in every kernel, pass and template", ("test_empty_sizes.py",)),
     Row(CRASH, "hostile and broken checkpoints", ("test_checkpoint.py",)),
-    Row(SLOW, "a kernel is chosen where it pays, and says why where it is not", ("test_selection.py", "test_support.py")),
+    Row(
+        SLOW, "a kernel is chosen where it pays, and says why where it is not", ("test_selection.py", "test_support.py")
+    ),
 )
 
 

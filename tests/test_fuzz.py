@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -20,10 +21,13 @@ GRAPHS = int(os.environ.get("FX_QUANT_EXAMPLES", "150"))
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _quick():
+    """One thread, as tensors are tiny, and no records of PyTorch's tracing, which pytest would keep."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
     yield
+    logging.disable(logging.NOTSET)
     torch.set_num_threads(threads)
 
 

@@ -8,7 +8,6 @@ from tests.fuzz.grammar import draw
 from tests.fuzz.oracle import Judge
 from tests.fuzz.planted import Plant
 
-
 # How many programs are drawn at most.
 MOST = 400
 

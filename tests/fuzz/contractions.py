@@ -78,8 +78,8 @@ def quantized_contractions(graph: Graph, static: Collection[int]) -> dict[str, s
                     known.add(node)
         elif node.target in DECODES and node.args[0] in raw | decoded:
             other = node.args[1].meta.get("val") if isinstance(node.args[1], Node) else None
-            if isinstance(other, torch.Tensor) and other.numel() < value.numel():
-                decoded.add(node)
-            elif not isinstance(node.args[1], Node) and node.args[0] in decoded:
+            if (isinstance(other, torch.Tensor) and other.numel() < value.numel()) or (
+                not isinstance(node.args[1], Node) and node.args[0] in decoded
+            ):
                 decoded.add(node)
     return found

@@ -75,7 +75,11 @@ class Draft:
         if not isinstance(value, Tensor) or value.numel() > 1 << 18:
             return None
         cast = CAST.fullmatch(text)
-        if cast is not None and not value.is_floating_point() and not fits(self.values[cast.group(1) or cast.group(2)], value.dtype):
+        if (
+            cast is not None
+            and not value.is_floating_point()
+            and not fits(self.values[cast.group(1) or cast.group(2)], value.dtype)
+        ):
             return None
         name = f"v{len(self.steps)}"
         self.values[name] = value
@@ -286,18 +290,37 @@ def in_groups(d: Draft, op: str, y: str, name: str, group: int) -> str | None:
     rows, k = d.shape(y)
     neighbours = d.chance(0.75)
     inner = (k // group, group) if neighbours else (group, k // group)
-    parts = d.do(d.pick(f"{y}.view({rows}, {inner[0]}, {inner[1]})", f"{y}.reshape({rows}, -1, {inner[1]})", f"{y}.unflatten(-1, {inner})"))
+    parts = d.do(
+        d.pick(
+            f"{y}.view({rows}, {inner[0]}, {inner[1]})",
+            f"{y}.reshape({rows}, -1, {inner[1]})",
+            f"{y}.unflatten(-1, {inner})",
+        )
+    )
     if parts is None:
         return None
     found = applied(d, op, parts, d.first(f"{name}.unsqueeze({-1 if neighbours else 1})"))
-    return None if found is None else d.do(d.pick(f"{found}.view({rows}, {k})", f"{found}.flatten(1)", f"{found}.reshape({rows}, {k})"))
+    return (
+        None
+        if found is None
+        else d.do(d.pick(f"{found}.view({rows}, {k})", f"{found}.flatten(1)", f"{found}.reshape({rows}, {k})"))
+    )
 
 
 def applied(d: Draft, op: str, v: str, factor_name: str) -> str | None:
     """``v op factor`` in one of its spellings."""
     texts = {
-        "*": (f"{v} * {factor_name}", f"{factor_name} * {v}", f"torch.mul({v}, {factor_name})", f"aten.mul.Tensor({v}, {factor_name})"),
-        "/": (f"{v} / {factor_name}", f"torch.div({v}, {factor_name})", f"torch.div({v}, {factor_name}, rounding_mode=None)"),
+        "*": (
+            f"{v} * {factor_name}",
+            f"{factor_name} * {v}",
+            f"torch.mul({v}, {factor_name})",
+            f"aten.mul.Tensor({v}, {factor_name})",
+        ),
+        "/": (
+            f"{v} / {factor_name}",
+            f"torch.div({v}, {factor_name})",
+            f"torch.div({v}, {factor_name}, rounding_mode=None)",
+        ),
         "-": (
             f"{v} - {factor_name}",
             f"{v} - {factor_name}",
@@ -351,7 +374,9 @@ def quantized(d: Draft, x: str) -> tuple[str, str | None, str | None]:
     x = same(d, x)
     if d.chance(0.08):
         sizes = d.shape(x)
-        codes = d.make(f"codes({d.seed()}, {d.pick('i8', 'i8', 'u8')}, {', '.join(map(str, sizes))})", static=d.chance(0.2))
+        codes = d.make(
+            f"codes({d.seed()}, {d.pick('i8', 'i8', 'u8')}, {', '.join(map(str, sizes))})", static=d.chance(0.2)
+        )
         text = ", ".join(map(str, (d.seed(), *sizes[:-1], 1)))
         return same(d, codes, 0.1), d.make(f"scales({text})", static=False), None
     y = d.first(f"{x}.float()") if d.kind(x) != "f32" and d.chance(0.6) else x
@@ -388,14 +413,25 @@ def quantized(d: Draft, x: str) -> tuple[str, str | None, str | None]:
         scale = d.first(f"{scale}.clamp(min=1e-6)") if d.chance(0.7) else scale
         scale = d.first(f"{scale}.float()") if d.chance(0.5) else scale
         scale = same(d, scale, 0.1)
-    y = d.first(d.pick(f"{y} / {scale}", f"{y} / {scale}", f"{y} * (1.0 / {scale})", f"torch.div({y}, {scale}, rounding_mode={d.pick('None', chr(39) + 'floor' + chr(39))})"))
+    y = d.first(
+        d.pick(
+            f"{y} / {scale}",
+            f"{y} / {scale}",
+            f"{y} * (1.0 / {scale})",
+            f"torch.div({y}, {scale}, rounding_mode={d.pick('None', chr(39) + 'floor' + chr(39))})",
+        )
+    )
     y = same(d, y, 0.1)
     zero = None
     if form == "asymmetric" or d.chance(0.1):
-        zero = d.first(d.pick(f"torch.round({x}.float().mean() * 5 + 3)", f"({x}.float().amin(-1, keepdim=True) * 9).round()"))
+        zero = d.first(
+            d.pick(f"torch.round({x}.float().mean() * 5 + 3)", f"({x}.float().amin(-1, keepdim=True) * 9).round()")
+        )
         y = d.first(d.pick(f"{y}.round() + {zero}", f"torch.round({y}) + {zero}"))
     else:
-        y = d.first(d.pick(f"{y}.round()", f"torch.round({y})", f"torch.round({y}, decimals=0)", f"{y}.floor()", f"{y}"))
+        y = d.first(
+            d.pick(f"{y}.round()", f"torch.round({y})", f"torch.round({y}, decimals=0)", f"{y}.floor()", f"{y}")
+        )
     u8 = d.chance(0.2)
     lo, hi = d.pick((0, 255), (0, 255), (0, 127)) if u8 else (lo, hi)
     y = d.first(
@@ -430,7 +466,11 @@ class Weight:
             packed = d.make(f"codes({seed}, u8, {n}, {max(k // 2, 1)})", static=static)
             low, high = d.first(f"{packed} & 15"), d.first(d.pick(f"{packed} >> 4", f"({packed} >> 4) & 15"))
             self.name = d.first(
-                d.pick(f"torch.stack([{low}, {high}], -1).flatten(1)", f"torch.cat([{low}, {high}], 1)", f"torch.stack(({low}, {high}), dim=2).reshape({n}, -1)")
+                d.pick(
+                    f"torch.stack([{low}, {high}], -1).flatten(1)",
+                    f"torch.cat([{low}, {high}], 1)",
+                    f"torch.stack(({low}, {high}), dim=2).reshape({n}, -1)",
+                )
             )
         else:
             sizes = f"{k}, {n}" if self.by_k else f"{n}, {k}"
@@ -440,7 +480,16 @@ class Weight:
         self.name = same(d, self.name, 0.1)
         if d.chance(0.05) and self.kind in ("i8", "u8", "nibbles"):
             name = self.name
-            moved = d.pick(f"{name} + 1", f"{name}.to(i8)", f"({name}.to(i16) - 128).to(i8)", f"{name} ^ 1", f"-{name}", f"({name} - 8).to(i8)", f"{name}.to(torch.bool).to({d.kind(name)})", f"{name} // 2")
+            moved = d.pick(
+                f"{name} + 1",
+                f"{name}.to(i8)",
+                f"({name}.to(i16) - 128).to(i8)",
+                f"{name} ^ 1",
+                f"-{name}",
+                f"({name} - 8).to(i8)",
+                f"{name}.to(torch.bool).to({d.kind(name)})",
+                f"{name} // 2",
+            )
             self.name = d.do(moved) or name
             self.kind = d.kind(self.name)
         if d.chance(0.06):
@@ -456,7 +505,15 @@ class Weight:
 
 
 def decoded(
-    d: Draft, name: str, rows: int, k: int, group: int, kind: str, shift: str | None, scale: str | None, plain: bool = False
+    d: Draft,
+    name: str,
+    rows: int,
+    k: int,
+    group: int,
+    kind: str,
+    shift: str | None,
+    scale: str | None,
+    plain: bool = False,
 ) -> str:
     """Codes ``[rows, k]`` as floats: less a zero point, times a scale. Either may be given; None draws it."""
     order = d.pick("usual", "usual", "usual", "usual", "scale first", "twice")
@@ -582,7 +639,13 @@ def shifted_matmul(d: Draft, q: str, w: Weight) -> str | None:
     if acc is None:
         return None
     dim = 0 if w.by_k else 1
-    sums = d.first(d.pick(f"{w.name}.sum({dim}, dtype=i32)", f"{w.name}.to(i32).sum({dim})", f"{w.name}.sum({dim}, keepdim=True, dtype=i32).reshape(1, -1)"))
+    sums = d.first(
+        d.pick(
+            f"{w.name}.sum({dim}, dtype=i32)",
+            f"{w.name}.to(i32).sum({dim})",
+            f"{w.name}.sum({dim}, keepdim=True, dtype=i32).reshape(1, -1)",
+        )
+    )
     if d.chance(0.1):
         sums = changed(d, sums)
     return d.do(
@@ -647,13 +710,27 @@ def correction(d: Draft, acc: str, q: str, w: Weight, zero: str | None) -> str:
     )
     rows = d.shape(acc)[0]
     if zero is None:
-        zero = d.pick("3", "128", "-128", "40000") if d.chance(0.5) else point_maker(d)(*d.pick((), (1,), (rows, 1), (rows,)))
+        zero = (
+            d.pick("3", "128", "-128", "40000")
+            if d.chance(0.5)
+            else point_maker(d)(*d.pick((), (1,), (rows, 1), (rows,)))
+        )
     elif d.values[zero].numel() > 1:
         zero = d.first(f"{zero}.reshape(-1, 1)")
     term = d.do(d.pick(f"{sums} * {zero}", f"{zero} * {sums}", f"{sums}[None] * {zero}", f"{sums} * -{zero}"))
     if term is None:
         return acc
-    return d.do(d.pick(f"{acc} - {term}", f"{acc} - {term}", f"torch.sub({acc}, {term}, alpha={d.pick(1, 2)})", f"{acc} + {term}")) or acc
+    return (
+        d.do(
+            d.pick(
+                f"{acc} - {term}",
+                f"{acc} - {term}",
+                f"torch.sub({acc}, {term}, alpha={d.pick(1, 2)})",
+                f"{acc} + {term}",
+            )
+        )
+        or acc
+    )
 
 
 # --- what follows -----------------------------------------------------------------------------------------------
@@ -669,7 +746,10 @@ def vector(d: Draft, y: str) -> str:
     if known and d.chance(0.4):
         return d.rng.choice(known)
     text = ", ".join(map(str, (d.seed(), *sizes)))
-    return d.make(f"{d.pick('scales', 'normal')}({text}, dtype={d.pick('f32', 'f32', 'f32', 'bf16', 'f16')})", static=d.chance(0.9))
+    return d.make(
+        f"{d.pick('scales', 'normal')}({text}, dtype={d.pick('f32', 'f32', 'f32', 'bf16', 'f16')})",
+        static=d.chance(0.9),
+    )
 
 
 def epilogue(d: Draft, y: str) -> str:
@@ -744,7 +824,9 @@ def plain_epilogue(d: Draft, y: str) -> str:
     """One step that most matmuls are followed by: whatever may be taken into one with it."""
     shape = d.shape(y)
     n, m = shape[-1], shape[-2] if len(shape) > 1 else 1
-    v = d.make(f"{d.pick('scales', 'normal')}({', '.join(map(str, (d.seed(), *d.pick((n,), (n,), (1, n), (m, 1), (1,), ()))))})")
+    v = d.make(
+        f"{d.pick('scales', 'normal')}({', '.join(map(str, (d.seed(), *d.pick((n,), (n,), (1, n), (m, 1), (1,), ()))))})"
+    )
     text = d.pick(
         *[f"{y} * {v}"] * 4,
         *[f"{y} + {v}"] * 4,
@@ -866,7 +948,9 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
             return found
     if d.kind(codes) == "u8" and weight.kind == "i8" and d.chance(0.1):
         weight = shared["weight"] = Weight(d, z, "i8")
-    acc = (shifted_matmul(d, codes, weight) if zero is None and d.chance(0.4) else None) or integer_matmul(d, codes, weight)
+    acc = (shifted_matmul(d, codes, weight) if zero is None and d.chance(0.4) else None) or integer_matmul(
+        d, codes, weight
+    )
     if d.kind(acc) in ("i32",) and (zero is not None or d.chance(0.4)):
         acc = correction(d, acc, codes, weight, zero)
     acc = same(d, acc, 0.1)
@@ -928,7 +1012,9 @@ def _draw(seed: int) -> Program:
         chosen = d.rng.choice(d.inputs)
         value = d.values[chosen.name]
         if d.kind(chosen.name) != "e4m3":
-            text = d.pick(f"{chosen.name}.mul_(2)", f"{chosen.name}.copy_({chosen.name}.flip(0))", f"{chosen.name}.neg_()")
+            text = d.pick(
+                f"{chosen.name}.mul_(2)", f"{chosen.name}.copy_({chosen.name}.flip(0))", f"{chosen.name}.neg_()"
+            )
             between.append(text if value.dim() else f"{chosen.name}.mul_(2)")
     first = d.inputs[0]
     dynamic = d.chance(0.12) and not first.static and 0 not in d.shape(first.name)

@@ -37,6 +37,7 @@ from tests.graphs import (
 )
 from tests.tolerances import assert_within
 
+
 @dataclass
 class Fault:
     """Something that must not be.
@@ -248,11 +249,11 @@ class Judge:
         for name, expected, actual in _pairs(self.wide, new):
             if not self.alike(where, name, expected, actual):
                 continue
-            expected, actual = expected.double(), actual.double()
-            largest = _largest(expected)
-            close = torch.isclose(actual, expected, rtol=1e-9, atol=1e-9 * largest, equal_nan=True)
+            was, now = expected.double(), actual.double()
+            largest = _largest(was)
+            close = torch.isclose(now, was, rtol=1e-9, atol=1e-9 * largest, equal_nan=True)
             if not close.all():
-                worst = (actual - expected)[~close].abs().max().item()
+                worst = (now - was)[~close].abs().max().item()
                 text = f"{name}: {int((~close).sum())} of {close.numel()} differ, by up to {worst:g} of {largest:g}"
                 self.fault(_kind(name), where, text)
 
@@ -261,19 +262,19 @@ class Judge:
         kinds = {dtype(node) for node in state.before.nodes} & set(COARSE)
         share = max((COARSE[kind] for kind in kinds), default=1e-3)
         reach = _reach(state, wide)
-        for (name, expected, actual), ideal in zip(_pairs(source, new), [*wide.outputs, *wide.inputs], strict=True):
+        for (name, expected, actual), exact in zip(_pairs(source, new), [*wide.outputs, *wide.inputs], strict=True):
             if not self.alike(where, name, expected, actual):
                 continue
-            expected, actual, ideal = expected.double(), actual.double(), ideal.double()
-            off = (expected - ideal).abs()
+            was, now, ideal = expected.double(), actual.double(), exact.double()
+            off = (was - ideal).abs()
             slack = off[off.isfinite()].max().item() if off.isfinite().any() else 0.0
             allowed = share * max(_largest(ideal), reach) + 2 * slack
-            compared = expected.isfinite() & ideal.isfinite()
-            wrong = compared & ~((actual - ideal).abs() <= allowed)
+            compared = was.isfinite() & ideal.isfinite()
+            wrong = compared & ~((now - ideal).abs() <= allowed)
             # Where both say inf or nan, so must this.
-            odd = ~expected.isfinite() & ~ideal.isfinite() & actual.isfinite()
+            odd = ~was.isfinite() & ~ideal.isfinite() & now.isfinite()
             if wrong.any() or odd.any():
-                worst = (actual - ideal)[wrong].abs().max().item() if wrong.any() else float("nan")
+                worst = (now - ideal)[wrong].abs().max().item() if wrong.any() else float("nan")
                 count = int((wrong | odd).sum())
                 self.fault(
                     _kind(name), where, f"{name}: {count} of {wrong.numel()} off by {worst:g}, allowed {allowed:g}"

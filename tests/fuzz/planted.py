@@ -135,6 +135,10 @@ def _always(old: Any) -> Any:
     return lambda *_, **__: True
 
 
+def _no_rest(old: Any) -> Any:
+    return lambda *args: dataclasses.replace(old(*args), rest=None)
+
+
 def _negated(old: Any) -> Any:
     def number(emitter: Any, value: float, like: Node, to: torch.dtype) -> Node:
         return old(emitter, -value if to is torch.int32 else value, like, to)
@@ -219,7 +223,7 @@ PLANTS = (
     Plant("identities", "passes.rewrite:remove_identities", _all_identities, "an output becomes an input"),
     Plant("random", "purity:is_pure", _all_pure, "two calls of a random op become one"),
     Plant("blocks", "passes.canonicalize:_weight_blocks", _transposed_blocks, "square block scales are transposed"),
-    Plant("int32", "passes.sites:fits_int32", _always, "a sum that leaves int32 is taken there"),
+    Plant("int32", "passes.canonicalize:_point", _no_rest, "what int32 has no room for of a zero point is dropped"),
     Plant("offset", "passes.arrange:number", _negated, "the offset of codes has the wrong sign"),
     Plant("bias", "passes.rules.arithmetic:_scale_product", _scale_before_bias, "a bias that was scaled is added as it is"),
     Plant("groups", "passes.axes:block_size", _neighbours, "codes that share a scale are taken to be neighbours"),

@@ -77,7 +77,9 @@ class Program:
         made = [f"{x.name} = {x.text}{'' if x.static else '  # changes from call to call'}" for x in self.inputs]
         body = [f"    {step}" for step in self.steps]
         names = ", ".join(x.name for x in self.inputs)
-        how = f"# numerics={self.numerics}{', the leading sizes of the first input are symbols' if self.dynamic else ''}"
+        how = (
+            f"# numerics={self.numerics}{', the leading sizes of the first input are symbols' if self.dynamic else ''}"
+        )
         after = [f"# between two calls: {line}" for line in self.between]
         lines = [how, *made, f"def f({names}):", *body, f"    return ({', '.join(self.returned)},)", *after]
         return "\n".join(lines)
@@ -182,7 +184,7 @@ def _count(x: Tensor) -> Tensor:
 
 for _name, _body in {"noise": _noise, "count": _count, "twice": lambda x: x * 2}.items():
     _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fuzz::{_name}", lambda x: torch.empty_like(x), lib=_LIBRARY)
+    torch.library.register_fake(f"fuzz::{_name}", torch.empty_like, lib=_LIBRARY)
 
 SCOPE: dict[str, Any] = {
     "torch": torch,

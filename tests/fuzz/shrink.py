@@ -70,7 +70,11 @@ def _without(program: Program, i: int, values: dict[str, object]) -> Iterator[Pr
             yield _tidy(_renamed(replace(program, steps=rest), step.out, name))
     for name in dict.fromkeys(step.reads):
         other = values.get(name)
-        if isinstance(other, Tensor) and other.shape == value.shape and other.is_floating_point() == value.is_floating_point():
+        if (
+            isinstance(other, Tensor)
+            and other.shape == value.shape
+            and other.is_floating_point() == value.is_floating_point()
+        ):
             yield _tidy(_renamed(replace(program, steps=rest), step.out, name))
     if value.is_floating_point() and value.dtype is not torch.float8_e4m3fn and len(step.reads) > 0:
         name = f"x{100 + i}"
