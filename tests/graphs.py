@@ -36,6 +36,7 @@ from fx_quant.passes.sites import Found, Miss, Site, find_sites
 from fx_quant.passes.values import Codes
 from fx_quant.scheme import FLOAT8_DTYPES, Numerics
 from fx_quant.target import named_target
+from tests.torchao_cpu import as_on_vnni
 
 
 @dataclass
@@ -94,7 +95,8 @@ def capture(
         for x in inputs:
             for dim in range(x.dim() - 1):
                 torch._dynamo.mark_dynamic(x, dim)
-    run_captured(model, inputs, {}, on_graph=on_graph, inner_compile=inner_compile)
+    with as_on_vnni():
+        run_captured(model, inputs, {}, on_graph=on_graph, inner_compile=inner_compile)
     return captured
 
 
