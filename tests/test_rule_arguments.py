@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the ops of PT2E
-from graphs import trace
+from graphs import copy_of, trace
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -34,13 +35,18 @@ def everything(rows: Tensor, q: Tensor, f8: Tensor, x: Tensor, s: Tensor, point:
     ]
 
 
-def pool() -> Graph:
+@functools.cache
+def _pool() -> Graph:
     given = (
         *(torch.zeros(6, 8, dtype=torch.int8), torch.zeros(8, 8, dtype=torch.int8)),
         *(torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.randn(8, 8), torch.rand(8)),
         *(torch.zeros((), dtype=torch.int32), torch.zeros(2, 8, 8, dtype=torch.int8)),
     )
     return trace(everything, *given, dynamic=True)
+
+
+def pool() -> Graph:
+    return copy_of(_pool())
 
 
 def drawn(kind: str, name: str, nodes: Sequence[Node], choose: random.Random) -> Any:
