@@ -35,11 +35,13 @@ _OF_NUMBERS = frozenset(
 )
 
 
-@functools.cache
 def is_pure(target: object) -> bool:
     """Whether two calls of ``target`` with the same arguments are known to give the same, and to do nothing else."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return target in _OF_NUMBERS
+    return _is_pure_op(target) if isinstance(target, torch._ops.OpOverload) else target in _OF_NUMBERS
+
+
+@functools.cache
+def _is_pure_op(target: torch._ops.OpOverload) -> bool:
     schema = target._schema
     return (
         target.namespace in _NAMESPACES

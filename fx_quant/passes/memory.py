@@ -115,9 +115,10 @@ def _viewed(node: Node) -> Node | None:
     call = node.args[0] if node.target is operator.getitem else node
     if not isinstance(call, Node):
         return None
-    for position, name in _aliased(call.target):
-        for source in _nodes(call, position, name):
-            return source
+    if isinstance(call.target, torch._ops.OpOverload):
+        for position, name in _aliased(call.target):
+            for source in _nodes(call, position, name):
+                return source
     # Ops whose schema does not say.
     memory = _storage(node)
     return next((s for s in call.all_input_nodes if memory is not None and _storage(s) == memory), None)
@@ -156,10 +157,8 @@ Argument = tuple[int, str]
 
 
 @functools.cache
-def _aliased(target: object) -> tuple[Argument, ...]:
+def _aliased(target: torch._ops.OpOverload) -> tuple[Argument, ...]:
     """Which arguments the results of ``target`` may be views of, by position and name."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return ()
     returned: set[str] = set()
     for result in target._schema.returns:
         returned |= set() if result.alias_info is None else result.alias_info.before_set

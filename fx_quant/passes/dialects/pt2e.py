@@ -55,7 +55,8 @@ def _affine(env: Environment, node: Node, source: Node, scale, zero_point, *, sy
     if points is None:
         return Unknown(node, "the zero point is no integer tensor")
     to = dtype(node)
-    assert to is not None
+    if to is None or not to.is_floating_point:
+        return Unknown(node, f"a dequantize to {to} has no rule")
     return rounded(Affine(codes, (of_scale,), points), to)
 
 
