@@ -148,7 +148,7 @@ def zero_point_dtype(zero_point: Tensor, spec: OperandSpec) -> torch.dtype:
     """
     if not _has_values(zero_point) or zero_point.numel() == 0:
         return torch.int32
-    low, high = zero_point.min(), zero_point.max()
+    low, high = int(zero_point.min()), int(zero_point.max())
     # Less 8, as packed uint4 is read, they must fit too.
     if spec.dtype in INT4_DTYPES and low >= -120 and high <= 127:
         return torch.int8
