@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from fx_quant.scheme import Numerics
 
 pytestmark = pytest.mark.usefixtures("uncached")
 
+ROOT = Path(__file__).parent.parent
 ops = torch.ops.fx_quant
 K = 96  # of square weights too, where a transpose is not seen in the shape
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
@@ -489,6 +491,7 @@ def test_a_rewritten_row_is_seen_within_the_calls_that_the_readme_says(kind, row
     def change() -> None:
         module.w.data[row] = new_codes(module, 3)[row]
 
+    assert f"within {CALLS} calls" in " ".join((ROOT / "README.md").read_text().split())
     assert calls_until_seen(module, change, CALLS) <= CALLS
 
 
