@@ -276,8 +276,9 @@ def _checked(result: object, x: Tensor, spec: OperandSpec) -> Quantized:
         raise ValueError(
             f"a quantizer to {spec} must return integer zero points {_scale_text(x, spec)}, got {_describe(zero_point)}"
         )
-    # Elsewhere looking at the values would wait for the device.
-    if type(zero_point) is Tensor and zero_point.device.type == "cpu" and zero_point.numel():
+    # Traced there are no values, and elsewhere looking at them would wait for the device.
+    traced = torch.compiler.is_compiling() or type(zero_point) is not Tensor
+    if not traced and zero_point.device.type == "cpu" and zero_point.numel():
         low, high = map(int, zero_point.aminmax())
         if low < -128 or high > 127:
             raise ValueError(

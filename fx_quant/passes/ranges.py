@@ -13,6 +13,7 @@ from fx_quant.passes.values import Factor, Tile
 
 Range = tuple[float, float]
 _ANY: Range = (-math.inf, math.inf)
+_Of = Callable[[object], Range]
 # How many steps are looked back: clamps and casts stand right before what they bound.
 _DEPTH = 16
 # Zero points are those of bytes, perhaps with another added: what lies further out is none that fits its codes.
@@ -21,7 +22,7 @@ _NEAR = 512
 
 def bounds_of(source: object) -> tuple[int, int] | None:
     """Inclusive bounds of the integers that a number or the tensor of a node holds; None where none are proven."""
-    low, high = _range(source, _DEPTH)
+    low, high = _range(source, _DEPTH, {})
     return (int(low), int(high)) if math.isfinite(low) and math.isfinite(high) else None
 
 
@@ -31,13 +32,26 @@ def is_near(point: Factor | Tile) -> bool:
     return bounds is not None and bounds[0] >= -_NEAR and bounds[1] <= _NEAR
 
 
-def _range(value: object, depth: int) -> Range:
+def _range(value: object, depth: int, known: dict[tuple[Node, int], Range]) -> Range:
+    if not isinstance(value, Node):
+        return _proven(value, depth, known)
+    # Both operands of a step may go back to the same one, and so on.
+    if (value, depth) not in known:
+        known[value, depth] = _proven(value, depth, known)
+    return known[value, depth]
+
+
+def _proven(value: object, depth: int, known: dict[tuple[Node, int], Range]) -> Range:
     number = uniform_value(value)
     if number is not None:
         return (number, number) if math.isfinite(number) else _ANY
     if not isinstance(value, Node):
         return _ANY
-    found = _computed(value, depth - 1) if depth and value.op == "call_function" else _ANY
+    found = (
+        _computed(value, lambda source: _range(source, depth - 1, known))
+        if depth and value.op == "call_function"
+        else _ANY
+    )
     to = dtype(value)
     if to is None or to.is_floating_point or to.is_complex:
         return found
@@ -46,13 +60,13 @@ def _range(value: object, depth: int) -> Range:
     return found if least <= found[0] and found[1] <= most else (least, most)
 
 
-def _computed(node: Node, depth: int) -> Range:
+def _computed(node: Node, of: _Of) -> Range:
     if node.target in _FIRST or is_op(node, *VIEWS):
-        return _range(node.args[0], depth)
+        return of(node.args[0])
     if is_op(node, *CASTS):
-        return _cast(_range(node.args[0], depth), dtype(node))
+        return _cast(of(node.args[0]), dtype(node))
     rule = _RULES.get(node.target)
-    return _ANY if rule is None else rule(node, lambda value: _range(value, depth))
+    return _ANY if rule is None else rule(node, of)
 
 
 def _cast(of: Range, to: torch.dtype | None) -> Range:
@@ -62,9 +76,6 @@ def _cast(of: Range, to: torch.dtype | None) -> Range:
         low, high = (rounded_number(end, to) for end in of)
         return (low, high) if math.isfinite(low) and math.isfinite(high) else _ANY
     return math.trunc(of[0]), math.trunc(of[1])
-
-
-_Of = Callable[[object], Range]
 
 
 def _clamp(node: Node, of: _Of) -> Range:
