@@ -287,6 +287,8 @@ def point_maker(d: Draft) -> Callable[..., str]:
 
 def in_groups(d: Draft, op: str, y: str, name: str, group: int) -> str | None:
     """``y [rows, k] op name [rows, k / group]`` with the codes viewed as groups, of neighbours or of every so many."""
+    if len(d.shape(y)) != 2:
+        return None  # broadcast by what it met before
     rows, k = d.shape(y)
     neighbours = d.chance(0.75)
     inner = (k // group, group) if neighbours else (group, k // group)
