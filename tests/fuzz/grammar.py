@@ -973,7 +973,7 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
 def draw(seed: int) -> Program:
     """The program of ``seed``."""
     CALLS[0] = 0
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     attempt = 0
     while True:
         try:
