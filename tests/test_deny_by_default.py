@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import rewrite, trace
+from graphs import prove, rewrite, trace
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -651,3 +651,20 @@ def test_getitem_of_an_unknown_quantize_gives_codes():
         mm.meta["val"] = torch.empty(M, N)
     graph.output(mm)
     assert len(rewrite(graph).misses) == 1
+
+
+def test_a_float_linear_behind_a_missed_one_is_no_quantized_matmul():
+    x, w, s, other = (
+        torch.randn(4, 64),
+        torch.randint(-128, 128, (64, 64), dtype=torch.int8),
+        torch.rand(64),
+        torch.randn(64, 64),
+    )
+    for between in (lambda y: y, torch.relu, lambda y: y * 0.1):
+        # Scaled along k, which no kernel takes.
+        graph = trace(lambda x, w, s, o: between(x @ (w.float() * s).t()) @ o.t(), x, w, s, other)  # noqa: B023
+        proven = prove(graph)
+        assert [miss.rule for miss in proven.found.misses] == [
+            "the scale of b varies along k, so it cannot leave the sum"
+        ]
+        assert not proven.found.sites
