@@ -252,6 +252,9 @@ def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype=None, *, a_zer
         a = a if a_scale is None else a * a_scale.repeat_interleave(block[1], 1)[:, : a.shape[1]]
         a_scale, b_scale, b = None, None, _decoded(b, b_scale, None, block)
     y = a @ b
+    if a_zero_point is not None and block is None:
+        # The op sums integers in int32, which wraps around where that of its source does.
+        y = (y + 2**31) % 2**32 - 2**31
     for scale in (a_scale, b_scale):
         y = y if scale is None else y * scale
     y = y if bias is None else y + bias
