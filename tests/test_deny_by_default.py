@@ -675,6 +675,7 @@ def test_a_zero_point_that_is_written_to_hides_no_quantized_matmul():
         out = F.conv2d(x[:, :, None, None], (w.float() - y)[:, :, None, None])[:, :, 0, 0]
         return out, y.copy_(y + 1)
 
-    inputs = torch.randn(4, 16), torch.randint(-128, 128, (8, 16), dtype=torch.int8), torch.ones(1, 1, dtype=torch.int8)
-    proven = prove(trace(graph, *inputs), static=[1])
-    assert [miss.gemm.target for miss in proven.found.misses] == [torch.ops.aten.convolution.default]
+    x, w = torch.randn(4, 16), torch.randint(-128, 128, (8, 16), dtype=torch.int8)
+    for y in (torch.ones(1, 1, dtype=torch.int8), torch.ones(8, 1, dtype=torch.int32), torch.ones(1)):
+        proven = prove(trace(graph, x, w, y), static=[1])
+        assert [miss.gemm.target for miss in proven.found.misses] == [torch.ops.aten.convolution.default]

@@ -293,7 +293,7 @@ class Origins:
         met = [n for n in floats if same_shape(shape(n), shape(node)) and not _only_repeats(n)]
         if origin.stored and floats:
             # A zero point that is written to is one that a call brings.
-            shifts = is_op(node, *SUBTRACTIONS) and not met and not any(_is_floating(n) for n in floats)
+            shifts = is_op(node, *SUBTRACTIONS) and not met and all(map(_is_zero_point, floats))
             if not (multiplies or shifts) or not _is_weight(origin):
                 return None
             return replace(origin, kind=Kind.WEIGHTED if met else Kind.DECODED, weighted=True)
@@ -332,9 +332,10 @@ def _is_weight(origin: Origin) -> bool:
     return origin.stored and origin.coded and not plain_bytes
 
 
-def _is_floating(node: Node) -> bool:
+def _is_zero_point(node: Node) -> bool:
+    """Whether what is subtracted from codes is of integers, or one number."""
     kind = dtype(node)
-    return kind is not None and kind.is_floating_point
+    return all(map(is_one, shape(node))) or (kind is not None and not kind.is_floating_point)
 
 
 def _base(node: object) -> object:

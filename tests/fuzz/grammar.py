@@ -741,6 +741,8 @@ def correction(d: Draft, acc: str, q: str, w: Weight, zero: str | None) -> str:
 def vector(d: Draft, y: str) -> str:
     """A tensor that broadcasts to ``y``, by any of its axes."""
     shape = d.shape(y)
+    if not shape:
+        raise Dropped
     n, m = shape[-1], shape[-2] if len(shape) > 1 else 1
     sizes = d.pick((n,), (n,), (1, n), (m, 1), (m, 1), (1,), (), (m,), (m, n), (1, 1), shape, (*shape[:-1], 1))
     known = [name for name, v in d.values.items() if tuple(v.shape) == sizes and v.is_floating_point() and name != y]
