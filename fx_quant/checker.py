@@ -187,9 +187,11 @@ class _Recorder:
         if not holds_codes(graph):
             return Report(str(target), (), ())
         state = to_canonical(graph, target, self.options, static_input_indices(graph))
-        report = report_on(state, target)
         if state.selections:
             to_kernels(state)
+        # Only now: a site at which writing its kernel fails is a miss.
+        report = report_on(state, target)
+        if state.selections:
             alone, inputs = _cut_out(state)
             self._sites = _Sites(
                 before=state.before,

@@ -16,7 +16,7 @@ from fx_quant.compat import static_input_indices
 from fx_quant.config import Options
 from fx_quant.isolation import innermost
 from fx_quant.module_names import renamed, roots_of
-from fx_quant.passes.pipeline import holds_codes, report_on, to_canonical
+from fx_quant.passes.pipeline import holds_codes, report_on, to_canonical, to_kernels
 from fx_quant.prepare import first_steps
 from fx_quant.report import Report
 from fx_quant.target import Target, resolve_target
@@ -74,7 +74,10 @@ def explain(
 def _report(graph: Graph, target: Target, options: Options) -> Report:
     if not holds_codes(graph):
         return Report(str(target), (), ())
-    return report_on(to_canonical(graph, target, options, static_input_indices(graph)), target)
+    state = to_canonical(graph, target, options, static_input_indices(graph))
+    if state.selections:
+        to_kernels(state)
+    return report_on(state, target)
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

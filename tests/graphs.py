@@ -252,6 +252,9 @@ def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype=None, *, a_zer
         a = a if a_scale is None else a * a_scale.repeat_interleave(block[1], 1)[:, : a.shape[1]]
         a_scale, b_scale, b = None, None, _decoded(b, b_scale, None, block)
     y = a @ b
+    if a_zero_point is not None and block is None:
+        # The op sums integers in int32, which wraps around where that of its source does.
+        y = (y + 2**31) % 2**32 - 2**31
     for scale in (a_scale, b_scale):
         y = y if scale is None else y * scale
     y = y if bias is None else y + bias
@@ -289,6 +292,11 @@ def _aten_scaled_mm_v2_in_float64(a, b, scale_a, recipe_a, swizzle_a, scale_b, r
     return _aten_scaled_mm_in_float64(a, b, scale_a[0], scale_b[0].t() if by_column else scale_b[0], bias)
 
 
+def _split_in_float64(zero_point, lo, hi):
+    near = zero_point.clamp(lo, hi)
+    return near.to(torch.int32), zero_point.double() - near
+
+
 def _int_mm_in_float64(self, mat2):
     # PyTorch multiplies unsigned codes here since 2.12 only.
     return (self.double() @ mat2.double()).to(torch.int32)
@@ -320,6 +328,7 @@ _FLOAT64_BODIES = {
     torch.ops.aten._weight_int8pack_mm.default: _int8pack_mm_in_float64,
     torch.ops.fx_quant.quantize.default: _codes_in_float64,
     torch.ops.fx_quant.quantize.dynamic: _quantize_in_float64,
+    torch.ops.fx_quant.split_zero_point.default: _split_in_float64,
     torch.ops.fx_quant.scaled_mm.default: _scaled_mm_in_float64,
     torch.ops.fx_quant.weight_only_mm.default: _weight_only_mm_in_float64,
     torch.ops.aten._scaled_mm.default: _aten_scaled_mm_in_float64,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import rewrite, trace
+from graphs import prove, rewrite, trace
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -651,3 +651,31 @@ def test_getitem_of_an_unknown_quantize_gives_codes():
         mm.meta["val"] = torch.empty(M, N)
     graph.output(mm)
     assert len(rewrite(graph).misses) == 1
+
+
+def test_a_float_linear_behind_a_missed_one_is_no_quantized_matmul():
+    x, w, s, other = (
+        torch.randn(4, 64),
+        torch.randint(-128, 128, (64, 64), dtype=torch.int8),
+        torch.rand(64),
+        torch.randn(64, 64),
+    )
+    for between in (lambda y: y, torch.relu, lambda y: y * 0.1):
+        # Scaled along k, which no kernel takes.
+        graph = trace(lambda x, w, s, o: between(x @ (w.float() * s).t()) @ o.t(), x, w, s, other)  # noqa: B023
+        proven = prove(graph)
+        assert [miss.rule for miss in proven.found.misses] == [
+            "the scale of b varies along k, so it cannot leave the sum"
+        ]
+        assert not proven.found.sites
+
+
+def test_a_zero_point_that_is_written_to_hides_no_quantized_matmul():
+    def graph(x, w, y):
+        out = F.conv2d(x[:, :, None, None], (w.float() - y)[:, :, None, None])[:, :, 0, 0]
+        return out, y.copy_(y + 1)
+
+    x, w = torch.randn(4, 16), torch.randint(-128, 128, (8, 16), dtype=torch.int8)
+    for y in (torch.ones(1, 1, dtype=torch.int8), torch.ones(8, 1, dtype=torch.int32), torch.ones(1)):
+        proven = prove(trace(graph, x, w, y), static=[1])
+        assert [miss.gemm.target for miss in proven.found.misses] == [torch.ops.aten.convolution.default]

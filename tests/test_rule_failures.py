@@ -14,6 +14,7 @@ from graphs import calls, copy_of, rewrite, run, trace
 from torch import Tensor
 from torch.fx import Graph
 
+import fx_quant
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes import annotate, assign, pipeline, rulebook, sites
@@ -121,6 +122,14 @@ def test_an_exception_at_one_matmul_is_one_miss_with_its_reason(step, monkeypatc
     assert len(calls(after, aten._int_mm.default)) == 1
     for new, old in zip(run(after, *given())[0], run(graph, *given())[0], strict=True):
         torch.testing.assert_close(new, old)
+
+
+@pytest.mark.parametrize("face", [fx_quant.explain, fx_quant.check])
+def test_explain_and_check_count_a_failure_to_call_a_kernel(face, monkeypatch):
+    reason = raise_in_assign(monkeypatch)
+    report = face(three, *given())
+    assert [miss.reason for miss in report.misses] == [reason]
+    assert len(report.sites) == 2
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import calls, copy_of, prove, rewrite, run, trace
+from graphs import assert_same_meaning, calls, copy_of, prove, rewrite, run, trace
 from torch import Tensor
 
 from fx_quant.linear import QuantizedLinear
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.passes.ranges import bounds_of
+from fx_quant.passes.values import Codes
 from fx_quant.scheme import Scheme
 from fx_quant.weights import pack_int4
 
@@ -322,3 +323,62 @@ def test_a_layer_keeps_zero_points_of_its_weight_whatever_they_are(weight, value
     loaded.load_state_dict(layer.state_dict())
     for each in (layer, loaded):
         assert ((each(x).double() - expected).abs() <= 2.0**-20 * terms).all()
+
+
+# --- subtractions that wrap around ----------------------------------------------------------------------------------
+
+ENDS = (2**31 - 1, 2**31 - 100, -(2**31), -(2**31) + 100)
+
+
+def points_at_the_ends(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+    ends = [torch.iinfo(kind).max - 5, torch.iinfo(kind).min + 5]
+    return torch.tensor(ends * shape[0], dtype=kind)[: shape[0], None]
+
+
+@pytest.mark.parametrize("kind", [INT32, INT64])
+@pytest.mark.parametrize("w_dtype", [INT8, UINT8])
+def test_a_subtraction_from_a_weight_that_may_wrap_around_is_left_with_a_reason(kind, w_dtype):
+    inputs = torch.randn(M, 8), codes(N, 8, w_dtype), points_at_the_ends((N,), kind), torch.rand(N)
+    graph = trace(lambda x, w, y, s: x @ ((w - y).float() * s[:, None]).t(), *inputs)
+    proven = prove(graph)
+    assert not proven.found.sites
+    name = "int32" if kind is INT32 else "int64"
+    assert [miss.rule for miss in proven.found.misses] == [
+        f"the zero point of b is subtracted in {name}, where it may wrap around"
+    ]
+
+
+@pytest.mark.parametrize("kind", [INT32, INT64])
+def test_a_subtraction_from_an_activation_that_may_wrap_around_is_left(kind):
+    inputs = codes(M, 8), codes(N, 8), points_at_the_ends((M,), kind), torch.rand(N)
+    source = trace(lambda a, w, z, s: (a.to(kind) - z).float() @ w.float().t() * s, *inputs)
+    proven = prove(source)
+    # The activation as it is may still meet the codes of the weight.
+    assert not any(isinstance(site.product.a, Codes) for site in proven.found.sites)
+    assert_same_meaning(source, proven.graph, inputs)
+
+
+@pytest.mark.parametrize(
+    "subtracted",
+    [
+        lambda w, y: w.float() - y,
+        lambda w, y: w.to(INT64) - y.to(INT64),
+        lambda w, y: w.to(INT32) - y.to(INT16).to(INT32),
+        lambda w, y: w.to(INT32) - (y & 15),
+        lambda w, y: w.to(INT32) - y.clamp(-(2**31) + 300, 2**31 - 300),
+        lambda w, y: w.to(INT32) - 2**20,
+    ],
+)
+def test_a_subtraction_that_is_proven_to_fit_is_rewritten(subtracted):
+    inputs = torch.randn(M, 8), codes(N, 8), torch.full((N, 1), 3, dtype=INT32), torch.rand(N)
+    proven = prove(trace(lambda x, w, y, s: x @ (subtracted(w, y).float() * s[:, None]).t(), *inputs))
+    assert len(proven.found.sites) == 1
+
+
+@pytest.mark.parametrize("value", ENDS)
+def test_a_sum_in_int32_wraps_around_as_its_differences_do(value):
+    inputs = codes(M, 64), codes(N, 64), torch.tensor([value], dtype=INT32), torch.rand(N)
+    source = trace(lambda a, w, z, s: ((a.to(INT32) - z) @ w.to(INT32).t()).float() * s, *inputs)
+    proven = prove(source)
+    assert proven.found.sites
+    assert torch.equal(run(proven.graph, *inputs)[0][0], run(source, *inputs)[0][0])

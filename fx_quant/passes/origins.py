@@ -292,7 +292,9 @@ class Origins:
         ]
         met = [n for n in floats if same_shape(shape(n), shape(node)) and not _only_repeats(n)]
         if origin.stored and floats:
-            if not multiplies or not _is_weight(origin):
+            # A zero point that is written to is one that a call brings.
+            shifts = is_op(node, *SUBTRACTIONS) and not met and all(map(_is_zero_point, floats))
+            if not (multiplies or shifts) or not _is_weight(origin):
                 return None
             return replace(origin, kind=Kind.WEIGHTED if met else Kind.DECODED, weighted=True)
         if met:
@@ -328,6 +330,12 @@ def _is_weight(origin: Origin) -> bool:
     """Whether stored codes are those of a weight, not a mask of bytes."""
     plain_bytes = origin.kind is Kind.CODES and dtype(origin.source) is torch.uint8
     return origin.stored and origin.coded and not plain_bytes
+
+
+def _is_zero_point(node: Node) -> bool:
+    """Whether what is subtracted from codes is of integers, or one number."""
+    kind = dtype(node)
+    return all(map(is_one, shape(node))) or (kind is not None and not kind.is_floating_point)
 
 
 def _base(node: object) -> object:

@@ -85,12 +85,15 @@ class Affine:
         scales: what it was multiplied by.
         zero_points: integers that were subtracted before.
         epsilon: machine epsilon of the coarsest of those dtypes.
+        wraps: where a zero point was subtracted in integers and the difference is not proven to fit their dtype: the
+            value holds modulo the dtype's range only.
     """
 
     codes: Codes
     scales: tuple[Decode, ...] = ()
     zero_points: tuple[Decode, ...] = ()
     epsilon: float = 0.0
+    wraps: Node | None = None
 
 
 @dataclass(frozen=True)

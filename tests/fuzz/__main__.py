@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def progress(tally: Tally) -> None:
         seconds = time.perf_counter() - started
-        print(f"{tally.counts['graphs']} graphs, {seconds:.0f} s", file=sys.stderr, flush=True)
+        found = "".join(f"\n  {key}: --only {seeds[0]}" for key, seeds in tally.faults.items())
+        print(f"{tally.counts['graphs']} graphs, {seconds:.0f} s{found}", file=sys.stderr, flush=True)
 
     tally = run_many(options.seed, options.graphs, options.jobs, progress)
     print(tally.table(time.perf_counter() - started))

@@ -71,7 +71,9 @@ def quantized_contractions(graph: Graph, static: Collection[int]) -> dict[str, s
         elif node.op == "placeholder":
             if value.dtype in CODES and value.dim() >= 2:
                 kept = placeholders.index(node) in static or value.dtype.is_floating_point
-                (decoded if kept else raw).add(node)
+                # Bytes of a call that constants shift and scale are an image.
+                if kept or value.dtype is not torch.uint8:
+                    (decoded if kept else raw).add(node)
         elif node.target in MOVES and value.dtype is not torch.bool:
             for known in (raw, decoded):
                 if node.args[0] in known:

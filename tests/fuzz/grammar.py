@@ -287,6 +287,8 @@ def point_maker(d: Draft) -> Callable[..., str]:
 
 def in_groups(d: Draft, op: str, y: str, name: str, group: int) -> str | None:
     """``y [rows, k] op name [rows, k / group]`` with the codes viewed as groups, of neighbours or of every so many."""
+    if len(d.shape(y)) != 2:
+        return None  # broadcast by what it met before
     rows, k = d.shape(y)
     neighbours = d.chance(0.75)
     inner = (k // group, group) if neighbours else (group, k // group)
@@ -739,6 +741,8 @@ def correction(d: Draft, acc: str, q: str, w: Weight, zero: str | None) -> str:
 def vector(d: Draft, y: str) -> str:
     """A tensor that broadcasts to ``y``, by any of its axes."""
     shape = d.shape(y)
+    if not shape:
+        raise Dropped
     n, m = shape[-1], shape[-2] if len(shape) > 1 else 1
     sizes = d.pick((n,), (n,), (1, n), (m, 1), (m, 1), (1,), (), (m,), (m, n), (1, 1), shape, (*shape[:-1], 1))
     known = [name for name, v in d.values.items() if tuple(v.shape) == sizes and v.is_floating_point() and name != y]
@@ -971,7 +975,7 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
 def draw(seed: int) -> Program:
     """The program of ``seed``."""
     CALLS[0] = 0
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     attempt = 0
     while True:
         try:

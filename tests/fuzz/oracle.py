@@ -128,7 +128,7 @@ class Judge:
         inputs = [_widened(x) for x in inputs] if wide else inputs
         values: dict[Node, Any] = {}
         waiting = iter(inputs)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         CALLS[0] = 0
         outputs: list[Any] = []
         with torch.no_grad(), row_scales_on_cpu():
@@ -191,7 +191,7 @@ class Judge:
             return
         if product.numerics > Numerics[self.program.numerics.upper()]:
             self.fault("class", "cap", f"{site.gemm.name} is {product.numerics}")
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         CALLS[0] = 0
         off, allowed = roundings(site, proven, old.values, new.values, self.program.tensors())
         wrong = off > allowed

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fx_quant.compat import decompositions_without_matmul
+from tests.fuzz.recorder import record
 
 NAME = re.compile(r"\b[vxp]\d+\b")
 
@@ -222,15 +223,18 @@ def _decompositions() -> dict:
 
 def trace(program: Program) -> GraphModule:
     """The graph of ``program`` as the backend gets it: decomposed, and mutations of inputs last."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = []
-    for position, x in enumerate(program.tensors()):
-        free = x.dim() - 1 if program.dynamic and position == 0 else 0
-        dims = [DimDynamic.DYNAMIC if dim < free else DimDynamic.STATIC for dim in range(x.dim())]
-        fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims)))
     function = program.function()
     if program.mutates:
         function = torch.func.functionalize(function)
+    named = {f"{x.name}_1": tensor for x, tensor in zip(program.inputs, program.tensors(), strict=True)}
+    if not program.dynamic:
+        return record(function, named, _decompositions())
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = []
+    for position, x in enumerate(named.values()):
+        free = x.dim() - 1 if position == 0 else 0
+        dims = [DimDynamic.DYNAMIC if dim < free else DimDynamic.STATIC for dim in range(x.dim())]
+        fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims)))
     with mode, torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(function, decomposition_table=_decompositions(), tracing_mode="real")(*fakes)
     traced.graph.eliminate_dead_code()

@@ -106,7 +106,7 @@ def _tidy(program: Program) -> Program:
 
 
 def _values(program: Program) -> dict[str, object]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     CALLS[0] = 0
     values: dict[str, object] = {x.name: evaluate(x.text, {}) for x in program.inputs}
     with torch.no_grad():

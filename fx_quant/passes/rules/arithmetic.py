@@ -46,6 +46,7 @@ from fx_quant.passes.ranges import is_near
 from fx_quant.passes.rules.packing import GATHERED, is_gathered
 from fx_quant.passes.rules.steps import (
     as_affine,
+    difference_fits,
     factor_source,
     is_integer,
     is_whole,
@@ -286,7 +287,7 @@ def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Val
     if not to.is_floating_point:
         if to not in (torch.int32, torch.int64):
             return Unknown(node, f"a zero point is subtracted in {to}, where the difference may wrap around")
-        return moved
+        return moved if difference_fits(moved, to) else dataclasses.replace(moved, wraps=node)
     kind = dtype(zero_point.source)
     if affine.zero_points or rounds_difference(affine.codes, kind, to):
         moved = rounded(moved, to)

@@ -10,7 +10,18 @@ from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, cut, flat, segments
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range, stored_dtype
-from fx_quant.passes.nodes import CASTS, args_of, arguments, aten, dtype, is_op, shape, summed_size, through
+from fx_quant.passes.nodes import (
+    CASTS,
+    args_of,
+    arguments,
+    aten,
+    dtype,
+    dtype_of,
+    is_op,
+    shape,
+    summed_size,
+    through,
+)
 from fx_quant.passes.ranges import is_near
 from fx_quant.passes.rules.steps import as_affine
 from fx_quant.passes.values import (
@@ -27,7 +38,7 @@ from fx_quant.passes.values import (
     Unknown,
     Value,
 )
-from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Numerics
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Numerics, dtype_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +64,10 @@ class Operand:
 
 def operand(affine: Affine, side: str, gemm: Node) -> Operand | Unknown:
     """``affine`` as operand ``side`` (``a [..., k]`` or ``b [k, n]``) of ``gemm``, or why it is none."""
+    # A sum in int32 wraps around as its terms do.
+    if affine.wraps is not None and dtype(gemm) is not torch.int32:
+        kind = dtype_name(dtype_of(affine.wraps))
+        return Unknown(affine.wraps, f"the zero point of {side} is subtracted in {kind}, where it may wrap around")
     dims = affine.codes.dims
     if side == "a":
         free, along_k = flat(dims[:-1]), dims[-1]

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import Pair, broadcast_pairs, extent, length, own_dims, seen_through
+from fx_quant.passes.matrices import integer_range
 from fx_quant.passes.nodes import CASTS, args_of, constant, dtype, is_op, is_widening, shape, tensor, uniform_value
 from fx_quant.passes.ranges import bounds_of
 from fx_quant.passes.values import Affine, Codes, ColumnSum, Decode, Product, Stage, Value
@@ -88,6 +89,20 @@ def _holds_integers(node: Node) -> bool:
 def is_whole(number: float) -> bool:
     """Whether ``number`` is an integer; infinities and NaN are none."""
     return math.isfinite(number) and number == int(number)
+
+
+def difference_fits(value: Affine, to: torch.dtype) -> bool:
+    """Whether integer codes less all of their zero points are proven to be within the integer dtype ``to``."""
+    found = integer_range(value.codes)
+    if found is None:
+        return False
+    low, high = found
+    for point in value.zero_points:
+        bounds = bounds_of(point.source)
+        if bounds is None:
+            return False
+        low, high = low - bounds[1], high - bounds[0]
+    return torch.iinfo(to).min <= low and high <= torch.iinfo(to).max
 
 
 def is_integer(kind: torch.dtype | None) -> bool:
