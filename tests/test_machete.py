@@ -382,7 +382,7 @@ def compiled(given: dict[str, Any], target: Target) -> tuple[Tensor, str]:
     def on_graph(graph) -> None:
         reports.append(rewrite_graph(graph, target, Options(strict=True), static_input_indices(graph)))
 
-    got, _ = run_captured(Linear(given), [given["x"]], {}, on_graph=on_graph, inner_compile=run_eagerly)
+    got = run_captured(Linear(given), [given["x"]], {}, on_graph=on_graph, inner_compile=run_eagerly).output
     ((site,),) = [report.sites for report in reports]
     return got, site.kernel
 

@@ -854,7 +854,7 @@ def compiled(given: Mapping[str, Any], target: Target) -> tuple[Tensor, str]:
 
     inputs = [given["a"], given["a_scale"], given.get("a_zero_point")]
     inputs = [x for x in inputs if x is not None]
-    got, _ = run_captured(Linear(given), inputs, {}, on_graph=on_graph, inner_compile=run_eagerly)
+    got = run_captured(Linear(given), inputs, {}, on_graph=on_graph, inner_compile=run_eagerly).output
     ((site,),) = [report.sites for report in reports]
     return got, site.kernel
 

@@ -196,6 +196,9 @@ CALLS: dict[Any, list[Call]] = {
     ],
     aten.clamp.default: [Call(lambda write, a, w, s: {"self": wide(write, a), "min": -8, "max": 7}, as_activation)],
     aten.clamp_max.default: [Call(lambda write, a, w, s: {"self": wide(write, a), "max": 7}, as_activation)],
+    aten.addcmul.default: [
+        Call(lambda write, a, w, s: {"self": s, "tensor1": wide(write, product(write, a, w)), "tensor2": s}, returned)
+    ],
 }
 for _op in (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar):
     CALLS[_op] = [Call(zero_point, as_activation), Call(selfed(other=3), as_activation)]

@@ -110,8 +110,8 @@ def _viewed(node: Node) -> Node | None:
     """The node whose memory ``node`` has; None where it has memory of its own."""
     if node.op != "call_function":
         return None
-    if is_op(node, *RESHAPES) and isinstance(node.args[0], Node):
-        return node.args[0]
+    if is_op(node, *RESHAPES):
+        return next((source for source in node.all_input_nodes if tensor(source) is not None), None)
     call = node.args[0] if node.target is operator.getitem else node
     if not isinstance(call, Node):
         return None
