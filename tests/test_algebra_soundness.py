@@ -389,7 +389,7 @@ RULES: dict[str, Rule] = {
                 "int8 per_token (dynamic) x int8 unscaled -> reassociated",
             ),
             "zero_point_a_batch": (
-                lambda x, w: ((quantized(x).to(INT32) - tokens(x)[:, :1].to(INT32)) * 0.5) @ w.float().t(),
+                lambda x, w: ((quantized(x).to(torch.int64) - tokens(x)[:, :1].to(INT32)) * 0.5) @ w.float().t(),
                 "int8 per_tensor asymmetric (static) x int8 unscaled -> reassociated",
             ),
         },
