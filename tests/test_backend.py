@@ -263,7 +263,35 @@ def test_few_rows_equal_eager(rows):
     linear = int8_linear()
     x = models.inputs(torch.float32, 2, 1)[:rows]
     torch.testing.assert_close(compiled(linear.rows)(x), linear.rows(x))
-    assert counters["fx_quant"]["rewritten"] == 1
+    assert counters["fx_quant"]["rewritten" if rows else "recognised"] == 1
+
+
+@pytest.mark.parametrize("scaled", [0.01, [[0.01], [0.02]]])
+def test_a_weight_that_is_a_literal_in_the_code_is_right_and_missed(scaled):
+    def literal(x):
+        return torch.nn.functional.linear(x, torch.tensor([[1, 2] * 32, [3, -4] * 32], dtype=torch.int8).float() * by())
+
+    def by():
+        return torch.tensor(scaled)
+
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(compiled(literal)(x), literal(x))
+    assert counters["fx_quant"]["missed"] == 1
+
+
+def test_a_weight_that_is_chosen_by_a_number_of_the_call_is_right():
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("w", torch.randint(-128, 128, (4, 8, 64), dtype=torch.int8))
+
+        def forward(self, x, i):
+            return torch.nn.functional.linear(x, torch.stack(list(self.w))[i].float() * 0.01)
+
+    model, x = Experts(), torch.randn(3, 64)
+    run = compiled(model)
+    for i in (0, 1, 2, 3):
+        torch.testing.assert_close(run(x, i), model(x, i))
 
 
 def test_in_place_update_of_a_weight_is_seen():

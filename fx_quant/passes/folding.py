@@ -11,7 +11,7 @@ from torch.fx import Node
 from fx_quant.ops.fold import can_fold, program_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.inputs import Inputs
-from fx_quant.passes.nodes import VIEWS, args_of, is_op, shape
+from fx_quant.passes.nodes import VIEWS, args_of, is_op, shape, tensor
 
 # By name: the op is registered with the kernels, which this package does not import.
 _PREPACK = "fx_quant.prepack.default"
@@ -76,6 +76,8 @@ def _steps(result: Node, inputs: Inputs) -> list[Node]:
         seen.add(node)
         if node in inputs.runtime or str(node.target) == _PREPACK or not can_fold(node):
             return []
+        if any(source.op != "call_function" and tensor(source) is None for source in node.all_input_nodes):
+            return []  # a number that the call brings
         steps.append(node)
         waiting += node.all_input_nodes
     computes = any(not is_op(step, *VIEWS) for step in steps)

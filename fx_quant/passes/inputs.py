@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.passes.memory import written_inputs
-from fx_quant.passes.nodes import dtype, shape, tensor
+from fx_quant.passes.nodes import aten, dtype, is_op, shape, tensor
 from fx_quant.purity import is_pure
 from fx_quant.scheme import CODE_DTYPES
 
@@ -47,7 +47,8 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
     for node in graph.nodes:
         # A size depends on the input's shape alone, and what is expanded to it holds the same values in every call.
         is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
-        changes = node.op == "call_function" and not is_pure(node.target)
+        # A literal of the code is copied in every call.
+        changes = node.op == "call_function" and (not is_pure(node.target) or is_op(node, aten.lift_fresh_copy.default))
         if not is_size and (changes or any(source in runtime for source in node.all_input_nodes)):
             runtime.add(node)
     return Inputs(frozenset(constant), frozenset(runtime))

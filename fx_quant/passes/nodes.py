@@ -16,7 +16,8 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
-COPIES = frozenset({aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default})
+# Not lift_fresh_copy: no other op may be given a tensor that stands in the code.
+COPIES = frozenset({aten.clone.default, aten.alias.default, aten.detach.default})
 RESHAPES = frozenset(
     {
         aten.view.default,

@@ -166,9 +166,8 @@ def _site(
     if not isinstance(product.a, Codes) and product.b.node in inputs.runtime:
         if origins.coded(operands_of_contraction(gemm)[-1]) is None and not _scales_columns(chain[-1][1], inputs):
             return None  # integers as such, a mask or an image, are no quantized weight
-        return Miss(
-            gemm, product.b.node, "the dequantized operand changes from call to call; only weights are rewritten"
-        )
+        literal = is_op(product.b.node, torch.ops.aten.lift_fresh_copy.default)
+        return Miss(gemm, product.b.node, _LITERAL if literal else _CHANGES)
     allowed = [(node, value) for node, value in chain if _can_end(value)]
     if not allowed:
         return Miss(gemm, chain[-1][0], f"nothing that can be returned is proven: the sum ends in {product.dtype}")
@@ -232,6 +231,8 @@ def _largest(codes: Codes, zero_points: Sequence[Factor | Tile]) -> int | None:
     return max(-low, high)
 
 
+_CHANGES = "the dequantized operand changes from call to call; only weights are rewritten"
+_LITERAL = "the weight is a literal in the code, which is copied in every call; make it a parameter or a buffer"
 _EMPTY = "a size of the matmul is 0, so there is nothing to multiply"
 
 
