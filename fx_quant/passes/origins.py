@@ -50,6 +50,7 @@ from fx_quant.passes.nodes import (
     is_op,
     same_shape,
     shape,
+    through,
 )
 from fx_quant.passes.values import Environment, Unknown
 from fx_quant.scheme import INT8_DTYPES
@@ -130,7 +131,9 @@ class Origins:
 
     def _origin(self, node: Node) -> Origin | None:
         if node.op in ("placeholder", "get_attr"):
-            return self._leaf(node)
+            return self._leaf(node, stored=node in self._inputs.constant)
+        if is_op(node, aten.lift_fresh_copy.default):
+            return self._leaf(node, stored=True)  # a literal of the code
         if node.op != "call_function" or node.target in ENDS:
             return self._own(node)
         if is_contraction(node):
@@ -154,8 +157,8 @@ class Origins:
             return replace(carried, kind=Kind.CODES)
         return carried if carried is not None else self._cast_to_codes(node)
 
-    def _leaf(self, node: Node) -> Origin | None:
-        kind, stored = dtype(node), node in self._inputs.constant
+    def _leaf(self, node: Node, *, stored: bool) -> Origin | None:
+        kind = dtype(node)
         if kind in LOW_BIT_DTYPES:
             many = not all(map(is_one, shape(node)))
             if not many:
@@ -359,9 +362,15 @@ def _only_repeats(node: Node) -> bool:
 
 
 def _is_float_in_bytes(node: Node) -> bool:
-    """Whether ``node`` reads bytes as the floats that they store, as GGUF's blocks hold their scales."""
+    """Whether ``node`` reads stored bytes as the floats that they hold, as GGUF's blocks do their scales.
+
+    Bits that were put together before are a decoded code, as of fp4.
+    """
     kind = dtype(node)
-    return is_op(node, aten.view.dtype) and kind not in LOW_BIT_DTYPES and kind is not None and kind.is_floating_point
+    if not is_op(node, aten.view.dtype) or kind is None or kind in LOW_BIT_DTYPES or not kind.is_floating_point:
+        return False
+    (source,) = node.all_input_nodes
+    return through(source, VIEWS | {aten.slice.Tensor, aten.select.int}).op != "call_function"
 
 
 def _keeps_values(node: Node) -> bool:
