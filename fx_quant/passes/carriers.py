@@ -20,6 +20,13 @@ UNPACKS = frozenset(
         *(aten.div.Scalar_mode, aten.view.dtype),
     }
 )
+# Of those, what takes a part of a byte out.
+PARTS = frozenset(
+    {
+        *(getattr(aten, name).Scalar for name in ("__and__", "__rshift__", "bitwise_and")),
+        *(aten.bitwise_and.Tensor, aten.bitwise_right_shift.Tensor, aten.bitwise_right_shift.Tensor_Scalar),
+    }
+)
 LOOKUPS = frozenset(
     {
         *(aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default),

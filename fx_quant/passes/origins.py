@@ -23,6 +23,7 @@ from fx_quant.passes.carriers import (
     ENDS,
     LOOKUPS,
     NARROW_INTEGERS,
+    PARTS,
     ROUNDS,
     UNPACKS,
     WIDE_INTEGERS,
@@ -50,7 +51,6 @@ from fx_quant.passes.nodes import (
     is_op,
     same_shape,
     shape,
-    through,
 )
 from fx_quant.passes.values import Environment, Unknown
 from fx_quant.scheme import INT8_DTYPES
@@ -364,13 +364,19 @@ def _only_repeats(node: Node) -> bool:
 def _is_float_in_bytes(node: Node) -> bool:
     """Whether ``node`` reads stored bytes as the floats that they hold, as GGUF's blocks do their scales.
 
-    Bits that were put together before are a decoded code, as of fp4.
+    Floats that are put together of parts of bytes are decoded codes, as of fp4.
     """
     kind = dtype(node)
     if not is_op(node, aten.view.dtype) or kind is None or kind in LOW_BIT_DTYPES or not kind.is_floating_point:
         return False
-    (source,) = node.all_input_nodes
-    return through(source, VIEWS | {aten.slice.Tensor, aten.select.int}).op != "call_function"
+    seen, waiting = {node}, [node]
+    while waiting:
+        step = waiting.pop()
+        if is_op(step, *PARTS):
+            return False
+        waiting += [source for source in step.all_input_nodes if source not in seen]
+        seen.update(step.all_input_nodes)
+    return True
 
 
 def _keeps_values(node: Node) -> bool:
