@@ -179,7 +179,7 @@ class Report:
         )
 
     def summary(self) -> str:
-        """One line: how many were rewritten, recognised and missed."""
+        """One line: how many were rewritten, recognised and missed, and what is in none of the graphs."""
         total = len(self.sites) + len(self.misses) + len(self.recognised)
         if not total and not self.graphs:
             return f"nothing was captured: {self.uncaptured or 'the reason is not known'}"
@@ -190,7 +190,8 @@ class Report:
             return f"{found}; the model compiles unchanged"
         kept = f"{len(self.recognised)} recognised and left, " if self.recognised else ""
         counts = f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}"
-        return f"{counts}, {kept}{len(self.misses)} missed"
+        outside = _count(len(self.unseen), "module that holds codes", "modules that hold codes") if self.unseen else ""
+        return f"{counts}, {kept}{len(self.misses)} missed" + (f", {outside} not among them" if outside else "")
 
     def lost_to_compiler(self) -> list[str]:
         """For each matmul the kernel that a C++ compiler would have given it, where the target has none."""
@@ -287,8 +288,14 @@ class Report:
     def _unseen_table(self) -> str:
         """One line for modules of the same class and, but for numbers, name; those outside the graphs first."""
         parts = []
+        nameless = sum(not row.module for row in (*self.sites, *self.recognised, *self.misses))
+        outside = "in no graph, not run on these inputs or run outside the graphs, so nothing is done there"
+        if nameless:
+            outside = (
+                f"in no graph by name: not run, run outside the graphs, or among the {nameless} above without a name"
+            )
         for in_graph, says in (
-            (False, "in no graph, so nothing is done there"),
+            (False, outside),
             (True, "in a graph, but in no quantized matmul that fx_quant knows"),
         ):
             alike: dict[tuple[str, str], list[str]] = {}
@@ -300,7 +307,8 @@ class Report:
             if not alike:
                 continue
             count = sum(map(len, alike.values()))
-            lines = [f"{_count(count, 'module that holds codes is', 'modules that hold codes are')} {says}:"]
+            head = f"{_count(count, 'module that holds codes is', 'modules that hold codes are')} {says}:"
+            lines = [textwrap.fill(head, 118)]
             for (module, kind), names in alike.items():
                 where = names[0] if len(names) == 1 else f"{module} x {len(names)}"
                 lines.append(textwrap.fill(f"{where} ({kind})", 118, initial_indent="  ", subsequent_indent="      "))
