@@ -251,7 +251,7 @@ class Origins:
         table = node.args[0]
         found = [origins[table]] if isinstance(table, Node) and table in origins else []
         for index, origin in made:
-            if index is not table and origin.kind in (Kind.CODES, Kind.PACKED):
+            if index is not table and origin.kind in (Kind.CODES, Kind.PACKED, Kind.DECODED):  # shifted ones too
                 found.append(replace(origin, kind=Kind.DECODED))
         return max(found, key=lambda origin: origin.kind, default=None)
 
