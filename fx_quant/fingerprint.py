@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FIXED = 8
-CALLS = 128
+FIXED = 2
+CALLS = 512
 WHOLE = 1024
 _LINE = 64
-_LEAST_SHARE = 8
+_LEAST_SHARE = 4
 
 
 class _Watch(ctypes.Structure):

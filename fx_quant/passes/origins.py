@@ -297,7 +297,8 @@ class Origins:
         if origin.stored and floats:
             # A zero point that is written to is one that a call brings.
             shifts = is_op(node, *SUBTRACTIONS) and not met and all(map(_is_zero_point, floats))
-            if not (multiplies or shifts) or not _is_weight(origin):
+            scaled = multiplies or is_op(node, *DIVISIONS)
+            if not (scaled or shifts) or not _is_weight(origin):
                 return None
             return replace(origin, kind=Kind.WEIGHTED if met else Kind.DECODED, weighted=True)
         if met:

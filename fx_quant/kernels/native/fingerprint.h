@@ -46,31 +46,44 @@ static inline int64_t fxq_lines(const FxqWatch& watch) {
   return watch.rows * ((watch.row_bytes + FXQ_LINE - 1) / FXQ_LINE);
 }
 
-static inline uint64_t fxq_share_digest(const FxqWatch& watch, int64_t share) {
+template <typename Visit>
+static inline void fxq_share_lines(const FxqWatch& watch, int64_t share, Visit visit) {
   const int64_t first = share * watch.share, count = std::min(watch.share, fxq_lines(watch) - first);
   int64_t row = first % watch.rows, offset = first / watch.rows * FXQ_LINE;
-  uint64_t digest = 0;
   for (int64_t i = 0; i < count; i++) {
-    const uint64_t line = fxq_line(watch.memory + row * watch.pitch + offset, watch.row_bytes - offset);
-    digest = digest * FXQ_KEYS[6] + line;
+    visit(watch.memory + row * watch.pitch + offset, watch.row_bytes - offset);
     if (++row == watch.rows) {
       row = 0;
       offset += FXQ_LINE;
     }
   }
-  return digest;
 }
 
 // Multiples of the golden ratio less their whole part lie evenly, and not in one column.
-static inline uint64_t fxq_fixed_digest(const FxqWatch& watch) {
+template <typename Visit>
+static inline void fxq_fixed_lines(const FxqWatch& watch, Visit visit) {
   const int64_t lines = fxq_lines(watch);
-  uint64_t digest = 0, part = 0;
+  uint64_t part = 0;
   for (int64_t i = 0; i < watch.fixed; i++, part += FXQ_KEYS[7]) {
     const int64_t number = static_cast<int64_t>(static_cast<unsigned __int128>(part) * lines >> 64);
     const int64_t offset = number / watch.rows * FXQ_LINE;
-    const uint8_t* line = watch.memory + number % watch.rows * watch.pitch + offset;
-    digest = digest * FXQ_KEYS[6] + fxq_line(line, watch.row_bytes - offset);
+    visit(watch.memory + number % watch.rows * watch.pitch + offset, watch.row_bytes - offset);
   }
+}
+
+static inline uint64_t fxq_share_digest(const FxqWatch& watch, int64_t share) {
+  uint64_t digest = 0;
+  fxq_share_lines(watch, share, [&](const uint8_t* line, int64_t size) {
+    digest = digest * FXQ_KEYS[6] + fxq_line(line, size);
+  });
+  return digest;
+}
+
+static inline uint64_t fxq_fixed_digest(const FxqWatch& watch) {
+  uint64_t digest = 0;
+  fxq_fixed_lines(watch, [&](const uint8_t* line, int64_t size) {
+    digest = digest * FXQ_KEYS[6] + fxq_line(line, size);
+  });
   return digest;
 }
 
@@ -85,6 +98,12 @@ __attribute__((visibility("default"))) void fxq_digest(FxqWatch* watch) {
 
 // The index of the first that was seen to have changed, or -1; each looks at another share in the next call.
 __attribute__((visibility("default"))) int64_t fxq_changed(FxqWatch* watches, int64_t count) {
+  // All are asked for before the first is waited for: they are in no cache, and each in a page of its own.
+  const auto ask = [](const uint8_t* line, int64_t) { __builtin_prefetch(line); };
+  for (int64_t i = 0; i < count; i++) {
+    fxq_share_lines(watches[i], watches[i].turn, ask);
+    fxq_fixed_lines(watches[i], ask);
+  }
   for (int64_t i = 0; i < count; i++) {
     FxqWatch& watch = watches[i];
     const int64_t turn = watch.turn;
