@@ -271,6 +271,8 @@ def widened(narrow: Any, dtype: torch.dtype, device: str) -> Any:
 
 
 class _RowScalesOnCpu(TorchDispatchMode):
+    supports_higher_order_operators = True  # they run as they are, and their graphs under the mode
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._scaled_mm.default and args[0].is_cpu:
