@@ -75,6 +75,7 @@ class Watches:
     """
 
     def __init__(self, looked_at: Sequence[tuple[int, Fingerprint]]) -> None:
+        # The native code is given addresses of their digests, which live as long as they do.
         self._fingerprints = [fingerprint for _, fingerprint in looked_at]
         self._watches = (_Watch * len(looked_at))()
         for i, (address, found) in enumerate(looked_at):
