@@ -30,7 +30,7 @@ from fx_quant.linear_kernels.params import (
     replace_parameter,
     set_buffer,
 )
-from fx_quant.linear_operands import check_bias, check_operands, codes_per_element, linear_problem
+from fx_quant.linear_operands import check_bias, check_operands, linear_problem
 from fx_quant.problem import Problem
 from fx_quant.scheme import Granularity, Scheme
 from fx_quant.selection import disabled_kernels
@@ -183,7 +183,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
             input_scale=params.input_scale,
             input_zero_point=getattr(params, "input_zero_point", None),
         )
-        shape = (params.weight.shape[0], params.weight.shape[1] * codes_per_element(scheme.weight))
+        shape = (params.weight.shape[0], params.weight.shape[1] * scheme.weight.codes_per_element)
         wanted = self.config.shape()  # type: ignore[attr-defined]
         if wanted not in (None, shape):
             raise ValueError(f"weight must be [n, k] = {list(wanted)} as the configuration says, got {list(shape)}")
