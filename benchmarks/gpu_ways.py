@@ -401,16 +401,12 @@ def _our_chain(given: Operands) -> Call:
     spec = given.scheme.activation
     arguments = {**formula(spec), "group": group_of(spec)}
     norm_quantize = fxq.triton_rms_norm_quantize.dynamic
-    gated_mm = None if group_of(spec) else getattr(fxq, "triton_gated_mm", None)
     activate = _compiled(gated, tuned=False) if given.x.is_cuda else gated
 
     def call(i: int) -> Tensor:
         gate_up, down = given.layers[i]
         codes, scale, _ = norm_quantize(given.x, given.norm, EPS, given.residual, **arguments)
-        if gated_mm is not None:
-            y = gated_mm(codes, gate_up.codes.t(), scale, gate_up.scale, BF16)
-        else:
-            y = activate(_matmul(gate_up, codes, scale, None, None))
+        y = activate(_matmul(gate_up, codes, scale, None, None))
         return _matmul(down, *quantized(y, spec), None)
 
     return call

@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from fx_quant.gpu import gated, persistent, quantized_linear, swapped, tile, weight_only
+from fx_quant.gpu import persistent, quantized_linear, swapped, tile, weight_only
 from fx_quant.gpu.architectures import Architecture
-from fx_quant.gpu.launch import Configuration, Launch
+from fx_quant.gpu.launch import Launch
 from fx_quant.gpu.operands import ScaledOperands, scaled_operands
 from fx_quant.gpu.packed_codes import PACKED_CODES
 from fx_quant.gpu.quantize import Norm, plan_asymmetric, plan_dynamic, plan_static
@@ -127,38 +127,6 @@ def _tile(on: Architecture) -> Iterator[Shipped]:
                 yield Shipped(f"{recipe} {found}", products, plan)
 
 
-def _gated(on: Architecture) -> Iterator[Shipped]:
-    for recipe in ("int8", "float8") if on.float8 else ("int8",):
-        configurations = gated.CONFIGURATIONS[gated.family(on)]
-        for found in configurations:
-            yield from _gated_by(on, recipe, "", None, found)
-        if recipe == "float8":
-            dtype = float8_of(on)
-            lo, hi = _BOUNDS[dtype]
-            given = gated.ResultCodes(dtype, False, lo, hi, scale=meta(1))
-            chosen = gated.ResultCodes(dtype, False, lo, hi, divisor=hi, floor=1e-12, floor_on="amax")
-            # What takes most registers beside the largest tile.
-            for words, codes in ((" to codes", given), (" to groups of codes", chosen)):
-                for found in configurations[-2:]:
-                    yield from _gated_by(on, recipe, words, codes, found)
-
-
-def _gated_by(
-    on: Architecture, recipe: str, words: str, codes: gated.ResultCodes | None, found: Configuration
-) -> Iterator[Shipped]:
-    dtype = I8 if recipe == "int8" else float8_of(on)
-    m = found.block_m if found.form == "swapped" else MANY
-    a, b = meta(m, K, dtype=dtype), meta(2 * N, K, dtype=dtype).t()
-    operands = gated.gated_operands(a, b, meta(m, 1), meta(2 * N), BF16, codes)
-    if gated.unfit(operands, found, on) is None:
-        plan = partial(_first, partial(gated.plan_gated_mm, operands, found, on))
-        yield Shipped(f"gated {recipe}{words} {found}", recipe, plan)
-
-
-def _first(plan: Callable[[], tuple[Launch, object]]) -> Launch:
-    return plan()[0]
-
-
 def _weight_only(on: Architecture) -> Iterator[Shipped]:
     # Codes of uint8 are packed as those of int8 are.
     for name, group in (("int4", 128), ("int4", 0), ("int8", 0), ("float8", 0)):
@@ -209,5 +177,5 @@ def _launch(plan: Callable[[], object], index: int) -> Launch:
 
 def shipped(on: Architecture) -> list[Shipped]:
     """Everything that is for ``on``."""
-    parts = (_persistent, _swapped, _quantized_linear, _tile, _weight_only, _gated, _quantize)
+    parts = (_persistent, _swapped, _quantized_linear, _tile, _weight_only, _quantize)
     return [each for part in parts for each in part(on)]

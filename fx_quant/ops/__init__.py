@@ -7,7 +7,6 @@ stays opaque to AOTAutograd, runs eagerly on every device, and Inductor may stil
 from __future__ import annotations
 
 from fx_quant.ops import fold
-from fx_quant.ops.gated_mm import gated_mm, gated_mm_dynamic, gated_mm_static
 from fx_quant.ops.library import KEEPING_TAGS, LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
 from fx_quant.ops.quantize import (
     check_quantize,
@@ -49,9 +48,6 @@ __all__ = [
     "dequantize_weight",
     "empty_group_scale",
     "fold",
-    "gated_mm",
-    "gated_mm_dynamic",
-    "gated_mm_static",
     "quantize",
     "quantize_dynamic",
     "quantize_groups",
