@@ -134,16 +134,7 @@ def _ours(given: Operands) -> Call:
         if names:
             return _kernel(given, names[0])
         return lambda i: _weight_only(given, i)
-    op = getattr(fxq, "triton_quantized_linear", None)
-    spec = scheme.activation
-    if op is None or not spec.symmetric or group_of(spec):
-        return _ours_in_two(given)
-
-    def call(i: int) -> Tensor:
-        (weights,) = given.layers[i]
-        return op(given.x, weights.codes.t(), weights.scale, None, BF16, **formula(spec))
-
-    return call
+    return _ours_in_two(given)
 
 
 def _weight_only(given: Operands, i: int) -> Tensor:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from fx_quant.gpu import persistent, quantized_linear, swapped, tile, weight_only
+from fx_quant.gpu import persistent, swapped, tile, weight_only
 from fx_quant.gpu.architectures import Architecture
 from fx_quant.gpu.launch import Launch
 from fx_quant.gpu.operands import ScaledOperands, scaled_operands
@@ -99,18 +99,6 @@ def formula(dtype: torch.dtype) -> dict[str, object]:
     return {**_FORMULA, "dtype": dtype, "divisor": hi, "lo": lo, "hi": hi}
 
 
-def _quantized_linear(on: Architecture) -> Iterator[Shipped]:
-    for recipe, by_architecture in swapped.DYNAMIC_CONFIGURATIONS.items():
-        dtype = I8 if recipe == "int8" else float8_of(on)
-        quantization = quantized_linear.DynamicQuantization(**formula(dtype))  # pyrefly: ignore[bad-argument-type]
-        for found in by_architecture.get(on.name, ()):
-            x, b = meta(4, K, dtype=BF16), meta(N, K, dtype=dtype).t()
-            given = (x, b, meta(N), meta(N, dtype=BF16), BF16, quantization, replace(found, split_k=splits(on)), on)
-            yield Shipped(
-                f"{recipe} quantized_linear {found}", recipe, partial(quantized_linear.plan_quantized_linear, *given)
-            )
-
-
 def _tile(on: Architecture) -> Iterator[Shipped]:
     for recipe, configurations in tile.CONFIGURATIONS.get(on.name, {}).items():
         for found in configurations:
@@ -177,5 +165,5 @@ def _launch(plan: Callable[[], object], index: int) -> Launch:
 
 def shipped(on: Architecture) -> list[Shipped]:
     """Everything that is for ``on``."""
-    parts = (_persistent, _swapped, _quantized_linear, _tile, _weight_only, _quantize)
+    parts = (_persistent, _swapped, _tile, _weight_only, _quantize)
     return [each for part in parts for each in part(on)]

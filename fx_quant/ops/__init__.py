@@ -16,7 +16,6 @@ from fx_quant.ops.quantize import (
     quantize_dynamic,
 )
 from fx_quant.ops.quantize_groups import empty_group_scale, quantize_groups
-from fx_quant.ops.quantized_linear import quantized_linear
 from fx_quant.ops.rms_norm_quantize import rms_norm_quantize, rms_norm_quantize_dynamic
 from fx_quant.ops.scaled_mm import (
     accumulate,
@@ -51,7 +50,6 @@ __all__ = [
     "quantize",
     "quantize_dynamic",
     "quantize_groups",
-    "quantized_linear",
     "register",
     "rms_norm_quantize",
     "rms_norm_quantize_dynamic",
