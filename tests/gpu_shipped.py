@@ -16,7 +16,6 @@ from fx_quant.gpu.architectures import Architecture
 from fx_quant.gpu.launch import Launch
 from fx_quant.gpu.operands import ScaledOperands, scaled_operands
 from fx_quant.gpu.packed_codes import PACKED_CODES
-from fx_quant.gpu.quantize import Norm, plan_asymmetric, plan_dynamic, plan_static
 from fx_quant.gpu.semaphores import unfit_split
 
 F32, BF16, I8, I32 = torch.float32, torch.bfloat16, torch.int8, torch.int32
@@ -82,23 +81,6 @@ def _swapped(on: Architecture) -> Iterator[Shipped]:
             yield Shipped(f"{recipe} {found}", products, partial(swapped.plan_scaled_mm, operands, found, on))
 
 
-_FORMULA = {
-    "granularity": "per_token",
-    "divide_dtype": F32,
-    "floor": 1e-5,
-    "floor_on": "amax",
-    "scale_dtype": F32,
-    "reciprocal": False,
-}
-_BOUNDS = {I8: (-128.0, 127.0), torch.float8_e4m3fnuz: (-224.0, 224.0), torch.float8_e4m3fn: (-448.0, 448.0)}
-
-
-def formula(dtype: torch.dtype) -> dict[str, object]:
-    """How most libraries quantize an activation by token."""
-    lo, hi = _BOUNDS[dtype]
-    return {**_FORMULA, "dtype": dtype, "divisor": hi, "lo": lo, "hi": hi}
-
-
 def _tile(on: Architecture) -> Iterator[Shipped]:
     for recipe, configurations in tile.CONFIGURATIONS.get(on.name, {}).items():
         for found in configurations:
@@ -136,34 +118,7 @@ def _weight_only(on: Architecture) -> Iterator[Shipped]:
             yield Shipped(words, "half", partial(weight_only.plan_weight_only_mm, operands, found, on))
 
 
-def _quantize(on: Architecture) -> Iterator[Shipped]:
-    for dtype in (I8, float8_of(on)) if on.float8 else (I8,):
-        codes, given = ("int8" if dtype is I8 else "float8"), formula(dtype)
-        lo, hi = _BOUNDS[dtype]
-        x, norm = meta(MANY, N, dtype=BF16), Norm(meta(N, dtype=BF16), 1e-5, meta(MANY, N, dtype=BF16))
-        plans = {
-            "per_token": partial(plan_dynamic, x, **given, on=on),
-            "per_tensor": partial(plan_dynamic, x, **{**given, "granularity": "per_tensor"}, on=on),
-            "static": partial(plan_static, x, meta(()), dtype=dtype, reciprocal=False, lo=lo, hi=hi, on=on),
-            "rms_norm per_token": partial(plan_dynamic, x, **given, on=on, norm=norm),
-        }
-        if dtype is I8:
-            plans["asymmetric"] = partial(plan_asymmetric, x, granularity="per_token", on=on)
-        else:
-            plans["per_group(128)"] = partial(plan_dynamic, x, **given, on=on, group=128)
-            plans["rms_norm per_group(128)"] = partial(plan_dynamic, x, **given, on=on, group=128, norm=norm)
-        for name, plan in plans.items():
-            yield from (
-                Shipped(f"quantize {codes} {name}{f' {i + 1}' if i else ''}", None, partial(_launch, plan, i))
-                for i in range(len(plan().launches))
-            )
-
-
-def _launch(plan: Callable[[], object], index: int) -> Launch:
-    return plan().launches[index]  # type: ignore[attr-defined]
-
-
 def shipped(on: Architecture) -> list[Shipped]:
     """Everything that is for ``on``."""
-    parts = (_persistent, _swapped, _tile, _weight_only, _quantize)
+    parts = (_persistent, _swapped, _tile, _weight_only)
     return [each for part in parts for each in part(on)]

@@ -15,8 +15,6 @@ from fx_quant.ops.quantize import (
     quantize,
     quantize_dynamic,
 )
-from fx_quant.ops.quantize_groups import empty_group_scale, quantize_groups
-from fx_quant.ops.rms_norm_quantize import rms_norm_quantize, rms_norm_quantize_dynamic
 from fx_quant.ops.scaled_mm import (
     accumulate,
     accumulate_blocks,
@@ -45,14 +43,10 @@ __all__ = [
     "correct",
     "dequantize",
     "dequantize_weight",
-    "empty_group_scale",
     "fold",
     "quantize",
     "quantize_dynamic",
-    "quantize_groups",
     "register",
-    "rms_norm_quantize",
-    "rms_norm_quantize_dynamic",
     "scaled_mm",
     "split_zero_point",
     "unpack_codes",
