@@ -56,8 +56,7 @@ def operands_of(recipe: str, m: int, on: Architecture) -> ScaledOperands:
         return scaled_operands(a, b, a_scale, b_scale, bias, N, BF16, block=(rows, 128))
     zero_point = meta(m, 1, dtype=I32) if codes == "int8" else None
     sums = meta(N, dtype=I32) if codes == "int8" else None
-    found = scaled_operands(a, b, meta(m, 1), meta(N), bias, N, BF16, a_zero_point=zero_point, b_sum=sums)
-    return replace(found, fast_accum=scales == "fast")
+    return scaled_operands(a, b, meta(m, 1), meta(N), bias, N, BF16, a_zero_point=zero_point, b_sum=sums)
 
 
 def _persistent(on: Architecture) -> Iterator[Shipped]:
