@@ -84,6 +84,7 @@ for _name, _layout, _dot, _sum in (
 ):
     register_op(_name, matmul_body(_layout, _dot, _sum))
 
+# Without VBMI only (Intel's Cooper Lake): `cpu_float8_decoded_bf16` comes before it.
 register_kernel(
     Kernel(
         name="cpu_float8_bf16",

@@ -3,6 +3,11 @@
 A class of ours names kernels of the registry, and everything it answers is read off their requirements; a class of
 somebody else implements ``MMLinearKernel`` itself. Both kinds are chosen by the same functions.
 
+Beside them stand vLLM's functions of codes that are given: ``dispatch_w8a8_scaled_mm`` and the five that it returns
+(``cutlass_``, ``rocm_per_tensor_``, ``torch_per_tensor_``, ``torch_per_token_``, ``torch_channelwise_w8a8_scaled_mm``),
+the probes ``cutlass_fp8_supported``, ``cutlass_block_fp8_supported``, ``cutlass_group_gemm_supported`` and
+``sparse_cutlass_supported``, and ``maybe_create_device_identity``. Transforms of weights are in ``fx_quant.weights``.
+
 Source: vLLM, ``model_executor/kernels/linear/base.py`` (names, signatures and lifecycle).
 """
 
@@ -45,9 +50,12 @@ from fx_quant.linear_kernels.classes import (
 )
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
+    GroupShape,
     Int8ScaledMMLinearLayerConfig,
     MMLinearLayerConfig,
     MPLinearLayerConfig,
+    QuantKey,
+    ScaleDesc,
     ScaledMMLinearLayerConfig,
 )
 from fx_quant.linear_kernels.interface import MMLinearKernel
@@ -58,6 +66,19 @@ from fx_quant.linear_kernels.registry import (
     MPLinearKernel,
     RegistryLinearKernel,
     ScaledMMLinearKernel,
+)
+from fx_quant.linear_kernels.w8a8 import (
+    cutlass_block_fp8_supported,
+    cutlass_fp8_supported,
+    cutlass_group_gemm_supported,
+    cutlass_w8a8_scaled_mm,
+    dispatch_w8a8_scaled_mm,
+    maybe_create_device_identity,
+    rocm_per_tensor_w8a8_scaled_mm,
+    sparse_cutlass_supported,
+    torch_channelwise_w8a8_scaled_mm,
+    torch_per_tensor_w8a8_scaled_mm,
+    torch_per_token_w8a8_scaled_mm,
 )
 
 __all__ = [
@@ -78,6 +99,7 @@ __all__ = [
     "FP8ScaledMMLinearLayerConfig",
     "FlashInferFP8BlockScaledMMLinearKernel",
     "FlashInferFP8ScaledMMLinearKernel",
+    "GroupShape",
     "Int8Params",
     "Int8ScaledMMLinearKernel",
     "Int8ScaledMMLinearLayerConfig",
@@ -91,9 +113,11 @@ __all__ = [
     "MarlinLinearKernel",
     "Params",
     "PerTensorTorchFP8ScaledMMLinearKernel",
+    "QuantKey",
     "ROCmFP8ScaledMMLinearKernel",
     "RegistryLinearKernel",
     "RowWiseTorchFP8ScaledMMLinearKernel",
+    "ScaleDesc",
     "ScaledMMLinearKernel",
     "ScaledMMLinearLayerConfig",
     "TorchInt8ScaledMMLinearKernel",
@@ -104,9 +128,20 @@ __all__ = [
     "TritonMPLinearKernel",
     "choose_mp_linear_kernel",
     "choose_scaled_mm_linear_kernel",
+    "cutlass_block_fp8_supported",
+    "cutlass_fp8_supported",
+    "cutlass_group_gemm_supported",
+    "cutlass_w8a8_scaled_mm",
+    "dispatch_w8a8_scaled_mm",
     "init_fp8_linear_kernel",
     "init_int8_linear_kernel",
     "is_supported_and_can_implement_kernel",
+    "maybe_create_device_identity",
     "possible_kernels",
     "replace_parameter",
+    "rocm_per_tensor_w8a8_scaled_mm",
+    "sparse_cutlass_supported",
+    "torch_channelwise_w8a8_scaled_mm",
+    "torch_per_tensor_w8a8_scaled_mm",
+    "torch_per_token_w8a8_scaled_mm",
 ]

@@ -237,7 +237,7 @@ class FP8ScaledMMLinearKernel(ScaledMMLinearKernel[FP8ScaledMMLinearLayerConfig,
     PARAMS = FP8Params
 
     def _merge_shards(self, layer: nn.Module, params: FP8Params) -> None:
-        granularity = self.config.weight_quant_key.granularity
+        granularity = problem_of(self.config).scheme.weight.granularity
         if granularity == Granularity.PER_TENSOR and params.weight_scale.numel() > 1:
             scale, weight = requantize_with_max_scale(params.weight, params.weight_scale, _widths(layer))
             replace_parameter(layer, params.WEIGHT, weight)
