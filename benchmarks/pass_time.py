@@ -41,9 +41,10 @@ from fx_quant.backend import RewritePass
 from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import copy_graph, static_input_indices
 from fx_quant.config import Options
+from fx_quant.machine import detect_target
 from fx_quant.passes import pipeline
 from fx_quant.passes.pipeline import rewrite_graph
-from fx_quant.target import Target, detect_target, named_target
+from fx_quant.target import Target, named_target
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

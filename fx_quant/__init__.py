@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from fx_quant.fp8_linear import Fp8LinearOp
     from fx_quant.kernels.packing import clear_packed_weights
     from fx_quant.linear import QuantizedLinear
+    from fx_quant.machine import detect_target
     from fx_quant.prepare import PrepareReport, prepare_
     from fx_quant.quantize_model import QuantizeReport, quantize_
     from fx_quant.report import Report
     from fx_quant.scheme import Granularity, OperandSpec, Scheme
     from fx_quant.selection import select
-    from fx_quant.target import Target, detect_target, named_target
+    from fx_quant.target import Target, named_target
     from fx_quant.tuner import TuneReport, tune
 
 # No public name may be that of a submodule: importing the submodule would put the module in its place.
@@ -41,7 +42,7 @@ _HOMES = {
     "TuneReport": "tuner",
     "check": "checker",
     "clear_packed_weights": "kernels.packing",
-    "detect_target": "target",
+    "detect_target": "machine",
     "explain": "explainer",
     "inductor_pass": "backend",
     "load_quantized_": "checkpoint",

@@ -15,7 +15,8 @@ from tabulate import tabulate
 
 from fx_quant.compat import cpp_compiler
 from fx_quant.errors import FxQuantError
-from fx_quant.target import detect_target, named_target, named_targets, resolve_target
+from fx_quant.machine import detect_target, resolve_target
+from fx_quant.target import named_target, named_targets
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,11 +20,12 @@ from fx_quant.compat import copy_graph, replace_contents, row_scales_on_cpu, sec
 from fx_quant.config import Options
 from fx_quant.errors import ToleranceError
 from fx_quant.isolation import innermost, preserve_rng_state, uncompiled
+from fx_quant.machine import detect_target
 from fx_quant.module_names import named_modules_of, renamed
 from fx_quant.passes.pipeline import Rewriting, holds_codes, report_on, to_canonical, to_kernels
 from fx_quant.passes.sites import Site
 from fx_quant.report import MissReport, Report, SiteReport, without_numbers
-from fx_quant.target import Target, detect_target
+from fx_quant.target import Target
 
 
 @dataclass(frozen=True)

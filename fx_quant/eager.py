@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fx_quant.kernels.base import empty_product
+from fx_quant.machine import detect_target
 from fx_quant.problem import Problem
 from fx_quant.realise import Operands, kept_parts, realise
 from fx_quant.reasons import without_compiler
 from fx_quant.selection import DISABLED_VARIABLE, Selection, select
-from fx_quant.target import Target, detect_target
+from fx_quant.target import Target
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,11 +15,12 @@ from fx_quant.coded_modules import unseen_modules
 from fx_quant.compat import static_input_indices
 from fx_quant.config import Options
 from fx_quant.isolation import innermost
+from fx_quant.machine import resolve_target
 from fx_quant.module_names import renamed, roots_of
 from fx_quant.passes.pipeline import holds_codes, report_on, to_canonical, to_kernels
 from fx_quant.prepare import first_steps
 from fx_quant.report import Report
-from fx_quant.target import Target, resolve_target
+from fx_quant.target import Target
 
 
 def explain(

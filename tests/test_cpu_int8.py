@@ -216,7 +216,7 @@ import torch
 from fx_quant.linear import linear_problem
 from fx_quant.scheme import Scheme
 from fx_quant.selection import select
-from fx_quant.target import detect_target
+from fx_quant.machine import detect_target
 
 target = detect_target()
 a, w = torch.full((16, 4096), 127, dtype=torch.int8), torch.full((64, 4096), 127, dtype=torch.int8)

@@ -398,7 +398,7 @@ def test_mixed_precision():
     ],
 )
 def test_init_fp8_chooses_per_target_and_pads_where_torch_gains(target, cls, rows, monkeypatch):
-    monkeypatch.setattr("fx_quant.target.installed_packages", lambda: {"torch": torch.__version__})
+    monkeypatch.setattr("fx_quant.machine.installed_packages", lambda: {"torch": torch.__version__})
     dtype = FNUZ if target == "gfx942" else E4M3
     specs = OperandSpec(dtype, Granularity.PER_TENSOR, dynamic=True), OperandSpec(dtype, Granularity.PER_TENSOR)
     made = lk.init_fp8_linear_kernel(*specs, torch.bfloat16, compute_capability=target)

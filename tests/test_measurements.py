@@ -166,7 +166,7 @@ from fx_quant import tuning
 from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import FxQuantError
-from fx_quant.target import detect_target
+from fx_quant.machine import detect_target
 
 base, uid = Path(sys.argv[1]), int(sys.argv[2])
 class Two(torch.nn.Module):

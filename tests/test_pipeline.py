@@ -153,6 +153,52 @@ def test_verify_refuses_a_canonical_op_without_a_kernel():
         verify(state.graph, state.before)
 
 
+def test_verify_refuses_a_weight_only_op_without_a_kernel():
+    state = rewrite(trace(lambda x, w, s: x @ (w.float() * s).t().to(BF16), sample(M, K), weight(), torch.tensor(0.1)))
+    assert calls(state.graph, ops.weight_only_mm.default)
+    with pytest.raises(VerificationError, match="must all be assigned a kernel"):
+        verify(state.graph, state.before)
+
+
+def test_verify_refuses_an_op_of_the_source_that_has_a_kernel_and_is_still_there():
+    graph = trace(lambda a, w: ops.scaled_mm(a, w.t(), None, None, None, torch.int32), weight(M), weight())
+    (op,) = calls(graph, ops.scaled_mm.default)
+    verify(graph, copy_of(graph))
+    with pytest.raises(VerificationError, match=r"must all be assigned a kernel, found \[scaled_mm"):
+        verify(graph, copy_of(graph), assigned=[op.name])
+
+
+def _unsigned(x, w, scale, a):
+    return ops.scaled_mm(a, w.t(), None, None, None, torch.float32), linear(x, w, scale)
+
+
+def _symbolic(a, w, scale, x):
+    return ops.scaled_mm(w, a.t(), None, None, None, torch.float32), linear(x, w, scale)
+
+
+def _symbolic_weight_only(a, w, scale, x):
+    return ops.weight_only_mm(x, a.t(), scale[:1], None, None, BF16), linear(x, w, scale)
+
+
+@pytest.mark.parametrize(
+    ("function", "first", "last", "reason"),
+    [
+        (_unsigned, sample(M, K), weight(M).to(torch.uint8), "no kernel can run uint8"),
+        (_symbolic, weight(5), sample(M, K), "n and k must be static"),
+        (_symbolic_weight_only, weight(5), sample(M, K), "n and k must be static"),
+    ],
+)
+def test_a_missed_canonical_op_of_the_source_leaves_the_rewrites_beside_it(function, first, last, reason):
+    given = (first, weight(), SCALE, last)
+    graph = trace(function, *given, dynamic=True)
+    before = copy_of(graph)
+    report = rewrite_graph(graph, X86, Options(), frozenset({1, 2}))
+    assert [miss.reason.startswith(reason) for miss in report.misses] == [True]
+    assert len(report.sites) == 1 and not calls(graph, torch.ops.aten._int_mm.default)
+    assert len(calls(graph, ops.cpu_int8_vnni.default)) == 1
+    assert_same_bits(before, graph, *given)
+
+
 def test_verify_refuses_an_output_of_another_dtype():
     before = one_linear()
     after = trace(lambda *given: linear(*given).float(), sample(M, K), weight(), SCALE, BIAS)

@@ -236,6 +236,11 @@ def kernel(name: str) -> Kernel:
     return _KERNELS[name]
 
 
+def required_packages() -> frozenset[str]:
+    """Names of all libraries that the kernels require."""
+    return frozenset(package for each in kernels() for package in each.requires.packages)
+
+
 @functools.cache
 def _load_providers() -> None:
     """Import every provider file beside this one, then the installed ones, once; an error is raised each time."""

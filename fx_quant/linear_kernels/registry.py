@@ -31,10 +31,11 @@ from fx_quant.linear_kernels.params import (
     set_buffer,
 )
 from fx_quant.linear_operands import check_bias, check_operands, linear_problem
+from fx_quant.machine import capability_target, detect_target
 from fx_quant.problem import Problem
 from fx_quant.scheme import Granularity, Scheme
 from fx_quant.selection import disabled_kernels
-from fx_quant.target import Target, capability_target, detect_target, named_target
+from fx_quant.target import Target, named_target
 from fx_quant.weights import azp_adjoint, convert_to_channelwise, merge_input_scales, requantize_with_max_scale
 
 Capability = int | str | Target | None

@@ -209,6 +209,7 @@ def to_kernels(state: Rewriting) -> None:
 
 def _to_kernels(state: Rewriting) -> None:
     selections = {node: state.selections[site] for site, node in state.canonical.items()}
+    assigned = [node.name for node in selections]
     inputs = classify_inputs(state.graph, state.static_indices)
     results = assign(state.graph, selections, inputs.runtime)
     state.canonical = {site: results[node] for site, node in state.canonical.items()}
@@ -217,7 +218,7 @@ def _to_kernels(state: Rewriting) -> None:
     ops = {selection.kernel.overload() for selection in selections.values()}
     kernels = [node for node in state.graph.nodes if is_op(node, *ops)]
     fold_constants(Emitter(state.graph), kernels, classify_inputs(state.graph, state.static_indices))
-    verify(state.graph, state.source)
+    verify(state.graph, state.source, assigned)
 
 
 def rewrite_graph(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Report:
