@@ -76,6 +76,4 @@ def assert_within(actual: Tensor, expected: Tensor, numerics: Numerics, terms: f
     largest = expected[expected.isfinite()] if expected.is_floating_point() else expected
     largest = largest.abs().max().item() if largest.numel() else 0.0
     largest = max(largest, 0.0 if isinstance(terms, Tensor) else terms)
-    torch.testing.assert_close(
-        actual, expected, rtol=tolerance.rtol, atol=tolerance.atol * largest, equal_nan=True
-    )
+    torch.testing.assert_close(actual, expected, rtol=tolerance.rtol, atol=tolerance.atol * largest, equal_nan=True)

@@ -126,9 +126,7 @@ class Judge:
             last = next((f for f in reversed(frames) if "/fx_quant/" in f.filename), frames[-1])
             self.fault("crash", f"{Path(last.filename).name}:{last.name}", f"{type(error).__name__}: {error}")
 
-    def call(
-        self, graph: Graph, inputs: Sequence[Tensor], *, wide: bool = False, nudge: Nudge | None = None
-    ) -> Ran:
+    def call(self, graph: Graph, inputs: Sequence[Tensor], *, wide: bool = False, nudge: Nudge | None = None) -> Ran:
         """``graph`` run op by op on ``inputs`` themselves; ``wide`` on copies in float64, rounded to codes only.
 
         ``nudge`` is called with each node and its value, and gives what is used instead.
