@@ -426,6 +426,8 @@ def _numbers_abs(args: tuple) -> tuple:
 
 
 _MAGNITUDE_BODIES = {
+    # Magnitudes lie in memory as they come.
+    torch.ops.aten.view.default: torch.reshape,
     torch.ops.aten.sub.Tensor: torch.add,
     torch.ops.aten.add.Tensor: torch.add,
     torch.ops.aten.div.Tensor: torch.div,
@@ -465,7 +467,7 @@ def roundings(
 
 
 # float16 loses relative precision below 6e-5: half of its smallest step, a few times over and scaled up.
-TINY = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-6}
+TINY = {torch.float64: 0.0, torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-6}
 
 
 def rounded_to(site: Site, state: Rewriting) -> set[torch.dtype]:
