@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 from fx_quant.passes.contractions import LOW_BIT_DTYPES
-from fx_quant.passes.nodes import CASTS, COPIES, VIEWS, aten
+from fx_quant.passes.nodes import CASTS, COPIES, VIEWS, aten, dtype, is_op
 from fx_quant.scheme import INT8_DTYPES
 
 WIDE_INTEGERS = frozenset({torch.int16, torch.int32, torch.int64})
@@ -96,3 +97,26 @@ ENDS = frozenset(
     if hasattr(aten, name)
     for overload in (getattr(getattr(aten, name), each) for each in getattr(aten, name).overloads())
 )
+
+
+def is_float_in_bytes(node: Node) -> bool:
+    """Whether ``node`` reads stored bytes as the floats that they hold, as GGUF's blocks do their scales.
+
+    Floats that are put together of parts of bytes are decoded codes, as of fp4.
+    """
+    kind = dtype(node)
+    if not is_op(node, aten.view.dtype) or kind is None or kind in LOW_BIT_DTYPES or not kind.is_floating_point:
+        return False
+    seen, waiting = {node}, [node]
+    while waiting:
+        step = waiting.pop()
+        if is_op(step, *PARTS):
+            return False
+        waiting += [source for source in step.all_input_nodes if source not in seen]
+        seen.update(step.all_input_nodes)
+    return True
+
+
+def keeps_values(node: Node) -> bool:
+    """Whether ``node`` only moves its operands, or casts them."""
+    return is_op(node, *VIEWS, *CASTS, aten.slice.Tensor, aten.select.int, aten.cat.default, aten.stack.default)
