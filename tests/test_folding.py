@@ -111,7 +111,7 @@ def test_a_padded_weight_is_padded_once_and_still_read_column_by_column(target):
     state = rewrite(trace(int8, *given), target=target)
     to_kernels(state)
     (call,) = calls(state.graph, ops.prepack.default)
-    assert call.args[1] == ["padded_32x32"]
+    assert call.args[1] == ["padded_24x32"]
     ((weight,),) = [padded.users for padded in call.users]
     assert weight.meta["val"].stride(0) == 1
     (actual, *_), _ = run(state.graph, *given)
