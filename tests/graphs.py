@@ -74,7 +74,7 @@ def capture(
         source, _ = copy_graph(graph)
         state = to_canonical(graph, named_target(target), Options.parse(options or {}), static_input_indices(graph))
         before, canonical = print_graph(state.before), print_graph(state.graph)
-        if state.selections:
+        if state.rows:
             to_kernels(state)
         after = print_graph(state.graph)
         captured.append(Captured(source, state, before, canonical, after, static_input_indices(graph), []))
@@ -362,7 +362,7 @@ def assert_within_class(site: Site, state: Rewriting, canonical: Graph, inputs: 
     """The site's own value is as far from the source's as its class allows."""
     _, old = run(state.before, *inputs)
     _, new = run(canonical, *inputs)
-    op = next(node for node in canonical.nodes if node.name == state.canonical[site].name)
+    op = next(node for node in canonical.nodes if node.name == state.rows[site].op.name)
     a, b, a_scale, b_scale, bias, _ = (new[arg.name] if hasattr(arg, "name") else arg for arg in op.args)
     expected = old[site.root.name].double()
     actual = new[op.name].double().reshape(expected.shape)

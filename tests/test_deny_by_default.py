@@ -267,7 +267,7 @@ def reported(function: Callable[..., Any], *inputs: Tensor, static: tuple[int, .
     if not holds_codes(graph):
         return []
     state = rewrite(graph, static=static)
-    assert not state.selections and not state.recognised, (state.selections, state.recognised)
+    assert not state.rows and not state.recognised, (state.rows, state.recognised)
     return [miss.rule for miss in state.misses]
 
 
@@ -480,7 +480,7 @@ def test_a_float_matmul_with_constant_operand_behind_a_quantized_linear_is_none(
 
     graph = trace(attend, floats(2, M, N // 2), W, S, floats(8, K))
     state = rewrite(graph)
-    assert [site.gemm.target for site in state.selections] == [torch.ops.aten.mm.default]
+    assert [site.gemm.target for site in state.rows] == [torch.ops.aten.mm.default]
     assert not state.misses
 
 
@@ -489,7 +489,7 @@ def test_a_low_rank_addmm_beside_a_quantized_linear_is_none():
         return torch.addmm(F.linear(x, decoded(w, s)), x @ a, b)
 
     state = rewrite(trace(adapted, floats(M, K), W, S, floats(K, 2), floats(2, N)))
-    assert len(state.selections) == 1
+    assert len(state.rows) == 1
     assert not state.misses
 
 

@@ -231,7 +231,7 @@ def new_codes(module: Linear, seed: int) -> Tensor:
 def graph_of(module: Linear) -> Callable[[Tensor], Tensor]:
     """The rewritten graph of ``module``, run op by op on the very tensors that the module holds."""
     state = rewrite(trace(module.compute, x_of(), module.w.detach(), module.scale.detach()))
-    assert state.selections, state.misses
+    assert state.rows, state.misses
     to_kernels(state)
     assert calls(state.graph, ops.prepack.default) or calls(state.graph, ops.fold.default)
     interpreter = Interpreter(GraphModule(nn.Module(), state.graph))

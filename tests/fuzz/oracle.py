@@ -214,19 +214,19 @@ class Judge:
         """What this machine's kernels compute is what the canonical ops do, and leaves all else as it was."""
         program, outcome = self.program, self.outcome
         state = rewrite(self.graph, program.static, numerics=program.numerics)
-        outcome.rewritten = len(state.selections)
+        outcome.rewritten = len(state.rows)
         outcome.recognised, outcome.missed = len(state.recognised), len(state.misses)
-        if not state.selections:
+        if not state.rows:
             return
         canonical = copy_of(state.graph)
         self.compare_meaning("canonical", self.call(canonical, program.tensors(), wide=True))
-        sites = {site: node.name for site, node in state.canonical.items()}
+        sites = {site: row.canonical for site, row in state.rows.items()}
         to_kernels(state)
         old, new = self.call(canonical, program.tensors()), self.call(state.graph, program.tensors())
-        outcome.kernels += [selection.kernel.name for selection in state.selections.values()]
-        for site in _first(list(state.selections), state.before):
-            selection = state.selections[site]
-            expected, actual = old.values[sites[site]], new.values[state.canonical[site].name]
+        outcome.kernels += [row.selection.kernel.name for row in state.rows.values()]
+        for site in _first(list(state.rows), state.before):
+            selection = state.rows[site].selection
+            expected, actual = old.values[sites[site]], new.values[state.rows[site].op.name]
             try:
                 assert_within(actual, expected, selection.kernel.numerics, _terms(canonical, sites[site], old))
             except AssertionError as error:
@@ -448,7 +448,7 @@ def _largest(x: Tensor) -> float:
 
 def _reach(state: Rewriting, wide: Ran) -> float:
     """The largest result of a rewritten matmul, of which what follows may be what cancellation left."""
-    found = [wide.values.get(site.root.name) for site in state.selections]
+    found = [wide.values.get(site.root.name) for site in state.rows]
     return max((_largest(value.double()) for value in found if isinstance(value, Tensor)), default=0.0)
 
 
