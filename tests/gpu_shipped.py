@@ -30,7 +30,7 @@ class Shipped:
 
     Args:
         name: kernel, recipe and configuration.
-        products: what the tensor cores multiply: ``float8``, ``int8`` or ``half``; None where nothing is multiplied.
+        products: what the tensor cores multiply: ``float8``, ``int8`` or ``half``; None where any instruction will do.
         launch: plans it.
     """
 
