@@ -123,3 +123,19 @@ def test_private_inductor_api_stays_in_its_rooms():
 
 def test_no_file_name_says_nothing():
     assert [str(path) for path in MODULES.values() if path.stem in SAYS_NOTHING] == []
+
+
+def reaches_itself(module, graph):
+    """Whether imports lead from ``module`` back to it."""
+    seen, left = set(), [module]
+    while left:
+        for name in graph[left.pop()] - seen:
+            seen.add(name)
+            left.append(name)
+    return module in seen
+
+
+def test_no_module_imports_itself_through_others():
+    """Anywhere in a file: an import inside a function is an arrow too."""
+    graph = {module: imports(path) & MODULES.keys() - {module} for module, path in MODULES.items()}
+    assert [module for module in MODULES if reaches_itself(module, graph)] == []
