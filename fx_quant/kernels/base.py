@@ -263,12 +263,11 @@ def required_packages() -> frozenset[str]:
 
 @functools.cache
 def _load_providers() -> None:
-    """Import every provider file beside this one, then the installed ones, once; an error is raised each time."""
+    """Import every file beside this one, then the installed providers, once; an error is raised each time."""
     import fx_quant.kernels as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in ("base", "operands", "packing"):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        importlib.import_module(f"{package.__name__}.{module.name}")
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         entry_point.load()
 
