@@ -52,6 +52,14 @@ class Selection:
         return tuple(verdict.kernel for verdict in better if lacks_only_compiler(verdict.reasons))
 
 
+_CLASS_NAMES: set[str] = set()
+
+
+def know_class(name: str) -> None:
+    """Let the class ``name``, which stands for no registered kernel, be named where kernels are disabled."""
+    _CLASS_NAMES.add(name)
+
+
 def disabled_kernels() -> frozenset[str]:
     """Kernels, providers and kernel classes that ``FX_QUANT_DISABLED_KERNELS`` (comma-separated) switches off.
 
@@ -68,16 +76,31 @@ def check_kernel_names(names: Collection[str]) -> None:
 
     A class of somebody else is known once it is defined.
     """
-    found = kernels()
-    known = {each.name for each in found} | {each.provider for each in found}
-    if known.issuperset(names):
+    if not names:
         return
-    from fx_quant.linear_kernels.choose import class_names  # the interface, which few programs need, is above this
-
-    known |= class_names()
+    known = _CLASS_NAMES.union(*map(_names, kernels()))
     for name in sorted(names):
         if name not in known:
             raise unknown_name("kernel or provider", name, known)
+
+
+def _names(kernel: Kernel) -> frozenset[str]:
+    """All names by which ``kernel`` can be switched off."""
+    return kernel.class_names | {kernel.name, kernel.provider}
+
+
+def verdicts(problem: Problem, target: Target, disabled: Collection[str] = ()) -> tuple[Verdict, ...]:
+    """What stands against each kernel running ``problem`` on ``target``, the best kernel first.
+
+    Args:
+        disabled: as for ``select``.
+
+    Raises:
+        UnknownNameError: a name is not known.
+    """
+    check_kernel_names(disabled)
+    off = frozenset(disabled) | disabled_kernels()
+    return tuple(Verdict(each.name, _reasons(each, problem, target, off)) for each in kernels())
 
 
 def select(
@@ -92,35 +115,35 @@ def select(
 
     Args:
         force_kernel: use this kernel or raise.
-        disabled: names of kernels or providers not to use, beside those of ``FX_QUANT_DISABLED_KERNELS``.
+        disabled: names of kernels, providers or kernel classes not to use, beside those of
+            ``FX_QUANT_DISABLED_KERNELS``.
         mode: ``eager`` or ``graph``: the padding plan differs, the kernel does not.
 
     Raises:
         NoKernelError: no kernel can run it, or the forced one cannot; the message holds every reason.
         UnknownNameError: a kernel name is not known.
     """
-    check_kernel_names(disabled)
-    off = frozenset(disabled) | disabled_kernels()
-    verdicts = tuple(Verdict(candidate.name, _reasons(candidate, problem, target, off)) for candidate in kernels())
+    judged = verdicts(problem, target, disabled)
     if force_kernel is not None:
         kernel(force_kernel)  # an unknown name raises here
-        reasons = next(v.reasons for v in verdicts if v.kernel == force_kernel)
+        reasons = next(v.reasons for v in judged if v.kernel == force_kernel)
         if reasons:
             raise NoKernelError(
                 f"forced kernel {force_kernel!r} cannot run {problem} on {target}: {'; '.join(reasons)}. "
                 "Remove force_kernel to let fx_quant choose."
             )
-    for candidate, verdict in zip(kernels(), verdicts, strict=True):
-        if verdict.can_run and force_kernel in (None, candidate.name):
-            padding = plan_padding(problem, candidate.requires.align, mode=mode, eager_rows=candidate.eager_rows)
-            return Selection(problem, target, candidate, padding, verdicts)
-    near = [v for v in verdicts if v.for_platform]
+    for verdict in judged:
+        if verdict.can_run and force_kernel in (None, verdict.kernel):
+            chosen = kernel(verdict.kernel)
+            padding = plan_padding(problem, chosen.requires.align, mode=mode, eager_rows=chosen.eager_rows)
+            return Selection(problem, target, chosen, padding, judged)
+    near = [v for v in judged if v.for_platform]
     losers = "; ".join(f"{v.kernel}: {', '.join(v.reasons)}" for v in near) or f"none is for {target.platform}"
-    raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}", verdicts)
+    raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}", judged)
 
 
-def _reasons(candidate: Kernel, problem: Problem, target: Target, off: Collection[str]) -> tuple[str, ...]:
+def _reasons(candidate: Kernel, problem: Problem, target: Target, off: frozenset[str]) -> tuple[str, ...]:
     reasons = candidate.requires.unmet(problem, target)
-    if candidate.name in off or candidate.provider in off:
+    if off and off & _names(candidate):
         reasons.insert(0, "is disabled")
     return tuple(reasons)

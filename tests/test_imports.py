@@ -22,11 +22,6 @@ ADAPTERS = [
     if path.stem not in ("__init__", "base")
 ]
 LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons", "measurements", "tuning")
-PROVIDERS = [
-    f"fx_quant.kernels.{path.stem}"
-    for path in sorted((PACKAGE / "kernels").glob("*.py"))
-    if path.stem not in ("__init__", "base", "operands", "packing")
-]
 # Private Inductor API changes with every release: these rooms hold all of it.
 MAY_USE_INDUCTOR = ("fx_quant.lowerings", "fx_quant.backend", "fx_quant.compat")
 SAYS_NOTHING = {"utils", "common", "helpers", "misc", "manager"}
@@ -42,6 +37,10 @@ def imports(path):
             assert node.level == 0, f"{path}: relative import"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+REGISTERING = {f"fx_quant.kernels.base.{name}" for name in ("register_kernel", "register_op", "KERNEL_SCHEMA")}
+PROVIDERS = [module for module, path in MODULES.items() if imports(path) & REGISTERING]
 
 
 def within(name, *rooms):
@@ -88,6 +87,7 @@ def test_passes_import_no_lowering():
 
 
 def test_passes_name_no_kernel_provider():
+    assert {"fx_quant.kernels.cpu_int8", "fx_quant.kernels.aiter"} <= set(PROVIDERS)
     assert crossings("fx_quant.passes", *PROVIDERS) == []
 
 
@@ -123,3 +123,19 @@ def test_private_inductor_api_stays_in_its_rooms():
 
 def test_no_file_name_says_nothing():
     assert [str(path) for path in MODULES.values() if path.stem in SAYS_NOTHING] == []
+
+
+def reaches_itself(module, graph):
+    """Whether imports lead from ``module`` back to it."""
+    seen, left = set(), [module]
+    while left:
+        for name in graph[left.pop()] - seen:
+            seen.add(name)
+            left.append(name)
+    return module in seen
+
+
+def test_no_module_imports_itself_through_others():
+    """Anywhere in a file: an import inside a function is an arrow too."""
+    graph = {module: imports(path) & MODULES.keys() - {module} for module, path in MODULES.items()}
+    assert [module for module in MODULES if reaches_itself(module, graph)] == []

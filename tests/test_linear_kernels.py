@@ -25,10 +25,11 @@ from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
 from fx_quant.kernels import base
 from fx_quant.kernels.base import Kernel, kernel, kernels
 from fx_quant.linear import QuantizedLinear
-from fx_quant.linear_kernels.choose import _FAMILIES, _families, _subclasses
+from fx_quant.linear_kernels.classes import FAMILIES, derived_classes, families
 from fx_quant.quantize_weight import quantize_weight
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.target import named_target, named_targets
+from fx_quant.selection import select
+from fx_quant.target import Target, named_target, named_targets
 from fx_quant.weights import INT4, UINT4, pack_int4
 
 if TYPE_CHECKING:
@@ -200,21 +201,26 @@ def test_configurations_that_are_none():
 
 # --- what a class answers -----------------------------------------------------------------------------------------
 
-CLASSES = [c for family in _FAMILIES for c in _subclasses(family)]
+CLASSES = list(derived_classes().values())
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_every_class_names_kernels_of_its_family(cls):
-    family = next(f for f in _FAMILIES if issubclass(cls, f))
+    (family,) = (f for f in FAMILIES if issubclass(cls, f))
     for name in cls.KERNELS:
-        assert family in _families(kernel(name)), name
-    assert cls.__name__ in lk.__all__
+        assert families(kernel(name)) == [family], name
+    assert getattr(lk, cls.__name__) is cls and cls.__name__ in dir(lk)
 
 
-def test_every_kernel_of_ours_has_a_class():
-    named = {name for cls in CLASSES for name in cls.KERNELS}
-    ours = {k.name for k in kernels() if k.provider in {kernel(n).provider for n in named}}
-    assert ours <= named
+def test_every_kernel_here_says_its_class():
+    assert [k.name for k in kernels() if not k.linear_kernel] == []
+    assert {k.linear_kernel for k in kernels()} == {cls.__name__ for cls in CLASSES}
+
+
+def test_a_class_that_no_kernel_has_is_an_error_that_lists_them():
+    with pytest.raises(AttributeError, match="no attribute 'CutlasLinearKernel'; it has .*CutlassFP8ScaledMMLinearKer"):
+        lk.CutlasLinearKernel  # noqa: B018
+    assert not hasattr(lk, "_private")
 
 
 @pytest.mark.parametrize("name", named_targets())
@@ -346,7 +352,7 @@ def test_one_kernel_of_a_class_may_be_disabled(monkeypatch):
 def test_class_names_are_known_whatever_was_imported(name, imported):
     code = (
         f"{imported}from dataclasses import replace; from fx_quant.kernels.base import kernel, register_kernel; "
-        "their = replace(kernel('pytorch_int_mm'), name='their_int8', provider='their'); "
+        "their = replace(kernel('pytorch_int_mm'), name='their_int8', provider='their', linear_kernel=''); "
         "register_kernel(their, priority=0); "
         "from fx_quant.selection import disabled_kernels; print(*disabled_kernels())"
     )
@@ -362,7 +368,7 @@ def test_class_names_are_known_whatever_was_imported(name, imported):
 
 def test_lists_are_in_the_order_of_selection():
     order = [k.name for k in kernels()]
-    for family in _FAMILIES:
+    for family in FAMILIES:
         for platform, classes in lk.possible_kernels(family).items():
             best = [min(order.index(name) for name in c.KERNELS) for c in classes]
             assert best == sorted(best)
@@ -374,12 +380,96 @@ def test_lists_are_in_the_order_of_selection():
 
 
 def test_a_kernel_of_an_installed_provider_gets_a_class(monkeypatch):
-    register(replace(kernel("pytorch_int_mm"), name="their_int8", provider="their"), monkeypatch)
+    register(replace(kernel("pytorch_int_mm"), name="their_int8", provider="their", linear_kernel=""), monkeypatch)
     first = lk.possible_kernels(lk.Int8ScaledMMLinearKernel)["cpu"][0]
     assert first.__name__ == "TheirInt8ScaledMMLinearKernel" and first.KERNELS == ("their_int8",)
     assert lk.possible_kernels(lk.Int8ScaledMMLinearKernel)["cpu"][0] is first
     assert first not in lk.possible_kernels(lk.FP8ScaledMMLinearKernel)["cpu"]
     assert type(lk.init_int8_linear_kernel(True, False, True)) is first
+
+
+def test_a_kernel_joins_the_class_that_it_says(monkeypatch):
+    before = lk.TorchInt8ScaledMMLinearKernel
+    register(replace(kernel("pytorch_int_mm"), name="pytorch_new_mm"), monkeypatch)
+    assert lk.TorchInt8ScaledMMLinearKernel is before
+    assert before.KERNELS == ("pytorch_new_mm", "pytorch_int_mm", "pytorch_int_mm_cuda")
+    assert lk.possible_kernels(lk.Int8ScaledMMLinearKernel)["cpu"][0] is before
+    register(replace(kernel("pytorch_int_mm"), name="their_int8", linear_kernel="NewLinearKernel"), monkeypatch)
+    assert lk.NewLinearKernel.KERNELS == ("their_int8",) and "their_int8" not in before.KERNELS
+
+
+# --- one chooser --------------------------------------------------------------------------------------------------
+
+LIBRARIES = {"triton": "3.6", "vllm": "0.33", "flashinfer-python": "0.7", "amd-aiter": "0.1.20"}
+BF16, F16 = torch.bfloat16, torch.float16
+BLOCKS = OperandSpec(E4M3, Granularity.per_block(128, 128)), OperandSpec(E4M3, Granularity.per_group(128), dynamic=True)
+RAGGED = 36, 72
+SCHEMES = [
+    *itertools.starmap(int8, itertools.product((True, False), (True, False), (True, False))),
+    int8(out_dtype=BF16, weight_shape=RAGGED),
+    *(
+        fp8(OperandSpec(dtype, weight), OperandSpec(dtype, *activation), out)
+        for dtype, weight, activation, out in itertools.product(
+            (E4M3, FNUZ, torch.float8_e5m2),
+            (Granularity.PER_TENSOR, Granularity.PER_CHANNEL),
+            ((Granularity.PER_TENSOR,), (Granularity.PER_TENSOR, True), (Granularity.PER_TOKEN, True)),
+            (BF16, torch.float32),
+        )
+    ),
+    *(fp8(out=out, shape=RAGGED) for out in (BF16, F16, torch.float32)),
+    *(fp8(*BLOCKS, out, shape) for out in (BF16, F16) for shape in (None, (576, 1100))),
+    *(
+        lk.MPLinearLayerConfig((4096, 4096), shape, dtype, act, group, points)
+        for dtype, (group, shape), points, act in itertools.product(
+            (torch.int8, torch.uint8, INT4, UINT4, E4M3, FNUZ),
+            ((-1, (4096, 4096)), (128, (4096, 4096)), (16, (72, 36))),
+            (False, True),
+            (BF16, torch.float32),
+        )
+    ),
+]
+
+
+def faces(config: Any, target: Target) -> tuple[str | None, str | None]:
+    """The kernel that ``select`` chooses, and the one that runs a layer of the class that is chosen."""
+    family = next(f for f in FAMILIES if type(config) in f.__orig_bases__[0].__args__)
+    try:
+        selected = select(config.problem(), target).kernel.name
+    except NoKernelError:
+        selected = None
+    try:
+        cls = lk.choose_scaled_mm_linear_kernel(config, lk.possible_kernels(family), target)
+        return selected, cls(config)._chosen(config.problem(), target).name
+    except NoKernelError:
+        return selected, None
+
+
+@pytest.mark.parametrize("libraries", [{}, LIBRARIES], ids=["alone", "libraries"])
+@pytest.mark.parametrize("name", named_targets())
+def test_both_faces_choose_the_same_kernel_for_every_scheme(name, libraries):
+    target = named_target(name, packages={"torch": torch.__version__, **libraries})
+    chosen = {config: faces(config, target) for config in SCHEMES}
+    assert {config: each for config, each in chosen.items() if each[0] != each[1]} == {}
+    assert any(selected for selected, _ in chosen.values())
+
+
+@pytest.mark.parametrize("off", ["TorchInt8ScaledMMLinearKernel", "pytorch", "cpu_int8_portable,pytorch_int_mm"])
+def test_both_faces_leave_out_what_is_disabled(off, monkeypatch):
+    monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", off)
+    for name in ("arm", "x86", "x86_vnni", "sm80"):
+        selected, of_class = faces(int8(), named_target(name))
+        assert selected == of_class != "pytorch_int_mm"
+
+
+def test_classes_in_an_order_of_one_s_own_are_asked_in_that_order():
+    """``arm`` has a better kernel than any of the class that stands first."""
+    ours = [lk.CPUInt8ScaledMMLinearKernel, lk.TorchInt8ScaledMMLinearKernel]
+    assert lk.choose_scaled_mm_linear_kernel(int8(), {"cpu": ours}, "arm") is ours[1]
+    assert lk.choose_scaled_mm_linear_kernel(int8(), {"cpu": [D, *ours]}, "arm") is D
+    assert lk.choose_scaled_mm_linear_kernel(int8(), {"cpu": [ours[0], C, ours[1]]}, "arm") is ours[1]
+    assert lk.choose_scaled_mm_linear_kernel(int8(), {"cpu": ours[:1]}, "arm") is ours[0]
+    assert lk.choose_scaled_mm_linear_kernel(int8(), {"cpu": ours[::-1]}, "x86_vnni") is ours[1]
+    assert lk.choose_scaled_mm_linear_kernel(CONFIG, {"cpu": [D, *ours]}, "arm") is D
 
 
 def test_mixed_precision():
@@ -513,7 +603,7 @@ def test_every_chooser_asks_a_class_that_is_listed_by_its_kernels(method, monkey
         (lk.MPLinearKernel, "pytorch_weight_only", lambda: lk.choose_mp_linear_kernel(config, "x86"), "cpu"),
     ):
         name = f"their_{like}"
-        register(replace(kernel(like), name=name, provider="their"), monkeypatch)
+        register(replace(kernel(like), name=name, provider="their", linear_kernel=""), monkeypatch)
         theirs = derived(family, KERNELS=(name,), **{method: lambda cls, asked=None: (False, "not here")})
         assert theirs in lk.possible_kernels(family)[machine]
         assert choose() is not theirs

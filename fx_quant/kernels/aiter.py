@@ -106,6 +106,7 @@ register_kernel(
     Kernel(
         name="aiter_int8",
         provider="aiter",
+        linear_kernel="AiterInt8ScaledMMLinearKernel",
         op="aiter_rowwise",
         requires=Requires(
             platforms=ROCM,
@@ -145,6 +146,7 @@ for _feature, _pairs, _suffix in ROCM_FLOAT8:
         Kernel(
             name=f"aiter_float8_preshuffled{_suffix}",
             provider="aiter",
+            linear_kernel="AiterPreshuffledFP8ScaledMMLinearKernel",
             op="aiter_preshuffled",
             # An untuned shape needs k from 192 on and in multiples of the 64 to 512 that a step takes. What does not
             # fit is left to aiter_float8_rowwise, which pads less.
@@ -161,6 +163,7 @@ for _feature, _pairs, _suffix in ROCM_FLOAT8:
         Kernel(
             name=f"aiter_float8_rowwise{_suffix}",
             provider="aiter",
+            linear_kernel="AiterFP8ScaledMMLinearKernel",
             op="aiter_rowwise",
             requires=Requires(
                 **_target, granularities=_FLOAT8_SCALES, bias_dtypes=HALF_DTYPES, bias_as_out=True, align=16
@@ -174,6 +177,7 @@ for _feature, _pairs, _suffix in ROCM_FLOAT8:
         Kernel(
             name=f"aiter_float8_block{_suffix}",
             provider="aiter",
+            linear_kernel="AiterFP8BlockScaledMMLinearKernel",
             op="aiter_block",
             requires=Requires(**_target, granularities=BLOCK_SCALES, align=16),
             # It adds no bias, so a bias meets a rounded sum: where the two cancel, that rounding is what is left.

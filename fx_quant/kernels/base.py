@@ -18,7 +18,7 @@ from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
 from fx_quant.problem import Problem
 from fx_quant.reasons import missing_feature, other_codes, other_platform
-from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, dtype_name
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, Numerics, dtype_name
 from fx_quant.target import Target
 
 ENTRY_POINT_GROUP = "fx_quant.kernels"
@@ -167,6 +167,8 @@ class Kernel:
     Args:
         name: unique; ``<provider>_<what>``.
         provider: where it comes from.
+        linear_kernel: name of the class of ``fx_quant.linear_kernels`` that stands for it, that of vLLM where it has
+            one; without it the class is called after the kernel.
         op: the op's name in the ``fx_quant`` namespace.
         requires: what must hold.
         numerics: how its result relates to the canonical op's on the same codes.
@@ -190,6 +192,24 @@ class Kernel:
     panel_factors: bool = False
     dequantizes: bool = False
     eager_rows: int = 0
+    linear_kernel: str = ""
+
+    @property
+    def class_names(self) -> frozenset[str]:
+        """Names of its classes in ``fx_quant.linear_kernels``: ``my_int8`` -> ``MyInt8ScaledMMLinearKernel``."""
+        return frozenset(self.class_name(weight_only) for weight_only in self.weight_only)
+
+    @property
+    def weight_only(self) -> frozenset[bool]:
+        """Whether its activations are floats; it may be both where it names no codes."""
+        return frozenset(activation in FLOAT_DTYPES for activation, _ in self.requires.codes) or frozenset(
+            {True, False}
+        )
+
+    def class_name(self, weight_only: bool) -> str:
+        """Name of its class for weight-only linears, or for linears of two quantized operands."""
+        words = "".join(word.capitalize() for word in self.name.split("_"))
+        return self.linear_kernel or f"{words}{'LinearKernel' if weight_only else 'ScaledMMLinearKernel'}"
 
     def overload(self) -> torch._ops.OpOverload:
         """The registered op."""
@@ -243,12 +263,11 @@ def required_packages() -> frozenset[str]:
 
 @functools.cache
 def _load_providers() -> None:
-    """Import every provider file beside this one, then the installed ones, once; an error is raised each time."""
+    """Import every file beside this one, then the installed providers, once; an error is raised each time."""
     import fx_quant.kernels as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in ("base", "operands", "packing"):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        importlib.import_module(f"{package.__name__}.{module.name}")
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         entry_point.load()
 

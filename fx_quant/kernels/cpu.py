@@ -90,6 +90,7 @@ register_kernel(
     Kernel(
         name="cpu_float8_bf16",
         provider="cpu",
+        linear_kernel="CPUFP8ScaledMMLinearKernel",
         op="cpu_float8_bf16",
         requires=Requires(
             platforms=CPU,
@@ -110,6 +111,7 @@ register_kernel(
     Kernel(
         name="cpu_float8_float32",
         provider="cpu",
+        linear_kernel="CPUFP8ScaledMMLinearKernel",
         op="cpu_float8_float32",
         requires=Requires(
             platforms=CPU, codes=FLOAT8_PAIRS, granularities=ROW_SCALES, out_dtypes=FLOAT_DTYPES, constant_weight=True
@@ -125,6 +127,7 @@ register_kernel(
     Kernel(
         name="cpu_weight_only_int8",
         provider="cpu",
+        linear_kernel="CPUWeightOnlyLinearKernel",
         op="cpu_weight_only_int8",
         requires=Requires(
             platforms=CPU,

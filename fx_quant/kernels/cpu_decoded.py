@@ -89,6 +89,7 @@ for _suffix, _op, _floats, _features, _a_dtype, _by in (
             Kernel(
                 name=f"cpu_weight_only{_bits}_{_suffix}",
                 provider="cpu",
+                linear_kernel="CPUWeightOnlyLinearKernel",
                 op=_op,
                 requires=Requires(
                     platforms=CPU,
@@ -112,6 +113,7 @@ register_kernel(
     Kernel(
         name="cpu_float8_decoded_bf16",
         provider="cpu",
+        linear_kernel="CPUFP8ScaledMMLinearKernel",
         op="cpu_decoded_bf16",
         requires=Requires(
             platforms=CPU,
@@ -129,7 +131,10 @@ register_kernel(
     priority=31,
 )
 
-for _codes, _pairs in (("int8", INT8_PAIRS), ("float8", FLOAT8_PAIRS)):
+for _codes, _pairs, _class in (
+    ("int8", INT8_PAIRS, "CPUInt8ScaledMMLinearKernel"),
+    ("float8", FLOAT8_PAIRS, "CPUFP8ScaledMMLinearKernel"),
+):
     for _suffix, _op, _features, _a_dtype, _layout, _priority in (
         ("bf16", "cpu_decoded_bf16", _BF16, _HALF, "pairs", 30),
         ("float32", "cpu_decoded_float32", _AVX512, _F32, "columns", 25),
@@ -138,6 +143,7 @@ for _codes, _pairs in (("int8", INT8_PAIRS), ("float8", FLOAT8_PAIRS)):
             Kernel(
                 name=f"cpu_{_codes}_blocks_{_suffix}",
                 provider="cpu",
+                linear_kernel=_class,
                 op=_op,
                 requires=Requires(
                     platforms=CPU,

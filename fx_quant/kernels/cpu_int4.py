@@ -60,6 +60,7 @@ register_kernel(
     Kernel(
         name="cpu_weight_only_int4",
         provider="cpu",
+        linear_kernel="CPUWeightOnlyLinearKernel",
         op="cpu_weight_only_int4",
         requires=Requires(
             platforms=CPU,

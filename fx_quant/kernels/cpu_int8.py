@@ -65,6 +65,7 @@ for _level in LEVELS:
         Kernel(
             name=_level.kernel,
             provider="cpu",
+            linear_kernel="CPUInt8ScaledMMLinearKernel",
             op=_level.kernel,
             requires=Requires(
                 platforms=CPU,

@@ -77,6 +77,7 @@ register_kernel(
     Kernel(
         name="cutlass_float8",
         provider="cutlass",
+        linear_kernel="CutlassFP8ScaledMMLinearKernel",
         op="cutlass_float8",
         requires=Requires(
             platforms=CUDA,
@@ -98,6 +99,7 @@ register_kernel(
     Kernel(
         name="cutlass_float8_block",
         provider="cutlass",
+        linear_kernel="CutlassFP8BlockScaledMMLinearKernel",
         op="cutlass_float8_block",
         # Before 0.33 it wanted m in multiples of 4 on sm90.
         requires=Requires(
@@ -119,6 +121,7 @@ register_kernel(
     Kernel(
         name="cutlass_int8",
         provider="cutlass",
+        linear_kernel="CutlassInt8ScaledMMLinearKernel",
         op="cutlass_int8",
         # Tensor cores from sm100 on have no int8 that it uses, and its zero point has kernels up to sm90.
         requires=Requires(

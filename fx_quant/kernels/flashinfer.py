@@ -79,6 +79,7 @@ register_kernel(
     Kernel(
         name="flashinfer_float8",
         provider="flashinfer",
+        linear_kernel="FlashInferFP8ScaledMMLinearKernel",
         op="flashinfer_float8",
         # On sm89 and sm90 it has cuBLASLt and cuDNN alone, and PyTorch brings cuBLASLt with a bias in its epilogue.
         requires=Requires(
@@ -100,6 +101,7 @@ register_kernel(
     Kernel(
         name="flashinfer_float8_block_sm90",
         provider="flashinfer",
+        linear_kernel="FlashInferFP8BlockScaledMMLinearKernel",
         op="flashinfer_float8_block_sm90",
         requires=Requires(
             platforms=CUDA,

@@ -106,6 +106,7 @@ for _name, _body, _pack, _codes, _stored, _per_byte in (
         Kernel(
             name=_name,
             provider="machete",
+            linear_kernel="MacheteLinearKernel",
             op=_name,
             requires=Requires(
                 platforms=CUDA,

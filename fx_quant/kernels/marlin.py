@@ -212,6 +212,7 @@ for _name, _body, _codes, _asymmetric in (
         Kernel(
             name=_name,
             provider="marlin",
+            linear_kernel="MarlinLinearKernel",
             op=_name,
             requires=Requires(
                 platforms=CUDA,

@@ -141,6 +141,7 @@ register_kernel(
     Kernel(
         name="pytorch_int_mm",
         provider="pytorch",
+        linear_kernel="TorchInt8ScaledMMLinearKernel",
         op="pytorch_int_mm",
         requires=Requires(
             platforms=CPU,
@@ -158,6 +159,7 @@ register_kernel(
     Kernel(
         name="pytorch_int_mm_cuda",
         provider="pytorch",
+        linear_kernel="TorchInt8ScaledMMLinearKernel",
         op="pytorch_int_mm",
         # cuBLASLt wants n and k in multiples of 8; the op itself sees to m.
         requires=Requires(
@@ -199,6 +201,7 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
         Kernel(
             name=f"pytorch_scaled_mm{_suffix}",
             provider="pytorch",
+            linear_kernel="PerTensorTorchFP8ScaledMMLinearKernel",
             op="pytorch_scaled_mm",
             requires=replace(
                 _target,
@@ -218,6 +221,7 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
         Kernel(
             name=f"pytorch_scaled_mm_rowwise{_suffix}",
             provider="pytorch",
+            linear_kernel="RowWiseTorchFP8ScaledMMLinearKernel",
             op="pytorch_scaled_mm",
             requires=replace(
                 _target,
@@ -236,6 +240,7 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
         Kernel(
             name=f"pytorch_channelwise{_suffix}",
             provider="pytorch",
+            linear_kernel="ChannelWiseTorchFP8ScaledMMLinearKernel",
             op="pytorch_channelwise",
             requires=replace(_target, codes=_same | _mixed, granularities=ROW_SCALES, out_dtypes=FLOAT_DTYPES),
             numerics=Numerics.SAME_ACCUM,
@@ -248,6 +253,7 @@ register_kernel(
     Kernel(
         name="pytorch_scaled_mm_block",
         provider="pytorch",
+        linear_kernel="BlockWiseTorchFP8ScaledMMLinearKernel",
         op="pytorch_scaled_mm_block",
         # Of NVIDIA's, PyTorch has these scales for sm90 alone.
         requires=Requires(
@@ -270,6 +276,7 @@ register_kernel(
     Kernel(
         name="pytorch_dequantized_block",
         provider="pytorch",
+        linear_kernel="BlockWiseTorchFP8ScaledMMLinearKernel",
         op="pytorch_dequantized_block",
         dequantizes=True,
         requires=Requires(
@@ -287,6 +294,7 @@ register_kernel(
     Kernel(
         name="pytorch_weight_only",
         provider="pytorch",
+        linear_kernel="TorchMPLinearKernel",
         op="pytorch_weight_only",
         dequantizes=True,
         requires=Requires(

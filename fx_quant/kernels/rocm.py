@@ -57,6 +57,7 @@ for _feature, _pairs, _suffix in ROCM_FLOAT8:
         Kernel(
             name=f"rocm_float8{_suffix}",
             provider="rocm",
+            linear_kernel="ROCmFP8ScaledMMLinearKernel",
             op="rocm_float8",
             # What both matmuls take.
             requires=Requires(

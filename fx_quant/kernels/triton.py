@@ -85,6 +85,7 @@ register_kernel(
     Kernel(
         name="triton_int8",
         provider="triton",
+        linear_kernel="TritonInt8ScaledMMLinearKernel",
         op="triton_scaled_mm",
         requires=Requires(
             platforms=_GPUS,
@@ -118,6 +119,7 @@ for _feature, _platforms, _codes, _suffix in (
         Kernel(
             name=f"triton_float8{_suffix}",
             provider="triton",
+            linear_kernel="TritonFP8ScaledMMLinearKernel",
             op="triton_scaled_mm",
             requires=replace(_requires, granularities=ROW_SCALES),
             numerics=Numerics.SAME_ACCUM,
@@ -129,6 +131,7 @@ for _feature, _platforms, _codes, _suffix in (
         Kernel(
             name=f"triton_float8_block{_suffix}",
             provider="triton",
+            linear_kernel="TritonFP8BlockScaledMMLinearKernel",
             op="triton_scaled_mm",
             requires=replace(_requires, granularities=_GROUPS),
             numerics=Numerics.SAME_ACCUM,
@@ -150,6 +153,7 @@ for _suffix, _codes, _needs, _note in (
         Kernel(
             name=f"triton_weight_only{_suffix}",
             provider="triton",
+            linear_kernel="TritonMPLinearKernel",
             op="triton_weight_only_mm",
             requires=replace(_needs, codes=frozenset(itertools.product(HALF_DTYPES, _codes))),
             numerics=Numerics.REASSOCIATED,

@@ -95,6 +95,7 @@ for _name, _suffix, _dtypes, _platforms, _capability, _asymmetric, _sizes in (
         Kernel(
             name=f"triton_weight_only_{_name}{_suffix}_packed",
             provider="triton",
+            linear_kernel="TritonMPLinearKernel",
             op=_op(_name),
             requires=Requires(
                 platforms=_platforms,

@@ -1,7 +1,8 @@
 """vLLM's linear-kernel interface over our kernels: classes that are supported, can implement, prepare and apply.
 
-A class of ours names kernels of the registry, and everything it answers is read off their requirements; a class of
-somebody else implements ``MMLinearKernel`` itself. Both kinds are chosen by the same functions.
+A class of ours stands for the kernels of the registry that name it (``CutlassFP8ScaledMMLinearKernel``, ...; ``dir``
+lists them), and everything it answers is read off their requirements; a class of somebody else implements
+``MMLinearKernel`` itself. Both kinds are chosen by the same functions.
 
 Beside them stand vLLM's functions of codes that are given: ``dispatch_w8a8_scaled_mm`` and the five that it returns
 (``cutlass_``, ``rocm_per_tensor_``, ``torch_per_tensor_``, ``torch_per_token_``, ``torch_channelwise_w8a8_scaled_mm``),
@@ -13,41 +14,16 @@ Source: vLLM, ``model_executor/kernels/linear/base.py`` (names, signatures and l
 
 from __future__ import annotations
 
+from typing import Any
+
 from fx_quant.linear_kernels.choose import (
     choose_mp_linear_kernel,
     choose_scaled_mm_linear_kernel,
     init_fp8_linear_kernel,
     init_int8_linear_kernel,
     is_supported_and_can_implement_kernel,
-    possible_kernels,
 )
-from fx_quant.linear_kernels.classes import (
-    AiterFP8BlockScaledMMLinearKernel,
-    AiterFP8ScaledMMLinearKernel,
-    AiterInt8ScaledMMLinearKernel,
-    AiterPreshuffledFP8ScaledMMLinearKernel,
-    BlockWiseTorchFP8ScaledMMLinearKernel,
-    ChannelWiseTorchFP8ScaledMMLinearKernel,
-    CPUFP8ScaledMMLinearKernel,
-    CPUInt8ScaledMMLinearKernel,
-    CPUWeightOnlyLinearKernel,
-    CutlassFP8BlockScaledMMLinearKernel,
-    CutlassFP8ScaledMMLinearKernel,
-    CutlassInt8ScaledMMLinearKernel,
-    FlashInferFP8BlockScaledMMLinearKernel,
-    FlashInferFP8ScaledMMLinearKernel,
-    MacheteLinearKernel,
-    MarlinLinearKernel,
-    PerTensorTorchFP8ScaledMMLinearKernel,
-    ROCmFP8ScaledMMLinearKernel,
-    RowWiseTorchFP8ScaledMMLinearKernel,
-    TorchInt8ScaledMMLinearKernel,
-    TorchMPLinearKernel,
-    TritonFP8BlockScaledMMLinearKernel,
-    TritonFP8ScaledMMLinearKernel,
-    TritonInt8ScaledMMLinearKernel,
-    TritonMPLinearKernel,
-)
+from fx_quant.linear_kernels.classes import derived_classes, possible_kernels
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
     GroupShape,
@@ -82,23 +58,9 @@ from fx_quant.linear_kernels.w8a8 import (
 )
 
 __all__ = [
-    "AiterFP8BlockScaledMMLinearKernel",
-    "AiterFP8ScaledMMLinearKernel",
-    "AiterInt8ScaledMMLinearKernel",
-    "AiterPreshuffledFP8ScaledMMLinearKernel",
-    "BlockWiseTorchFP8ScaledMMLinearKernel",
-    "CPUFP8ScaledMMLinearKernel",
-    "CPUInt8ScaledMMLinearKernel",
-    "CPUWeightOnlyLinearKernel",
-    "ChannelWiseTorchFP8ScaledMMLinearKernel",
-    "CutlassFP8BlockScaledMMLinearKernel",
-    "CutlassFP8ScaledMMLinearKernel",
-    "CutlassInt8ScaledMMLinearKernel",
     "FP8Params",
     "FP8ScaledMMLinearKernel",
     "FP8ScaledMMLinearLayerConfig",
-    "FlashInferFP8BlockScaledMMLinearKernel",
-    "FlashInferFP8ScaledMMLinearKernel",
     "GroupShape",
     "Int8Params",
     "Int8ScaledMMLinearKernel",
@@ -109,23 +71,12 @@ __all__ = [
     "MPLinearKernel",
     "MPLinearLayerConfig",
     "MPParams",
-    "MacheteLinearKernel",
-    "MarlinLinearKernel",
     "Params",
-    "PerTensorTorchFP8ScaledMMLinearKernel",
     "QuantKey",
-    "ROCmFP8ScaledMMLinearKernel",
     "RegistryLinearKernel",
-    "RowWiseTorchFP8ScaledMMLinearKernel",
     "ScaleDesc",
     "ScaledMMLinearKernel",
     "ScaledMMLinearLayerConfig",
-    "TorchInt8ScaledMMLinearKernel",
-    "TorchMPLinearKernel",
-    "TritonFP8BlockScaledMMLinearKernel",
-    "TritonFP8ScaledMMLinearKernel",
-    "TritonInt8ScaledMMLinearKernel",
-    "TritonMPLinearKernel",
     "choose_mp_linear_kernel",
     "choose_scaled_mm_linear_kernel",
     "cutlass_block_fp8_supported",
@@ -145,3 +96,15 @@ __all__ = [
     "torch_per_tensor_w8a8_scaled_mm",
     "torch_per_token_w8a8_scaled_mm",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The class of that name which stands for kernels, such as ``CutlassFP8ScaledMMLinearKernel``."""
+    found = None if name.startswith("_") else derived_classes().get(name)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__dir__())}")
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *derived_classes()})

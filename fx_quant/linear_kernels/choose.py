@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeGuard, TypeVar
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 
 from fx_quant.errors import NoKernelError
-from fx_quant.kernels.base import Kernel, kernels
+from fx_quant.kernels.base import kernels
+from fx_quant.linear_kernels.classes import KernelT, possible_kernels
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
     Int8ScaledMMLinearLayerConfig,
@@ -26,14 +27,9 @@ from fx_quant.linear_kernels.registry import (
     RegistryLinearKernel,
     resolve_capability,
 )
-from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, INT8_DTYPES, OperandSpec, dtype_name
-from fx_quant.selection import disabled_kernels
+from fx_quant.scheme import FLOAT_DTYPES, OperandSpec, dtype_name
+from fx_quant.selection import disabled_kernels, verdicts
 from fx_quant.target import Target
-
-KernelT = TypeVar("KernelT", bound=MMLinearKernel)
-
-PLATFORMS = ("cpu", "cuda", "rocm")
-_FAMILIES = (FP8ScaledMMLinearKernel, Int8ScaledMMLinearKernel, MPLinearKernel)
 
 
 def is_supported_and_can_implement_kernel(
@@ -78,7 +74,8 @@ def choose_scaled_mm_linear_kernel(
     """The first class for the machine's platform that can run ``config``.
 
     Args:
-        possible_kernels: classes by platform (``cpu``, ``cuda``, ``rocm``), best first.
+        possible_kernels: classes by platform (``cpu``, ``cuda``, ``rocm``), best first. Where those that name kernels
+            stand as the function of that name lists them, the one whose kernel ``select`` takes is the best of them.
         compute_capability: ``90`` for an H100, a ``Target`` or its name; None is this machine.
         force_kernel: this class, or an error.
 
@@ -94,7 +91,7 @@ def choose_scaled_mm_linear_kernel(
             )
         return force_kernel
     reasons = []
-    for candidate in possible_kernels.get(target.platform, ()):
+    for candidate in _as_selected(possible_kernels.get(target.platform, ()), config, target):
         ok, reason = is_supported_and_can_implement_kernel(candidate, config, target)
         if ok:
             return candidate
@@ -103,59 +100,27 @@ def choose_scaled_mm_linear_kernel(
     raise NoKernelError(f"no kernel can run {config} on {target}. Reasons:\n{why}")
 
 
-def possible_kernels(family: type[RegistryLinearKernel]) -> dict[str, list[type[RegistryLinearKernel]]]:
-    """The classes of ``family`` by platform, in the order in which ``select`` asks their kernels.
+def _as_selected(candidates: Sequence[type[KernelT]], config: Any, target: Target) -> Sequence[type[KernelT]]:
+    """``candidates`` with those that name kernels in the order of the best that runs, if they are in that of the best.
 
-    A kernel that no class names, such as one of an installed provider, gets a class of its own.
+    A class may name kernels that ``select`` asks before another's, and kernels that it asks after them.
     """
+    naming = [each for each in candidates if _names_kernels(each)]
     order = {each.name: i for i, each in enumerate(kernels())}
-    classes = [c for c in _subclasses(family) if order.keys() >= set(c.KERNELS)]
-    named = {name for each in _FAMILIES for c in _subclasses(each) for name in c.KERNELS}
-    classes += [_face(family, k.name) for k in kernels() if k.name not in named and family in _families(k)]
-    classes.sort(key=lambda c: min(order[name] for name in c.KERNELS))
-    return {
-        platform: [c for c in classes if any(platform in _platforms(k) for k in c.kernels())] for platform in PLATFORMS
-    }
+    best = [_best(each, order) for each in naming]
+    if best != sorted(best) or not isinstance(config, (ScaledMMLinearLayerConfig, MPLinearLayerConfig)):
+        return candidates
+    running = {each.kernel: i for i, each in enumerate(verdicts(config.problem(), target)) if each.can_run}
+    ordered = iter(sorted(naming, key=lambda each: _best(each, running)))
+    return [next(ordered) if _names_kernels(each) else each for each in candidates]
 
 
-def class_names() -> frozenset[str]:
-    """Names of every class that there is: ours, those of kernels that no class names, and those that others defined."""
-    for family in _FAMILIES:
-        possible_kernels(family)  # makes the classes of kernels that no class names
-    return frozenset(each.__name__ for each in _descendants(MMLinearKernel))
+def _names_kernels(cls: type[MMLinearKernel]) -> bool:
+    return _is_ours(cls) and bool(cls.KERNELS)
 
 
-def _platforms(kernel: Kernel) -> Collection[str]:
-    return kernel.requires.platforms or PLATFORMS
-
-
-def _families(kernel: Kernel) -> list[type[RegistryLinearKernel]]:
-    """The families that a kernel's codes belong to; all of them for one that names none."""
-    activations = {activation for activation, _ in kernel.requires.codes}
-    kinds = ((FP8ScaledMMLinearKernel, FLOAT8_DTYPES), (Int8ScaledMMLinearKernel, INT8_DTYPES))
-    found: list[type[RegistryLinearKernel]] = [family for family, dtypes in kinds if activations & dtypes]
-    if activations & FLOAT_DTYPES:
-        found.append(MPLinearKernel)
-    return found if activations else list(_FAMILIES)
-
-
-@functools.cache
-def _face(family: type[RegistryLinearKernel], name: str) -> type[RegistryLinearKernel]:
-    """A class of ``family`` for the one kernel called ``name``: ``my_int8`` -> ``MyInt8ScaledMMLinearKernel``."""
-    words = "".join(word.capitalize() for word in name.split("_"))
-    suffix = "LinearKernel" if family is MPLinearKernel else "ScaledMMLinearKernel"
-    return type(words + suffix, (family,), {"KERNELS": (name,), "__doc__": f"The kernel {name!r}."})
-
-
-def _subclasses(family: type[RegistryLinearKernel]) -> list[type[RegistryLinearKernel]]:
-    """The classes below ``family`` that name kernels, but those that were made by ``_face``."""
-    return [each for each in _descendants(family) if each.KERNELS and each.__module__ != __name__]
-
-
-def _descendants(family: type[KernelT]) -> list[type[KernelT]]:
-    """Every class below ``family``, once each."""
-    found = [each for child in family.__subclasses__() for each in (child, *_descendants(child))]
-    return list(dict.fromkeys(found))
+def _best(cls: Any, places: Mapping[str, int]) -> float:
+    return min((places[name] for name in cls.KERNELS if name in places), default=math.inf)
 
 
 def choose_mp_linear_kernel(

@@ -1,187 +1,94 @@
-"""The classes of our kernels, by the names that vLLM gave them where it has them."""
+"""The classes of kernels, derived from the registry: each kernel's data says which class stands for it."""
 
 from __future__ import annotations
 
-from fx_quant.linear_kernels.registry import FP8ScaledMMLinearKernel, Int8ScaledMMLinearKernel, MPLinearKernel
+import functools
+from typing import TypeVar
 
+from fx_quant.kernels.base import Kernel, kernels
+from fx_quant.linear_kernels.interface import MMLinearKernel
+from fx_quant.linear_kernels.registry import (
+    FP8ScaledMMLinearKernel,
+    Int8ScaledMMLinearKernel,
+    MPLinearKernel,
+    RegistryLinearKernel,
+)
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, INT8_DTYPES
 
-class CPUInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """Our tiles of each instruction set; for scales that vary along k those that decode the weight in cache."""
+KernelT = TypeVar("KernelT", bound=MMLinearKernel)
+Family = type[RegistryLinearKernel]
 
-    KERNELS = (
-        "cpu_int8_amx",
-        "cpu_int8_vnni",
-        "cpu_int8_avx_vnni",
-        "cpu_int8_avx512",
-        "cpu_int8_avx2",
-        "cpu_int8_portable",
-        "cpu_int8_blocks_bf16",
-        "cpu_int8_blocks_float32",
-    )
+PLATFORMS = ("cpu", "cuda", "rocm")
+FAMILIES: tuple[Family, ...] = (FP8ScaledMMLinearKernel, Int8ScaledMMLinearKernel, MPLinearKernel)
 
 
-class TorchInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """``torch._int_mm``."""
+def families(kernel: Kernel) -> list[Family]:
+    """The families that a kernel's codes belong to; all of them for one that names none."""
+    activations = {activation for activation, _ in kernel.requires.codes}
+    kinds = zip(FAMILIES, (FLOAT8_DTYPES, INT8_DTYPES, FLOAT_DTYPES), strict=True)
+    return [family for family, dtypes in kinds if activations & dtypes or not activations]
 
-    KERNELS = ("pytorch_int_mm", "pytorch_int_mm_cuda")
 
+def derived_class(kernel: Kernel, family: Family) -> Family:
+    """The class of ``family`` that stands for ``kernel``, and for all others that say the same class."""
+    name = kernel.class_name(family is MPLinearKernel)
+    return _derived(family, name, "" if kernel.linear_kernel else kernel.name)
 
-class CPUFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """Codes widened exactly to bfloat16 or float32."""
 
-    KERNELS = (
-        "cpu_float8_decoded_bf16",
-        "cpu_float8_bf16",
-        "cpu_float8_float32",
-        "cpu_float8_blocks_bf16",
-        "cpu_float8_blocks_float32",
-    )
+@functools.cache
+def _derived(family: Family, name: str, only: str) -> Family:
+    body = {
+        "KERNELS": (only,) if only else _Registered(family, name),
+        "__module__": __package__,
+        "__doc__": f"The kernel {only!r}." if only else f"The kernels of the registry whose class is {name}.",
+    }
+    return type(name, (family,), body)
 
 
-class PerTensorTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """``torch._scaled_mm`` with one scale for each operand."""
+class _Registered:
+    """``KERNELS`` of the class ``name``: those that say it, best first, of all that are registered by now."""
 
-    KERNELS = ("pytorch_scaled_mm", "pytorch_scaled_mm_rocm", "pytorch_scaled_mm_rocm_fnuz")
+    def __init__(self, family: Family, name: str) -> None:
+        self._family, self._name = family, name
 
+    def __get__(self, instance: object, owner: type) -> tuple[str, ...]:
+        return tuple(k.name for k in kernels() if k.linear_kernel == self._name and self._family in families(k))
 
-class RowWiseTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """``torch._scaled_mm`` with one scale for each token and output."""
 
-    KERNELS = ("pytorch_scaled_mm_rowwise", "pytorch_scaled_mm_rowwise_rocm", "pytorch_scaled_mm_rowwise_rocm_fnuz")
+def derived_classes() -> dict[str, Family]:
+    """The classes of all kernels, by name."""
+    found = (derived_class(each, family) for each in kernels() for family in families(each))
+    return {each.__name__: each for each in found}
 
 
-class ChannelWiseTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """``torch._scaled_mm`` with unit scales, dequantized after it: every granularity, the activation's too."""
+def possible_kernels(family: Family) -> dict[str, list[Family]]:
+    """The classes of ``family`` by platform, in the order in which ``select`` asks their kernels.
 
-    KERNELS = ("pytorch_channelwise", "pytorch_channelwise_rocm", "pytorch_channelwise_rocm_fnuz")
+    Beside those that are derived, each class of somebody else that names kernels: it stands for a kernel that says no
+    class itself.
+    """
+    order = {each.name: i for i, each in enumerate(kernels())}
+    theirs = [each for known in FAMILIES for each in _descendants(known) if each.KERNELS and not _is_derived(each)]
+    named = {name for each in theirs for name in each.KERNELS}
+    classes = [
+        derived_class(each, family)
+        for each in kernels()
+        if family in families(each) and (each.linear_kernel or each.name not in named)
+    ]
+    classes += [each for each in theirs if issubclass(each, family) and order.keys() >= set(each.KERNELS)]
+    classes = sorted(dict.fromkeys(classes), key=lambda each: min(order[name] for name in each.KERNELS))
+    return {platform: [each for each in classes if _runs_on(each, platform)] for platform in PLATFORMS}
 
 
-class BlockWiseTorchFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """``torch._scaled_mm`` with scales of 1 x 128 and 128 x 128, or both operands dequantized."""
+def _runs_on(cls: Family, platform: str) -> bool:
+    return any(platform in (each.requires.platforms or PLATFORMS) for each in cls.kernels())
 
-    KERNELS = ("pytorch_scaled_mm_block", "pytorch_dequantized_block")
 
+def _is_derived(cls: Family) -> bool:
+    return cls.__module__ == __package__
 
-class CPUWeightOnlyLinearKernel(MPLinearKernel):
-    """Weights decoded in registers by our own tiles, or ATen's weight-only matmuls."""
 
-    KERNELS = (
-        "cpu_weight_only_bf16",
-        "cpu_weight_only_int4_bf16",
-        "cpu_weight_only_float32",
-        "cpu_weight_only_int4_float32",
-        "cpu_weight_only_int8",
-        "cpu_weight_only_int4",
-    )
-
-
-class TorchMPLinearKernel(MPLinearKernel):
-    """The weight dequantized, then a float matmul."""
-
-    KERNELS = ("pytorch_weight_only",)
-
-
-class MacheteLinearKernel(MPLinearKernel):
-    """vLLM's Machete kernels, for Hopper."""
-
-    KERNELS = ("machete_int4", "machete_int8")
-
-
-class MarlinLinearKernel(MPLinearKernel):
-    """vLLM's Marlin kernels."""
-
-    KERNELS = ("marlin_int4", "marlin_int8")
-
-
-class CutlassFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """vLLM's CUTLASS kernels."""
-
-    KERNELS = ("cutlass_float8",)
-
-
-class CutlassFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """vLLM's CUTLASS kernels with scales of 1 x 128 and 128 x 128."""
-
-    KERNELS = ("cutlass_float8_block",)
-
-
-class CutlassInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """vLLM's CUTLASS kernels, with zero points of the activation."""
-
-    KERNELS = ("cutlass_int8",)
-
-
-class FlashInferFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """FlashInfer's ``bmm_fp8``."""
-
-    KERNELS = ("flashinfer_float8",)
-
-
-class FlashInferFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """FlashInfer's ``fp8_blockscale_gemm_sm90``."""
-
-    KERNELS = ("flashinfer_float8_block_sm90",)
-
-
-class ROCmFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """vLLM's skinny kernel for up to four rows, ``torch._scaled_mm`` for more."""
-
-    KERNELS = ("rocm_float8", "rocm_float8_fnuz")
-
-
-class AiterFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """AITER's row-wise kernels."""
-
-    KERNELS = ("aiter_float8_rowwise", "aiter_float8_rowwise_fnuz")
-
-
-class AiterPreshuffledFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """AITER's kernels over a shuffled weight."""
-
-    KERNELS = ("aiter_float8_preshuffled", "aiter_float8_preshuffled_fnuz")
-
-
-class AiterFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """AITER's kernels with scales of 1 x 128 and 128 x 128."""
-
-    KERNELS = ("aiter_float8_block", "aiter_float8_block_fnuz")
-
-
-class AiterInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """AITER's int8 kernels."""
-
-    KERNELS = ("aiter_int8",)
-
-
-class TritonFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """Our Triton kernels."""
-
-    KERNELS = ("triton_float8", "triton_float8_fnuz")
-
-
-class TritonFP8BlockScaledMMLinearKernel(FP8ScaledMMLinearKernel):
-    """Our Triton kernels with scales of groups and blocks."""
-
-    KERNELS = ("triton_float8_block", "triton_float8_block_fnuz")
-
-
-class TritonInt8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):
-    """Our Triton kernels, with zero points of the activation."""
-
-    KERNELS = ("triton_int8",)
-
-
-class TritonMPLinearKernel(MPLinearKernel):
-    """Our Triton kernels, which decode the weight as they read it."""
-
-    KERNELS = (
-        "triton_weight_only",
-        "triton_weight_only_float8",
-        "triton_weight_only_float8_fnuz",
-        "triton_weight_only_int4",
-        "triton_weight_only_int4_packed",
-        "triton_weight_only_int8_packed",
-        "triton_weight_only_uint8_packed",
-        "triton_weight_only_float8_packed",
-        "triton_weight_only_float8_fnuz_packed",
-    )
+def _descendants(family: type[KernelT]) -> list[type[KernelT]]:
+    """Every class below ``family``, once each."""
+    found = [each for child in family.__subclasses__() for each in (child, *_descendants(child))]
+    return list(dict.fromkeys(found))

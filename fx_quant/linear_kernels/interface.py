@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from fx_quant.linear_kernels.configs import MMLinearLayerConfig
 from fx_quant.linear_kernels.params import Params
+from fx_quant.selection import know_class
 
 ConfigT = TypeVar("ConfigT", bound=MMLinearLayerConfig)
 ParamsT = TypeVar("ParamsT", bound=Params)
-Verdict = tuple[bool, str | None]
+Answer = tuple[bool, str | None]
 ASKED = ("is_supported", "can_implement")
 
 
@@ -23,9 +24,13 @@ class MMLinearKernel(ABC, Generic[ConfigT, ParamsT]):
     ``process_weights_after_loading`` prepares a layer once; ``apply_weights`` runs it.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        know_class(cls.__name__)
+
     @classmethod
     @abstractmethod
-    def is_supported(cls, compute_capability: Any = None) -> Verdict:
+    def is_supported(cls, compute_capability: Any = None) -> Answer:
         """Whether the hardware can run it, and why not.
 
         Args:
@@ -35,7 +40,7 @@ class MMLinearKernel(ABC, Generic[ConfigT, ParamsT]):
 
     @classmethod
     @abstractmethod
-    def can_implement(cls, config: ConfigT) -> Verdict:
+    def can_implement(cls, config: ConfigT) -> Answer:
         """Whether it can run ``config`` on hardware that supports it, and why not."""
 
     def __init__(self, config: ConfigT) -> None:

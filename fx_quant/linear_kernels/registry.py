@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from fx_quant.linear_kernels.configs import (
     MPLinearLayerConfig,
     ScaledMMLinearLayerConfig,
 )
-from fx_quant.linear_kernels.interface import ASKED, ConfigT, MMLinearKernel, ParamsT, Verdict
+from fx_quant.linear_kernels.interface import ASKED, Answer, ConfigT, MMLinearKernel, ParamsT
 from fx_quant.linear_kernels.params import (
     FP8Params,
     Int8Params,
@@ -34,7 +34,7 @@ from fx_quant.linear_operands import check_bias, check_operands, linear_problem
 from fx_quant.machine import capability_target, detect_target
 from fx_quant.problem import Problem
 from fx_quant.scheme import Granularity, Scheme
-from fx_quant.selection import disabled_kernels
+from fx_quant.selection import Verdict, disabled_kernels, verdicts
 from fx_quant.target import Target, named_target
 from fx_quant.weights import azp_adjoint, convert_to_channelwise, merge_input_scales, requantize_with_max_scale
 
@@ -50,7 +50,9 @@ class Prepared:
 
 
 class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
-    """A face of kernels of the registry, best first: ``KERNELS`` names them, ``PARAMS`` the tensors of a layer.
+    """A face of kernels of the registry: ``KERNELS`` names them, ``PARAMS`` the tensors of a layer.
+
+    Which of them runs a layer is what ``select`` says of them.
 
     ``target`` is the machine that an object was chosen for; None is this one.
 
@@ -68,26 +70,35 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
 
     @classmethod
     def kernels(cls) -> list[Kernel]:
-        """The kernels that the class stands for."""
+        """The kernels that the class stands for, in the order of ``KERNELS``."""
         return [kernel(name) for name in cls.KERNELS]
 
     @classmethod
-    def is_supported(cls, compute_capability: Capability = None) -> Verdict:
-        """Whether any of the kernels meets its requirements of the target; all reasons otherwise."""
-        target = resolve_capability(compute_capability)
-        return cls._verdict({k.name: k.requires.unmet_by_target(target) for k in cls.kernels()})
+    def verdicts(cls, problem: Problem, target: Target) -> list[Verdict]:
+        """What ``select`` says of the class's kernels, the best one first; each is off where the class is disabled."""
+        names = cls.KERNELS
+        mine = [verdict for verdict in verdicts(problem, target) if verdict.kernel in names]
+        if cls.__name__ in disabled_kernels():
+            mine = [replace(each, reasons=tuple(dict.fromkeys(("is disabled", *each.reasons)))) for each in mine]
+        return mine
 
     @classmethod
-    def can_implement(cls, config: ConfigT) -> Verdict:
+    def is_supported(cls, compute_capability: Capability = None) -> Answer:
+        """Whether any of the kernels meets its requirements of the target; all reasons otherwise."""
+        target = resolve_capability(compute_capability)
+        return cls._answer({k.name: k.requires.unmet_by_target(target) for k in cls.kernels()})
+
+    @classmethod
+    def can_implement(cls, config: ConfigT) -> Answer:
         """Whether any of the kernels meets its requirements of the problem; all reasons otherwise."""
         return cls._implements(config)
 
     @classmethod
-    def _implements(cls, config: ConfigT) -> Verdict:
+    def _implements(cls, config: ConfigT) -> Answer:
         problem = problem_of(config)
         if getattr(config, "has_g_idx", False):
             return False, "groups must be neighbours along k, got a g_idx; reorder the weight to act_order=False"
-        return cls._verdict({k.name: k.requires.unmet_by_problem(problem) for k in cls.kernels()})
+        return cls._answer({k.name: k.requires.unmet_by_problem(problem) for k in cls.kernels()})
 
     @classmethod
     def inherits(cls, method: str) -> bool:
@@ -104,11 +115,11 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
             return []
         implements, why = cls._implements(config)
         if implements:
-            implements, why = cls._verdict(cls._reasons(problem_of(config), target))
+            implements, why = cls._answer(_reasons(cls.verdicts(problem_of(config), target)))
         return [] if implements else [str(why)]
 
     @classmethod
-    def _verdict(cls, reasons: Mapping[str, list[str]]) -> Verdict:
+    def _answer(cls, reasons: Mapping[str, Sequence[str]]) -> Answer:
         if not reasons:
             missing = " and ".join(filter(cls.inherits, ASKED)) or "process_weights_after_loading"
             return False, f"has no kernels; name them in KERNELS, or implement {missing}"
@@ -116,29 +127,19 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
             return True, None
         return False, "; ".join(f"{name}: {', '.join(each)}" for name, each in reasons.items())
 
-    @classmethod
-    def _reasons(cls, problem: Problem, target: Target) -> dict[str, list[str]]:
-        off = disabled_kernels()
-        return {
-            k.name: [
-                *(["is disabled"] if off & {k.name, k.provider, cls.__name__} else []),
-                *k.requires.unmet(problem, target),
-            ]
-            for k in cls.kernels()
-        }
-
     def _chosen(self, problem: Problem, target: Target) -> Kernel:
-        reasons = self._reasons(problem, target)
-        for candidate in self.kernels():
-            if not reasons[candidate.name]:
-                return candidate
-        raise NoKernelError(f"{type(self).__name__} cannot run {problem} on {target}: {self._verdict(reasons)[1]}")
+        mine = self.verdicts(problem, target)
+        for verdict in mine:
+            if verdict.can_run:
+                return kernel(verdict.kernel)
+        why = self._answer(_reasons(mine))[1]
+        raise NoKernelError(f"{type(self).__name__} cannot run {problem} on {target}: {why}", tuple(mine))
 
     def get_output_padding(self) -> int | None:
         """Rows to which an eager call pads fewer: 17 for ``torch._scaled_mm`` on CUDA; None where it pads none."""
         target = self.target or resolve_capability(None)
-        reasons = self._reasons(problem_of(self.config), target)
-        return next((k.eager_rows for k in self.kernels() if not reasons[k.name]), 0) or None
+        mine = self.verdicts(problem_of(self.config), target)
+        return next((kernel(each.kernel).eager_rows for each in mine if each.can_run), 0) or None
 
     def _get_layer_params(self, layer: nn.Module, **kwargs: Any) -> ParamsT:
         return typing.cast(ParamsT, self.PARAMS.from_layer(layer))
@@ -279,6 +280,10 @@ class MPLinearKernel(RegistryLinearKernel[MPLinearLayerConfig, MPParams]):
     """A float activation and a quantized weight ("mixed precision")."""
 
     PARAMS = MPParams
+
+
+def _reasons(mine: Iterable[Verdict]) -> dict[str, tuple[str, ...]]:
+    return {verdict.kernel: verdict.reasons for verdict in mine}
 
 
 def _adds(name: str, bias: Tensor, out_dtype: torch.dtype) -> bool:
