@@ -263,7 +263,12 @@ def scale_maker(d: Draft, kind: str = "f32") -> Callable[..., str]:
         if known and d.chance(0.25):
             return d.rng.choice(known)
         text = ", ".join(map(str, (d.seed(), *sizes)))
-        return d.make(f"scales({text}, dtype={kind})", static=d.chance(0.95))
+        made = f"scales({text}, dtype={kind})"
+        if d.chance(0.12):
+            # Codes of small or large weights, of rows that are all zero, and what no scale should be.
+            few = d.pick(*["* 1e-4", "* 1e-6", "* 1e4"] * 3, ".round(decimals=1)", "* 1e-40", "* inf", "* nan")
+            made = f"({made} {few})" if few[0] == "*" else f"{made}{few}"
+        return d.make(made, static=d.chance(0.95))
 
     return make
 
@@ -359,14 +364,16 @@ class Sizes:
             self.m, self.k, self.n = d.pick(1, 2, 3, 4, 6), d.pick(2, 4, 8, 16), d.pick(1, 2, 4, 4, 5, 8)
         self.lead = d.pick(None, None, None, 1, 2, 2, 3, (2, 1), (2, 2))
         if d.chance(0.02):
-            setattr(self, d.pick("m", "m", "n"), 0)
+            setattr(self, d.pick("m", "m", "n", "k"), 0)
 
 
 def activation(d: Draft, z: Sizes, kind: str, *, static: bool = False) -> str:
     """The float activation ``[..., k]``."""
     lead = () if z.lead is None else (z.lead,) if isinstance(z.lead, int) else z.lead
     text = ", ".join(map(str, (d.seed(), *lead, z.m, z.k)))
-    return d.make(f"normal({text}, dtype={kind})", static=static)
+    # Large enough for sums that float16 does not hold, or so small that its products vanish.
+    far = f" * {d.pick(300, 300, 1e-3)}" if d.chance(0.3 if kind == "f16" else 0.04) else ""
+    return d.make(f"normal({text}, dtype={kind}){far}", static=static)
 
 
 def quantized(d: Draft, x: str) -> tuple[str, str | None, str | None]:
