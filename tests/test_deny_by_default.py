@@ -531,6 +531,13 @@ CODED = {
     "int8_of_a_call_less_a_stored_zero_point": (lambda w, z: (w - z).float(), (ints(N, K), ints(1, K).int()), (1,)),
     "int8_of_a_call_less_one_stored_number": (lambda w, z: w.float() - z, (ints(N, K), image(1, 1)), (1,)),
     "int8_of_a_call_less_one_number_of_the_call": (lambda w, z: (w.int() - z).float(), (ints(N, K), ONE), ()),
+    "int8_of_a_call_with_bits_set": (lambda w, s: ((w | 1) ^ 2).float() * s, (ints(N, K), S), (1,)),
+    "bytes_of_a_call_with_bits_flipped": (lambda w, s: (~w).float() * s, (image(N, K), S), ()),
+    "bits_of_a_call_that_a_tensor_takes_out": (
+        lambda w, s: ((torch.full_like(w, 15)) & w).float() * s,
+        (ints(N, K), S),
+        (1,),
+    ),
     "bytes_of_a_call_and_a_scale_of_the_call": (lambda w, s: w.float() * s, (image(N, K), S), ()),
     "bytes_of_a_call_less_a_zero_point_of_the_call": (lambda w, z: (w.int() - z).float(), (image(N, K), ONE), ()),
     "bytes_normalised_by_constants_and_scaled_by_the_call": (
@@ -552,6 +559,7 @@ PLAIN = {
     ),
     "mask_and_its_own_count": (lambda w, _: w.float() / w.float().sum(1, True), (ints(N, K), ONE), ()),
     "mask_and_numbers": (lambda w, _: (1 - w.float()) * -1e4, (ints(N, K), ONE), ()),
+    "mask_with_bits_flipped": (lambda w, _: (w ^ 1).float(), (ints(N, K), ONE), ()),
     "mask_of_a_stored_weight": (lambda w, s: w * s, (ints(N, K), floats(N, K)), (1,)),
     "mask_of_a_weight_of_the_call": (lambda w, s: w * s, (image(N, K), floats(N, K)), ()),
     "stored_mask_of_a_weight_of_the_call": (lambda w, s: w * s, (image(N, K), floats(N, K)), (0,)),

@@ -286,10 +286,10 @@ class Origins:
         if is_op(node, *CACHES):
             values = [self.coded(n) for n in node.all_input_nodes[:1] + node.all_input_nodes[-1:]]
             return next((origin for origin in values if origin is not None), self.of(node.all_input_nodes[0]))
-        if not is_op(node, *CARRIERS, *UNPACKS):
-            return None
-        origin = self.of(node.all_input_nodes[0])
-        return replace(origin, kind=Kind.CODES) if origin and origin.coded and is_op(node, *UNPACKS) else origin
+        if is_op(node, *UNPACKS):
+            origin = max((origin for _, origin in made), key=lambda origin: origin.kind)
+            return replace(origin, kind=Kind.CODES) if origin.coded else origin
+        return self.of(node.all_input_nodes[0]) if is_op(node, *CARRIERS) else None
 
     def _chosen(self, node: Node, origins: dict[Node, Origin]) -> Origin | None:
         table = node.args[0]

@@ -57,7 +57,17 @@ MOVES = CASTS | {
     aten.split_with_sizes.default,
     aten.flip.default,
     aten.neg.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.round.default,
     operator.getitem,
+}
+# What takes codes out of bytes, or makes others of them.
+UNPACKS = {
+    overload
+    for name in ("__and__", "__rshift__", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_right_shift")
+    for overload in (getattr(getattr(aten, name), of) for of in getattr(aten, name).overloads())
 }
 SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 SHIFTS = {aten.sub.Tensor, aten.sub.Scalar, aten.add.Tensor, aten.add.Scalar}
@@ -87,7 +97,7 @@ def quantized_contractions(graph: Graph, static: Collection[int]) -> dict[str, s
     for node in graph.nodes:
         walk.visit(node)
         operands = [node.args[i] for i in CONTRACTIONS.get(node.target, ())]
-        if any(n in walk.made and walk.made[n].coded for n in operands):
+        if any(map(walk.is_coded, operands)) or walk.multiplies_and_sums(node):
             found[node.name] = str(node.target)
     return found
 
@@ -119,6 +129,19 @@ class _Walk:
             if of.of is node and not of.coded:
                 self.statistics[node] = {node}
 
+    def is_coded(self, node: object) -> bool:
+        """Whether ``node`` is of codes for certain."""
+        known = self.made.get(node) if isinstance(node, Node) else None
+        return known is not None and known.coded
+
+    def multiplies_and_sums(self, node: Node) -> bool:
+        """Whether ``node`` sums what a call brings times a weight that broadcasts to it."""
+        product = node.args[0] if node.target is aten.sum.dim_IntList else None
+        if not isinstance(product, Node) or product.target is not aten.mul.Tensor or product in self.made:
+            return False
+        weights = [n for n in product.all_input_nodes if self.is_coded(n) and self.made[n].of in self.constant]
+        return len(weights) == 1 and any(n in self.changes for n in product.all_input_nodes if n not in weights)
+
     def of(self, node: Node, value: object) -> _Made | None:
         """What ``node`` was made of; None where that is no bytes, or nothing is certain."""
         if not isinstance(value, torch.Tensor) or value.dtype is torch.bool:
@@ -128,7 +151,7 @@ class _Walk:
                 return None
             coded = node in self.constant or value.dtype.is_floating_point
             return _Made(node, coded or (node in self.state and value.dtype is torch.int8))
-        if node.target in MOVES:
+        if node.target in MOVES | UNPACKS:
             known = self.made.get(node.args[0])
             return _Made(node, True) if known is None and self.quantizes(node, value) else known
         if node.target is aten.cat.default:
@@ -137,7 +160,9 @@ class _Walk:
         return self.combined(node, value) if node.target in SCALES | SHIFTS else None
 
     def quantizes(self, node: Node, value: torch.Tensor) -> bool:
-        """Whether ``node`` casts floats to codes."""
+        """Whether ``node`` rounds floats, or casts them to codes."""
+        if node.target is aten.round.default:
+            return value.dim() >= 2 and value.is_floating_point()
         source = node.args[0].meta["val"] if node.target in CASTS else None
         floats = isinstance(source, torch.Tensor) and source.dtype.is_floating_point and source.dtype not in CODES
         return floats and value.dtype in CODES and value.dim() >= 2
