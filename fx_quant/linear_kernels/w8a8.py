@@ -18,12 +18,8 @@ from torch import Tensor
 
 from fx_quant.errors import NoKernelError
 from fx_quant.fp8_linear import Fp8LinearOp, is_rocm
-from fx_quant.linear_kernels.classes import (
-    CutlassFP8BlockScaledMMLinearKernel,
-    CutlassFP8ScaledMMLinearKernel,
-    RowWiseTorchFP8ScaledMMLinearKernel,
-)
-from fx_quant.linear_kernels.registry import Capability, RegistryLinearKernel, resolve_capability
+from fx_quant.linear_kernels.classes import derived_classes
+from fx_quant.linear_kernels.registry import Capability, resolve_capability
 from fx_quant.linear_operands import check_bias, describe, must
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES
 from fx_quant.selection import disabled_kernels
@@ -70,7 +66,7 @@ def dispatch_w8a8_scaled_mm(
     if per_tensor_weights and per_tensor_activations:
         return rocm_per_tensor_w8a8_scaled_mm if target.platform == "rocm" else torch_per_tensor_w8a8_scaled_mm
     rows = use_per_token_if_dynamic and not per_tensor_weights and not per_tensor_activations
-    if rows and _supported(RowWiseTorchFP8ScaledMMLinearKernel, target):
+    if rows and _supported("RowWiseTorchFP8ScaledMMLinearKernel", target):
         return torch_per_token_w8a8_scaled_mm
     return torch_channelwise_w8a8_scaled_mm
 
@@ -105,7 +101,7 @@ def cutlass_w8a8_scaled_mm(
         ValueError: operands that do not fit together.
         NoKernelError: CUTLASS cannot run it here; the message holds every reason.
     """
-    (name,) = CutlassFP8ScaledMMLinearKernel.KERNELS
+    (name,) = derived_classes()["CutlassFP8ScaledMMLinearKernel"].KERNELS
     try:
         return _scaled_mm(qinput, weight, out_dtype, scale_a, scale_b, bias, input_2d, output_shape, force_kernel=name)
     except NoKernelError as error:
@@ -267,12 +263,12 @@ def cutlass_fp8_supported(compute_capability: Capability = None) -> bool:
     Raises:
         ValueError: no such machine.
     """
-    return _supported(CutlassFP8ScaledMMLinearKernel, resolve_capability(compute_capability))
+    return _supported("CutlassFP8ScaledMMLinearKernel", resolve_capability(compute_capability))
 
 
 def cutlass_block_fp8_supported(compute_capability: Capability = None) -> bool:
     """Whether CUTLASS multiplies float8 codes with scales of 1 x 128 and 128 x 128; as ``cutlass_fp8_supported``."""
-    return _supported(CutlassFP8BlockScaledMMLinearKernel, resolve_capability(compute_capability))
+    return _supported("CutlassFP8BlockScaledMMLinearKernel", resolve_capability(compute_capability))
 
 
 def cutlass_group_gemm_supported(compute_capability: Capability = None) -> bool:
@@ -291,8 +287,10 @@ def maybe_create_device_identity() -> None:
     """Do nothing: vLLM makes a scale of one for ``torch._scaled_mm`` by it; kernels here make their own."""
 
 
-def _supported(asked: type[RegistryLinearKernel], target: Target) -> bool:
+def _supported(name: str, target: Target) -> bool:
+    """Whether a kernel of the class ``name`` runs on ``target``."""
     off = disabled_kernels()
-    return asked.__name__ not in off and any(
-        not off & {each.name, each.provider} and not each.requires.unmet_by_target(target) for each in asked.kernels()
+    return name not in off and any(
+        not off & {each.name, each.provider} and not each.requires.unmet_by_target(target)
+        for each in derived_classes()[name].kernels()
     )
