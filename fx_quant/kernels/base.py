@@ -167,8 +167,6 @@ class Kernel:
     Args:
         name: unique; ``<provider>_<what>``.
         provider: where it comes from.
-        linear_kernel: name of the class of ``fx_quant.linear_kernels`` that stands for it, that of vLLM where it has
-            one; without it the class is called after the kernel.
         op: the op's name in the ``fx_quant`` namespace.
         requires: what must hold.
         numerics: how its result relates to the canonical op's on the same codes.
@@ -179,6 +177,8 @@ class Kernel:
             them faster.
         dequantizes: it decodes its operands and runs a float matmul, which a graph that does so itself is left with.
         eager_rows: rows to which an eager call pads ``a`` when it has fewer, because that is faster; 0 for none.
+        linear_kernel: name of the class of ``fx_quant.linear_kernels`` that stands for it, that of vLLM where it has
+            one; without it the class is called after the kernel.
     """
 
     name: str
@@ -194,22 +194,16 @@ class Kernel:
     eager_rows: int = 0
     linear_kernel: str = ""
 
-    @property
-    def class_names(self) -> frozenset[str]:
-        """Names of its classes in ``fx_quant.linear_kernels``: ``my_int8`` -> ``MyInt8ScaledMMLinearKernel``."""
-        return frozenset(self.class_name(weight_only) for weight_only in self.weight_only)
-
-    @property
-    def weight_only(self) -> frozenset[bool]:
-        """Whether its activations are floats; it may be both where it names no codes."""
-        return frozenset(activation in FLOAT_DTYPES for activation, _ in self.requires.codes) or frozenset(
-            {True, False}
-        )
-
     def class_name(self, weight_only: bool) -> str:
         """Name of its class for weight-only linears, or for linears of two quantized operands."""
         words = "".join(word.capitalize() for word in self.name.split("_"))
         return self.linear_kernel or f"{words}{'LinearKernel' if weight_only else 'ScaledMMLinearKernel'}"
+
+    @property
+    def class_names(self) -> frozenset[str]:
+        """Names of its classes in ``fx_quant.linear_kernels``: ``my_int8`` -> ``MyInt8ScaledMMLinearKernel``."""
+        weight_only = {activation in FLOAT_DTYPES for activation, _ in self.requires.codes} or {True, False}
+        return frozenset(map(self.class_name, weight_only))
 
     def overload(self) -> torch._ops.OpOverload:
         """The registered op."""
