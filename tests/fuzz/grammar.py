@@ -37,6 +37,8 @@ class Draft:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
+        # Of its own, so that the programs are those of before with other numbers.
+        self.far = random.Random(-seed - 1)
         self.inputs: list[Input] = []
         self.steps: list[Step] = []
         self.values: dict[str, Any] = {}
@@ -264,9 +266,10 @@ def scale_maker(d: Draft, kind: str = "f32") -> Callable[..., str]:
             return d.rng.choice(known)
         text = ", ".join(map(str, (d.seed(), *sizes)))
         made = f"scales({text}, dtype={kind})"
-        if d.chance(0.12):
+        if d.far.random() < 0.12:
             # Codes of small or large weights, of rows that are all zero, and what no scale should be.
-            few = d.pick(*["* 1e-4", "* 1e-6", "* 1e4"] * 3, ".round(decimals=1)", "* 1e-40", "* inf", "* nan")
+            ordinary, rare = ("* 1e-4", "* 1e-6", "* 1e4"), (".round(decimals=1)", "* 1e-40", "* inf", "* nan")
+            few = d.far.choice(ordinary * 3 + rare)
             made = f"({made} {few})" if few[0] == "*" else f"{made}{few}"
         return d.make(made, static=d.chance(0.95))
 
@@ -364,7 +367,7 @@ class Sizes:
             self.m, self.k, self.n = d.pick(1, 2, 3, 4, 6), d.pick(2, 4, 8, 16), d.pick(1, 2, 4, 4, 5, 8)
         self.lead = d.pick(None, None, None, 1, 2, 2, 3, (2, 1), (2, 2))
         if d.chance(0.02):
-            setattr(self, d.pick("m", "m", "n", "k"), 0)
+            setattr(self, d.pick("m", "m", "n"), 0)
 
 
 def activation(d: Draft, z: Sizes, kind: str, *, static: bool = False) -> str:
@@ -372,7 +375,7 @@ def activation(d: Draft, z: Sizes, kind: str, *, static: bool = False) -> str:
     lead = () if z.lead is None else (z.lead,) if isinstance(z.lead, int) else z.lead
     text = ", ".join(map(str, (d.seed(), *lead, z.m, z.k)))
     # Large enough for sums that float16 does not hold, or so small that its products vanish.
-    far = f" * {d.pick(300, 300, 1e-3)}" if d.chance(0.3 if kind == "f16" else 0.04) else ""
+    far = f" * {d.far.choice((300, 300, 1e-3))}" if d.far.random() < (0.3 if kind == "f16" else 0.04) else ""
     return d.make(f"normal({text}, dtype={kind}){far}", static=static)
 
 
