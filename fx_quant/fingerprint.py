@@ -27,6 +27,8 @@ _FIXED = 2
 _LINE = 64
 # Rows that are looked at together are mostly in one page, and a digest is kept for each such share.
 _LEAST_SHARE = 4
+# Between two shares of one tensor: few rows need no more, but where they are long all of their bytes do.
+_MOST_CALLS = 8
 _GOLDEN = (5**0.5 - 1) / 2  # of all lines: far from both ends, and in another row and column than the first
 
 Geometry = tuple[int, int, int, int]
@@ -122,8 +124,8 @@ def _watch(address: int, geometry: Geometry) -> _Watch:
     rows, row_bytes, pitch, size = geometry
     every, share = 1, rows
     if size > WHOLE:
-        every = min(CALLS, max(1, CALLS * _LEAST_SHARE // rows))
-        share = -(-rows // (CALLS // every))
+        every = min(_MOST_CALLS, max(1, CALLS * _LEAST_SHARE // rows))
+        share = max(_LEAST_SHARE, -(-rows // (CALLS // every)))
     watch = _Watch(
         memory=address,
         rows=rows,
