@@ -15,6 +15,7 @@ from fx_quant.passes.canonical import operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
+from fx_quant.passes.memory import Memory
 from fx_quant.passes.nodes import aten, is_op, shape
 from fx_quant.realise import Size, kept_parts, realise
 from fx_quant.selection import Selection
@@ -48,7 +49,9 @@ def assign(
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     results = {}
     reasons: dict[Node, str] = {}
+    sums: dict[Node, Node | None] = {}
     for node, selection in selections.items():
+        sums[operands_of(node).b] = kept.get(node, {}).get("b_sum")
         result = attempt(_assign, emitter, node, selection, kept.get(node, {}), casts)
         if isinstance(result, Failure):
             reasons[node] = result.reason("calling the kernel")
@@ -58,6 +61,7 @@ def assign(
         graph.erase_node(node)
     if reasons:
         raise UnassignedError(reasons)
+    _share_sums(emitter, sums)
     return results
 
 
@@ -93,23 +97,27 @@ def _assign(
 ) -> Node:
     of = operands_of(node)
     with emitter.graph.inserting_before(node):
-        out = realise(_IntoGraph(emitter, node, casts), selection, of, kept)
-    _share(kept.get("b_sum"), of.b, emitter.emitted)
-    return out
+        return realise(_IntoGraph(emitter, node, casts), selection, of, kept)
 
 
-def _share(sums: Node | None, b: Node, emitted: Collection[Node]) -> None:
-    """One sum of ``b`` over k, the kept one if there is one; a zero point that lies far out has its own."""
-    found = [
-        user
-        for user in b.users
-        if is_op(user, aten.sum.dim_IntList) and user.args == (b, [0]) and user.kwargs == {"dtype": torch.int32}
-    ]
-    if sums is None:
-        sums = next((user for user in found if user in emitted), None)
-    for user in found:
-        if sums is not None and sums < user:
-            user.replace_all_uses_with(sums)
+def _share_sums(emitter: Emitter, sums: Mapping[Node, Node | None]) -> None:
+    """One sum of each weight over k, the kept one if there is one; a zero point that lies far out has its own.
+
+    What is returned stays, as it is to have memory of its own.
+    """
+    memory: Memory | None = None
+    for b, kept in sums.items():
+        found = [
+            user
+            for user in b.users
+            if is_op(user, aten.sum.dim_IntList) and user.args == (b, [0]) and user.kwargs == {"dtype": torch.int32}
+        ]
+        first = kept if kept is not None else next((user for user in found if user in emitter.emitted), None)
+        for user in found:
+            if first is not None and first < user:
+                memory = memory or Memory(emitter.graph)
+                if not memory.is_returned(user):
+                    user.replace_all_uses_with(first)
 
 
 def _keep(
