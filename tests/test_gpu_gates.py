@@ -80,4 +80,4 @@ def test_a_configuration_that_only_says_that_it_is_warp_specialised_breaks_a_gat
 def test_every_name_is_of_one_kernel():
     for target in TARGETS:
         names = [each.name for each in shipped(architecture(target))]
-        assert len(names) == len(set(names)) > 20
+        assert len(names) == len(set(names)) >= 20
