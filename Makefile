@@ -11,8 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Extra arguments of pytest, of the demo, of the benchmark and of the table: make test ARGS="-k ops"
 ARGS ?=
-# Of gpu-check: ceilings linears quantize chains compile
-SECTIONS ?= ceilings linears quantize chains compile
+# Of gpu-check: ceilings linears chains compile
+SECTIONS ?= ceilings linears chains compile
 
 # The environment is up to date when the stamp of these two files' content is there. Its name is their checksum, so a
 # fresh checkout, a touched file or a switched branch does not install again, and an edit does.

@@ -1,4 +1,4 @@
-"""Quantized linears, quantization and MLPs on a GPU, against every peer that is installed and the GPU's own floor.
+"""Quantized linears and MLPs on a GPU, against every peer that is installed and the GPU's own floor.
 
 ``python benchmarks/gpu.py run [--sections linears ...]`` measures; ``... report FILE ...`` prints what earlier runs
 wrote, and what was asked for. Each result is compared with float64 before it is timed. Times are those of a call in a
@@ -26,7 +26,7 @@ import gpu_compile
 import gpu_table
 import gpu_ways
 import torch
-from gpu_cases import MODELS, PRODUCERS, RECIPES, ROWS, SECTIONS, Case
+from gpu_cases import MODELS, RECIPES, ROWS, SECTIONS, Case
 from gpu_measure import Way, failure, measure, timed
 from machine import machine
 
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure")
     run.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="NAME", help=str(SECTIONS))
-    recipes = tuple(dict.fromkeys((*RECIPES, *PRODUCERS)))
+    recipes = tuple(RECIPES)
     run.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, metavar="NAME", help=str(recipes))
     run.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     run.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="M", help="rows of the activation")

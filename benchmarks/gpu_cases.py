@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from fx_quant.gpu.architectures import Architecture
 from fx_quant.linear_operands import weight_block
 from fx_quant.ops import dequantize_weight
 from fx_quant.quantize_weight import quantize_weight
-from fx_quant.scheme import FLOAT8_DTYPES, INT4_DTYPES, Scheme, float8_max
+from fx_quant.scheme import INT4_DTYPES, Scheme
 from fx_quant.weights import pack_int4
 
 BF16 = torch.bfloat16
@@ -64,10 +63,8 @@ RECIPES: Mapping[str, str] = MappingProxyType(
     }
 )
 DYNAMIC_RECIPES = ("tensor", "row", "block", "int8", "int8 asym")
-# Quantization alone, and behind a residual and RMSNorm; ``static`` has its scale given.
-PRODUCERS = (*DYNAMIC_RECIPES, "static", "norm row", "norm block", "norm int8")
 CHAIN_RECIPES = ("row", "block")
-SECTIONS = ("ceilings", "linears", "quantize", "chains", "compile")
+SECTIONS = ("ceilings", "linears", "chains", "compile")
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,9 @@ class Case:
     Args:
         section: of ``SECTIONS``.
         what: which operands, such as ``8B qkv``.
-        recipe: a name of ``RECIPES`` or ``PRODUCERS``.
+        recipe: a name of ``RECIPES``.
         m: rows of the activation.
-        n: columns of the result; of the hidden layer for a chain, 0 for a quantization.
+        n: columns of the result; of the hidden layer for a chain.
         k: columns of the activation.
     """
 
@@ -106,9 +103,6 @@ def cases(section: str, recipes: Sequence[str], models: Sequence[str], rows: Seq
                     for name, (n, k) in sizes.linears().items()
                     for m in rows
                 ]
-            if section == "quantize" and recipe in PRODUCERS:
-                widths = (sizes.hidden,) if recipe.startswith("norm") else (sizes.hidden, sizes.ffn)
-                found += [Case(section, model, recipe, m, 0, k) for k in widths for m in rows]
             if section == "chains" and recipe in CHAIN_RECIPES:
                 found += [Case(section, f"{model} MLP", recipe, m, sizes.ffn, sizes.hidden) for m in rows]
     return found
@@ -132,9 +126,7 @@ def _linear_floor(recipe: str, m: int, n: int, k: int, on: Architecture) -> tupl
 
 def floor(case: Case, on: Architecture) -> tuple[float, str]:
     """Microseconds that no kernel can beat there, and whether ``memory`` or ``compute`` is what limits."""
-    if case.section == "quantize":
-        parts = [(0.0, case.m * case.k * (7.0 if case.recipe.startswith("norm") else 3.0) / on.bandwidth)]
-    elif case.section == "chains":
+    if case.section == "chains":
         shapes = ((2 * case.n, case.k), (case.k, case.n))
         parts = [_linear_floor(case.recipe, case.m, n, k, on) for n, k in shapes]
     else:
@@ -174,7 +166,7 @@ class Operands:
 
     Args:
         x: ``[m, k]``, bfloat16.
-        layers: sets of weights: one linear each, two for a chain; empty sets for a quantization.
+        layers: sets of weights: one linear each, two for a chain.
         norm: weight of the RMSNorm, ``[k]``.
         residual: like ``x``.
         rows: those that are compared.
@@ -192,7 +184,7 @@ class Operands:
     @property
     def scheme(self) -> Scheme:
         """How the case's recipe quantizes."""
-        return scheme(self.case.recipe.removeprefix("norm "), self.x.device)
+        return scheme(self.case.recipe, self.x.device)
 
 
 def float8(device: torch.device) -> torch.dtype:
@@ -203,9 +195,9 @@ def float8(device: torch.device) -> torch.dtype:
 
 
 def scheme(recipe: str, device: torch.device) -> Scheme:
-    """How ``recipe`` quantizes on ``device``; ``static`` has the codes of ``tensor``."""
+    """How ``recipe`` quantizes on ``device``."""
     name = str(float8(device)).removeprefix("torch.")
-    return Scheme.parse(RECIPES["tensor" if recipe == "static" else recipe].format(f8=name))
+    return Scheme.parse(RECIPES[recipe].format(f8=name))
 
 
 def layers_needed(nbytes: float, cache: int) -> int:
@@ -224,15 +216,11 @@ def _weights(found: Scheme, n: int, k: int, generator: torch.Generator) -> Weigh
 def operands(case: Case, device: torch.device, cache: int) -> Operands:
     """Random operands of ``case``, always the same; ``cache`` is the size of the L2 cache in bytes."""
     generator = torch.Generator(device).manual_seed(case.m)
-    recipe = case.recipe.removeprefix("norm ")
-    found = scheme(recipe, device)
-    shapes: tuple[tuple[int, int], ...] = ()
-    if case.section == "linears":
-        shapes = ((case.n, case.k),)
-    elif case.section == "chains":
+    found = scheme(case.recipe, device)
+    shapes: tuple[tuple[int, int], ...] = ((case.n, case.k),)
+    if case.section == "chains":
         shapes = ((2 * case.n, case.k), (case.k, case.n))
-    nbytes = sum(weight_bytes(recipe, n, k) for n, k in shapes)
-    count = layers_needed(nbytes, cache) if shapes else 1
+    count = layers_needed(sum(weight_bytes(case.recipe, n, k) for n, k in shapes), cache)
     layers = [tuple(_weights(found, n, k, generator) for n, k in shapes) for _ in range(count)]
 
     def normal(*size: int) -> Tensor:
@@ -266,31 +254,15 @@ def normed(given: Operands) -> Tensor:
     return (total * rms * given.norm.float()).to(BF16)
 
 
-def static_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A scale that a calibration may have given."""
-    return torch.tensor(5.0 / float8_max(dtype) if dtype in FLOAT8_DTYPES else 5.0 / 127, device=x.device)
-
-
 def reference(given: Operands) -> Tensor:
-    """The result of the first set of weights for the rows that are compared, in float64 but where bfloat16 is stored.
-
-    Of a quantization it is what the codes stand for.
-    """
-    case, rows = given.case, given.rows
-    if case.section == "linears":
-        (weights,) = given.layers[0]
-        return decoded(given.x, weights.scheme)[rows] @ weights.decoded()
-    if case.section == "chains":
+    """The result of the first weights for the rows that are compared, in float64 but where bfloat16 is stored."""
+    rows = given.rows
+    if given.case.section == "chains":
         gate_up, down = given.layers[0]
         y = decoded(normed(given), gate_up.scheme)[rows] @ gate_up.decoded()
         return decoded(gated(y.to(BF16)), down.scheme) @ down.decoded()
-    x = normed(given) if case.recipe.startswith("norm") else given.x
-    if case.recipe != "static":
-        return decoded(x, given.scheme)[rows]
-    dtype = given.scheme.activation.dtype
-    scale, limit = static_scale(x, dtype), float8_max(dtype)
-    codes = (x.float() * scale.reciprocal()).clamp(-limit, limit).to(dtype)
-    return (codes.double() * scale.double())[rows]
+    (weights,) = given.layers[0]
+    return decoded(given.x, weights.scheme)[rows] @ weights.decoded()
 
 
 def gated(y: Tensor) -> Tensor:
@@ -299,17 +271,8 @@ def gated(y: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def relative_error(given: Operands, result: Any) -> float:
-    """``norm(result - expected) / norm(expected)`` of the compared rows; NaN where a result is not finite.
-
-    A quantization's result is a tuple ``(codes, scale)`` or ``(codes, scale, zero_point)``.
-    """
-    if isinstance(result, (tuple, list)):
-        codes, scale, *rest = result
-        values = codes.double() - rest[0] if rest else codes.double()
-        if scale.dim() == 2 and scale.shape[1] > 1:
-            scale = scale.repeat_interleave(GROUP, 1)[:, : codes.shape[1]]
-        result = values * scale.double()
+def relative_error(given: Operands, result: Tensor) -> float:
+    """``norm(result - expected) / norm(expected)`` of the compared rows; NaN where a result is not finite."""
     got = result.reshape(-1, result.shape[-1])[given.rows].double()
     error = ((got - given.expected).norm() / given.expected.norm()).item()
     return error if got.isfinite().all() else float("nan")

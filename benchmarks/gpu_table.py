@@ -206,11 +206,12 @@ def _to_best(row: Row) -> float | None:
 
 def _asymmetric(rows: Sequence[Row]) -> float | None:
     """Time with a zero point over that without; as a goal the inverse, so that more is better."""
-    plain = {(r["what"], r["m"]): microseconds(r, OURS) for r in rows if r["recipe"] == "int8" and r["n"]}
+    linears = [row for row in rows if row["section"] == "linears"]
+    plain = {(row["what"], row["m"]): microseconds(row, OURS) for row in linears if row["recipe"] == "int8"}
     found = []
-    for row in rows:
+    for row in linears:
         ours, other = microseconds(row, OURS), plain.get((row["what"], row["m"]))
-        if row["section"] == "linears" and row["recipe"] == "int8 asym" and ours and other:
+        if row["recipe"] == "int8 asym" and ours and other:
             found.append(other / ours)
     return geometric_mean(found)
 

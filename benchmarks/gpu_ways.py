@@ -16,17 +16,17 @@ from typing import Any
 import gpu_sources
 import torch
 import torch.nn.functional as F
-from gpu_cases import BF16, DYNAMIC_RECIPES, EPS, Operands, Weights, gated, normed, static_scale
+from gpu_cases import BF16, DYNAMIC_RECIPES, Operands, Weights, gated, normed
 from gpu_measure import Call, Way
 from torch import Tensor
 
-import fx_quant.kernels.triton_quantize  # noqa: F401  (registers the ops)
-from fx_quant.activation import quantize_activation
+import fx_quant.kernels.triton  # noqa: F401  (registers the ops)
+from fx_quant.activation import Quantized, quantize_activation
 from fx_quant.eager import run_kernel, target_of
 from fx_quant.errors import NoKernelError
 from fx_quant.linear_operands import linear_problem
-from fx_quant.ops import column_sums, quantize, quantize_groups, rms_norm_quantize_dynamic
-from fx_quant.scheme import FLOAT8_DTYPES, OperandSpec, Scheme, float8_max
+from fx_quant.ops import column_sums
+from fx_quant.scheme import Scheme
 from fx_quant.selection import Selection, select
 
 fxq = torch.ops.fx_quant
@@ -73,38 +73,19 @@ def humming() -> str | None:
     return package("humming")() or "installed, but there is no way to drive it yet: its weight loader was never tried"
 
 
-# --- formulas -----------------------------------------------------------------------------------------------------
+# --- activations --------------------------------------------------------------------------------------------------
 
 
-def formula(spec: OperandSpec) -> dict[str, Any]:
-    """Arguments of ``quantize.dynamic`` for the eager layers' formula."""
-    float8 = spec.dtype in FLOAT8_DTYPES
-    limit = float8_max(spec.dtype) if float8 else 127.0
-    return {
-        "dtype": spec.dtype,
-        "granularity": "per_tensor" if spec.granularity.kind == "per_tensor" else "per_token",
-        "divisor": limit,
-        "divide_dtype": torch.float32,
-        "floor": 1 / (limit * 512) if float8 else torch.finfo(torch.float32).tiny,
-        "floor_on": "scale",
-        "scale_dtype": torch.float32,
-        "reciprocal": float8,
-        "lo": -limit,
-        "hi": limit,
-    }
+def quantizer(given: Operands, producer: Callable[..., Tensor] = lambda x: x) -> Callable[..., Quantized]:
+    """Codes, scale and zero point of what ``producer`` returns, in the kernel that Inductor makes of both on a GPU."""
+    spec = given.scheme.activation
 
+    def run(*inputs: Tensor) -> Quantized:
+        codes, scale, zero_point = quantize_activation(producer(*inputs), spec)
+        # Scales of groups as matmuls read them: column by column.
+        return codes, scale.t().contiguous().t() if spec.granularity.size else scale, zero_point
 
-def group_of(spec: OperandSpec) -> int:
-    """Size of a group, 0 without."""
-    return spec.granularity.size[0] if spec.granularity.size else 0
-
-
-def quantized(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scale and zero point by our kernels."""
-    if not spec.symmetric:
-        return fxq.triton_quantize_asymmetric(x, granularity=spec.granularity.kind)
-    codes, scale = fxq.triton_quantize_dynamic(x, **formula(spec), group=group_of(spec))
-    return codes, scale, None
+    return _compiled(run, tuned=False) if given.x.is_cuda else run
 
 
 # --- linears ------------------------------------------------------------------------------------------------------
@@ -115,33 +96,20 @@ def _matmul(weights: Weights, a: Tensor, a_scale: Tensor, zero_point: Tensor | N
     return fxq.triton_scaled_mm(a, weights.codes.t(), a_scale, weights.scale, None, n, BF16, **extras)
 
 
-def _ours_in_two(given: Operands) -> Call:
-    spec = given.scheme.activation
-    sums = [None if spec.symmetric else column_sums(w.codes.t()) for (w,) in given.layers]
-
-    def call(i: int) -> Tensor:
-        (weights,) = given.layers[i]
-        return _matmul(weights, *quantized(given.x, spec), sums[i])
-
-    return call
-
-
 def _ours(given: Operands) -> Call:
-    """The linear as one op, where there is one; a weight-only one by our first kernel that packs."""
+    """Quantization, then our matmul; a weight-only linear by our first kernel that packs."""
     scheme = given.scheme
     if scheme.weight_only:
         names = [name for name in runnable(given) if name.startswith("triton")]
         if names:
             return _kernel(given, names[0])
         return lambda i: _weight_only(given, i)
-    op = getattr(fxq, "triton_quantized_linear", None)
-    spec = scheme.activation
-    if op is None or not spec.symmetric or group_of(spec):
-        return _ours_in_two(given)
+    spec, quantize = scheme.activation, quantizer(given)
+    sums = [None if spec.symmetric else column_sums(w.codes.t()) for (w,) in given.layers]
 
     def call(i: int) -> Tensor:
         (weights,) = given.layers[i]
-        return op(given.x, weights.codes.t(), weights.scale, None, BF16, **formula(spec))
+        return _matmul(weights, *quantize(given.x), sums[i])
 
     return call
 
@@ -278,9 +246,11 @@ def _vllm(given: Operands) -> Call:
 def _deep_gemm(given: Operands) -> Call:
     import deep_gemm  # pyrefly: ignore[missing-import]
 
+    quantize = quantizer(given)
+
     def call(i: int) -> Tensor:
         (weights,) = given.layers[i]
-        codes, scale, _ = quantized(given.x, given.scheme.activation)
+        codes, scale, _ = quantize(given.x)
         out = given.x.new_empty(given.x.shape[0], weights.codes.shape[0])
         deep_gemm.fp8_gemm_nt((codes, scale), (weights.codes, weights.scale), out, disable_ue8m0_cast=True)
         return out
@@ -303,7 +273,6 @@ def linear_ways(given: Operands) -> list[Way]:
     recipe = given.case.recipe
     ways = [Way("fx_quant", "fx_quant", _always, _ours)]
     if recipe in DYNAMIC_RECIPES:
-        ways.append(Way("fx_quant in two", "fx_quant", _always, _ours_in_two))
         ways.append(Way("eager quant + torch", "torch", _always, _eager_torch))
     ways += [
         Way("bf16", "bf16", _always, _dense, _UNQUANTIZED),
@@ -326,92 +295,16 @@ def linear_ways(given: Operands) -> list[Way]:
     return ways
 
 
-# --- quantization -------------------------------------------------------------------------------------------------
-
-
-def _ours_quantizes(given: Operands) -> Call:
-    spec, recipe, x = given.scheme.activation, given.case.recipe, given.x
-    if recipe == "static":
-        scale, limit = static_scale(x, spec.dtype), float8_max(spec.dtype)
-        arguments = {"dtype": spec.dtype, "reciprocal": True, "lo": -limit, "hi": limit}
-        return lambda i: (fxq.triton_quantize_static(x, scale, **arguments), scale)
-    if recipe.startswith("norm"):
-        arguments = {**formula(spec), "group": group_of(spec)}
-        op = fxq.triton_rms_norm_quantize.dynamic
-        return lambda i: op(x, given.norm, EPS, given.residual, **arguments)[:2]
-    return lambda i: tuple(part for part in quantized(x, spec) if part is not None)
-
-
-def _canonical(given: Operands, *, compiled: bool = False) -> Call:
-    """The plain PyTorch bodies of the canonical ops, eager or compiled."""
-    spec, recipe, x = given.scheme.activation, given.case.recipe, given.x
-    wrap = functools.partial(_compiled, tuned=False) if compiled else lambda function: function
-    if recipe == "static":
-        scale, limit = static_scale(x, spec.dtype), float8_max(spec.dtype)
-        function = wrap(lambda x, scale: quantize(x, scale, spec.dtype, True, -limit, limit))
-        return lambda i: (function(x, scale), scale)
-    arguments = formula(spec)
-    if recipe.startswith("norm"):
-        group = group_of(spec)
-        function = wrap(
-            lambda x, norm, residual: rms_norm_quantize_dynamic(x, norm, EPS, residual, group=group, **arguments)
-        )
-        return lambda i: function(x, given.norm, given.residual)[:2]
-    if spec.symmetric:
-        function = wrap(lambda x: quantize_groups(x, group_of(spec), **arguments))
-        return lambda i: function(x)
-    function = wrap(lambda x: quantize_activation(x, spec))
-    return lambda i: function(x)
-
-
-def _vllm_quantizes(given: Operands) -> Call:
-    ops, x, recipe = torch.ops._C, given.x, given.case.recipe
-    dtype, m = given.scheme.activation.dtype, given.x.shape[0]
-
-    def call(i: int) -> tuple[Tensor, ...]:
-        codes = torch.empty_like(x, dtype=dtype)
-        scale = x.new_empty((1,) if recipe == "tensor" else (m, 1), dtype=torch.float32)
-        if recipe == "tensor":
-            ops.dynamic_scaled_fp8_quant(codes, x, scale)
-        elif recipe == "row":
-            ops.dynamic_per_token_scaled_fp8_quant(codes, x, scale, None)
-        else:
-            ops.dynamic_scaled_int8_quant(codes, x, scale, None)
-        return codes, scale
-
-    return call
-
-
-def quantize_ways(given: Operands) -> list[Way]:
-    """Of a quantization; 1e-3 is a code now and then, where a norm's sum was taken in another order."""
-    ways = [
-        Way("fx_quant", "fx_quant", _always, _ours_quantizes, 1e-2),
-        Way("eager", "torch", _always, _canonical, 1e-2),
-        Way("inductor", "inductor", _always, functools.partial(_canonical, compiled=True), 1e-2),
-    ]
-    if given.case.recipe in ("tensor", "row", "int8"):
-        ways.append(Way("vllm", "vllm", vllm, _vllm_quantizes, 1e-2))
-    return ways
-
-
 # --- chains -------------------------------------------------------------------------------------------------------
 
 
 def _our_chain(given: Operands) -> Call:
-    spec = given.scheme.activation
-    arguments = {**formula(spec), "group": group_of(spec)}
-    norm_quantize = fxq.triton_rms_norm_quantize.dynamic
-    gated_mm = None if group_of(spec) else getattr(fxq, "triton_gated_mm", None)
-    activate = _compiled(gated, tuned=False) if given.x.is_cuda else gated
+    first, second = quantizer(given, gpu_sources.rms_norm), quantizer(given, gated)
 
     def call(i: int) -> Tensor:
         gate_up, down = given.layers[i]
-        codes, scale, _ = norm_quantize(given.x, given.norm, EPS, given.residual, **arguments)
-        if gated_mm is not None:
-            y = gated_mm(codes, gate_up.codes.t(), scale, gate_up.scale, BF16)
-        else:
-            y = activate(_matmul(gate_up, codes, scale, None, None))
-        return _matmul(down, *quantized(y, spec), None)
+        y = _matmul(gate_up, *first(given.x, given.residual, given.norm), None)
+        return _matmul(down, *second(y), None)
 
     return call
 
@@ -456,7 +349,6 @@ def chain_ways(given: Operands) -> list[Way]:
 
 _WAYS: dict[str, Callable[[Operands], list[Way]]] = {
     "linears": linear_ways,
-    "quantize": quantize_ways,
     "chains": chain_ways,
 }
 

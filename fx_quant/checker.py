@@ -22,7 +22,9 @@ from fx_quant.errors import ToleranceError
 from fx_quant.isolation import innermost, preserve_rng_state, uncompiled
 from fx_quant.machine import detect_target
 from fx_quant.module_names import named_modules_of, renamed
-from fx_quant.passes.pipeline import Rewriting, holds_codes, report_on, to_canonical, to_kernels
+from fx_quant.passes.pipeline import run_passes
+from fx_quant.passes.reporting import report_on
+from fx_quant.passes.rewriting import Rewriting
 from fx_quant.passes.sites import Site
 from fx_quant.report import MissReport, Report, SiteReport, without_numbers
 from fx_quant.target import Target
@@ -185,21 +187,16 @@ class _Recorder:
         self.misses += report.misses
 
     def _rewrite(self, graph: Graph, target: Target) -> Report:
-        if not holds_codes(graph):
-            return Report(str(target), (), ())
-        state = to_canonical(graph, target, self.options, static_input_indices(graph))
-        if state.selections:
-            to_kernels(state)
-        # Only now: a site at which writing its kernel fails is a miss.
-        report = report_on(state, target)
-        if state.selections:
+        state = run_passes(graph, target, self.options, static_input_indices(graph))
+        report = report_on(state)
+        if state.rows:
             alone, inputs = _cut_out(state)
             self._sites = _Sites(
                 before=state.before,
                 alone=alone,
                 inputs=inputs,
-                roots=[site.root.name for site in state.results],
-                codes=[_saturation_bounds(site) for site in state.results],
+                roots=[site.root.name for site in state.rows],
+                codes=[_saturation_bounds(site) for site in state.rows],
                 reports=list(report.sites),
             )
             replace_contents(graph, state.graph)
@@ -251,7 +248,8 @@ def _cut_out(state: Rewriting) -> tuple[Graph, list[str]]:
     """
     source = {node.name for node in state.before.nodes}
     needed: set[Node] = set()
-    waiting = list(state.results.values())
+    results = [row.written()[1] for row in state.rows.values()]
+    waiting = list(results)
     while waiting:
         node = waiting.pop()
         if node not in needed:
@@ -269,7 +267,7 @@ def _cut_out(state: Rewriting) -> tuple[Graph, list[str]]:
     for node in state.graph.nodes:
         if node in needed and node.name not in source:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(tuple(copied[node] for node in state.results.values()))
+    graph.output(tuple(copied[node] for node in results))
     return graph, inputs
 
 

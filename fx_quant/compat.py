@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _Namespace
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -220,19 +220,24 @@ def dump_graph(name: str, graph: Graph) -> None:
     from torch._dynamo.utils import lazy_format_graph_code
     from torch._logging import trace_structured
 
-    module = graph.owning_module
-    if module is None:
+    owner = graph.owning_module
+    if owner is None:
         return
 
+    @functools.cache
+    def module() -> GraphModule:
+        if owner.graph is not graph:
+            return GraphModule(owner, graph)
+        owner.recompile()
+        return owner
+
     def text() -> str:
-        module.recompile()
-        return module.print_readable(print_output=False)
+        return module().print_readable(print_output=False)
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name.lower(), "encoding": "string"}, payload_fn=text)
     # depyf swaps the code of this function for one that writes the graph to its folder when called.
     if lazy_format_graph_code.__code__.co_name != "lazy_format_graph_code":
-        module.recompile()
-        lazy_format_graph_code(name, module)
+        lazy_format_graph_code(name, module())
 
 
 def cuda_driver() -> int:

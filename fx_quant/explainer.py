@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,8 @@ from fx_quant.config import Options
 from fx_quant.isolation import innermost
 from fx_quant.machine import resolve_target
 from fx_quant.module_names import renamed, roots_of
-from fx_quant.passes.pipeline import holds_codes, report_on, to_canonical, to_kernels
+from fx_quant.passes.pipeline import run_passes
+from fx_quant.passes.reporting import report_on
 from fx_quant.prepare import first_steps
 from fx_quant.report import Report
 from fx_quant.target import Target
@@ -51,7 +53,8 @@ def explain(
     reports: list[Report] = []
 
     def on_graph(graph: Graph) -> None:
-        reports.append(safely(lambda: _report(graph, resolved, parsed), resolved, parsed))
+        passes = functools.partial(run_passes, graph, resolved, parsed, static_input_indices(graph))
+        reports.append(safely(lambda: report_on(passes()), resolved, parsed))
 
     capture = run_captured(model, args, kwargs, on_graph=on_graph, inner_compile=run_eagerly, dynamic=dynamic)
     report = Report(
@@ -70,15 +73,6 @@ def explain(
         for renaming in called_for:
             report = report.merged(replace(each.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
     return replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
-
-
-def _report(graph: Graph, target: Target, options: Options) -> Report:
-    if not holds_codes(graph):
-        return Report(str(target), (), ())
-    state = to_canonical(graph, target, options, static_input_indices(graph))
-    if state.selections:
-        to_kernels(state)
-    return report_on(state, target)
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,9 +2,9 @@
 
 ``p.data.copy_``, a NumPy array or a file over the same memory, a collective, an inference tensor: none of them raises
 a version. So of each tensor that something was computed of a few lines of 64 bytes are looked at in every call: the
-same ``FIXED`` of them, spread over the tensor, and in turn one line of every row in ``CALLS`` calls, then the next line
-of every row. A tensor that was replaced is seen at once, a row that was rewritten within ``CALLS`` calls, and any byte
-within ``CALLS`` times the lines of a row. Tensors of up to ``WHOLE`` bytes are looked at whole.
+same two of them, far apart, and in turn one line of every row in ``CALLS`` calls, then the next line of every row. A
+tensor that was replaced is seen at once, a row that was rewritten within ``CALLS`` calls, and any byte within ``CALLS``
+times the lines of a row. Dense tensors of up to ``WHOLE`` bytes are looked at whole.
 
 On other devices than a CPU nothing is looked at, as that would wait for the device.
 """
@@ -14,18 +14,24 @@ from __future__ import annotations
 import ctypes
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FIXED = 2
 CALLS = 512
 WHOLE = 1024
+_FIXED = 2
 _LINE = 64
+# Rows that are looked at together are mostly in one page, and a digest is kept for each such share.
 _LEAST_SHARE = 4
+# Between two shares of one tensor: few rows need no more, but where they are long all of their bytes do.
+_MOST_CALLS = 8
+_GOLDEN = (5**0.5 - 1) / 2  # of all lines: far from both ends, and in another row and column than the first
+
+Geometry = tuple[int, int, int, int]
 
 
 class _Watch(ctypes.Structure):
@@ -33,8 +39,13 @@ class _Watch(ctypes.Structure):
 
     _fields_ = (
         ("memory", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "row_bytes", "pitch", "share", "shares", "fixed", "turn")),
+        *((name, ctypes.c_int64) for name in ("rows", "row_bytes", "pitch", "size")),
+        *((name, ctypes.c_int64) for name in ("share", "shares", "every", "wait", "turn")),
+        ("expected", ctypes.c_uint64),
         ("digests", ctypes.POINTER(ctypes.c_uint64)),
+        ("fixed", ctypes.c_void_p * _FIXED),
+        ("fixed_digest", ctypes.c_uint64),
+        ("line", ctypes.c_int64),
     )
 
 
@@ -43,11 +54,11 @@ class Fingerprint:
     """The digests of all bytes of one tensor. Two of equal geometry are equal where the bytes are.
 
     Args:
-        geometry: rows, bytes of a row, and bytes from one row to the next.
+        geometry: rows, bytes of a row, bytes from one row to the next, and bytes from the first to the last.
         digests: one for each share of the lines, and that of the fixed lines.
     """
 
-    geometry: tuple[int, int, int]
+    geometry: Geometry
     digests: ctypes.Array
 
     def same_bytes(self, other: Fingerprint) -> bool:
@@ -62,8 +73,7 @@ def fingerprint(tensor: Tensor) -> Fingerprint | None:
         return None
     watch = _watch(tensor.data_ptr(), geometry)
     digests = (ctypes.c_uint64 * (watch.shares + 1))()
-    watch.digests = digests
-    _digest()(ctypes.byref(watch))
+    _digest()(watch, digests)
     return Fingerprint(geometry, digests)
 
 
@@ -72,25 +82,26 @@ class Watches:
 
     Args:
         looked_at: the address of each, with its fingerprint.
+
+    ``changed()`` says whether a write was seen: in the fixed lines of each, or in the share whose turn it is.
     """
 
+    __slots__ = ("_fingerprints", "_watches", "changed")
+
     def __init__(self, looked_at: Sequence[tuple[int, Fingerprint]]) -> None:
-        # The native code is given addresses of their digests, which live as long as they do.
+        # Memory that the native code is given addresses of.
         self._fingerprints = [fingerprint for _, fingerprint in looked_at]
         self._watches = (_Watch * len(looked_at))()
         for i, (address, found) in enumerate(looked_at):
             watch = _watch(address, found.geometry)
             watch.digests = found.digests
+            watch.expected, watch.fixed_digest = found.digests[0], found.digests[watch.shares]
+            watch.wait = i % watch.every  # not all in the same call
             self._watches[i] = watch
-        self._arguments = ctypes.addressof(self._watches), len(looked_at)
-        self._changed = _changed()
-
-    def changed(self) -> bool:
-        """Whether a write was seen: in the fixed lines of each, or in the share whose turn it is."""
-        return self._changed(*self._arguments) >= 0
+        self.changed: Callable[[], bool] = _changed()(self._watches, len(looked_at)) if looked_at else bool
 
 
-def _geometry(tensor: Tensor) -> tuple[int, int, int] | None:
+def _geometry(tensor: Tensor) -> Geometry | None:
     """Rows of bytes that hold ``tensor``, which may hold more where there is no such rectangle without gaps."""
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
         return None
@@ -100,30 +111,35 @@ def _geometry(tensor: Tensor) -> tuple[int, int, int] | None:
     while sides and sides[0][0] == run:
         row, size = sides.pop(0)
         run *= size
-    if not sides and row * item >= _LINE:
-        return run // row, row * item, row * item  # dense: rows are those of the outermost dim
+    if not sides and row * item >= _LINE and run * item > WHOLE:
+        return run // row, row * item, row * item, run * item  # dense: rows are those of the outermost dim
     if len(sides) == 1 and run * item >= _LINE and sides[0][0] > run:
-        return sides[0][1], run * item, sides[0][0] * item
-    span = (run + sum((size - 1) * stride for stride, size in sides)) * item
-    return 1, span, span
+        pitch, rows = sides[0][0] * item, sides[0][1]
+        return rows, run * item, pitch, (rows - 1) * pitch + run * item
+    size = (run + sum((size - 1) * stride for stride, size in sides)) * item
+    return -(-size // _LINE), min(size, _LINE), _LINE, size
 
 
-def _watch(address: int, geometry: tuple[int, int, int]) -> _Watch:
-    rows, row_bytes, pitch = geometry
-    lines = rows * -(-row_bytes // _LINE)
-    whole = lines * _LINE <= WHOLE
-    # A tensor of one row has a share of its lines looked at instead.
-    share = lines if whole else max(_LEAST_SHARE, -(-(rows if rows > 1 else lines) // CALLS))
-    return _Watch(
+def _watch(address: int, geometry: Geometry) -> _Watch:
+    rows, row_bytes, pitch, size = geometry
+    every, share = 1, rows
+    if size > WHOLE:
+        every = min(_MOST_CALLS, max(1, CALLS * _LEAST_SHARE // rows))
+        share = max(_LEAST_SHARE, -(-rows // (CALLS // every)))
+    watch = _Watch(
         memory=address,
         rows=rows,
         row_bytes=row_bytes,
         pitch=pitch,
+        size=size,
         share=share,
-        shares=-(-lines // share),
-        fixed=0 if whole else FIXED,
-        turn=0,
+        shares=-(-rows // share) * -(-row_bytes // _LINE),
+        every=every,
+        line=min(row_bytes, _LINE),
     )
+    lines = rows * -(-row_bytes // _LINE)
+    watch.fixed[:] = [_address(watch, number % rows, number // rows) for number in (0, int(lines * _GOLDEN))]
+    return watch
 
 
 @functools.cache
@@ -141,54 +157,59 @@ def _library() -> Any | None:
 
 
 @functools.cache
-def _digest() -> Callable[[Any], None]:
+def _digest() -> Callable[[_Watch, ctypes.Array], None]:
     library = _library()
     if library is None:
-        return lambda reference: _digest_in_python(reference._obj)
-    library.fxq_digest.argtypes, library.fxq_digest.restype = [ctypes.POINTER(_Watch)], None
+        return _digest_in_python
+    library.fxq_digest.argtypes = [ctypes.POINTER(_Watch), ctypes.POINTER(ctypes.c_uint64)]
+    library.fxq_digest.restype = None
     return library.fxq_digest
 
 
 @functools.cache
-def _changed() -> Callable[[int, int], int]:
+def _changed() -> Callable[[ctypes.Array, int], Callable[[], bool]]:
     library = _library()
     if library is None:
-        return _changed_in_python
-    library.fxq_changed.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.fxq_changed.restype = ctypes.c_int64
-    return library.fxq_changed
+        return lambda watches, _: lambda: any(map(_has_changed, watches))
+    # Makes a Python object, so unlike other functions of the library it holds Python's lock.
+    prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.POINTER(_Watch), ctypes.c_int64)
+    return prototype(("fxq_changed", library))
 
 
-def _lines_digest(watch: _Watch, numbers: Sequence[int]) -> int:
+def _address(watch: _Watch, row: int, column: int) -> int:
+    """Of a line."""
+    offset = row * watch.pitch + min(column * _LINE, watch.row_bytes - watch.line)
+    return watch.memory + min(offset, watch.size - watch.line)
+
+
+def _lines_digest(watch: _Watch, addresses: Iterable[int]) -> int:
     digest = 0
-    for number in numbers:
-        offset = number // watch.rows * _LINE
-        address = watch.memory + number % watch.rows * watch.pitch + offset
-        digest = zlib.crc32(ctypes.string_at(address, min(_LINE, watch.row_bytes - offset)), digest)
+    for address in addresses:
+        digest = zlib.crc32(ctypes.string_at(address, watch.line), digest)
     return digest
 
 
-def _share(watch: _Watch, share: int) -> range:
-    lines = watch.rows * -(-watch.row_bytes // _LINE)
-    return range(share * watch.share, min(lines, (share + 1) * watch.share))
+def _share_digest(watch: _Watch, number: int) -> int:
+    column, part = divmod(number, -(-watch.rows // watch.share))
+    rows = range(part * watch.share, min(watch.rows, (part + 1) * watch.share))
+    return _lines_digest(watch, (_address(watch, row, column) for row in rows))
 
 
-def _fixed(watch: _Watch) -> list[int]:
-    lines = watch.rows * -(-watch.row_bytes // _LINE)
-    return [(i * 0x9E3779B97F4A7C15 % 2**64) * lines >> 64 for i in range(watch.fixed)]
-
-
-def _digest_in_python(watch: _Watch) -> None:
+def _digest_in_python(watch: _Watch, digests: ctypes.Array) -> None:
     for share in range(watch.shares):
-        watch.digests[share] = _lines_digest(watch, _share(watch, share))
-    watch.digests[watch.shares] = _lines_digest(watch, _fixed(watch))
+        digests[share] = _share_digest(watch, share)
+    digests[watch.shares] = _lines_digest(watch, watch.fixed)
 
 
-def _changed_in_python(address: int, count: int) -> int:
-    for i, watch in enumerate((_Watch * count).from_address(address)):
-        turn = watch.turn
-        watch.turn = (turn + 1) % watch.shares
-        same = watch.digests[turn] == _lines_digest(watch, _share(watch, turn))
-        if not same or watch.digests[watch.shares] != _lines_digest(watch, _fixed(watch)):
-            return i
-    return -1
+def _has_changed(watch: _Watch) -> bool:
+    if _lines_digest(watch, watch.fixed) != watch.fixed_digest:
+        return True
+    if watch.wait:
+        watch.wait -= 1
+        return False
+    if _share_digest(watch, watch.turn) != watch.expected:
+        return True
+    watch.wait = watch.every - 1
+    watch.turn = (watch.turn + 1) % watch.shares
+    watch.expected = watch.digests[watch.turn]
+    return False

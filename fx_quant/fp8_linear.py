@@ -107,7 +107,7 @@ class Fp8LinearOp:
     def _compiled(
         self, codes: Tensor, weight: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        if not self.pad_output or _is_rocm(codes.device):
+        if not self.pad_output or is_rocm(codes.device):
             return torch.ops.fx_quant.scaled_mm(codes, weight, a_scale, b_scale, bias, dtype)
         m = codes.shape[0]
         missing = torch.sym_max(SCALED_MM_ROWS - m, 0)
@@ -152,7 +152,8 @@ class Fp8LinearOp:
         return replace(selection, padding=replace(selection.padding, rows=rows))
 
 
-def _is_rocm(device: torch.device) -> bool:
+def is_rocm(device: torch.device) -> bool:
+    """Whether ``device`` is an AMD GPU; without looking at it, so that it can be traced."""
     return device.type == "cuda" and torch.version.hip is not None
 
 

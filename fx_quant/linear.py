@@ -20,7 +20,6 @@ from fx_quant.linear_operands import (
     check_operands,
     check_quantizer,
     check_scheme,
-    codes_per_element,
     describe,
     linear_problem,
     scale_shape,
@@ -58,7 +57,7 @@ def apply_linear(
         ValueError: ``x`` does not fit the weight; the quantizer returned what ``quantize_by`` does not take.
         NoKernelError: no kernel can run it, or the forced one cannot.
     """
-    n, k = weight.shape[0], weight.shape[1] * codes_per_element(scheme.weight)
+    n, k = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
     if x.dim() == 0 or x.shape[-1] != k or x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be [..., {k}] of float32, bfloat16 or float16, got {describe(x)}")
     out_dtype = out_dtype or x.dtype
@@ -66,9 +65,11 @@ def apply_linear(
     if block is None:
         weight_scale = weight_scale.flatten()
         weight_zero_point = None if weight_zero_point is None else weight_zero_point.flatten()
+    constant = ["b", "b_scale", "b_zero_point"]
     if weight_zero_point is not None and scheme.weight.dtype is UINT4:
         # Packed codes are read as int4, 8 less than the uint4 that they are.
         weight_zero_point = weight_zero_point - 8
+        constant.remove("b_zero_point")  # a new tensor in each call
     a, a_scale, a_zero_point = x.detach().reshape(-1, k), None, None
     if not scheme.weight_only:
         if quantizer is None:
@@ -91,6 +92,7 @@ def apply_linear(
             a_zero_point=a_zero_point,
             b_zero_point=weight_zero_point,
             block=block,
+            constant=constant,
         )
     elif scheme.weight_only:
         out = torch.ops.fx_quant.weight_only_mm(
@@ -170,7 +172,7 @@ class QuantizedLinear(nn.Module):
             input_scale=input_scale,
             input_zero_point=input_zero_point,
         )
-        self.out_features, self.in_features = weight.shape[0], weight.shape[1] * codes_per_element(scheme.weight)
+        self.out_features, self.in_features = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
         shape = scale_shape(scheme.weight, self.out_features, self.in_features)
         self.register_buffer("weight", weight.detach())
         self.register_buffer("weight_scale", weight_scale.detach().float().reshape(shape))

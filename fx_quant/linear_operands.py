@@ -24,11 +24,6 @@ from fx_quant.scheme import (
 _ANY_ROWS = SizeRange(0, None)
 
 
-def codes_per_element(spec: OperandSpec) -> int:
-    """How many codes of a weight one element of its tensor holds: two of int4."""
-    return 2 if spec.dtype in INT4_DTYPES else 1
-
-
 def weight_block(scheme: Scheme) -> tuple[int, int] | None:
     """``(rows, columns)`` of the weight that share one scale where scales vary along k; else None."""
     granularity = scheme.weight.granularity
@@ -121,7 +116,7 @@ def check_operands(
         weight.dim() == 2 and weight.dtype == storage and weight.shape[1] > 0,
         lambda: f"weight must be {dtype_name(storage)} [n, k] with k > 0, got {describe(weight)}",
     )
-    n, k = weight.shape[0], weight.shape[1] * codes_per_element(spec)
+    n, k = weight.shape[0], weight.shape[1] * spec.codes_per_element
     shape = scale_shape(spec, n, k)
     must(
         weight_scale.is_floating_point() and _is_shape(weight_scale, shape),

@@ -120,14 +120,26 @@ def view_of(tensor: Tensor) -> tuple:
 
 
 def _is_current(group: _Group, tensors: Sequence[Tensor]) -> bool:
-    # Runs at each call of a compiled graph, so what is usual is asked of all tensors at once.
+    # Runs at each call of a compiled graph, so what is usual is asked of all tensors first.
+    return (_are_as_usual(group.looks, tensors) or all(map(_is_as_marked, tensors, group.marks))) and (
+        not group.watches.changed()
+    )
+
+
+def _are_as_usual(looks: Sequence[tuple], tensors: Sequence[Tensor]) -> bool:
     try:
-        looks = [(id(tensor), tensor._version, tensor.dtype, tensor.stride(), tensor.shape) for tensor in tensors]
+        for tensor, (counter, version, dtype, stride, shape) in zip(tensors, looks, strict=True):
+            if (
+                id(tensor) != counter
+                or tensor._version != version
+                or tensor.dtype is not dtype
+                or tensor.stride() != stride
+                or tensor.shape != shape
+            ):
+                return False
     except RuntimeError:  # an inference tensor has no version
-        looks = []
-    if looks != group.looks and not all(map(_is_as_marked, tensors, group.marks)):
         return False
-    return not group.watches.changed()
+    return True
 
 
 _COUNTERS = 8

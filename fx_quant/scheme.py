@@ -133,6 +133,11 @@ class OperandSpec:
         """Whether the operand is codes, rather than plain floating point."""
         return self.dtype not in FLOAT_DTYPES
 
+    @property
+    def codes_per_element(self) -> int:
+        """How many codes one element of the tensor that holds them has: two of 4-bit codes."""
+        return 2 if self.dtype in INT4_DTYPES else 1
+
     def __str__(self) -> str:
         if not self.quantized:
             return dtype_name(self.dtype)

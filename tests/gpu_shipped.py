@@ -11,12 +11,11 @@ from functools import partial
 
 import torch
 
-from fx_quant.gpu import gated, persistent, quantized_linear, swapped, tile, weight_only
+from fx_quant.gpu import persistent, swapped, tile, weight_only
 from fx_quant.gpu.architectures import Architecture
-from fx_quant.gpu.launch import Configuration, Launch
+from fx_quant.gpu.launch import Launch
 from fx_quant.gpu.operands import ScaledOperands, scaled_operands
 from fx_quant.gpu.packed_codes import PACKED_CODES
-from fx_quant.gpu.quantize import Norm, plan_asymmetric, plan_dynamic, plan_static
 from fx_quant.gpu.semaphores import unfit_split
 
 F32, BF16, I8, I32 = torch.float32, torch.bfloat16, torch.int8, torch.int32
@@ -31,7 +30,7 @@ class Shipped:
 
     Args:
         name: kernel, recipe and configuration.
-        products: what the tensor cores multiply: ``float8``, ``int8`` or ``half``; None where nothing is multiplied.
+        products: what the tensor cores multiply: ``float8``, ``int8`` or ``half``; None where any instruction will do.
         launch: plans it.
     """
 
@@ -57,8 +56,7 @@ def operands_of(recipe: str, m: int, on: Architecture) -> ScaledOperands:
         return scaled_operands(a, b, a_scale, b_scale, bias, N, BF16, block=(rows, 128))
     zero_point = meta(m, 1, dtype=I32) if codes == "int8" else None
     sums = meta(N, dtype=I32) if codes == "int8" else None
-    found = scaled_operands(a, b, meta(m, 1), meta(N), bias, N, BF16, a_zero_point=zero_point, b_sum=sums)
-    return replace(found, fast_accum=scales == "fast")
+    return scaled_operands(a, b, meta(m, 1), meta(N), bias, N, BF16, a_zero_point=zero_point, b_sum=sums)
 
 
 def _persistent(on: Architecture) -> Iterator[Shipped]:
@@ -82,35 +80,6 @@ def _swapped(on: Architecture) -> Iterator[Shipped]:
             yield Shipped(f"{recipe} {found}", products, partial(swapped.plan_scaled_mm, operands, found, on))
 
 
-_FORMULA = {
-    "granularity": "per_token",
-    "divide_dtype": F32,
-    "floor": 1e-5,
-    "floor_on": "amax",
-    "scale_dtype": F32,
-    "reciprocal": False,
-}
-_BOUNDS = {I8: (-128.0, 127.0), torch.float8_e4m3fnuz: (-224.0, 224.0), torch.float8_e4m3fn: (-448.0, 448.0)}
-
-
-def formula(dtype: torch.dtype) -> dict[str, object]:
-    """How most libraries quantize an activation by token."""
-    lo, hi = _BOUNDS[dtype]
-    return {**_FORMULA, "dtype": dtype, "divisor": hi, "lo": lo, "hi": hi}
-
-
-def _quantized_linear(on: Architecture) -> Iterator[Shipped]:
-    for recipe, by_architecture in swapped.DYNAMIC_CONFIGURATIONS.items():
-        dtype = I8 if recipe == "int8" else float8_of(on)
-        quantization = quantized_linear.DynamicQuantization(**formula(dtype))  # pyrefly: ignore[bad-argument-type]
-        for found in by_architecture.get(on.name, ()):
-            x, b = meta(4, K, dtype=BF16), meta(N, K, dtype=dtype).t()
-            given = (x, b, meta(N), meta(N, dtype=BF16), BF16, quantization, replace(found, split_k=splits(on)), on)
-            yield Shipped(
-                f"{recipe} quantized_linear {found}", recipe, partial(quantized_linear.plan_quantized_linear, *given)
-            )
-
-
 def _tile(on: Architecture) -> Iterator[Shipped]:
     for recipe, configurations in tile.CONFIGURATIONS.get(on.name, {}).items():
         for found in configurations:
@@ -125,38 +94,6 @@ def _tile(on: Architecture) -> Iterator[Shipped]:
                 products = recipe.partition("_")[0] if m > 64 else None
                 plan = partial(tile.plan_scaled_mm, operands_of(recipe, m, on), found, on)
                 yield Shipped(f"{recipe} {found}", products, plan)
-
-
-def _gated(on: Architecture) -> Iterator[Shipped]:
-    for recipe in ("int8", "float8") if on.float8 else ("int8",):
-        configurations = gated.CONFIGURATIONS[gated.family(on)]
-        for found in configurations:
-            yield from _gated_by(on, recipe, "", None, found)
-        if recipe == "float8":
-            dtype = float8_of(on)
-            lo, hi = _BOUNDS[dtype]
-            given = gated.ResultCodes(dtype, False, lo, hi, scale=meta(1))
-            chosen = gated.ResultCodes(dtype, False, lo, hi, divisor=hi, floor=1e-12, floor_on="amax")
-            # What takes most registers beside the largest tile.
-            for words, codes in ((" to codes", given), (" to groups of codes", chosen)):
-                for found in configurations[-2:]:
-                    yield from _gated_by(on, recipe, words, codes, found)
-
-
-def _gated_by(
-    on: Architecture, recipe: str, words: str, codes: gated.ResultCodes | None, found: Configuration
-) -> Iterator[Shipped]:
-    dtype = I8 if recipe == "int8" else float8_of(on)
-    m = found.block_m if found.form == "swapped" else MANY
-    a, b = meta(m, K, dtype=dtype), meta(2 * N, K, dtype=dtype).t()
-    operands = gated.gated_operands(a, b, meta(m, 1), meta(2 * N), BF16, codes)
-    if gated.unfit(operands, found, on) is None:
-        plan = partial(_first, partial(gated.plan_gated_mm, operands, found, on))
-        yield Shipped(f"gated {recipe}{words} {found}", recipe, plan)
-
-
-def _first(plan: Callable[[], tuple[Launch, object]]) -> Launch:
-    return plan()[0]
 
 
 def _weight_only(on: Architecture) -> Iterator[Shipped]:
@@ -180,34 +117,7 @@ def _weight_only(on: Architecture) -> Iterator[Shipped]:
             yield Shipped(words, "half", partial(weight_only.plan_weight_only_mm, operands, found, on))
 
 
-def _quantize(on: Architecture) -> Iterator[Shipped]:
-    for dtype in (I8, float8_of(on)) if on.float8 else (I8,):
-        codes, given = ("int8" if dtype is I8 else "float8"), formula(dtype)
-        lo, hi = _BOUNDS[dtype]
-        x, norm = meta(MANY, N, dtype=BF16), Norm(meta(N, dtype=BF16), 1e-5, meta(MANY, N, dtype=BF16))
-        plans = {
-            "per_token": partial(plan_dynamic, x, **given, on=on),
-            "per_tensor": partial(plan_dynamic, x, **{**given, "granularity": "per_tensor"}, on=on),
-            "static": partial(plan_static, x, meta(()), dtype=dtype, reciprocal=False, lo=lo, hi=hi, on=on),
-            "rms_norm per_token": partial(plan_dynamic, x, **given, on=on, norm=norm),
-        }
-        if dtype is I8:
-            plans["asymmetric"] = partial(plan_asymmetric, x, granularity="per_token", on=on)
-        else:
-            plans["per_group(128)"] = partial(plan_dynamic, x, **given, on=on, group=128)
-            plans["rms_norm per_group(128)"] = partial(plan_dynamic, x, **given, on=on, group=128, norm=norm)
-        for name, plan in plans.items():
-            yield from (
-                Shipped(f"quantize {codes} {name}{f' {i + 1}' if i else ''}", None, partial(_launch, plan, i))
-                for i in range(len(plan().launches))
-            )
-
-
-def _launch(plan: Callable[[], object], index: int) -> Launch:
-    return plan().launches[index]  # type: ignore[attr-defined]
-
-
 def shipped(on: Architecture) -> list[Shipped]:
     """Everything that is for ``on``."""
-    parts = (_persistent, _swapped, _quantized_linear, _tile, _weight_only, _gated, _quantize)
+    parts = (_persistent, _swapped, _tile, _weight_only)
     return [each for part in parts for each in part(on)]

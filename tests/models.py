@@ -696,8 +696,8 @@ class NearMiss:
     Args:
         build: ``build(dtype, bias, k=, n=) -> module``.
         why: what differs from the plain module, and what must hold.
-        dynamic: arguments that ``fx_quant::quantize.dynamic`` (or ``quantized_linear``) must carry if it is emitted
-            for the activation; None: it must not be emitted.
+        dynamic: arguments that ``fx_quant::quantize.dynamic`` must carry if it is emitted for the activation; None: it must
+            not be emitted.
         codes: ``fx_quant::quantize`` with the graph's own scale may compute the codes.
         gemm: the matmul may become ``fx_quant::scaled_mm``, at least as a raw accumulator.
         folds: operands that ``scaled_mm`` may take over from the graph.

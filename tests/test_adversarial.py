@@ -129,7 +129,7 @@ def test_dynamic_quantize_carries_the_formula_of_the_module(name, numerics):
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_exact_is_the_class_of_what_exact_emits(name):
     state, _ = rewritten(name, "exact")
-    assert [site.product.numerics for site in state.selections] == [Numerics.EXACT]
+    assert [site.product.numerics for site in state.rows] == [Numerics.EXACT]
 
 
 def run_mutating(graph: Graph, inputs: list) -> tuple[list, list]:
@@ -152,7 +152,7 @@ def test_exact_is_bit_equal_to_the_source_graph(name):
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_default_is_within_the_class_that_it_declares(name):
     state, canonical = rewritten(name, "reassociated")
-    for site in state.selections:
+    for site in state.rows:
         assert_within_class(site, state, canonical, captured(name).inputs)
 
 
@@ -181,13 +181,13 @@ def test_default_means_the_same_without_rounding(name):
 @pytest.mark.parametrize("name", ["narrow_accumulator", "narrow_between_scales"])
 def test_a_scale_past_a_narrowing_cast_is_not_called_exact(name):
     state, _ = rewritten(name, "reassociated")
-    assert [site.product.numerics for site in state.selections] == [Numerics.SAME_ACCUM]
+    assert [site.product.numerics for site in state.rows] == [Numerics.SAME_ACCUM]
 
 
 @pytest.mark.parametrize("name", ["no_round", "floor_instead_of_round", "column_amax"])
 def test_a_quantize_that_is_left_says_why(name):
     state, _ = rewritten(name, "reassociated")
-    (reason,) = state.quantizers.values()
+    (reason,) = [row.quantizer for row in state.rows.values()]
     assert reason in {
         "integer codes are cut off, not rounded",
         "the codes are not the result of a cast",
@@ -209,9 +209,9 @@ MISSES = {
 
 def test_a_scale_of_the_activation_along_k_leaves_a_weight_only_matmul():
     state, _ = rewritten("scale_varies_along_k", "reassociated")
-    ((site, selection),) = state.selections.items()
+    ((site, row),) = state.rows.items()
     assert site.scheme.weight_only
-    assert selection.kernel.name == "cpu_weight_only_float32"
+    assert row.selection.kernel.name == "cpu_weight_only_float32"
 
 
 @pytest.mark.parametrize("name", MISSES)

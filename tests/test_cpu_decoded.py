@@ -417,7 +417,7 @@ def test_which_kernel_a_cpu_gets(scheme, target, chosen):
     assert select(asked, named_target(target)).kernel.name == chosen
 
 
-@pytest.mark.parametrize("rows", [1, MANY_ROWS[BF16] - 1, MANY_ROWS[BF16]])
+@pytest.mark.parametrize("rows", [1, MANY_ROWS - 1, MANY_ROWS])
 def test_the_matmul_of_aten_is_for_few_rows(rows, monkeypatch):
     aten = kernel("cpu_weight_only_int8").overload()
     called = []
@@ -427,4 +427,4 @@ def test_the_matmul_of_aten_is_for_few_rows(rows, monkeypatch):
     out = aten(a, w.t(), None, scale, None, 32, BF16)
     expected = a.double() @ (w.double() * scale.double()[:, None]).t()
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=5e-2)
-    assert bool(called) == (rows < MANY_ROWS[BF16])
+    assert bool(called) == (rows < MANY_ROWS)

@@ -182,9 +182,21 @@ def test_int8_weights_are_decoded_for_many_rows(dtype, monkeypatch):
     aten = torch._weight_int8pack_mm
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: ran.append(len(args[0])) or aten(*args))
     b, scale = torch.randint(-128, 128, (48, 64), dtype=torch.int8).t(), torch.rand(48) / 512
-    many = MANY_ROWS[dtype]
-    for m in (1, many - 1, many, 2 * many):
+    for m in (1, MANY_ROWS - 1, MANY_ROWS, 2 * MANY_ROWS):
         x = torch.randn(m, 64).to(dtype)
         got = fxq.cpu_weight_only_int8(x, b, None, scale, None, 48, dtype)
         assert_within(got, fxq.weight_only_mm(x, b, scale, None, None, dtype), Numerics.REASSOCIATED)
-    assert ran == [1, many - 1]
+    assert ran == ([1, MANY_ROWS - 1] if dtype is torch.bfloat16 else [])
+
+
+@pytest.mark.parametrize("name", ["cpu_weight_only_int8", "pytorch_weight_only"])
+@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize(("of_x", "of_scale"), [(1e-3, 1000.0), (1.0, 1e-5), (100.0, 1e-7)])
+def test_scales_that_float16_does_not_hold_are_scaled_by(name, m, of_x, of_scale):
+    """The source scales the sum in float32: neither a scale nor the decoded weight is rounded to float16 before it."""
+    b, scale = torch.randint(-128, 128, (48, 64), dtype=torch.int8).t(), (torch.rand(48) + 0.5) * of_scale
+    x = (torch.randn(m, 64) * of_x).half()
+    got = getattr(fxq, name)(x, b, None, scale, None, 48, torch.float16)
+    weight = b.double() * scale.double()
+    expected, terms = (x.double() @ weight).half(), x.double().abs() @ weight.abs()
+    assert_within(got, expected, Numerics.REASSOCIATED, terms)

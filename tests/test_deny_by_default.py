@@ -267,7 +267,7 @@ def reported(function: Callable[..., Any], *inputs: Tensor, static: tuple[int, .
     if not holds_codes(graph):
         return []
     state = rewrite(graph, static=static)
-    assert not state.selections and not state.recognised, (state.selections, state.recognised)
+    assert not state.rows and not state.recognised, (state.rows, state.recognised)
     return [miss.rule for miss in state.misses]
 
 
@@ -480,7 +480,7 @@ def test_a_float_matmul_with_constant_operand_behind_a_quantized_linear_is_none(
 
     graph = trace(attend, floats(2, M, N // 2), W, S, floats(8, K))
     state = rewrite(graph)
-    assert [site.gemm.target for site in state.selections] == [torch.ops.aten.mm.default]
+    assert [site.gemm.target for site in state.rows] == [torch.ops.aten.mm.default]
     assert not state.misses
 
 
@@ -489,8 +489,132 @@ def test_a_low_rank_addmm_beside_a_quantized_linear_is_none():
         return torch.addmm(F.linear(x, decoded(w, s)), x @ a, b)
 
     state = rewrite(trace(adapted, floats(M, K), W, S, floats(K, 2), floats(2, N)))
-    assert len(state.selections) == 1
+    assert len(state.rows) == 1
     assert not state.misses
+
+
+# --- bytes that change from call to call ------------------------------------------------------------------------------
+
+
+def image(*shape: int) -> Tensor:
+    return ints(*shape, dtype=UINT8)
+
+
+ONE = torch.full((1, 1), 3)
+# How codes are decoded, what with, and which of these are parameters; whatever else is brought by the call.
+CODED = {
+    "stored_bytes_and_a_scale_of_the_call": (lambda w, s: w.float() * s, (image(N, K), S), (0,)),
+    "stored_bytes_and_a_scale_along_k_of_the_call": (lambda w, s: w.float() * s, (image(N, K), scales(K)), (0,)),
+    "stored_bytes_divided_by_a_scale_of_the_call": (lambda w, s: w.float() / s, (image(N, K), scales(1, 1)), (0,)),
+    "stored_bytes_in_groups_and_a_scale_of_the_call": (
+        lambda w, s: (w.float().unflatten(-1, (4, K // 4)) * s).flatten(1),
+        (image(N, K), scales(N, 4, 1)),
+        (0,),
+    ),
+    "stored_bytes_less_a_zero_point_of_the_call": (lambda w, z: (w - z).float(), (image(N, K), ints(N, 1).int()), (0,)),
+    "stored_bytes_less_twice_a_zero_point_of_the_call": (
+        lambda w, z: torch.rsub(z, w, alpha=2).float(),
+        (image(N, K), ints(N, 1).int()),
+        (0,),
+    ),
+    "stored_bytes_less_a_float_zero_point_of_the_call": (
+        lambda w, z: torch.rsub(z, w.float()),
+        (image(N, K), floats(N, 1)),
+        (0,),
+    ),
+    "stored_bytes_and_an_added_zero_point_of_the_call": (
+        lambda w, z: (w.int() + z).float(),
+        (image(N, K), ints(N, 1).int()),
+        (0,),
+    ),
+    "int8_of_a_call_and_a_stored_scale": (lambda w, s: w.float() * s, (ints(N, K), S), (1,)),
+    "int8_of_a_call_less_a_stored_zero_point": (lambda w, z: (w - z).float(), (ints(N, K), ints(1, K).int()), (1,)),
+    "int8_of_a_call_less_one_stored_number": (lambda w, z: w.float() - z, (ints(N, K), image(1, 1)), (1,)),
+    "int8_of_a_call_less_one_number_of_the_call": (lambda w, z: (w.int() - z).float(), (ints(N, K), ONE), ()),
+    "int8_of_a_call_with_bits_set": (lambda w, s: ((w | 1) ^ 2).float() * s, (ints(N, K), S), (1,)),
+    "bytes_of_a_call_with_bits_flipped": (lambda w, s: (~w).float() * s, (image(N, K), S), ()),
+    "bits_of_a_call_that_a_tensor_takes_out": (
+        lambda w, s: ((torch.full_like(w, 15)) & w).float() * s,
+        (ints(N, K), S),
+        (1,),
+    ),
+    "bytes_of_a_call_and_a_scale_of_the_call": (lambda w, s: w.float() * s, (image(N, K), S), ()),
+    "bytes_of_a_call_less_a_zero_point_of_the_call": (lambda w, z: (w.int() - z).float(), (image(N, K), ONE), ()),
+    "bytes_normalised_by_constants_and_scaled_by_the_call": (
+        lambda w, s: (w.float() / 255 - 1) * s,
+        (image(N, K), S),
+        (),
+    ),
+    "int8_that_the_graph_writes_to": (lambda w, _: w.float(), (ints(N, K), ONE), (0,)),
+    "bytes_that_the_graph_writes_to_and_a_scale_of_the_call": (lambda w, s: w.float() * s, (image(N, K), S), (0,)),
+}
+# What comes with them may be a mask, an image or data as well.
+PLAIN = {
+    "image_and_stored_statistics": (lambda w, s: (w.float() - 3) / s, (image(N, K), S), (1,)),
+    "image_less_a_stored_mean": (lambda w, z: w.float() - z, (image(N, K), floats(N, 1)), (1,)),
+    "image_and_its_own_statistics": (
+        lambda w, _: (w.float() - w.float().mean(1, True)) / w.float().std(1, keepdim=True),
+        (image(N, K), ONE),
+        (),
+    ),
+    "mask_and_its_own_count": (lambda w, _: w.float() / w.float().sum(1, True), (ints(N, K), ONE), ()),
+    "mask_and_numbers": (lambda w, _: (1 - w.float()) * -1e4, (ints(N, K), ONE), ()),
+    "mask_with_bits_flipped": (lambda w, _: (w ^ 1).float(), (ints(N, K), ONE), ()),
+    "mask_of_a_stored_weight": (lambda w, s: w * s, (ints(N, K), floats(N, K)), (1,)),
+    "mask_of_a_weight_of_the_call": (lambda w, s: w * s, (image(N, K), floats(N, K)), ()),
+    "stored_mask_of_a_weight_of_the_call": (lambda w, s: w * s, (image(N, K), floats(N, K)), (0,)),
+    "stored_mask_added_to_a_weight_of_the_call": (lambda w, s: w + s, (image(N, K), floats(N, K)), (0,)),
+    "stored_mask_of_weights_of_the_call": (
+        lambda w, s: (w * s).sum(0),
+        (image(N, K), floats(2, N, K)),
+        (0,),
+    ),
+    "frames_that_the_graph_writes_to": (lambda w, _: w.float() / 255, (image(N, K), ONE), (0,)),
+    "mask_that_the_graph_writes_to": (lambda w, _: w.float(), (image(N, K), ONE), (0,)),
+}
+BY = {
+    "mm": lambda x, w: x @ w.t(),
+    "conv2d": lambda x, w: F.conv2d(x[:, :, None, None], w[:, :, None, None])[:, :, 0, 0],
+}
+
+
+def ends(name: str, cases: dict[str, Any], by: str) -> int:
+    """How many matmuls of a call's floats and what the case decodes are in the report."""
+    decode, inputs, static = cases[name]
+
+    def called(x: Tensor, *inputs: Tensor) -> Any:
+        result = BY[by](x, decode(*inputs))
+        return (result, inputs[0].add_(1)) if "writes" in name else result
+
+    found = prove(trace(called, floats(M, K), *inputs), static=[i + 1 for i in static]).found
+    return len(found.sites) + len(found.misses) + len(found.recognised)
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("name", CODED)
+def test_bytes_that_a_scale_or_a_zero_point_tells_for_codes_are_in_the_report(name, by):
+    assert ends(name, CODED, by) == 1
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("name", PLAIN)
+def test_bytes_that_may_be_a_mask_or_an_image_are_no_codes(name, by):
+    assert ends(name, PLAIN, by) == 0
+
+
+def test_a_distance_to_stored_codes_is_no_matmul():
+    graph = trace(lambda x, w: ((w.float() - x) * (w.float() - x)).sum(-1), floats(1, K), ints(N, K))
+    assert not prove(graph).found.misses
+
+
+def test_codes_of_the_graph_times_bytes_of_a_call_are_in_the_report():
+    def called(x, w, z):
+        return (x.to(INT8) - z).float() @ w.float().t()
+
+    graph = trace(called, floats(M, K), image(N, K), ONE)
+    assert len(prove(graph, static=[2]).found.misses) == 1
+    graph = trace(lambda x, w: x @ w.float().t(), floats(M, K), image(N, K))
+    assert not prove(graph, static=[]).found.misses
 
 
 # --- regions ------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_an_empty_matmul_is_left_and_said(sizes):
     m, n, k = sizes
     inputs = (torch.zeros(m, k, dtype=INT8), torch.zeros(n, k, dtype=INT8))
     state = rewrite(trace(lambda a, w: a.float() @ w.float().t(), *inputs))
-    assert not state.selections
+    assert not state.rows
     assert [each.reason for each in state.recognised] == ["a size of the matmul is 0, so there is nothing to multiply"]
 
 

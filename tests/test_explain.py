@@ -358,3 +358,5 @@ def test_depyf_dump_holds_our_graphs(tmp_path):
     after = next(text for name, text in dumped.items() if "FX_QUANT_AFTER" in name)
     assert "_int_mm" in before
     assert kernel.search(after)
+    written = next(text for name, text in dumped.items() if "WRITE_CANONICAL_OPS" in name)
+    assert "fx_quant.scaled_mm" in written and not kernel.search(written)

@@ -110,8 +110,9 @@ def test_a_padded_weight_is_padded_once_and_still_read_column_by_column(target):
     given = (torch.randn(M, 30), torch.randint(-128, 128, (20, 30), dtype=torch.int8), torch.rand(20))
     state = rewrite(trace(int8, *given), target=target)
     to_kernels(state)
-    (call,) = calls(state.graph, ops.fold.default)
-    (weight,) = call.users
+    (call,) = calls(state.graph, ops.prepack.default)
+    assert call.args[1] == ["padded_24x32"]
+    ((weight,),) = [padded.users for padded in call.users]
     assert weight.meta["val"].stride(0) == 1
     (actual, *_), _ = run(state.graph, *given)
     torch.testing.assert_close(actual, int8(*given), rtol=1e-6, atol=1e-6)

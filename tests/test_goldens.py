@@ -58,11 +58,12 @@ NEGATIVE_CASES = [
 def site_lines(captured: Captured, site: Site) -> list[str]:
     lines = [
         f"{site.gemm.target}: {site.problem}",
-        f"  kernel {captured.state.selections[site].kernel.name}, {site.product.numerics}",
+        f"  kernel {captured.state.rows[site].selection.kernel.name}, {site.product.numerics}",
     ]
     if site.scheme != site.problem.scheme:
         lines.insert(1, f"  for {site.scheme}")
-    return [*lines, f"  quantize: {captured.state.quantizers[site]}"] if site in captured.state.quantizers else lines
+    quantizer = captured.state.rows[site].quantizer
+    return lines if quantizer is None else [*lines, f"  quantize: {quantizer}"]
 
 
 def miss_line(miss: Miss) -> str:
@@ -80,8 +81,8 @@ def golden_text(captured: Captured) -> str:
     parts = {
         "before": captured.before,
         "canonical": captured.canonical,
-        "kernels of x86_vnni": captured.kernels if state.selections else "",
-        "sites": "".join(f"{line}\n" for site in state.selections for line in site_lines(captured, site)),
+        "kernels of x86_vnni": captured.kernels if state.rows else "",
+        "sites": "".join(f"{line}\n" for site in state.rows for line in site_lines(captured, site)),
         "misses": "".join(f"{miss_line(miss)}\n" for miss in state.misses),
     }
     if state.recognised:

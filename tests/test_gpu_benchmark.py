@@ -25,8 +25,7 @@ N, K = 256, 384
 
 
 def small(section: str, recipe: str, m: int = 5) -> gpu_cases.Operands:
-    n = 0 if section == "quantize" else N
-    return gpu_cases.operands(Case(section, "small", recipe, m, n, K if section != "chains" else N), CPU, 0)
+    return gpu_cases.operands(Case(section, "small", recipe, m, N, K if section != "chains" else N), CPU, 0)
 
 
 def row(ways: dict, section="linears", recipe="row", m=16, what="8B qkv", n=6144, k=4096, floor=8.0, **changes) -> dict:
@@ -52,12 +51,11 @@ def test_every_section_has_cases_for_all_that_is_asked():
         section: len(gpu_cases.cases(section, recipes, ("8B",), (1, 64)))
         for section, recipes in (
             ("linears", gpu_cases.RECIPES),
-            ("quantize", gpu_cases.PRODUCERS),
             ("chains", gpu_cases.RECIPES),
             ("ceilings", gpu_cases.RECIPES),
         )
     }
-    assert counts == {"linears": 7 * 4 * 2, "quantize": (6 * 2 + 3) * 2, "chains": 2 * 2, "ceilings": 0}
+    assert counts == {"linears": 7 * 4 * 2, "chains": 2 * 2, "ceilings": 0}
     everything = gpu_cases.cases("linears", tuple(gpu_cases.RECIPES), tuple(gpu_cases.MODELS), gpu_cases.ROWS)
     assert len(set(everything)) == 7 * 2 * 4 * 8
     assert {(case.n, case.k) for case in everything if case.what == "70B gate_up"} == {(57344, 8192)}
@@ -78,8 +76,7 @@ def test_floors_are_those_of_the_roofline(recipe, n, k, m, us, limit):
     assert found[0] == pytest.approx(us, rel=0.01) and found[1] == limit
 
 
-def test_floors_of_other_sections_count_what_must_move():
-    assert gpu_cases.floor(Case("quantize", "", "row", 1000, 0, 3000), SM90)[0] == pytest.approx(3.0)
+def test_the_floor_of_a_chain_is_that_of_its_linears():
     parts = [
         gpu_cases.floor(Case("linears", "", "row", 64, n, k), SM90)[0] for n, k in ((2 * 14336, 4096), (4096, 14336))
     ]
@@ -104,13 +101,6 @@ def test_our_linears_are_right(recipe, m):
     states, calls = gpu_measure.prepared(given, ours)
     assert {state["status"] for state in states.values()} == {"ok"}, states
     assert len(given.layers) >= 4 and not torch.equal(calls["fx_quant"](0), calls["fx_quant"](1))
-
-
-@pytest.mark.parametrize("recipe", gpu_cases.PRODUCERS)
-def test_our_quantizations_are_right(recipe):
-    given = small("quantize", recipe)
-    states, _ = gpu_measure.prepared(given, [w for w in gpu_ways.ways(given, ("torch",)) if w.family != "vllm"])
-    assert {name: state["status"] for name, state in states.items()} == {"fx_quant": "ok", "eager": "ok"}, states
 
 
 @pytest.mark.parametrize("recipe", gpu_cases.CHAIN_RECIPES)
@@ -233,9 +223,7 @@ def test_the_sources_compute_their_recipe(recipe):
 
 
 def test_a_part_or_a_failure_is_no_rival():
-    found = row(
-        {"fx_quant": 10.0, "fx_quant in two": 5.0, "kernel a": 1.0, "inductor": 30.0, "vllm": "wrong", "bf16": 20.0}
-    )
+    found = row({"fx_quant": 10.0, "kernel a": 1.0, "inductor": 30.0, "vllm": "wrong", "bf16": 20.0})
     assert gpu_table.best_peer(found) == ("bf16", 20.0)
     assert gpu_table.ratio(found, "inductor", "inductor max-autotune") == pytest.approx(3.0)
     assert gpu_table.share(found) == pytest.approx(0.8)
@@ -320,7 +308,7 @@ def test_without_a_gpu_one_line_says_so(capsys):
 
 def test_the_check_runs_the_files_with_gpu_tests():
     names = [path.rpartition("/")[2] for path in gpu_check.gpu_tests()]
-    assert {"test_triton.py", "test_gpu_quantize.py"} <= set(names) and "test_gpu_benchmark.py" not in names
+    assert {"test_triton.py", "test_gpu_swapped.py"} <= set(names) and "test_gpu_benchmark.py" not in names
 
 
 def test_a_run_takes_up_what_is_in_the_file_and_ends_in_time(tmp_path, monkeypatch, capsys):

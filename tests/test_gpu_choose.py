@@ -30,7 +30,7 @@ H100 = architecture("sm90")
 meta = partial(torch.empty, device="meta")
 
 
-def case(m: int, n: int = 4096, k: int = 4096, recipe: str = "float8_fast") -> Case:
+def case(m: int, n: int = 4096, k: int = 4096, recipe: str = "float8") -> Case:
     return Case(recipe, E4M3, BF16, rows_up_to(m), n, k)
 
 
@@ -42,14 +42,17 @@ def operands(m: int, n: int, k: int, dtype: torch.dtype = I8):
 
 
 def test_the_published_winner_of_large_matmuls_is_first():
-    """128 x 256 tiles for 4096 x 4096 x 4096 by row-wise scales (github.com/meta-pytorch/tritonbench/issues/1149)."""
+    """128 x 256 tiles for 4096 x 4096 x 4096 by row-wise scales (github.com/meta-pytorch/tritonbench/issues/1149).
+
+    That was float8 whose sums stay in the tensor cores, which cost what those of int8 do.
+    """
     for sizes in ((4096, 4096, 4096), (8192, 8192, 8192)):
-        best = ranked(case(*sizes), H100)[0].configuration
+        best = ranked(case(*sizes, recipe="int8"), H100)[0].configuration
         assert {best.block_m, best.block_n} == {128, 256}
         assert best.warp_specialized or best.flattened
 
 
-@pytest.mark.parametrize("recipe", ["float8", "float8_fast", "float8_block"])
+@pytest.mark.parametrize("recipe", ["float8", "float8_block"])
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64])
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192)])
 def test_few_rows_are_swapped(recipe, m, n, k):
@@ -69,7 +72,7 @@ def test_the_portable_form_is_last_and_always_there():
 
 def test_the_portable_form_is_tuned_where_tiles_cannot_be_loaded_by_descriptors():
     assert {each.form for each in candidates(case(300, recipe="int8"), architecture("sm80"))} == {"tile"}
-    assert {each.form for each in candidates(case(300, recipe="float8_fast"), architecture("sm89"))} == {"tile"}
+    assert {each.form for each in candidates(case(300), architecture("sm89"))} == {"tile"}
     assert {each.form for each in candidates(case(300), H100)} == {"persistent"}
 
 
@@ -201,7 +204,7 @@ def test_the_budget_ends_between_cases(always_right):
     assert "2 cases in 9.0 s" in text and "not reached within the budget, so as before: 1 cases" in text
 
 
-@pytest.mark.parametrize("recipe", ["float8", "float8_fast", "int8", "float8_block"])
+@pytest.mark.parametrize("recipe", ["float8", "int8", "float8_block"])
 @pytest.mark.parametrize("on", ["sm90", "gfx942"])
 def test_operands_to_tune_with_are_of_their_recipe(recipe, on):
     found = random_operands(Asked(recipe, 5, 256, 256), architecture(on), torch.device("cpu"))

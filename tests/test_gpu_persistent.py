@@ -39,11 +39,8 @@ def codes(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, wide).to(dtype)[:, :columns]
 
 
-def operands(
-    a: Tensor, b: Tensor, a_scale=None, b_scale=None, bias=None, out_dtype=F32, *, fast_accum=False, **options
-) -> ScaledOperands:
-    found = scaled_operands(a, b, a_scale, b_scale, bias, b.shape[1], out_dtype, **options)
-    return replace(found, fast_accum=fast_accum)
+def operands(a: Tensor, b: Tensor, a_scale=None, b_scale=None, bias=None, out_dtype=F32, **options) -> ScaledOperands:
+    return scaled_operands(a, b, a_scale, b_scale, bias, b.shape[1], out_dtype, **options)
 
 
 def answer(found: Configuration, processors: int, *args: object, **options: object) -> Tensor:
@@ -83,12 +80,11 @@ def test_it_is_the_canonical_op(scaled_mm, dtypes, m, n, k):
 
 
 @pytest.mark.parametrize("found", [SPECIALIZED, replace(SMALL, flattened=True), replace(SMALL, block_k=64)], ids=str)
-@pytest.mark.parametrize("fast_accum", [False, True])
 @pytest.mark.parametrize("dtype", [I8, E4M3])
-def test_every_variant_is_the_canonical_op(scaled_mm, found, fast_accum, dtype):
+def test_every_variant_is_the_canonical_op(scaled_mm, found, dtype):
     a, b = codes(50, 130, dtype), codes(70, 130, dtype).t()
     arguments = (a, b, torch.rand(50, 1), torch.rand(70), torch.randn(70))
-    actual = scaled_mm(*arguments, found=found, fast_accum=fast_accum)
+    actual = scaled_mm(*arguments, found=found)
     assert_within(actual, canonical(*arguments), class_of(dtype))
 
 
@@ -282,7 +278,7 @@ BLOCKS = {"a_scale": torch.ones(17, 1), "b_scale": torch.ones(1, 1)}
     ],
 )
 def test_it_says_what_it_cannot_compute(asked, on, reason):
-    assert unfit(asked, CONFIGURATIONS["sm90"]["float8_fast"][0], architecture(on)) == reason
+    assert unfit(asked, CONFIGURATIONS["sm90"]["int8"][0], architecture(on)) == reason
 
 
 def test_it_says_when_codes_are_not_aligned():
@@ -321,8 +317,7 @@ def shapes_of(name: str, out_dtype: torch.dtype) -> ScaledOperands:
         rows = 128 if name == "float8_block" else 1
         return operands(a, b, meta(32, M).t(), meta(N // rows, 32), bias, out_dtype, block=[rows, 128])
     sums = {"a_zero_point": meta(M, 1, dtype=I32), "b_sum": meta(N, dtype=I32)} if dtype is I8 else {}
-    fast_accum = name == "float8_fast"
-    return operands(a, b, meta(M, 1), meta(N), bias, out_dtype, fast_accum=fast_accum, **sums)
+    return operands(a, b, meta(M, 1), meta(N), bias, out_dtype, **sums)
 
 
 # What a wgmma, tcgen05 or mma of these codes is called in machine code; tcgen05 has no name of its own there.
@@ -338,8 +333,6 @@ SHIPPED = [
     for name, recipes in CONFIGURATIONS.items()
     for recipe_name, configurations in recipes.items()
     for found in configurations
-    # Where float8 sums never leave the tensor cores, it is the same kernel.
-    if name == "sm90" or recipe_name != "float8_fast"
 ]
 
 
@@ -376,14 +369,13 @@ def test_what_is_shipped_compiles_well(name, recipe_name, found):
 @pytest.mark.cross_compile
 @needs_triton
 @compiler_is_real
-@pytest.mark.parametrize(("fast_accum", "additions"), [(False, 128), (True, 0)])
-def test_float8_sums_leave_the_tensor_cores_every_128_products(fast_accum, additions):
-    """The tensor cores of sm90 keep about 14 bits of a sum; ours is added in float32 unless the graph allows theirs."""
+def test_float8_sums_leave_the_tensor_cores_every_128_products():
+    """The tensor cores of sm90 keep about 14 bits of a sum; ours is added in float32."""
     a, b = meta(M, K, dtype=E4M3), meta(N, K, dtype=E4M3).t()
     found, on = CONFIGURATIONS["sm90"]["float8"][0], architecture("sm90")
-    binary = compile_launch(plan_scaled_mm(operands(a, b, out_dtype=BF16, fast_accum=fast_accum), found, on), on)
+    binary = compile_launch(plan_scaled_mm(operands(a, b, out_dtype=BF16), found, on), on)
     # Two groups of 128 threads add 64 results each; nothing else adds without a bias.
-    assert binary.instructions["FADD"] == additions
+    assert binary.instructions["FADD"] == 128
 
 
 @pytest.mark.cross_compile
@@ -435,13 +427,8 @@ def test_it_is_the_canonical_op_on_the_gpu(recipe_name, found, m, n, k):
     if dtype is I8:
         options["a_zero_point"] = torch.randint(-128, 128, (m, 1), dtype=I32).cuda()
     arguments = (a.cuda(), b.cuda().t(), *(scale.cuda() for scale in scales), torch.randn(n).cuda(), BF16)
-    fast_accum = recipe_name == "float8_fast"
-    actual = plan_scaled_mm(operands(*arguments, fast_accum=fast_accum, **options), found, on).run()
-    expected = canonical(*arguments, **options)
-    if fast_accum:
-        torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2e-3 * expected.abs().max().item())
-    else:
-        assert_within(actual, expected, Numerics.EXACT if dtype is I8 else Numerics.SAME_ACCUM)
+    actual = plan_scaled_mm(operands(*arguments, **options), found, on).run()
+    assert_within(actual, canonical(*arguments, **options), Numerics.EXACT if dtype is I8 else Numerics.SAME_ACCUM)
 
 
 @pytest.mark.gpu

@@ -14,17 +14,14 @@ from tolerances import assert_within
 from torch import Tensor
 from triton_interpreter import call, compiler_is_real, every_variant, needs_triton, why_not
 
-import fx_quant.kernels.triton_quantized_linear  # noqa: F401  (registers the op)
 from fx_quant.gpu import semaphores, swapped
 from fx_quant.gpu.architectures import Architecture, architecture
 from fx_quant.gpu.cross_compile import Compiled, compile_launch
 from fx_quant.gpu.launch import Configuration, Launch
 from fx_quant.gpu.operands import scaled_operands
-from fx_quant.gpu.quantized_linear import DynamicQuantization, pays, plan_quantized_linear, unfit
 from fx_quant.gpu.scaled_mm import plan_scaled_mm
 from fx_quant.gpu.semaphores import _OF_A_STREAM, _Reserve
 from fx_quant.gpu.swapped import CONFIGURATIONS, configuration, split_for, unfit_split
-from fx_quant.ops import choose_scale, quantize_dynamic
 from fx_quant.scheme import Numerics
 
 fxq = torch.ops.fx_quant
@@ -258,137 +255,6 @@ def test_no_part_of_a_split_is_empty(n, k):
     assert (split - 1) * -(-steps // split) < max(1, steps)
 
 
-# --- dynamic quantization inside the kernel ----------------------------------------------------------------------
-
-INT8 = DynamicQuantization(I8, "per_token", 127.0, F32, 1e-5, "scale", F32, False, -128.0, 127.0)
-FLOAT8 = DynamicQuantization(E4M3, "per_token", 448.0, F32, 1e-12, "amax", F32, False, -448.0, 448.0)
-FORMULAS = {
-    "int8": INT8,
-    "int8, reciprocal": replace(INT8, reciprocal=True),
-    "int8, narrow, floor of amax": replace(INT8, lo=-127.0, floor_on="amax", floor=0.5, divisor=127.5),
-    "int8, in float16": replace(INT8, divide_dtype=F16, scale_dtype=F16, floor=1e-4),
-    "int8, no floor": replace(INT8, floor_on="none", floor=0.0),
-    "int8 per tensor": replace(INT8, granularity="per_tensor"),
-    "float8": FLOAT8,
-    "float8, reciprocal": replace(FLOAT8, reciprocal=True),
-    "float8, no floor": replace(FLOAT8, floor_on="none", floor=0.0),
-    "float8 per tensor, a tiny floor": replace(FLOAT8, granularity="per_tensor", floor=1e-45, floor_on="scale"),
-}
-
-
-def hostile_rows(k: int, dtype: torch.dtype) -> Tensor:
-    """Rows of zeros, of ties between two codes, subnormal, huge, and with an infinity or a NaN."""
-    x = torch.randn(9, k)
-    x[1] = 0.0
-    x[2] = torch.arange(k) % 255 - 127 + 0.5
-    x[2, 0] = 127.0
-    # The interpreter widens subnormal bfloat16 to zero.
-    x[3] *= {F16: 1e-7, BF16: 1e-34, F32: 1e-40}[dtype]
-    x[4] *= 1e4 if dtype is F16 else 1e37
-    x[5, k // 2] = torch.inf
-    x[6, 0] = torch.nan
-    x[7] = -x[0]
-    x[8, :-1] = 0.0
-    return x.to(dtype)
-
-
-def in_float32(x: Tensor, given: DynamicQuantization) -> tuple[Tensor, Tensor]:
-    import swapped_variants
-
-    arguments = {name: value for name, value in vars(given).items() if name != "dtype"}
-    return swapped_variants.quantize_in_float32(x, given.dtype is I8, **arguments)
-
-
-@pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-def test_codes_and_scales_are_the_canonical_ones_bit_for_bit(interpreter, formula, dtype):
-    given = FORMULAS[formula]
-    x = hostile_rows(100, dtype)
-    if given.granularity == "per_tensor":
-        x = x[:3]
-    found, scale = call(interpreter, in_float32, x, given)
-    expected, expected_scale = quantize_dynamic(x, **vars(given))
-    exactly = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
-    exactly(scale, expected_scale.flatten().expand(len(x)))
-    if given.dtype is I8:
-        # Integer codes are unspecified under such scales.
-        usable = scale.isfinite() & (scale != 0)
-        assert torch.equal(found[usable].to(I8), expected[usable])
-        assert torch.equal(found[usable], found[usable].round())
-    else:
-        exactly(found.to(E4M3).float(), expected.float())
-
-
-def quantized(x: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, given: DynamicQuantization, split=1, times=1):
-    found = replace(SMALL, split_k=split)
-    launch = plan_quantized_linear(x, b, b_scale, bias, F32, given, found, SM90)
-    for _ in range(times):
-        out = launch.run()
-    return out
-
-
-@pytest.mark.parametrize("formula", [name for name in FORMULAS if name.startswith("int8")])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 70, 130), (3, 5, 64), (9, 33, 257), (16, 40, 1)])
-@pytest.mark.parametrize("split", [1, 3])
-def test_quantized_linear_is_the_canonical_op(interpreter, formula, m, n, k, split):
-    x, b = torch.randn(m, k).to(F16), codes(n, k, I8).t()
-    arguments = (x, b, torch.rand(n), torch.randn(n))
-    actual = call(interpreter, quantized, *arguments, FORMULAS[formula], split, 2)
-    assert torch.equal(actual, fxq.quantized_linear(*arguments, F32, **vars(FORMULAS[formula])))
-
-
-def test_rows_that_have_no_finite_scale_stay_by_themselves(interpreter):
-    x, b = hostile_rows(100, F32), codes(40, 100, I8).t()
-    for given in (INT8, FORMULAS["int8, no floor"]):
-        actual = call(interpreter, quantized, x, b, torch.ones(()), None, given, 2)
-        expected = fxq.quantized_linear(x, b, torch.ones(()), None, F32, **vars(given))
-        usable = [0, 1, 2, 3, 4, 7, 8]
-        torch.testing.assert_close(actual[usable], expected[usable], rtol=0, atol=0)
-        assert not actual[5:7].isfinite().any()
-        assert not expected[5:7].isfinite().any()
-
-
-@pytest.mark.parametrize("strides", ["columns", "every other", "expanded"])
-def test_quantized_linear_of_any_strides(interpreter, strides):
-    wide = torch.randn(140, 140)
-    x = {"columns": wide.t()[:5, :70], "every other": wide[:10:2, ::2], "expanded": wide[:1, :70].expand(5, 70)}[
-        strides
-    ]
-    b, b_scale, bias = codes(70, 20, I8), torch.rand(60)[::3], torch.rand(1).expand(20)
-    actual = call(interpreter, quantized, x, b, b_scale, bias, INT8, 2)
-    assert torch.equal(actual, fxq.quantized_linear(x, b, b_scale, bias, F32, **vars(INT8)))
-
-
-def quantized_in_float32(x: Tensor, weight: Tensor, given: DynamicQuantization, split: int) -> Tensor:
-    """The kernel for float8, with float32 in place of its codes and its weight."""
-    import triton.language as tl
-
-    b = weight.to(E4M3)
-    launch = plan_quantized_linear(
-        x, b, torch.ones(()), None, F32, given, replace(SMALL, split_k=split), architecture("sm89")
-    )
-    changes = {"b_ptr": weight, "CODES": tl.float32, "stride_bk": weight.stride(0), "stride_bn": weight.stride(1)}
-    return replace(launch, arguments={**launch.arguments, **changes}).run()
-
-
-@pytest.mark.parametrize("formula", [*(name for name in FORMULAS if name.startswith("float8")), "a scale of zero"])
-@pytest.mark.parametrize("split", [1, 3])
-def test_float8_is_quantized_inside_before_the_cast(interpreter, formula, split):
-    """Of 100 codes along k, which fill no step: what lies beyond adds nothing, not even under a scale of zero."""
-    given = FORMULAS.get(formula, replace(FLOAT8, floor_on="none", scale_dtype=F16))
-    x = torch.randn(5, 100) + 1e-3
-    x[3] *= 1e-6
-    weight = torch.randn(40, 100).t()
-    found = call(interpreter, quantized_in_float32, x, weight, given, split)
-    arguments = {name: value for name, value in vars(given).items() if name not in ("dtype", "reciprocal", "lo", "hi")}
-    scale = choose_scale(x, **arguments)
-    y = x * scale.reciprocal() if given.reciprocal else x / scale
-    expected = (y.clamp(given.lo, given.hi) @ weight) * scale
-    assert ((scale == 0).sum() == 1) == (formula == "a scale of zero")
-    assert expected.isfinite().all()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-
-
 # --- counters ----------------------------------------------------------------------------------------------------
 
 
@@ -416,85 +282,6 @@ def test_counters_that_are_not_reserved_are_none(reserve):
     assert reserve.of_launch(3 * _OF_A_STREAM - 1) is not None
     assert reserve.of_stream(1, 1) is None
     assert not semaphores.semaphores(7, torch.device("cpu")).any()
-
-
-# --- the op ------------------------------------------------------------------------------------------------------
-
-
-def op(*arguments, **options) -> Tensor:
-    return fxq.triton_quantized_linear(*arguments, **options)
-
-
-# Rows of float8 are not asked for: they are cast by Triton, which the interpreter does wrongly.
-@pytest.mark.parametrize(
-    ("given", "shape"),
-    [
-        *((INT8, shape) for shape in [(1, 64), (2, 3, 64), (70, 64), (0, 64), (64,)]),
-        (FLOAT8, (0, 64)),
-    ],
-    ids=lambda value: str(value) if isinstance(value, tuple) else str(value.dtype),
-)
-def test_the_op_is_the_canonical_one_whichever_kernels_run(interpreter, given, shape):
-    x, b = torch.randn(shape).to(F16), codes(600, 64, given.dtype).t()
-    arguments = (x, b, torch.rand(600), torch.randn(600), F32)
-    actual = call(interpreter, op, *arguments, **vars(given))
-    assert_within(actual, fxq.quantized_linear(*arguments, **vars(given)), class_of(given.dtype))
-
-
-def test_codes_that_no_kernel_multiplies_are_left_to_the_canonical_op(interpreter):
-    given = replace(INT8, dtype=U8, lo=0.0, hi=255.0)
-    arguments = (torch.randn(2, 64), codes(9, 64, I8).t(), torch.rand(9), None, F32)
-    expected = fxq.quantized_linear(*arguments, **vars(given))
-    assert torch.equal(call(interpreter, op, *arguments, **vars(given)), expected)
-
-
-def test_without_a_gpu_the_op_is_the_canonical_one(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    arguments = (torch.randn(2, 3, 20), codes(9, 20, I8).t(), torch.rand(9), torch.randn(9), BF16)
-    expected = fxq.quantized_linear(*arguments, **vars(INT8))
-    assert torch.equal(fxq.triton_quantized_linear(*arguments, **vars(INT8)), expected)
-
-
-@pytest.mark.parametrize("m", [0, 5])
-def test_the_op_passes_opcheck(monkeypatch, m):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    arguments = (torch.randn(m, 20), codes(9, 20, I8).t(), torch.rand(9), None, BF16)
-    torch.library.opcheck(fxq.triton_quantized_linear.default, arguments, vars(INT8))
-
-
-def test_operands_that_do_not_fit_are_errors(interpreter):
-    x, b = torch.randn(2, 20), codes(9, 20, I8).t()
-    with pytest.raises(Exception, match=r"x must end in k = 20, got \[2, 19\]"):
-        call(interpreter, op, x[:, 1:], b, torch.rand(9), None, F32, **vars(INT8))
-    with pytest.raises(RuntimeError, match="b_scale must have one element or shape"):
-        plan_quantized_linear(x, b, torch.rand(8), None, F32, INT8, SMALL, SM90)
-    with pytest.raises(ValueError, match="needs at most 16 rows, got 17"):
-        plan_quantized_linear(torch.randn(17, 20), b, torch.rand(9), None, F32, INT8, SMALL, SM90)
-
-
-@pytest.mark.parametrize(
-    ("x_dtype", "changes", "on", "reason"),
-    [
-        (torch.float64, {}, "sm90", "needs x in float32, bfloat16 or float16, got float64"),
-        (F32, {"dtype": U8}, "sm90", "needs codes both int8 or both float8, got uint8 and int8"),
-        (F32, {"hi": 126.5}, "sm90", "needs bounds that are codes of int8, got -128.0 and 126.5"),
-        (F32, {"hi": 128.0}, "sm90", "needs bounds that are codes of int8, got -128.0 and 128.0"),
-        (F32, {"scale_dtype": torch.float64}, "sm90", "needs scales rounded to float32, bfloat16 or float16"),
-        (F32, {}, "sm80", None),
-    ],
-)
-def test_formulas_that_the_kernel_does_not_do_exactly_are_declined(x_dtype, changes, on, reason):
-    found = unfit(torch.randn(2, 20).to(x_dtype), codes(9, 20, I8).t(), replace(INT8, **changes), architecture(on))
-    assert found == (reason and f"quantized_linear: {reason}")
-    assert "not empty" in str(unfit(torch.randn(0, 20), codes(9, 20, I8).t(), INT8, SM90))
-
-
-@pytest.mark.parametrize(
-    ("n", "k", "rows"), [(4096, 4096, 4), (6144, 4096, 9), (28672, 4096, 9), (4096, 14336, 4), (57344, 8192, 9)]
-)
-def test_rows_are_quantized_inside_up_to_few(n, k, rows):
-    fused = [m for m in range(1, 17) if pays(m, n, k, 2, configuration("int8", m, n, k, SM90, dynamic=True))]
-    assert fused == list(range(1, rows + 1))
 
 
 # --- configurations ----------------------------------------------------------------------------------------------
@@ -545,15 +332,6 @@ def example(recipe: str, found: Configuration, on: Architecture, split: int) -> 
     return plan_scaled_mm(operands, on, found)
 
 
-def dynamic_example(recipe: str, found: Configuration, on: Architecture, m: int) -> Launch:
-    given = INT8 if recipe == "int8" else FLOAT8
-    if on.name == "gfx942" and given is FLOAT8:
-        given = replace(FLOAT8, dtype=FNUZ, divisor=224.0, lo=-224.0, hi=224.0)
-    x, b, bias = meta(m, K, dtype=BF16), meta(N, K, dtype=given.dtype).t(), meta(N, dtype=BF16)
-    found = replace(found, split_k=2 if on.platform == "cuda" else 1)
-    return plan_quantized_linear(x, b, meta(N), bias, BF16, given, found, on)
-
-
 # Architecture -> the matrix instruction of float8 and of int8: no other may stand in the machine code.
 INSTRUCTIONS = {
     "sm80": ("none", "IMMA"),
@@ -585,13 +363,6 @@ def check_code(launch: Launch, recipe: str, on: Architecture) -> Compiled:
 
 
 SHIPPED = [(recipe, on, found) for recipe, by in CONFIGURATIONS.items() for on, some in by.items() for found in some]
-SHIPPED_DYNAMIC = [
-    (recipe, on, found, m)
-    for recipe, by in swapped.DYNAMIC_CONFIGURATIONS.items()
-    for on, some in by.items()
-    for found in some
-    for m in ((1, 4, 16) if on == "sm90" else (4,))
-]
 
 
 @every_variant
@@ -601,20 +372,6 @@ SHIPPED_DYNAMIC = [
 @pytest.mark.parametrize(("recipe", "on", "found"), SHIPPED, ids=str)
 def test_every_configuration_compiles_well(recipe, on, found):
     check_code(example(recipe, found, architecture(on), split=4), recipe, architecture(on))
-
-
-@every_variant
-@pytest.mark.cross_compile
-@needs_triton
-@compiler_is_real
-@pytest.mark.parametrize(("recipe", "on", "found", "m"), SHIPPED_DYNAMIC, ids=str)
-def test_every_quantizing_configuration_compiles_well(recipe, on, found, m):
-    code = check_code(dynamic_example(recipe, found, architecture(on), m), recipe, architecture(on))
-    if on == "sm90":
-        # As the canonical op rounds, and only for the rows that are there: those of the tile are copies.
-        assert 1 <= len(re.findall(r"div\.rn\.f32", code.assembly)) <= 8 + m * found.block_k // 128
-        assert "div.full" not in code.assembly
-        assert recipe == "int8" or "cvt.rn.satfinite.e4m3x2.f32" in code.assembly
 
 
 @every_variant
@@ -743,23 +500,3 @@ def test_streams_and_graphs_do_not_share_counters():
         torch.cuda.synchronize()
         for result in [*outs, *(out for _, found in graphs for out in found)]:
             assert torch.equal(result, expected)
-
-
-@pytest.mark.gpu
-@needs_triton
-@pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-def test_quantized_linear_on_the_gpu(formula, dtype):
-    given = FORMULAS[formula]
-    on, found = on_gpu("int8" if given.dtype is I8 else "float8", 9, 600, 4112)
-    if on.name == "gfx942" and given.dtype is not I8:
-        pytest.skip("needs e4m3fn")
-    x = hostile_rows(4112, dtype)
-    x = (x[:3] if given.granularity == "per_tensor" else x[[0, 1, 2, 3, 4, 7, 8]]).cuda()
-    # A weight of ones in turn: each result is a code under its scale.
-    b = torch.eye(600, 4112).to(given.dtype).cuda().t()
-    arguments = (x, b, torch.ones((), device="cuda"), None)
-    actual = plan_quantized_linear(*arguments, F32, given, replace(found, split_k=4), on).run().cpu()
-    # On the CPU: a division by a Python number is a multiplication by its reciprocal there on a GPU.
-    expected = fxq.quantized_linear(*(None if y is None else y.cpu() for y in arguments), F32, **vars(given))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

@@ -422,17 +422,6 @@ def test_canonical_float8_runs_its_body():
     torch.testing.assert_close(torch.compile(run)(a, w), run(a, w))
 
 
-def test_quantized_linear_is_decomposed():
-    w, x, b_scale = codes(64, 32), torch.randn(2, 5, 32), torch.rand(64)
-
-    def run(x, w, b_scale):
-        return fxq.quantized_linear(x, w.t(), b_scale, None, torch.float32, **formula())
-
-    out, code = run_and_get_code(torch.compile(run), x, w, b_scale)
-    assert torch.equal(out, run(x, w, b_scale))
-    assert not any("fx_quant" in name and "torch.ops" in name for name in kernels_of(code))
-
-
 @pytest.mark.parametrize("name", ["cpu_int8_vnni", "cpu_float8_bf16"])
 def test_a_machine_without_the_instruction_runs_the_body(name):
     dtype = torch.int8 if "int8" in name else E4M3

@@ -368,36 +368,6 @@ def test_scaled_mm_names_the_operand_that_does_not_fit(changes, message, device)
         ops.scaled_mm(*arguments)
 
 
-# --- quantized_linear -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ndim", [1, 2, 3, 4])
-@pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
-def test_quantized_linear_is_quantize_then_scaled_mm(ndim, granularity):
-    x = inputs(torch.bfloat16, ndim, 5, k=37)
-    _, b = int8_operands()
-    b_scale, bias = B_SCALES["[n]"], torch.linspace(-1, 1, 11)
-    arguments = formula(granularity=granularity)
-    codes, scale = ops.quantize.dynamic(x.reshape(-1, 37), **arguments)
-    expected = ops.scaled_mm(codes, b, scale, b_scale, bias, torch.bfloat16).reshape(*x.shape[:-1], 11)
-    actual = ops.quantized_linear(x, b, b_scale, bias, torch.bfloat16, **arguments)
-    assert_within(actual, expected, Numerics.EXACT)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_quantized_linear_names_the_size_of_x_that_does_not_fit(device):
-    _, b = int8_operands()
-    with pytest.raises(RuntimeError, match=r"quantized_linear: x must end in k = 37, got \[5, 36\]"):
-        ops.quantized_linear(
-            torch.zeros(5, 36, device=device),
-            b.to(device),
-            torch.ones(11, device=device),
-            None,
-            torch.float32,
-            **formula(),
-        )
-
-
 # --- as ops: schema, fake functions, symbolic shapes ------------------------------------------------------------
 
 
@@ -432,8 +402,6 @@ def _op_cases():
     yield "scaled_mm raw", ops.scaled_mm.default, (a[::2], b, None, None, None, torch.int32), {}
     yield "scaled_mm one row", ops.scaled_mm.default, (a[:1], b, None, *scales[1:], torch.float16), {}
     yield "scaled_mm one column", ops.scaled_mm.default, (a, b[:, :1], scales[0], None, None, torch.float16), {}
-    linear = (_strided(inputs(torch.bfloat16, 3, 5, k=37)), b, *scales[1:], torch.bfloat16)
-    yield "quantized_linear", ops.quantized_linear.default, linear, formula()
 
 
 @pytest.mark.parametrize(("op", "args", "kwargs"), [pytest.param(*case, id=name) for name, *case in _op_cases()])
@@ -474,11 +442,7 @@ def _linear_given_scale(x: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor) -> 
     return ops.scaled_mm(codes, b, scale, b_scale, bias, torch.bfloat16)
 
 
-def _quantized_linear(x: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor) -> Tensor:
-    return ops.quantized_linear(x, b, b_scale, bias, torch.bfloat16, **formula())
-
-
-LINEARS = [_linear, _linear_given_scale, _linear_per_tensor, _linear_scale_of_shape_1_1, _quantized_linear]
+LINEARS = [_linear, _linear_given_scale, _linear_per_tensor, _linear_scale_of_shape_1_1]
 
 
 def _linear_arguments(rows: int) -> tuple[Tensor, ...]:

@@ -17,8 +17,10 @@ from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError, UnknownNameError
 from fx_quant.passes import assign as assign_module
 from fx_quant.passes import pipeline
-from fx_quant.passes.pipeline import Rewriting, report_on, rewrite_graph, to_kernels
+from fx_quant.passes.pipeline import PASSES, rewrite_graph, to_kernels
 from fx_quant.passes.printer import print_graph
+from fx_quant.passes.reporting import report_on
+from fx_quant.passes.rewriting import Rewriting
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.verify import VerificationError, verify
 from fx_quant.report import Report
@@ -116,14 +118,14 @@ def test_a_graph_with_misses_only_is_left_byte_for_byte():
     assert all(new is old for new, old in zip(graph.nodes, nodes, strict=True))
 
 
-PASSES = ["rewrite_quantizers", "merge_duplicates", "assign", "verify"]
+PARTS = ["rewrite_quantizers", "merge_duplicates", "assign", "verify"]
 
 
 def explode(*_: object, **__: object) -> None:
     raise ValueError("broken on purpose")
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", PARTS)
 def test_an_exception_in_a_pass_leaves_the_graph_as_it_was(name, monkeypatch):
     graph = one_linear()
     text, nodes = print_graph(graph), list(graph.nodes)
@@ -146,6 +148,25 @@ def test_strict_turns_an_exception_in_a_pass_into_an_error(monkeypatch):
     monkeypatch.setattr(pipeline, "assign", explode)
     with pytest.raises(MissError, match="broken on purpose"):
         RewritePass(Options(strict=True), X86)(one_linear())
+
+
+def test_the_graph_after_each_pass_is_dumped_under_its_name(monkeypatch):
+    dumped: dict[str, str] = {}
+    monkeypatch.setattr(pipeline, "dump_graph", lambda name, graph: dumped.setdefault(name, print_graph(graph)))
+    rewritten(one_linear())
+    assert [name[12:].lower() for name in dumped] == [step.__name__ for step in PASSES]
+    assert [name[9:11] for name in dumped] == [f"{number:02}" for number in range(1, len(PASSES) + 1)]
+    after = {name[12:]: text for name, text in dumped.items()}
+    assert "scaled_mm" not in after["CHOOSE_KERNELS"]
+    assert "fx_quant.scaled_mm" in after["WRITE_CANONICAL_OPS"]
+    assert "fx_quant.cpu_int8_vnni" in after["ASSIGN_KERNELS"]
+
+
+def test_a_graph_without_a_site_goes_no_further_than_the_choice_of_kernels(monkeypatch):
+    dumped = []
+    monkeypatch.setattr(pipeline, "dump_graph", lambda name, graph: dumped.append(name))
+    rewritten(trace(lambda x, w: decoded(x) @ w.t(), sample(M, K), sample(N, K)))
+    assert dumped[-1] == "FX_QUANT_04_CHOOSE_KERNELS"
 
 
 def test_verify_refuses_a_canonical_op_without_a_kernel():
@@ -253,7 +274,7 @@ def test_tied_weights_are_packed_once():
     state = rewrite(trace(tied, sample(M, K), weight(K, K), torch.rand(K)))
     to_kernels(state)
     (prepack,) = calls(state.graph, ops.prepack.default)
-    assert (len(state.selections), len(prepack.args[0])) == (2, 1)
+    assert (len(state.rows), len(prepack.args[0])) == (2, 1)
 
 
 def test_codes_shared_by_float8_linears_are_widened_once():
@@ -307,7 +328,7 @@ def test_a_residual_of_one_row_is_not_computed_twice():
     given = (sample(1, K).float(), weight(K, K), torch.rand(K) * 0.01)
     source = trace(function, *given)
     state = rewrite(source)
-    assert len(state.selections) == 2
+    assert len(state.rows) == 2
     assert not [node for node in state.graph.nodes if is_matmul(node)]
     assert_same_bits(source, rewrite(source, numerics="exact").graph, *given)
 
@@ -514,8 +535,8 @@ def test_a_float_matmul_of_dequantized_operands_is_rewritten_as_reassociated(nam
     codes = weight().to(torch.float8_e4m3fn) if name == "float8" else weight()
     state = rewrite(trace(function, sample(*shape), codes, SCALE, BIAS, dynamic=dynamic))
     assert state.misses == []
-    assert [site.product.numerics for site in state.selections] == [Numerics.REASSOCIATED]
-    assert [site.problem.constant_weight for site in state.selections] == [True]
+    assert [site.product.numerics for site in state.rows] == [Numerics.REASSOCIATED]
+    assert [site.problem.constant_weight for site in state.rows] == [True]
 
 
 @pytest.mark.parametrize("cap", ["exact", "same_accum"])
@@ -532,7 +553,7 @@ def test_a_lower_cap_leaves_dequantized_operands_as_they_are(cap):
 def test_weight_only_is_rewritten_to_the_weight_only_op():
     graph = trace(lambda x, w, s: F.linear(x, decoded_weight(w, s)), sample(M, K), weight(), SCALE)
     state = rewrite(graph)
-    (site,) = state.selections
+    (site,) = state.rows
     assert str(site.scheme) == "bfloat16 x int8 per_channel"
     assert len(calls(state.graph, ops.weight_only_mm.default)) == 1
 
@@ -591,7 +612,7 @@ class WithLora(nn.Module):
 def test_a_low_rank_branch_beside_a_quantized_base_is_left_alone(ndim):
     model, x = WithLora().eval().requires_grad_(False), inputs(BF16, ndim)
     (graph,) = capture(model, x)
-    assert (len(graph.state.selections), graph.state.misses, graph.state.recognised) == (1, [], [])
+    assert (len(graph.state.rows), graph.state.misses, graph.state.recognised) == (1, [], [])
     floats = [node for node in graph.state.graph.nodes if is_matmul(node)]
     assert len(floats) == 2
     (expected, *_), _ = run(graph.source, *graph.inputs)
@@ -631,7 +652,7 @@ def test_query_key_and_value_share_one_quantize():
             return tuple(part(x) for part in self.parts)
 
     (graph,) = capture(Attention().eval(), inputs(BF16, 3))
-    assert len(graph.state.selections) == 3
+    assert len(graph.state.rows) == 3
     assert len(calls(graph.state.graph, ops.quantize.dynamic)) == 1
 
 
@@ -652,7 +673,7 @@ class Block(nn.Module):
 
 def report_of(model: Callable[..., object], *given: Tensor, **arguments: object) -> Report:
     (graph,) = capture(model, *given, **arguments)
-    return report_on(graph.state, X86)
+    return report_on(graph.state)
 
 
 def test_a_site_names_its_module_and_line():
@@ -710,7 +731,7 @@ def caps(name: str) -> dict[str, list[tuple[str, str, str]]]:
     (graph,) = capture(build(name), ADVERSARIAL[name].inputs(BF16, 2))
     found = {}
     for cap in ("exact", "reassociated"):
-        report = report_on(rewrite(graph.source, graph.static, numerics=cap), X86)
+        report = report_on(rewrite(graph.source, graph.static, numerics=cap))
         found[cap] = [(site.scheme, site.out_dtype, site.numerics) for site in report.sites]
     return found
 

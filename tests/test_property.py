@@ -327,19 +327,19 @@ def check(source: Graph, static: range, numerics: str, inputs: tuple[Tensor, ...
 def check_kernels(source: Graph, static: range, numerics: str, inputs: tuple[Tensor, ...]) -> None:
     """What this machine's kernels compute is what the canonical ops do."""
     state = rewrite(source, static, numerics=numerics)
-    if not state.selections:
+    if not state.rows:
         event("no kernel runs it, or none faster than the source")
         return
     canonical = copy_of(state.graph)
     assert_same_meaning(source, canonical, inputs)
-    sites = {site: node.name for site, node in state.canonical.items()}
+    sites = {site: row.canonical for site, row in state.rows.items()}
     to_kernels(state)
     old, new = run(canonical, *inputs)[1], run(state.graph, *inputs)[1]
-    for site, selection in state.selections.items():
-        event(f"kernel: {selection.kernel.name}")
-        expected, actual = old[sites[site]], new[state.canonical[site].name]
+    for site, row in state.rows.items():
+        event(f"kernel: {row.selection.kernel.name}")
+        expected, actual = old[sites[site]], new[row.op.name]
         terms = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
-        assert_within(actual, expected, selection.kernel.numerics, terms)
+        assert_within(actual, expected, row.selection.kernel.numerics, terms)
 
 
 def matmuls(graph: Graph) -> int:

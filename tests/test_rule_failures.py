@@ -179,12 +179,12 @@ def gated(x: Tensor, w: Tensor, s: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("bounds", [(0.0, math.inf), (-math.inf, 3), (math.nan, 1.0)])
 def test_a_clamp_without_bounds_is_no_fake_quantization(bounds):
     state = rewrite(trace(lambda x, w, s, b: linear(torch.round(linear(x, w, s)).clamp(*bounds), w, s), *given()))
-    assert (len(state.selections), state.misses) == (2, [])
+    assert (len(state.rows), state.misses) == (2, [])
 
 
 def test_a_model_that_clamps_to_infinity_is_rewritten_whole():
     state = rewrite(trace(gated, *given()))
-    assert (len(state.selections), state.misses) == (2, [])
+    assert (len(state.rows), state.misses) == (2, [])
 
 
 F32 = torch.float32
@@ -269,7 +269,7 @@ def test_no_constant_raises_in_a_rule_or_changes_a_result(name, monkeypatch):
         ran += 1
         ((old,), _) = run(graph, *given())
         state = rewrite(graph, numerics="approximate")
-        if state.selections:
+        if state.rows:
             to_kernels(state)
         ((new,), _) = run(state.graph, *given())
         finite = old.isfinite()

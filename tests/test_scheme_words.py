@@ -93,7 +93,7 @@ def test_scales_of_rows_and_columns_are_read_however_they_leave_the_sum(spelling
     inputs = (X[:rows], W, S, B)
     graph = trace(spelling, *inputs)
     state = rewrite(graph)
-    (site,) = state.selections
+    (site,) = state.rows
     assert site.words == "int8 per_token (dynamic) x int8 per_channel"
     assert_same_meaning(state.before, state.graph, inputs)
 
@@ -123,7 +123,7 @@ def test_addcmul_with_a_value_is_left_as_it_is():
 
     inputs = (X, W, S, B)
     state = rewrite(trace(valued, *inputs))
-    (site,) = state.selections
+    (site,) = state.rows
     assert str(site.root.target) == "aten.mul.Tensor"
     assert_same_meaning(state.before, state.graph, inputs)
 

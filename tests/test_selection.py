@@ -262,6 +262,15 @@ def test_a_disabled_kernel_or_provider_is_not_chosen(name):
     assert verdict.reasons == ("is disabled",)
 
 
+@pytest.mark.parametrize(
+    ("lacks", "chosen"), [("", "cpu_float8_decoded_bf16"), ("avx512_vbmi", "cpu_float8_bf16")], ids=str
+)
+def test_float8_is_multiplied_as_bfloat16_with_vbmi_or_without(lacks, chosen):
+    """Intel's Cooper Lake multiplies bfloat16 and has no VBMI, which decoding in registers needs."""
+    target = named_target("x86_vnni", packages={})
+    assert select(FP8_ROW, replace(target, features=target.features - {lacks})).kernel.name == chosen
+
+
 @pytest.mark.parametrize("value", ["cpu_int8_vnni", " cpu ,", "cpu_float8_bf16, cpu_int8_vnni"])
 def test_the_environment_disables_kernels_and_providers(monkeypatch, value):
     monkeypatch.setenv(DISABLED_VARIABLE, value)

@@ -97,7 +97,7 @@ def test_rows_that_are_read_off_values_are_rewritten_without_a_guard(function, s
     x = symbolic(sample(*shape), *dims)
     (captured,) = capture(Linear(function).eval(), x)
     assert captured.state.misses == []
-    assert len(captured.state.selections) + len(captured.state.recognised) == 1
+    assert len(captured.state.rows) + len(captured.state.recognised) == 1
     for new, old in zip(
         run(captured.state.graph, *captured.inputs)[0], run(captured.source, *captured.inputs)[0], strict=True
     ):

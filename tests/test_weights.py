@@ -19,20 +19,13 @@ from fx_quant.weights import (
     WeightError,
     all_close_1d,
     azp_adjoint,
-    column_major_scales,
     convert_to_channelwise,
-    dequantize_blockwise,
-    expand_block_scale,
     merge_input_scales,
-    merge_shards,
     normalize_e4m3fn_to_e4m3fnuz,
-    normalize_e4m3fn_to_e4m3fnuz_,
     pack_int4,
-    pad_weight,
     per_tensor_dequantize,
+    repeat_blocks,
     requantize_with_max_scale,
-    requantize_with_max_scale_,
-    round_scales_to_power_of_two,
     unpack_int4,
 )
 
@@ -179,22 +172,12 @@ def test_requantize_has_nothing_to_do_with_one_scale(scale):
     assert max_scale == 0.5 and torch.equal(bits(out), bits(weight))
 
 
-def test_requantize_modifies_its_input_only_in_place():
-    weight, scale = float8_weight(5, 8), torch.tensor([0.5, 0.7])
+def test_requantize_leaves_its_input_alone():
+    weight, scale = float8_weight(8, 5).t(), torch.tensor([0.5, 0.7])
     before = weight.clone()
-    _, out = requantize_with_max_scale(weight, scale, [2, 3])
+    max_scale, out = requantize_with_max_scale(torch.nn.Parameter(weight), scale, [2, 3])
     assert torch.equal(bits(weight), bits(before)) and scale.tolist() == torch.tensor([0.5, 0.7]).tolist()
-    max_scale, same = requantize_with_max_scale_(weight, scale, [2, 3])
-    assert same is weight and torch.equal(bits(weight), bits(out)) and max_scale == scale[1]
-    assert not torch.equal(bits(out), bits(before))
-
-
-def test_requantize_in_place_writes_through_views_and_parameters():
-    storage = float8_weight(8, 5)
-    expected = requantize_with_max_scale(storage.t(), torch.tensor([0.5, 0.7]), [2, 3])[1]
-    parameter = torch.nn.Parameter(storage.t(), requires_grad=True)
-    _, out = requantize_with_max_scale_(parameter, torch.tensor([0.5, 0.7], requires_grad=True), [2, 3])
-    assert out is parameter and torch.equal(bits(storage.t()), bits(expected))
+    assert max_scale == scale[1] and not torch.equal(bits(out), bits(before))
 
 
 # --- all_close_1d ---------------------------------------------------------------------------------------------
@@ -242,15 +225,13 @@ def test_fnuz_decodes_to_the_same_values_for_every_code():
     assert bits(weight)[0, 0x80] == 0 and bits(weight)[0, 0x7F] == bits(weight)[0, 0xFF] == 0x80
 
 
-def test_fnuz_leaves_its_input_alone_unless_in_place():
+def test_fnuz_leaves_its_input_alone():
     codes, scale, activation = every_code(FP8).clone(), torch.tensor([0.3]), torch.tensor([0.7])
     before = codes.clone()
     out, *_ = normalize_e4m3fn_to_e4m3fnuz(codes, scale, activation)
     assert torch.equal(bits(codes), bits(before))
-    view, *scales = normalize_e4m3fn_to_e4m3fnuz_(codes, scale, activation)
-    assert view.data_ptr() == codes.data_ptr() and torch.equal(bits(codes), bits(out))
-    assert scale == torch.tensor(0.3) and activation == torch.tensor(0.7) and scales[0] == scale * 2
-    assert not torch.equal(bits(codes), bits(before))
+    assert scale == torch.tensor(0.3) and activation == torch.tensor(0.7)
+    assert not torch.equal(bits(codes), bits(out))
 
 
 def test_fnuz_takes_any_layout_and_no_input_scale():
@@ -350,139 +331,16 @@ def test_merged_input_scales_ignore_those_never_loaded():
     assert merge_input_scales(scales, azps) == merge_input_scales(scales[::2], azps[::2])
 
 
-# --- merge_shards ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=dtype_name)
-def test_merged_shards_decode_to_their_parts(dtype):
-    codes = [float8_weight(n, 6) if dtype is FP8 else torch.randint(-127, 128, (n, 6)).to(dtype) for n in (4, 0, 1, 3)]
-    scales = [torch.tensor(0.5), torch.ones(0, 1), torch.tensor([[2.0]]), torch.rand(3)]
-    merged, scale = merge_shards(codes, scales)
-    assert merged.dtype is dtype and scale.shape == (8, 1) and scale.dtype is torch.float32
-    parts = [c.double() * s.double().reshape(-1, 1) for c, s in zip(codes, scales, strict=True)]
-    assert torch.equal(merged.double() * scale.double(), torch.cat(parts))
-
-
-def test_merged_blocks_decode_to_their_parts_though_the_last_shard_is_ragged():
-    block, k = (4, 8), 21
-    codes = [torch.randint(-127, 128, (n, k)).to(torch.int8) for n in (8, 4, 7)]
-    scales = [torch.rand(-(-n // 4), 3) for n in (8, 4, 7)]
-    merged, scale = merge_shards(codes, scales, block=block)
-    assert scale.shape == (5, 3)
-    parts = torch.cat([dequantize_blockwise(c, s, block) for c, s in zip(codes, scales, strict=True)])
-    assert torch.equal(dequantize_blockwise(merged, scale, block), parts)
-
-
-def test_merged_groups_may_have_any_rows():
-    codes = [torch.randint(-8, 8, (n, 10)).to(torch.int8) for n in (3, 5)]
-    scales = [torch.rand(n, 3) for n in (3, 5)]
-    merged, scale = merge_shards(codes, scales, block=(1, 4))
-    assert torch.equal(merged, torch.cat(codes)) and torch.equal(scale, torch.cat(scales))
-
-
-# --- padding --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, *FLOAT8], ids=dtype_name)
-@pytest.mark.parametrize(("n", "k"), [(5, 33), (16, 7), (3, 16), (0, 5), (5, 0)])
-def test_padded_weight_gives_the_same_output(dtype, n, k):
-    weight = torch.randint(-127, 128, (n, k)).to(dtype)
-    bias, x = torch.randn(n, dtype=torch.bfloat16), torch.randn(4, k).double()
-    kinds = {
-        "per_tensor": (torch.tensor(0.5), None),
-        "per_channel": (torch.rand(n, 1), None),
-        "flat": (torch.rand(n), None),
-        "group": (torch.rand(n, -(-k // 5)), (1, 5)),
-        "block": (torch.rand(-(-n // 3), -(-k // 4)), (3, 4)),
-    }
-    for kind, (scale, block) in kinds.items():
-        wide, wide_scale, wide_bias = pad_weight(weight, scale, 8, 16, bias, block=block)
-        assert wide.shape == (-(-n // 8) * 8, -(-k // 16) * 16) and wide.dtype is dtype
-        assert wide_scale.dim() == scale.dim() and wide_scale.dtype is scale.dtype and wide_scale.isfinite().all()
-        assert wide_bias.dtype is bias.dtype
-
-        def decode(codes, s, block=block, kind=kind):
-            if block is not None:
-                return dequantize_blockwise(codes, s, block).double()
-            return codes.double() * (s.double()[:, None] if kind == "flat" else s.double())
-
-        padded = torch.nn.functional.pad(x, (0, wide.shape[1] - k)) @ decode(wide, wide_scale).t() + wide_bias.double()
-        expected = x @ decode(weight, scale).t() + bias.double()
-        torch.testing.assert_close(padded[:, :n], expected, rtol=1e-12, atol=1e-9)  # float64 sums in another order
-        assert (padded[:, n:] == 0).all()
-
-
-def test_padding_of_scales_is_one_and_of_codes_zero():
-    weight, scale, bias = pad_weight(torch.ones(2, 3, dtype=torch.int8), torch.full((2, 1), 0.5), 4, 4, torch.ones(2))
-    assert weight.tolist() == [[1, 1, 1, 0]] * 2 + [[0] * 4] * 2
-    assert scale.tolist() == [[0.5], [0.5], [1.0], [1.0]] and bias.tolist() == [1.0, 1.0, 0.0, 0.0]
-
-
-def test_padding_of_block_scales_is_one():
-    scale = torch.full((2, 2), 0.5, dtype=torch.bfloat16)
-    _, wide, _ = pad_weight(torch.ones(3, 5, dtype=torch.int8), scale, 4, 8, block=(2, 3))
-    assert wide.tolist() == [[0.5, 0.5, 1.0], [0.5, 0.5, 1.0]] and wide.dtype is torch.bfloat16
-    _, wide, _ = pad_weight(torch.ones(4, 6, dtype=torch.int8), scale, 6, 6, block=(2, 3))
-    assert wide.tolist() == [[0.5, 0.5], [0.5, 0.5], [1.0, 1.0]]
-
-
-def test_nothing_to_pad_is_no_copy():
-    weight, scale, bias = float8_weight(8, 16), torch.rand(8, 1), torch.randn(8)
-    out = pad_weight(weight, scale, 4, 16, bias)
-    assert out[0] is weight and out[1] is scale and out[2] is bias
-    wide, same, none = pad_weight(weight, torch.tensor(0.5), 16, 16)
-    assert wide.shape == (16, 16) and same == 0.5 and none is None and weight.shape == (8, 16)
-
-
 # --- blocks ---------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(0, 9), k=st.integers(0, 9), rows=st.integers(1, 10), columns=st.integers(1, 10))
-def test_block_scales_expand_and_decode(n, k, rows, columns):
+def test_what_blocks_share_is_repeated_over_them(n, k, rows, columns):
     grid = torch.rand(-(-n // rows), -(-k // columns))
-    codes = torch.randint(-128, 128, (n, k)).to(torch.int8)
-    out = expand_block_scale(grid, (rows, columns), (n, k))
+    out = repeat_blocks(grid, (rows, columns), (n, k))
     expected = [[grid[i // rows, j // columns].item() for j in range(k)] for i in range(n)]
     assert out.is_contiguous() and out.shape == (n, k) and out.tolist() == expected
-    exact = (codes.double() * out.double()).float()
-    assert torch.equal(dequantize_blockwise(codes, grid, (rows, columns)), exact)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize("align", [1, 4])
-@pytest.mark.parametrize(("m", "g"), [(5, 3), (8, 1), (1, 4), (1, 1)])
-def test_column_major_scales(m, g, align, dtype):
-    scale = torch.rand(m, g).to(dtype)
-    out = column_major_scales(scale, align)
-    wide = -(-m // align) * align
-    assert torch.equal(out, scale) and out.dtype is dtype and out.stride() == (1, wide)
-    # TMA reads the padding too: it is there, and finite.
-    whole = out.as_strided((wide, g), (1, wide))
-    assert (whole[m:] == 1).all() and out.data_ptr() != scale.data_ptr()
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-def test_column_major_scales_of_nothing(shape):
-    assert column_major_scales(torch.ones(shape), 4).shape == shape
-
-
-def test_power_of_two_scales_are_the_next_exact_ones():
-    powers = torch.tensor([2.0**e for e in range(-126, 128)])
-    assert torch.equal(round_scales_to_power_of_two(powers), powers)
-    below = torch.nextafter(powers, torch.zeros(()))
-    assert torch.equal(round_scales_to_power_of_two(below), powers)
-    above = torch.nextafter(powers[:-1], torch.tensor(float("inf")))
-    assert torch.equal(round_scales_to_power_of_two(above), powers[1:])
-    tiny = torch.tensor([0.0, 1e-45, 2.0**-127], dtype=torch.float32)
-    assert round_scales_to_power_of_two(tiny).tolist() == [2.0**-127] * 3
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.floats(2.0**-120, 2.0**120, width=32))
-def test_power_of_two_scales_match_the_formula(value):
-    out = round_scales_to_power_of_two(torch.tensor([[value]])).item()
-    assert math.frexp(out)[0] == 0.5 and value <= out < 2 * value
 
 
 # --- int4 -----------------------------------------------------------------------------------------------------
@@ -691,7 +549,7 @@ def test_int4_codes_of_a_quantized_weight_pack():
 
 def test_blocks_of_a_quantized_weight_decode_as_a_checkpoints():
     q = quantize_weight(torch.randn(7, 11), OperandSpec(FP8, Granularity.per_block(3, 5)))
-    assert torch.equal(q.dequantize(), dequantize_blockwise(q.codes, q.scale, (3, 5)))
+    assert torch.equal(q.dequantize(), q.codes.float() * repeat_blocks(q.scale, (3, 5), (7, 11)))
 
 
 def test_a_quantized_weight_is_frozen_and_compares_by_identity():
@@ -746,26 +604,6 @@ def spec(dtype=torch.int8, granularity=PER_CHANNEL, **more):
         (lambda: merge_input_scales(torch.tensor([1.0, NAN])), r"\(first: nan\)"),
         (lambda: merge_input_scales(torch.ones(2), torch.ones(2)), r"azps must be an integer tensor"),
         (lambda: merge_input_scales(torch.ones(2), torch.ones(3, dtype=torch.int32)), r"each of the 2 scales, got 3"),
-        (lambda: merge_shards([], []), r"one at least, got 0 and 0"),
-        (lambda: merge_shards([I8], []), r"got 1 and 0"),
-        (lambda: merge_shards([I8, F8], [ONE, ONE]), r"one dtype and one k, got float8_e4m3fn.*; int8"),
-        (lambda: merge_shards([I8, I8[:, 1:]], [ONE, ONE]), r"k = 5; int8 with k = 6"),
-        (lambda: merge_shards([I8], [torch.ones(4, 3)]), r"say block=\(rows, columns\)"),
-        (lambda: merge_shards([I8[:3], I8], [torch.ones(2, 2)] * 2, block=(2, 3)), r"got 3 rows in shard 0"),
-        (lambda: merge_shards([I8], [torch.ones(2, 3)], block=(2, 3)), r"must be \[2, 2\], got \[2, 3\]"),
-        (lambda: merge_shards([I8], [ONE], block=(0, 3)), r"both positive, got \(0, 3\)"),
-        (lambda: pad_weight(I8, ONE, 0, 4), r"multiple_n must be a positive integer, got 0"),
-        (lambda: pad_weight(I8, ONE, 4, -1), r"multiple_k must be a positive integer, got -1"),
-        (lambda: pad_weight(I8, torch.ones(3, 1), 4, 4), r"\[n\] = \[4\]"),
-        (lambda: pad_weight(I8, ONE, 4, 4, torch.ones(3)), r"bias must have shape \[n\] = \[4\], got \[3\]"),
-        (lambda: pad_weight(I8, torch.full((4,), NAN), 8, 4), r"got 4 of 4"),
-        (lambda: expand_block_scale(torch.ones(2, 2), (2, 2), (4, 5)), r"must be \[2, 3\], got \[2, 2\]"),
-        (lambda: expand_block_scale(torch.ones(2, 2), (2, 2), (4,)), r"a weight must be \[n, k\], got \[4\]"),
-        (lambda: dequantize_blockwise(torch.ones(2, 2), torch.ones(1, 1), (2, 2)), r"codes must be codes of dtype"),
-        (lambda: column_major_scales(torch.ones(3)), r"must be \[m, g\], got \[3\]"),
-        (lambda: column_major_scales(torch.ones(3, 1), 0), r"align must be a positive"),
-        (lambda: round_scales_to_power_of_two(torch.tensor([3e38])), r"2\*\*127"),
-        (lambda: round_scales_to_power_of_two(torch.tensor([-1.0])), r"not negative"),
         (lambda: pack_int4(I8[:, :5]), r"even k, got 5"),
         (lambda: pack_int4(I8 - 9), r"-8..7, got 24 outside"),
         (lambda: pack_int4(torch.full((1, 2), 16, dtype=torch.uint8)), r"0..15, got 2 outside"),
@@ -795,16 +633,6 @@ def test_an_error_says_what_must_hold_and_what_was_found(call, message):
         call()
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, FxQuantError)
     assert "\n" not in str(caught.value)
-
-
-def test_nothing_is_written_before_an_error():
-    weight = float8_weight(4, 6)
-    before = weight.clone()
-    with pytest.raises(WeightError):
-        requantize_with_max_scale_(weight, torch.tensor([0.5, NAN]), [2, 2])
-    with pytest.raises(WeightError):
-        normalize_e4m3fn_to_e4m3fnuz_(weight, ONE, ONE.int())
-    assert torch.equal(bits(weight), bits(before))
 
 
 def test_importing_the_transforms_loads_neither_inductor_nor_triton():

@@ -46,7 +46,7 @@ def meant(a: Tensor, w: Tensor, z: Tensor | float, y: Tensor | float, s: Tensor)
 def assert_right(graph: Callable[..., Tensor], inputs: tuple[Tensor, ...], expected: Tensor, terms: Tensor) -> None:
     """The rewritten graph is as near to ``expected`` as a float32 sum of such terms can be said to be."""
     state = rewrite(trace(graph, *inputs))
-    assert state.selections, state.misses
+    assert state.rows, state.misses
     canonical = copy_of(state.graph)
     to_kernels(state)
     for each in (canonical, state.graph):

@@ -52,14 +52,28 @@ TOLERANCES: Mapping[tuple[Numerics, torch.dtype], Tolerance] = MappingProxyType(
 )
 
 
-def assert_within(actual: Tensor, expected: Tensor, numerics: Numerics, terms: float = 0.0) -> None:
+def assert_within(actual: Tensor, expected: Tensor, numerics: Numerics, terms: float | Tensor = 0.0) -> None:
     """Raise AssertionError unless ``actual`` is ``expected`` up to ``numerics``; shape, dtype and NaN must agree.
 
-    ``terms`` is the largest term of the sum, where few results may all be what cancellation left of it.
+    ``terms`` is the largest term of the sum, where few results may all be what cancellation left of it. As a tensor it
+    is the sum of the magnitudes of each element's own terms, which is what they are held to then; where that is not
+    finite there is nothing to compare, and what overflows is as good as the largest number.
     """
     tolerance = TOLERANCES[numerics, expected.dtype] if expected.dtype in (_F32, _BF16, _F16) else Tolerance(0.0, 0.0)
-    finite = expected[expected.isfinite()] if expected.is_floating_point() else expected
-    largest = finite.abs().max().item() if finite.numel() else 0.0
-    torch.testing.assert_close(
-        actual, expected, rtol=tolerance.rtol, atol=tolerance.atol * max(largest, terms), equal_nan=True
-    )
+    if isinstance(terms, Tensor) and expected.is_floating_point():
+        assert actual.shape == expected.shape and actual.dtype is expected.dtype
+        info, compared = torch.finfo(expected.dtype), terms.isfinite()
+        was, now = (x.double().clamp(-info.max, info.max) for x in (expected, actual))
+        off = (now - was).abs()
+        allowed = tolerance.rtol * was.abs() + tolerance.atol * terms
+        if tolerance.atol:
+            allowed = allowed + info.smallest_normal * info.eps
+        wrong = compared & ~(off <= allowed) & ~(was.isnan() & now.isnan())
+        assert not wrong.any(), (
+            f"{int(wrong.sum())} of {wrong.numel()} off by {off[wrong].tolist()}, allowed {allowed[wrong].tolist()}"
+        )
+        return
+    largest = expected[expected.isfinite()] if expected.is_floating_point() else expected
+    largest = largest.abs().max().item() if largest.numel() else 0.0
+    largest = max(largest, 0.0 if isinstance(terms, Tensor) else terms)
+    torch.testing.assert_close(actual, expected, rtol=tolerance.rtol, atol=tolerance.atol * largest, equal_nan=True)

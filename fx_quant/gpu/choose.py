@@ -29,7 +29,6 @@ _LEAST_TILE = 64
 # Recipe -> that of the swapped form, whose sums leave the tensor cores after few products.
 _SWAPPED = {
     "float8": "float8",
-    "float8_fast": "float8",
     "int8": "int8",
     "float8_block": "block",
     "float8_group": "block",
@@ -90,11 +89,9 @@ def candidates(case: Case, on: Architecture) -> list[Configuration]:
         if case.rows <= each.block_m:
             splits = {1, swapped.best_split(each, case.n, case.k, on)}
             found += [replace(each, split_k=parts) for parts in sorted(splits)]
-    # Sums of the portable form always leave the tensor cores.
-    recipe = "float8" if case.recipe == "float8_fast" else case.recipe
     many = (
         *persistent.CONFIGURATIONS.get(on.name, {}).get(case.recipe, ()),
-        *tile.CONFIGURATIONS.get(on.name, {}).get(recipe, ()),
+        *tile.CONFIGURATIONS.get(on.name, {}).get(case.recipe, ()),
     )
     # A tile of twice the rows that there are does nothing better than one of half its size.
     return found + [each for each in many if each.block_m <= max(_LEAST_TILE, case.rows)]

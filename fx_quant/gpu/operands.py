@@ -12,16 +12,16 @@ from fx_quant.ops import check_scaled_mm, column_sums
 from fx_quant.scheme import FLOAT8_DTYPES
 
 
-def recipe_of(a_dtype: torch.dtype, block: tuple[int, int] | None, *, fast_accum: bool = False) -> str:
+def recipe_of(a_dtype: torch.dtype, block: tuple[int, int] | None) -> str:
     """How codes of ``a_dtype`` are multiplied and scaled.
 
-    ``int8`` and ``float8`` have scales that leave the sum; ``float8_fast`` may keep it in the tensor cores. With
-    scales along k it is ``int8_group`` or ``float8_group``, and ``float8_block`` where 128 columns share one.
+    ``int8`` and ``float8`` have scales that leave the sum. With scales along k it is ``int8_group`` or
+    ``float8_group``, and ``float8_block`` where 128 columns share one.
     """
     codes = "int8" if a_dtype is torch.int8 else "float8"
     if block is not None:
         return f"{codes}_{'block' if codes == 'float8' and block[0] % 128 == 0 else 'group'}"
-    return f"{codes}_fast" if codes == "float8" and fast_accum else codes
+    return codes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class ScaledOperands:
         b_sum: int32 ``[n]``, the sum of ``b`` over k; given with ``a_zero_point``.
         block: ``(rows of the weight, codes along k)`` that share a scale of ``b``, or None.
         out_dtype: dtype of the result.
-        fast_accum: sums of float8 may stay in the tensor cores, as with ``use_fast_accum`` of ``torch._scaled_mm``.
     """
 
     a: Tensor
@@ -48,12 +47,11 @@ class ScaledOperands:
     b_sum: Tensor | None
     block: tuple[int, int] | None
     out_dtype: torch.dtype
-    fast_accum: bool = False
 
     @property
     def recipe(self) -> str:
         """What configurations differ by, as ``recipe_of`` says it."""
-        return recipe_of(self.a.dtype, self.block, fast_accum=self.fast_accum)
+        return recipe_of(self.a.dtype, self.block)
 
     @property
     def m(self) -> int:

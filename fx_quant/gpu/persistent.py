@@ -48,20 +48,11 @@ _SM120 = (
     _found(64, 128, 128, 4, 3),
     _found(128, 64, 128, 4, 3),
 )
-_RECIPES = ("float8_fast", "float8", "float8_block", "float8_group", "int8")
+_RECIPES = ("float8", "float8_block", "float8_group", "int8")
 
 # Architecture -> recipe -> what may be launched: all that was found to compile without spilling, by Triton 3.6 and 3.9.
 CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = {
     "sm90": {
-        "float8_fast": (
-            *_LARGEST,
-            _found(128, 256, 128, 8, 4, "flattened"),
-            _found(128, 256, 128, 8, 4),
-            _found(128, 128, 128, 8, 5, "flattened"),
-            _found(128, 128, 128, 8, 5),
-            _found(64, 256, 128, 4, 4),
-            _found(64, 128, 128, 4, 6),
-        ),
         # A sum that leaves the tensor cores takes twice its registers: larger tiles spill.
         "float8": (
             _SPECIALIZED,
@@ -108,7 +99,7 @@ def unfit(operands: ScaledOperands, configuration: Configuration, on: Architectu
 def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> Launch:
     """The launch of a scaled matmul by tiles of tensor descriptors.
 
-    A float8 sum leaves tensor cores that add imprecisely every 128 products, unless ``operands.fast_accum``.
+    A float8 sum leaves tensor cores that add imprecisely every 128 products.
 
     Raises:
         RuntimeError: the operands are ``unfit``.

@@ -94,15 +94,6 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = MappingP
     }
 )
 
-# Recipe of the codes -> architecture -> configurations of the kernel that quantizes its activation.
-DYNAMIC_CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = MappingProxyType(
-    {
-        recipe: {on: tuple(found for found in some if found.block_m == 16)[:2] for on, some in by_architecture.items()}
-        for recipe, by_architecture in CONFIGURATIONS.items()
-        if recipe != "block"
-    }
-)
-
 
 def split_for(n: int, k: int, block_n: int, block_k: int, processors: int) -> int:
     """Programs that share a tile's sum along k: as few as keep about every processor busy.
@@ -129,16 +120,15 @@ def best_split(found: Configuration, n: int, k: int, on: Architecture) -> int:
     return split_for(n, k, found.block_n, found.block_k, on.processors)
 
 
-def configuration(recipe: str, m: int, n: int, k: int, on: Architecture, dynamic: bool = False) -> Configuration | None:
+def configuration(recipe: str, m: int, n: int, k: int, on: Architecture) -> Configuration | None:
     """The configuration for these sizes, or None where none is meant for so many rows or for that architecture.
 
     Args:
         recipe: a name in ``CONFIGURATIONS``.
         m, n, k: sizes of the matmul.
         on: where it will run.
-        dynamic: whether the kernel quantizes its activation itself.
     """
-    for found in (DYNAMIC_CONFIGURATIONS if dynamic else CONFIGURATIONS)[recipe].get(on.name, ()):
+    for found in CONFIGURATIONS[recipe].get(on.name, ()):
         if m <= found.block_m:
             return replace(found, split_k=best_split(found, n, k, on))
     return None

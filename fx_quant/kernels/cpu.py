@@ -58,17 +58,18 @@ def _float32_mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-# Rows from which decoding the weight and a float matmul is faster than ATen's, which takes longer for each row; float16
-# it computes without vector instructions. `make bench-eager ARGS="--quick --threads 1"` shows both sides of the limit.
-MANY_ROWS = {torch.bfloat16: 96, torch.float16: 4}
+# Rows of bfloat16 from which decoding the weight and a float matmul is faster than ATen's, which takes longer for each
+# row. `make bench-eager ARGS="--quick --threads 1"` shows both sides of the limit.
+MANY_ROWS = 96
 
 
 def _weight_only_int8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
     """ATen's matmul of a float activation and int8 codes, which scales by the column in the activation's dtype.
 
-    Of ``MANY_ROWS`` rows or more the weight is decoded, and a float matmul run.
+    Of ``MANY_ROWS`` rows or more the weight is decoded, and a float matmul run. So it is for float16, which holds few
+    scales: a weight's may be as small as 1e-7, and ATen computes it without vector instructions.
     """
-    if a.shape[0] >= MANY_ROWS[a.dtype]:
+    if a.dtype is torch.float16 or a.shape[0] >= MANY_ROWS:
         return weight_only(a, b, a_scale, b_scale, bias, n, out_dtype)
     scale = b_scale.reshape(-1).expand(n).to(a.dtype)
     # It reads the strides of dims of one element too.
@@ -84,6 +85,7 @@ for _name, _layout, _dot, _sum in (
 ):
     register_op(_name, matmul_body(_layout, _dot, _sum))
 
+# Without VBMI only (Intel's Cooper Lake): `cpu_float8_decoded_bf16` comes before it.
 register_kernel(
     Kernel(
         name="cpu_float8_bf16",
@@ -136,7 +138,7 @@ register_kernel(
             align=16,
         ),
         numerics=Numerics.REASSOCIATED,
-        note="torch._weight_int8pack_mm for few rows, the weight decoded and a float matmul for more",
+        note="torch._weight_int8pack_mm for few rows of bfloat16, the weight decoded and a float matmul else",
     ),
     priority=20,
 )

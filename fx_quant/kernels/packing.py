@@ -12,6 +12,7 @@ What was packed is dropped when its weight's storage dies, or by ``clear_packed_
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
 PANEL = 64
 TRANSPOSED = ".t"
+FACTOR_PANELS = "factor_panels"
+_PADDED = re.compile(r"padded_(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Layout:
 
     Args:
         name: as kernels and the op spell it.
-        weights: dtypes of the codes that it packs.
+        weights: dtypes that it packs; empty for any.
         dtype: dtype of the packed tensor; None keeps the weight's.
         shape: ``(n, k)`` to the shape of the packed tensor.
         pack: weight of any strides to a new contiguous tensor of that shape and dtype; never an alias.
@@ -110,6 +113,13 @@ def _from_int4_words(packed: Tensor, n: int, k: int) -> Tensor:
     return _from_panels(quads.contiguous(), n, k)
 
 
+def _factor_panels(factor: Tensor) -> Tensor:
+    """``[n, groups]`` -> contiguous ``[ceil(n/64), groups, 64]``, zeros where there is no column."""
+    n, groups = factor.shape
+    padded = F.pad(factor, (0, 0, 0, -n % PANEL))
+    return padded.reshape(-(-n // PANEL), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
 _LAYOUTS: dict[str, Layout] = {}
 
 
@@ -170,6 +180,15 @@ for _layout in (
         pack=_int4_words,
         unpack=_from_int4_words,
     ),
+    # Scales and zero points ``[n, groups]`` as the kernels that walk panels read them.
+    Layout(
+        name=FACTOR_PANELS,
+        weights=frozenset(),
+        dtype=None,
+        shape=lambda n, groups: (-(-n // PANEL), groups, PANEL),
+        pack=_factor_panels,
+        unpack=lambda packed, n, groups: packed.transpose(1, 2).reshape(-1, groups)[:n],
+    ),
     Layout(
         name="float32",
         weights=FLOAT8_DTYPES,
@@ -204,9 +223,29 @@ def packed_layout(name: str) -> Layout:
     """
     if name not in _LAYOUTS and name.endswith(TRANSPOSED):
         return _transposed(packed_layout(name.removesuffix(TRANSPOSED)))
+    sizes = _PADDED.fullmatch(name)
+    if sizes is not None:
+        return _padded(int(sizes[1]), int(sizes[2]))
     if name not in _LAYOUTS:
         raise unknown_name("layout", name, _LAYOUTS)
     return _LAYOUTS[name]
+
+
+def padded(rows: int, columns: int) -> str:
+    """The name of the layout of weights that are padded with zeros to ``[rows, columns]``, each once."""
+    return f"padded_{rows}x{columns}"
+
+
+@functools.cache
+def _padded(rows: int, columns: int) -> Layout:
+    return Layout(
+        name=padded(rows, columns),
+        weights=frozenset(),
+        dtype=None,
+        shape=lambda n, k: (rows, columns),
+        pack=lambda weight: F.pad(weight, (0, columns - weight.shape[1], 0, rows - weight.shape[0])).contiguous(),
+        unpack=lambda packed, n, k: packed[:n, :k],
+    )
 
 
 @functools.cache
@@ -225,7 +264,7 @@ def _transposed(layout: Layout) -> Layout:
 def _check_weight(weight: Tensor, layout: Layout) -> None:
     torch._check(weight.dim() == 2, lambda: f"prepack: a weight must be [n, k], got {list(weight.shape)}")
     torch._check(
-        weight.dtype in layout.weights,
+        not layout.weights or weight.dtype in layout.weights,
         lambda: (
             f"prepack: layout {layout.name!r} packs {' or '.join(sorted(map(dtype_name, layout.weights)))}, "
             f"got {dtype_name(weight.dtype)}"

@@ -4,6 +4,11 @@ A class of ours stands for the kernels of the registry that name it (``CutlassFP
 lists them), and everything it answers is read off their requirements; a class of somebody else implements
 ``MMLinearKernel`` itself. Both kinds are chosen by the same functions.
 
+Beside them stand vLLM's functions of codes that are given: ``dispatch_w8a8_scaled_mm`` and the five that it returns
+(``cutlass_``, ``rocm_per_tensor_``, ``torch_per_tensor_``, ``torch_per_token_``, ``torch_channelwise_w8a8_scaled_mm``),
+the probes ``cutlass_fp8_supported``, ``cutlass_block_fp8_supported``, ``cutlass_group_gemm_supported`` and
+``sparse_cutlass_supported``, and ``maybe_create_device_identity``. Transforms of weights are in ``fx_quant.weights``.
+
 Source: vLLM, ``model_executor/kernels/linear/base.py`` (names, signatures and lifecycle).
 """
 
@@ -21,9 +26,12 @@ from fx_quant.linear_kernels.choose import (
 from fx_quant.linear_kernels.classes import derived_classes, possible_kernels
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
+    GroupShape,
     Int8ScaledMMLinearLayerConfig,
     MMLinearLayerConfig,
     MPLinearLayerConfig,
+    QuantKey,
+    ScaleDesc,
     ScaledMMLinearLayerConfig,
 )
 from fx_quant.linear_kernels.interface import MMLinearKernel
@@ -35,11 +43,25 @@ from fx_quant.linear_kernels.registry import (
     RegistryLinearKernel,
     ScaledMMLinearKernel,
 )
+from fx_quant.linear_kernels.w8a8 import (
+    cutlass_block_fp8_supported,
+    cutlass_fp8_supported,
+    cutlass_group_gemm_supported,
+    cutlass_w8a8_scaled_mm,
+    dispatch_w8a8_scaled_mm,
+    maybe_create_device_identity,
+    rocm_per_tensor_w8a8_scaled_mm,
+    sparse_cutlass_supported,
+    torch_channelwise_w8a8_scaled_mm,
+    torch_per_tensor_w8a8_scaled_mm,
+    torch_per_token_w8a8_scaled_mm,
+)
 
 __all__ = [
     "FP8Params",
     "FP8ScaledMMLinearKernel",
     "FP8ScaledMMLinearLayerConfig",
+    "GroupShape",
     "Int8Params",
     "Int8ScaledMMLinearKernel",
     "Int8ScaledMMLinearLayerConfig",
@@ -50,16 +72,29 @@ __all__ = [
     "MPLinearLayerConfig",
     "MPParams",
     "Params",
+    "QuantKey",
     "RegistryLinearKernel",
+    "ScaleDesc",
     "ScaledMMLinearKernel",
     "ScaledMMLinearLayerConfig",
     "choose_mp_linear_kernel",
     "choose_scaled_mm_linear_kernel",
+    "cutlass_block_fp8_supported",
+    "cutlass_fp8_supported",
+    "cutlass_group_gemm_supported",
+    "cutlass_w8a8_scaled_mm",
+    "dispatch_w8a8_scaled_mm",
     "init_fp8_linear_kernel",
     "init_int8_linear_kernel",
     "is_supported_and_can_implement_kernel",
+    "maybe_create_device_identity",
     "possible_kernels",
     "replace_parameter",
+    "rocm_per_tensor_w8a8_scaled_mm",
+    "sparse_cutlass_supported",
+    "torch_channelwise_w8a8_scaled_mm",
+    "torch_per_tensor_w8a8_scaled_mm",
+    "torch_per_token_w8a8_scaled_mm",
 ]
 
 

@@ -15,6 +15,7 @@ from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
     Int8ScaledMMLinearLayerConfig,
     MPLinearLayerConfig,
+    QuantKey,
     ScaledMMLinearLayerConfig,
 )
 from fx_quant.linear_kernels.interface import ASKED, MMLinearKernel, refusal
@@ -134,8 +135,8 @@ def choose_mp_linear_kernel(
 
 
 def init_fp8_linear_kernel(
-    activation_quant_key: OperandSpec,
-    weight_quant_key: OperandSpec,
+    activation_quant_key: OperandSpec | QuantKey,
+    weight_quant_key: OperandSpec | QuantKey,
     out_dtype: torch.dtype,
     force_kernel: type[FP8ScaledMMLinearKernel] | None = None,
     module_name: str | None = None,
@@ -146,6 +147,7 @@ def init_fp8_linear_kernel(
     """The kernel object for a float8 layer, chosen for this machine.
 
     Args:
+        activation_quant_key, weight_quant_key: how each operand is quantized: an ``OperandSpec``, or a ``QuantKey``.
         module_name: named in the error.
 
     Raises:

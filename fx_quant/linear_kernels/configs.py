@@ -3,15 +3,133 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from fx_quant.linear_operands import linear_problem
+from fx_quant.linear_operands import linear_problem, must
 from fx_quant.problem import Problem
-from fx_quant.scheme import Granularity, OperandSpec, Scheme
+from fx_quant.scheme import Granularity, OperandSpec, Scheme, dtype_name
 
 # What stands for a weight whose shape is not known when a kernel is chosen: every alignment holds.
 _ALIGNED_SHAPE = (4096, 4096)
+_WHOLE = -1
+
+
+# --- how an operand is quantized ----------------------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    row: int
+    col: int
+
+
+class GroupShape(_Sizes):
+    """Rows and columns of an operand that share a scale; -1 is all of them.
+
+    The operand is the activation ``[m, k]`` or the weight ``[n, k]``.
+    """
+
+    PER_TENSOR: ClassVar[GroupShape]
+    PER_TOKEN: ClassVar[GroupShape]
+    PER_CHANNEL: ClassVar[GroupShape]
+
+
+GroupShape.PER_TENSOR = GroupShape(_WHOLE, _WHOLE)
+GroupShape.PER_TOKEN = GroupShape(1, _WHOLE)
+# Of a weight ``[k, n]``, as it is multiplied: a scale for each column.
+GroupShape.PER_CHANNEL = GroupShape(_WHOLE, 1)
+
+
+@dataclass(frozen=True)
+class ScaleDesc:
+    """One scale of an operand.
+
+    Args:
+        dtype: of the scale.
+        static: it is given, rather than computed from the operand.
+        group_shape: what shares it.
+    """
+
+    dtype: torch.dtype
+    static: bool
+    group_shape: GroupShape
+
+
+@dataclass(frozen=True)
+class QuantKey:
+    """How an operand is quantized, as vLLM says it; ``OperandSpec`` is how this package does.
+
+    Args:
+        dtype: of the codes.
+        scale: their scale.
+        scale2: a scale of the scales, which no kernel here takes.
+        symmetric: the codes have no zero point.
+    """
+
+    dtype: torch.dtype
+    scale: ScaleDesc
+    scale2: ScaleDesc | None = None
+    symmetric: bool = True
+
+
+def operand_spec(key: Any, *, weight: bool) -> OperandSpec:
+    """``key`` as an ``OperandSpec``: itself, or what a ``QuantKey`` says, ours or vLLM's own.
+
+    Args:
+        key: an ``OperandSpec`` or a ``QuantKey``.
+        weight: it is a weight's, for which ``PER_TOKEN`` (a row of ``[n, k]``) and ``PER_CHANNEL`` are one scale for
+            each output.
+
+    Raises:
+        ValueError: neither of the two, or scales that such an operand cannot have.
+    """
+    if isinstance(key, OperandSpec):
+        return key
+    operand, scale = ("weight" if weight else "activation"), getattr(key, "scale", None)
+    must(
+        isinstance(getattr(key, "dtype", None), torch.dtype) and hasattr(scale, "group_shape"),
+        lambda: f"how the {operand} is quantized must be an OperandSpec or a QuantKey, got {key!r}; say QuantKey(...)",
+    )
+    assert scale is not None
+    must(
+        getattr(key, "scale2", None) is None,
+        lambda: f"the {operand} must have one level of scales, got {key}; no kernel here takes two",
+    )
+    must(
+        scale.dtype is torch.float32,
+        lambda: f"scales of the {operand} must be float32, got {dtype_name(scale.dtype)}; widen them first",
+    )
+    must(
+        scale.static or not weight,
+        lambda: f"a weight is quantized once, got a dynamic scale in {key}; say static=True",
+    )
+    found = _granularity(*scale.group_shape, weight=weight)
+    must(
+        found is not None,
+        lambda: (
+            f"scales of the {operand} must be shared by all of it, by a row, "
+            f"{'by a column or a block' if weight else 'or by neighbours in a row'}, got {tuple(scale.group_shape)}; "
+            "say (rows, columns), -1 for all"
+        ),
+    )
+    assert found is not None
+    return OperandSpec(key.dtype, found, dynamic=not scale.static, symmetric=key.symmetric)
+
+
+def _granularity(rows: int, columns: int, *, weight: bool) -> Granularity | None:
+    if (rows, columns) == GroupShape.PER_TENSOR:
+        return Granularity.PER_TENSOR
+    if (rows, columns) == GroupShape.PER_TOKEN:
+        return Granularity.PER_CHANNEL if weight else Granularity.PER_TOKEN
+    if (rows, columns) == GroupShape.PER_CHANNEL:
+        return Granularity.PER_CHANNEL if weight else None
+    if rows < 1 or columns < 1 or (rows > 1 and not weight):
+        return None
+    return Granularity.of_block(rows, columns)
+
+
+# --- what a kernel must implement ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -37,19 +155,21 @@ class FP8ScaledMMLinearLayerConfig(ScaledMMLinearLayerConfig):
     """float8 x float8.
 
     Args:
-        weight_quant_key, activation_quant_key: how each operand is quantized.
+        weight_quant_key, activation_quant_key: how each operand is quantized: an ``OperandSpec``, or a ``QuantKey``.
         out_dtype: dtype of the result.
         weight_shape: ``(n, k)``; None when it is not known yet, and alignment is asked of the layer later.
     """
 
-    weight_quant_key: OperandSpec
-    activation_quant_key: OperandSpec
+    weight_quant_key: OperandSpec | QuantKey
+    activation_quant_key: OperandSpec | QuantKey
     out_dtype: torch.dtype
     weight_shape: tuple[int, int] | None = None
 
     def problem(self) -> Problem:
         """The GEMM as data."""
-        scheme = Scheme(self.activation_quant_key, self.weight_quant_key)
+        scheme = Scheme(
+            operand_spec(self.activation_quant_key, weight=False), operand_spec(self.weight_quant_key, weight=True)
+        )
         return linear_problem(scheme, self.weight_shape or _ALIGNED_SHAPE, self.out_dtype, self.out_dtype, None)
 
     def shape(self) -> tuple[int, int] | None:

@@ -30,7 +30,7 @@ from fx_quant.linear_kernels.params import (
     replace_parameter,
     set_buffer,
 )
-from fx_quant.linear_operands import check_bias, check_operands, codes_per_element, linear_problem
+from fx_quant.linear_operands import check_bias, check_operands, linear_problem
 from fx_quant.machine import capability_target, detect_target
 from fx_quant.problem import Problem
 from fx_quant.scheme import Granularity, Scheme
@@ -185,7 +185,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
             input_scale=params.input_scale,
             input_zero_point=getattr(params, "input_zero_point", None),
         )
-        shape = (params.weight.shape[0], params.weight.shape[1] * codes_per_element(scheme.weight))
+        shape = (params.weight.shape[0], params.weight.shape[1] * scheme.weight.codes_per_element)
         wanted = self.config.shape()  # type: ignore[attr-defined]
         if wanted not in (None, shape):
             raise ValueError(f"weight must be [n, k] = {list(wanted)} as the configuration says, got {list(shape)}")
@@ -239,7 +239,7 @@ class FP8ScaledMMLinearKernel(ScaledMMLinearKernel[FP8ScaledMMLinearLayerConfig,
     PARAMS = FP8Params
 
     def _merge_shards(self, layer: nn.Module, params: FP8Params) -> None:
-        granularity = self.config.weight_quant_key.granularity
+        granularity = problem_of(self.config).scheme.weight.granularity
         if granularity == Granularity.PER_TENSOR and params.weight_scale.numel() > 1:
             scale, weight = requantize_with_max_scale(params.weight, params.weight_scale, _widths(layer))
             replace_parameter(layer, params.WEIGHT, weight)

@@ -21,7 +21,6 @@ from fx_quant.kernels.cpu_int8 import LEVELS
 from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
 from fx_quant.lowerings.cpu_decoded_template import decoded_matmul
 from fx_quant.lowerings.cpu_template import can_render, tile_matmul
-from fx_quant.lowerings.quantize import quantize_dynamic
 from fx_quant.native import BFLOAT16, Dot
 from fx_quant.native_decode import INT4_BYTES, decode_of
 from fx_quant.target import int_mm_is_exact
@@ -197,12 +196,3 @@ def scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, blo
         return pytorch_int_mm(a, b, a_scale, b_scale, bias, b.get_size()[1], out_dtype)
     extras = {"a_zero_point": a_zero_point, "block": block}
     return _extern(fxq.scaled_mm.default)(a, b, a_scale, b_scale, bias, out_dtype, **extras)
-
-
-@register_lowering(fxq.quantized_linear.default, type_promotion_kind=None)
-def quantized_linear(x, b, b_scale, bias, out_dtype, **quantize_args) -> TensorBox:
-    """``quantize`` and ``scaled_mm`` over the last dim of ``x``."""
-    *batch, k = x.get_size()
-    codes, scale = quantize_dynamic(_reshape(x, [-1, k]), **quantize_args)
-    out = scaled_mm(codes, b, scale, b_scale, bias, out_dtype)
-    return _reshape(out, [*batch, b.get_size()[1]])

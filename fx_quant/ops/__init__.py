@@ -7,7 +7,6 @@ stays opaque to AOTAutograd, runs eagerly on every device, and Inductor may stil
 from __future__ import annotations
 
 from fx_quant.ops import fold
-from fx_quant.ops.gated_mm import gated_mm, gated_mm_dynamic, gated_mm_static
 from fx_quant.ops.library import KEEPING_TAGS, LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
 from fx_quant.ops.quantize import (
     check_quantize,
@@ -16,9 +15,6 @@ from fx_quant.ops.quantize import (
     quantize,
     quantize_dynamic,
 )
-from fx_quant.ops.quantize_groups import empty_group_scale, quantize_groups
-from fx_quant.ops.quantized_linear import quantized_linear
-from fx_quant.ops.rms_norm_quantize import rms_norm_quantize, rms_norm_quantize_dynamic
 from fx_quant.ops.scaled_mm import (
     accumulate,
     accumulate_blocks,
@@ -47,18 +43,10 @@ __all__ = [
     "correct",
     "dequantize",
     "dequantize_weight",
-    "empty_group_scale",
     "fold",
-    "gated_mm",
-    "gated_mm_dynamic",
-    "gated_mm_static",
     "quantize",
     "quantize_dynamic",
-    "quantize_groups",
-    "quantized_linear",
     "register",
-    "rms_norm_quantize",
-    "rms_norm_quantize_dynamic",
     "scaled_mm",
     "split_zero_point",
     "unpack_codes",

@@ -1,20 +1,22 @@
-"""Canonical ops to kernel ops: padding, exact casts of the codes, and weights packed once."""
+"""Canonical ops to kernel ops: each selection's plan realised in the graph, and what is constant packed once."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.kernels.packing import PANEL, TRANSPOSED
-from fx_quant.passes.canonical import Operands, operands_of
+from fx_quant.kernels.packing import TRANSPOSED
+from fx_quant.passes.canonical import operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
-from fx_quant.passes.nodes import args_of, aten, is_op, is_single, shape
+from fx_quant.passes.nodes import aten, is_op, shape
+from fx_quant.realise import Size, kept_parts, realise
 from fx_quant.selection import Selection
 
 
@@ -42,12 +44,12 @@ def assign(
         UnassignedError: names every op that could not be replaced.
     """
     emitter = Emitter(graph)
-    packed = _pack(emitter, selections)
+    kept = _keep(emitter, selections, runtime)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     results = {}
     reasons: dict[Node, str] = {}
     for node, selection in selections.items():
-        result = attempt(_assign, emitter, node, selection, packed.get(node, Packed()), casts, runtime)
+        result = attempt(_assign, emitter, node, selection, kept.get(node, {}), casts)
         if isinstance(result, Failure):
             reasons[node] = result.reason("calling the kernel")
             continue
@@ -59,119 +61,91 @@ def assign(
     return results
 
 
+@dataclass(frozen=True)
+class _IntoGraph:
+    """Writes each step of a plan into the graph, in front of the canonical op that it replaces."""
+
+    emitter: Emitter
+    node: Node
+    casts: dict[tuple[Node, torch.dtype], Node]
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.emitter.call(op, *args, like=self.node, **kwargs)
+
+    def cast(self, x: Node, to: torch.dtype) -> Node:
+        # What several matmuls read is cast once. Inductor's C++ converts float8 to float32 in vectors, to bfloat16 one
+        # by one, so it goes by way of float32.
+        if (x, to) not in self.casts:
+            wide = self.emitter.cast(x, torch.float32, like=self.node)
+            self.casts[x, to] = self.emitter.cast(wide, to, like=self.node)
+        return self.casts[x, to]
+
+    def shape(self, x: Node) -> Sequence[Size]:
+        return shape(x)
+
+
 def _assign(
     emitter: Emitter,
     node: Node,
     selection: Selection,
-    packed: Packed,
+    kept: dict[str, Node],
     casts: dict[tuple[Node, torch.dtype], Node],
-    runtime: Collection[Node],
 ) -> Node:
     of = operands_of(node)
-    a, b, a_scale, b_scale, bias = of.a, of.b, of.a_scale, of.b_scale, of.bias
-    kernel, problem, padding = selection.kernel, selection.problem, selection.padding
-    pad_n, pad_k = padding.n - problem.n, padding.k - problem.k
     with emitter.graph.inserting_before(node):
-        if pad_k:
-            a = emitter.call(aten.constant_pad_nd.default, a, [0, pad_k], like=node)
-        if kernel.a_dtype is not None:
-            key = (a, kernel.a_dtype)
-            if key not in casts:
-                # Exact at each step. Inductor's C++ converts float8 to float32 in vectors, to bfloat16 one by one.
-                wide = emitter.cast(a, torch.float32, like=node)
-                casts[key] = emitter.cast(wide, kernel.a_dtype, like=node)
-            a = casts[key]
-        if packed.weight is not None:
-            b = packed.weight
-        elif pad_n or pad_k:
-            # Padded as [n, k]: padding makes its result row-major, and GPU kernels read b column by column.
-            b = emitter.call(aten.permute.default, b, [1, 0], like=node)
-            b = emitter.call(aten.constant_pad_nd.default, b, [0, pad_k, 0, pad_n], like=node)
-            b = emitter.call(aten.permute.default, b, [1, 0], like=node)
-        sums = _sums(emitter, of, packed, like=node)
-        _share(sums, of.b)
-        if pad_n:
-            if sums is not None:
-                sums = emitter.call(aten.constant_pad_nd.default, sums, [0, pad_n], like=node)
-            # A block of scales covers the padding, as kernels align to less than a block.
-            if b_scale is not None and of.block is None and not is_single(b_scale):
-                b_scale = emitter.call(aten.constant_pad_nd.default, b_scale, [0, pad_n], 1.0, like=node)
-            if bias is not None:
-                bias = emitter.call(aten.constant_pad_nd.default, bias, [0, pad_n], 0.0, like=node)
-        b_zero_point = of.b_zero_point
-        if kernel.panel_factors and of.block is not None and of.block[0] == 1:
-            b_scale, b_zero_point = (_in_panels(emitter, x, runtime) for x in (b_scale, b_zero_point))
-        given = {"a_zero_point": of.a_zero_point, "b_sum": sums, "b_zero_point": b_zero_point, "block": of.block}
-        extras = {name: value for name, value in given.items() if value is not None}
-        out = emitter.call(
-            kernel.overload(), a, b, a_scale, b_scale, bias, padding.n, of.out_dtype, like=node, **extras
-        )
-        if pad_n:
-            out = emitter.call(aten.slice.Tensor, out, 1, 0, problem.n, like=node)
-            out = emitter.call(aten.clone.default, out, memory_format=torch.contiguous_format, like=node)
+        out = realise(_IntoGraph(emitter, node, casts), selection, of, kept)
+    _share(kept.get("b_sum"), of.b, emitter.emitted)
     return out
 
 
-def _in_panels(emitter: Emitter, factor: Node | None, runtime: Collection[Node]) -> Node | None:
-    """``factor [n, groups]`` as ``[ceil(n / 64), groups, 64]``; folding takes the copy out of the graph."""
-    if factor is None or factor in runtime:
-        return factor
-    n, groups = shape(factor)
-    missing = -n % PANEL
-    if missing:
-        factor = emitter.call(aten.constant_pad_nd.default, factor, [0, 0, 0, missing], like=factor)
-    panels = emitter.call(aten.reshape.default, factor, [-(-n // PANEL), PANEL, groups], like=factor)
-    panels = emitter.call(aten.permute.default, panels, [0, 2, 1], like=factor)
-    return emitter.call(aten.clone.default, panels, memory_format=torch.contiguous_format, like=factor)
-
-
-def _sums(emitter: Emitter, of: Operands, packed: Packed, *, like: Node) -> Node | None:
-    """The sum of the weight's codes over k, where a zero point asks for it."""
-    if of.a_zero_point is None or packed.sums is not None:
-        return packed.sums
-    return emitter.call(aten.sum.dim_IntList, of.b, [0], dtype=torch.int32, like=like)
-
-
-def _share(sums: Node | None, b: Node) -> None:
-    """Give ``sums`` to what sums ``b`` over k after it, as the correction of a zero point that lies far out does."""
-    for user in list(b.users):
-        is_sum = is_op(user, aten.sum.dim_IntList) and user.args == (b, [0]) and user.kwargs == {"dtype": torch.int32}
-        if sums is not None and is_sum and sums < user:
+def _share(sums: Node | None, b: Node, emitted: Collection[Node]) -> None:
+    """One sum of ``b`` over k, the kept one if there is one; a zero point that lies far out has its own."""
+    found = [
+        user
+        for user in b.users
+        if is_op(user, aten.sum.dim_IntList) and user.args == (b, [0]) and user.kwargs == {"dtype": torch.int32}
+    ]
+    if sums is None:
+        sums = next((user for user in found if user in emitted), None)
+    for user in found:
+        if sums is not None and sums < user:
             user.replace_all_uses_with(sums)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """What is computed of a constant weight for one matmul."""
-
-    weight: Node | None = None
-    sums: Node | None = None
-
-
-def _pack(emitter: Emitter, selections: Mapping[Node, Selection]) -> dict[Node, Packed]:
-    """Everything that kernels want to be computed of constant weights."""
-    packed: dict[Node, dict[str, Node]] = {}
-    stored: list[tuple[Node, str, Node, bool, str]] = []
+def _keep(
+    emitter: Emitter, selections: Mapping[Node, Selection], runtime: Collection[Node]
+) -> dict[Node, dict[str, Node]]:
+    """Everything that kernels want to be computed once of constants, by canonical op and part."""
+    kept: dict[Node, dict[str, Node]] = {}
+    stored: list[tuple[Node, str, Node, str]] = []
     for node, selection in selections.items():
-        for field, layout in _layouts(node, selection):
-            found = matrix_base(args_of(node)[1])
+        of = operands_of(node)
+        constant = {name for name in ("b_scale", "b_zero_point") if getattr(of, name) not in runtime}
+        if selection.problem.constant_weight:
+            constant.add("b")
+        for part, (name, layout) in kept_parts(selection, of, constant).items():
+            operand = getattr(of, name)
+            found = matrix_base(operand)
             if found is not None and found[0].op != "call_function":
-                stored.append((node, field, *found, layout))
+                base, transposed = found
+                # Layouts are of weights [n, k], and of factors as they stand.
+                stored.append((node, part, base, layout if transposed == (name == "b") else f"{layout}{TRANSPOSED}"))
             else:
-                packed.setdefault(node, {})[field] = _pack_computed(emitter, node, layout)
-    for node, fields in _pack_stored(emitter, stored).items():
-        packed.setdefault(node, {}).update(fields)
-    return {node: Packed(**fields) for node, fields in packed.items()}
+                kept.setdefault(node, {})[part] = _pack_computed(emitter, node, operand, layout, is_weight=name == "b")
+    for node, parts in _pack_stored(emitter, stored).items():
+        kept.setdefault(node, {}).update(parts)
+    return kept
 
 
-def _pack_computed(emitter: Emitter, node: Node, layout: str) -> Node:
-    """A weight that the graph computes of constants, packed where it stands; folding takes it out of the graph."""
+def _pack_computed(emitter: Emitter, node: Node, operand: Node, layout: str, *, is_weight: bool) -> Node:
+    """What the graph computes of constants, packed where it stands; folding takes it out of the graph."""
     with emitter.graph.inserting_before(node):
-        weight = emitter.call(aten.permute.default, args_of(node)[1], [1, 0], like=node)
-        return emitter.call(torch.ops.fx_quant.pack.default, weight, layout, like=node)
+        if is_weight:
+            operand = emitter.call(aten.permute.default, operand, [1, 0], like=node)
+        return emitter.call(torch.ops.fx_quant.pack.default, operand, layout, like=node)
 
 
-def _pack_stored(emitter: Emitter, stored: Sequence[tuple[Node, str, Node, bool, str]]) -> dict[Node, dict[str, Node]]:
+def _pack_stored(emitter: Emitter, stored: Sequence[tuple[Node, str, Node, str]]) -> dict[Node, dict[str, Node]]:
     """Parameters and buffers, packed by one call at the head of the graph."""
     if not stored:
         return {}
@@ -180,23 +154,15 @@ def _pack_stored(emitter: Emitter, stored: Sequence[tuple[Node, str, Node, bool,
     known: dict[tuple[Node, str], int] = {}
     index: dict[Node, dict[str, int]] = {}
     with graph.inserting_before(head):
-        for node, field, base, transposed, layout in stored:
-            key = base, layout if transposed else f"{layout}{TRANSPOSED}"
+        for node, part, base, layout in stored:
+            key = base, layout
             if key not in known:
                 known[key] = len(known)
                 if base.op == "get_attr":
                     head.prepend(base)
-            index.setdefault(node, {})[field] = known[key]
+            index.setdefault(node, {})[part] = known[key]
         like = stored[0][0]
         weights, layouts = map(list, zip(*known, strict=True))
         call = emitter.call(torch.ops.fx_quant.prepack.default, weights, layouts, like=like)
         outs = [emitter.call(operator.getitem, call, i, like=like) for i in range(len(known))]
-    return {node: {field: outs[i] for field, i in fields.items()} for node, fields in index.items()}
-
-
-def _layouts(node: Node, selection: Selection) -> Iterator[tuple[str, str]]:
-    """``(field of Packed, layout)`` of everything that ``node``'s kernel wants of its constant weight."""
-    if selection.kernel.layout is not None:
-        yield "weight", selection.kernel.layout
-    if operands_of(node).a_zero_point is not None and selection.problem.constant_weight:
-        yield "sums", "sums"
+    return {node: {part: outs[i] for part, i in parts.items()} for node, parts in index.items()}

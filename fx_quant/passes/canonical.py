@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.fx import Node
 
 from fx_quant.passes.nodes import args_of
+from fx_quant.realise import Operands
 
 SCALED_MM = torch.ops.fx_quant.scaled_mm.default
 WEIGHT_ONLY_MM = torch.ops.fx_quant.weight_only_mm.default
 CANONICAL = frozenset({SCALED_MM, WEIGHT_ONLY_MM})
 
 
-@dataclass(frozen=True)
-class Operands:
-    """Arguments of ``fx_quant::scaled_mm`` or, with a float ``a``, of ``fx_quant::weight_only_mm``."""
-
-    a: Node
-    b: Node
-    a_scale: Node | None
-    b_scale: Node | None
-    bias: Node | None
-    out_dtype: torch.dtype
-    a_zero_point: Node | None = None
-    b_zero_point: Node | None = None
-    block: tuple[int, int] | None = None
-
-
-def operands_of(node: Node) -> Operands:
+def operands_of(node: Node) -> Operands[Node]:
     """The operands of the canonical op ``node``."""
     if node.target is WEIGHT_ONLY_MM:
         a, b, b_scale, b_zero_point, bias, out_dtype = args_of(node)

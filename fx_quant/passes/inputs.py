@@ -20,10 +20,12 @@ class Inputs:
     Args:
         constant: parameters, buffers and constants of the graph that it does not write to.
         runtime: nodes that depend on anything else.
+        written: parameters, buffers and constants of the graph that it writes to; they are ``runtime`` too.
     """
 
     constant: frozenset[Node]
     runtime: frozenset[Node]
+    written: frozenset[Node] = frozenset()
 
 
 def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inputs:
@@ -33,17 +35,18 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
         static_indices: positions of the placeholders that are parameters or buffers; None (a bare graph) takes those
             that hold codes or float vectors for such.
     """
-    constant, runtime = set(), set()
+    constant, runtime, kept = set(), set(), set()
     written = written_inputs(graph)
     for index, node in enumerate(graph.find_nodes(op="placeholder")):
         static = _looks_static(node) if static_indices is None else index in static_indices
-        if static and node not in written:
-            constant.add(node)
+        if static:
+            kept.add(node)
         elif tensor(node) is not None:
             runtime.add(node)
     attributes = graph.find_nodes(op="get_attr")
-    constant.update(node for node in attributes if node not in written)
-    runtime.update(node for node in attributes if node in written)
+    kept.update(attributes)
+    constant.update(kept - written)
+    runtime.update(kept & written)
     for node in graph.nodes:
         # A size depends on the input's shape alone, and what is expanded to it holds the same values in every call.
         is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
@@ -51,7 +54,7 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
         changes = node.op == "call_function" and (not is_pure(node.target) or is_op(node, aten.lift_fresh_copy.default))
         if not is_size and (changes or any(source in runtime for source in node.all_input_nodes)):
             runtime.add(node)
-    return Inputs(frozenset(constant), frozenset(runtime))
+    return Inputs(frozenset(constant), frozenset(runtime), frozenset(kept & written))
 
 
 def _looks_static(node: Node) -> bool:

@@ -3,10 +3,16 @@
 One walk forward gives each node at most one origin. It decides which contractions are quantized matmuls at all, so it
 errs towards yes where a weight is decoded by steps that nobody knows, and towards no where floats, masks, indices and
 images meet floats.
+
+Bytes are codes where they are stored. Where they change from call to call they may be a mask or an image, until a
+tensor smaller than they are scales or shifts them: any that is not computed from them for int8, one that comes with the
+call too for uint8, as constants and their own statistics normalise an image. int8 that the graph writes to is the state
+of a model, so codes. (``tests/fuzz/contractions.py`` states the same rule by itself.)
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,10 +29,11 @@ from fx_quant.passes.carriers import (
     ENDS,
     LOOKUPS,
     NARROW_INTEGERS,
-    PARTS,
     ROUNDS,
     UNPACKS,
     WIDE_INTEGERS,
+    is_float_in_bytes,
+    keeps_values,
 )
 from fx_quant.passes.contractions import (
     LOW_BIT_DTYPES,
@@ -44,7 +51,6 @@ from fx_quant.passes.nodes import (
     DIVISIONS,
     MULTIPLICATIONS,
     SUBTRACTIONS,
-    VIEWS,
     aten,
     dtype,
     is_one,
@@ -107,11 +113,14 @@ class Origins:
     def __init__(self, graph: Graph, env: Environment, inputs: Inputs, given: Mapping[Node, Origin] | None = None):
         self._env, self._inputs = env, inputs
         self._origins: dict[Node, Origin] = dict(given or {})
+        # Which bytes of a call each node is computed from without a contraction, a bit for each.
+        self._bytes, self._next_bit = dict[Node, int](), 1
         for node in graph.nodes:
             if node not in self._origins:
                 found = self._origin(node)
                 if found is not None:
                     self._origins[node] = self._remembering_loss(node, found)
+            self._note_bytes(node)
 
     def of(self, node: object) -> Origin | None:
         """The origin of ``node``; None where it has nothing to do with codes."""
@@ -121,6 +130,16 @@ class Origins:
         """The origin of ``node`` where a contraction of it is a quantized matmul."""
         found = self.of(node)
         return found if found is not None and found.coded else None
+
+    def _note_bytes(self, node: Node) -> None:
+        origin = self.of(node)
+        if origin is not None and origin.kind is Kind.INPUT and origin.source is node:
+            self._bytes[node] = self._next_bit
+            self._next_bit <<= 1
+        elif self._bytes and not is_contraction(node):
+            made_from = functools.reduce(operator.or_, (self._bytes.get(n, 0) for n in node.all_input_nodes), 0)
+            if made_from:
+                self._bytes[node] = made_from
 
     def _remembering_loss(self, node: Node, origin: Origin) -> Origin:
         value = self._env.value(node)
@@ -150,7 +169,7 @@ class Origins:
             return self._rounded(node, made)
         if not made:
             return self._cast_to_codes(node)
-        if dtype(node) is torch.bool or _is_float_in_bytes(node):
+        if dtype(node) is torch.bool or is_float_in_bytes(node):
             return None
         carried = self._stored_step(node, made) if node not in self._inputs.runtime else self._step(node, made)
         if carried is not None and dtype(node) in NARROW_INTEGERS and carried.kind in (Kind.ROUNDED, Kind.PACKED):
@@ -163,7 +182,8 @@ class Origins:
             many = not all(map(is_one, shape(node)))
             if not many:
                 return None
-            return Origin(Kind.CODES if stored or kind not in INT8_DTYPES else Kind.INPUT, node, stored)
+            state = kind is torch.int8 and node in self._inputs.written
+            return Origin(Kind.CODES if stored or state or kind not in INT8_DTYPES else Kind.INPUT, node, stored)
         wide = stored and kind in WIDE_INTEGERS and sum(not is_one(size) for size in shape(node)) > 1
         return Origin(Kind.PACKED, node, stored) if wide else None
 
@@ -241,7 +261,7 @@ class Origins:
         if origin.kind is Kind.PACKED:
             by_tensor = scaled and len(node.all_input_nodes) == 2
             return replace(origin, kind=Kind.DECODED) if by_tensor else origin
-        if origin.kind is Kind.CODES and (scaled or not _keeps_values(node)):
+        if origin.kind is Kind.CODES and (scaled or not keeps_values(node)):
             return replace(origin, kind=Kind.DECODED)
         return origin
 
@@ -266,10 +286,10 @@ class Origins:
         if is_op(node, *CACHES):
             values = [self.coded(n) for n in node.all_input_nodes[:1] + node.all_input_nodes[-1:]]
             return next((origin for origin in values if origin is not None), self.of(node.all_input_nodes[0]))
-        if not is_op(node, *CARRIERS, *UNPACKS):
-            return None
-        origin = self.of(node.all_input_nodes[0])
-        return replace(origin, kind=Kind.CODES) if origin and origin.coded and is_op(node, *UNPACKS) else origin
+        if is_op(node, *UNPACKS):
+            origin = max((origin for _, origin in made), key=lambda origin: origin.kind)
+            return replace(origin, kind=Kind.CODES) if origin.coded else origin
+        return self.of(node.all_input_nodes[0]) if is_op(node, *CARRIERS) else None
 
     def _chosen(self, node: Node, origins: dict[Node, Origin]) -> Origin | None:
         table = node.args[0]
@@ -293,23 +313,29 @@ class Origins:
         floats = [
             n for n in others if self.coded(n) is None and n in self._inputs.runtime and not self._undone(origin, n)
         ]
-        met = [n for n in floats if same_shape(shape(n), shape(node)) and not _only_repeats(n)]
+        met = [n for n in floats if _fills(n, node)]
+        scales = multiplies or is_op(node, *DIVISIONS)
         if origin.stored and floats:
-            # A zero point that is written to is one that a call brings.
-            shifts = is_op(node, *SUBTRACTIONS) and not met and all(map(_is_zero_point, floats))
-            scaled = multiplies or is_op(node, *DIVISIONS)
-            if not (scaled or shifts) or not _is_weight(origin):
+            # A scale or a zero point that is written to is one that a call brings.
+            weight = _is_weight(origin)
+            decodes = scales or all(_shifts(node, n) for n in floats)
+            if not origin.coded or not (scales and weight if met else decodes):
                 return None
-            return replace(origin, kind=Kind.WEIGHTED if met else Kind.DECODED, weighted=True)
+            weighted = origin.weighted or (scales and weight)
+            return replace(origin, kind=Kind.WEIGHTED if met else Kind.DECODED, weighted=weighted)
         if met:
             return None
         if origin.kind is Kind.INPUT:
-            # Images are bytes that constants normalise; what else comes with a scale is codes.
-            factors = floats if dtype(origin.source) is torch.uint8 else others
-            scaled = bool(factors) and is_op(node, *MULTIPLICATIONS, *DIVISIONS)
-            return replace(origin, kind=Kind.DECODED) if scaled else origin
-        changes = is_op(node, *MULTIPLICATIONS, *DIVISIONS) and origin.kind is Kind.CODES
-        return replace(origin, kind=Kind.DECODED) if changes else origin
+            by = [n for n in others if not _fills(n, node) and (scales or _shifts(node, n))]
+            decodes = any(self._decodes(origin, n) for n in by)
+            return replace(origin, kind=Kind.DECODED) if decodes else origin
+        return replace(origin, kind=Kind.DECODED) if scales and origin.kind is Kind.CODES else origin
+
+    def _decodes(self, origin: Origin, by: Node) -> bool:
+        """Whether bytes of a call are codes because ``by``, which is smaller, scales or shifts them."""
+        if self._bytes.get(origin.source, 0) & self._bytes.get(by, 0):
+            return False  # normalised by their own statistics
+        return dtype(origin.source) is torch.int8 or by in self._inputs.runtime
 
     def _undone(self, origin: Origin, other: Node) -> bool:
         """Whether ``other`` is what was rounded, which straight-through rounding subtracts and adds again."""
@@ -336,10 +362,16 @@ def _is_weight(origin: Origin) -> bool:
     return origin.stored and origin.coded and not plain_bytes
 
 
-def _is_zero_point(node: Node) -> bool:
-    """Whether what is subtracted from codes is of integers, or one number."""
-    kind = dtype(node)
-    return all(map(is_one, shape(node))) or (kind is not None and not kind.is_floating_point)
+def _shifts(node: Node, by: Node) -> bool:
+    """Whether ``node`` subtracts ``by`` from codes or these from it, or adds what may be a zero point."""
+    kind = dtype(by)
+    whole = all(map(is_one, shape(by))) or (kind is not None and not kind.is_floating_point)
+    return is_op(node, *SUBTRACTIONS) or (is_op(node, *ADDITIONS) and whole)
+
+
+def _fills(source: Node, node: Node) -> bool:
+    """Whether ``source`` has an element for each of ``node``."""
+    return same_shape(shape(source), shape(node)) and not _only_repeats(source)
 
 
 def _base(node: object) -> object:
@@ -355,30 +387,8 @@ def _is_float_leaf(source: Node, node: Node) -> bool:
         return False  # of a single row or column it may be a scale
     kind = dtype(base)
     leaf = base.op in ("placeholder", "get_attr") and kind is not None and kind.is_floating_point
-    return leaf and kind not in LOW_BIT_DTYPES and same_shape(shape(source), shape(node)) and not _only_repeats(source)
+    return leaf and kind not in LOW_BIT_DTYPES and _fills(source, node)
 
 
 def _only_repeats(node: Node) -> bool:
     return any(piece.axis == REPEAT for dim in seen_through(node, lambda n: is_op(n, *CASTS))[1] for piece in dim)
-
-
-def _is_float_in_bytes(node: Node) -> bool:
-    """Whether ``node`` reads stored bytes as the floats that they hold, as GGUF's blocks do their scales.
-
-    Floats that are put together of parts of bytes are decoded codes, as of fp4.
-    """
-    kind = dtype(node)
-    if not is_op(node, aten.view.dtype) or kind is None or kind in LOW_BIT_DTYPES or not kind.is_floating_point:
-        return False
-    seen, waiting = {node}, [node]
-    while waiting:
-        step = waiting.pop()
-        if is_op(step, *PARTS):
-            return False
-        waiting += [source for source in step.all_input_nodes if source not in seen]
-        seen.update(step.all_input_nodes)
-    return True
-
-
-def _keeps_values(node: Node) -> bool:
-    return is_op(node, *VIEWS, *CASTS, aten.slice.Tensor, aten.select.int, aten.cat.default, aten.stack.default)

@@ -1,18 +1,20 @@
-"""The passes in order, as one transaction: a graph is rewritten whole or left as it was."""
+"""The passes in order, as one transaction: a graph is rewritten whole or left as it was.
+
+``PASSES`` is the whole flow. Each pass takes the state, and is called once for a graph; one that cannot do its part for
+a site makes that site a miss.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import gc
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
-from fx_quant.compat import copy_graph, is_subgraph, replace_contents
+from fx_quant.compat import copy_graph, dump_graph, is_subgraph, replace_contents
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.passes.annotate import Annotation
@@ -24,8 +26,9 @@ from fx_quant.passes.folding import fold_constants
 from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.merge import common_subexpressions_merged
-from fx_quant.passes.nodes import is_op, module_path, source_line
+from fx_quant.passes.nodes import is_op
 from fx_quant.passes.quantizers import Quantizer
+from fx_quant.passes.reporting import report_on
 from fx_quant.passes.rewrite import (
     collapse_reshapes,
     merge_duplicates,
@@ -33,51 +36,18 @@ from fx_quant.passes.rewrite import (
     remove_identities,
     rewrite_quantizers,
 )
+from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.rulebook import starts_codes
-from fx_quant.passes.sites import Miss, Recognised, Site, SizeMiss, find_sites
+from fx_quant.passes.sites import Recognised, Site, SizeMiss, find_sites
 from fx_quant.passes.specialize import specialize_weights
 from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
 from fx_quant.problem import Problem
-from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
-from fx_quant.scheme import dtype_name
+from fx_quant.report import Report
 from fx_quant.selection import Selection, Verdict, check_kernel_names, select
 from fx_quant.target import Target
 
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class Rewriting:
-    """One graph on its way through the passes.
-
-    Args:
-        source: the source graph, which is not touched.
-        before: the same, normalised.
-        graph: the graph being rewritten.
-        target: the machine to choose kernels for.
-        options: what the user asked for.
-        static_indices: positions of the placeholders that are parameters or buffers; None where that is not known.
-        selections: the kernel of each site.
-        misses: what is left as it is, because a rule failed.
-        recognised: what is left as it is, because nothing here runs it faster.
-        results: for each site the node ``[m, n]`` of ``graph`` that holds what its root held.
-        canonical: each site's op in ``graph``, canonical first and then its kernel's.
-        quantizers: what was recognised of the quantize behind each site.
-    """
-
-    source: Graph
-    before: Graph
-    graph: Graph
-    target: Target
-    options: Options
-    static_indices: frozenset[int] | None = None
-    selections: dict[Site, Selection] = field(default_factory=dict)
-    misses: list[Miss] = field(default_factory=list)
-    recognised: list[Recognised] = field(default_factory=list)
-    canonical: dict[Site, Node] = field(default_factory=dict)
-    results: dict[Site, Node] = field(default_factory=dict)
-    quantizers: dict[Site, Quantizer | str] = field(default_factory=dict)
+Pass = Callable[[Rewriting], None]
 
 
 def holds_codes(graph: Graph) -> bool:
@@ -87,69 +57,45 @@ def holds_codes(graph: Graph) -> bool:
     return any(starts_codes(node) for node in graph.nodes)
 
 
-def to_canonical(
-    graph: Graph,
-    target: Target,
-    options: Options,
-    static_indices: frozenset[int] | None,
-    left: Mapping[str, str] = MappingProxyType({}),
-) -> Rewriting:
-    """Find the sites of ``graph``, select a kernel for each and rewrite a copy to canonical ops.
+# --- what is there, and which kernel runs it ----------------------------------------------------------------------
 
-    ``graph`` itself is not touched. A site that no kernel can run, or at which a step raises, is a miss.
 
-    Args:
-        left: sites to leave as they are: the reason, by the name of the matmul.
+def merge_common_subexpressions(state: Rewriting) -> None:
+    """A copy of the source in which what is computed twice is computed once."""
+    state.graph = common_subexpressions_merged(state.source)
 
-    Raises:
-        NoKernelError: the forced kernel cannot run a site.
-    """
-    check_kernel_names(options.disabled_kernels)
-    work = common_subexpressions_merged(graph)
-    remove_identities(work)
-    before, _ = copy_graph(work)
-    state = Rewriting(graph, before, work, target, options, static_indices)
-    inputs = classify_inputs(work, static_indices)
-    found = find_sites(work, Annotation(work), inputs, options.numerics)
+
+def drop_identities(state: Rewriting) -> None:
+    """Views, casts and arithmetic that change nothing go."""
+    remove_identities(state.graph)
+
+
+def find(state: Rewriting) -> None:
+    """The sites, and every quantized matmul that is none, with the reason."""
+    state.before, _ = copy_graph(state.graph)
+    inputs = classify_inputs(state.graph, state.static_indices)
+    found = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
     if specialize_weights(miss.gemm for miss in found.misses if isinstance(miss, SizeMiss)):
-        found = find_sites(work, Annotation(work), inputs, options.numerics)
+        found = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
     # Those of a subgraph are missed once in each call of it, as the graph around it says.
-    state.misses, state.recognised = [] if is_subgraph(graph) else found.misses, found.recognised
-    memory = Memory(work)
+    state.misses, state.recognised = [] if is_subgraph(state.source) else found.misses, found.recognised
+    state.found, state.memory = found.sites, Memory(state.graph)
+
+
+def choose_kernels(state: Rewriting) -> None:
+    """A kernel for each site, or why there is none."""
+    assert state.memory is not None
     # The layers of a model ask the same few questions.
-    choose = functools.cache(functools.partial(_choose, target=target, options=options))
-    for site in found.sites:
-        reason = left.get(site.gemm.name) or _overwritten(site, memory)
+    choose = functools.cache(functools.partial(_choose, target=state.target, options=state.options))
+    for site in state.found:
+        reason = state.left.get(site.gemm.name) or _overwritten(site, state.memory)
         selection = None if reason is not None else attempt(choose, site.problem)
         if isinstance(selection, Failure):
             reason = selection.reason("choosing a kernel")
         elif selection is not None:
-            _select(state, site, selection, target, options)
+            _select(state, site, selection)
         if reason is not None:
-            state.misses.append(Miss(site.gemm, site.gemm, reason))
-    quantizers = quantizers_of(state.selections, memory)
-    if not state.selections:
-        return state
-    emitter = Emitter(work)
-    for site in list(state.selections):
-        written = attempt(canonicalize, emitter, site)
-        if isinstance(written, Failure):
-            # What was emitted of it has no user.
-            del state.selections[site]
-            state.misses.append(Miss(site.gemm, site.gemm, written.reason("writing the canonical op")))
-            continue
-        state.canonical[site], state.results[site] = written
-        if site.codes is not None:
-            state.quantizers[site] = quantizers[site.codes]
-    unwritten = rewrite_quantizers(emitter, state.quantizers.values())
-    for site, quantizer in state.quantizers.items():
-        if isinstance(quantizer, Quantizer) and quantizer.codes in unwritten:
-            state.quantizers[site] = unwritten[quantizer.codes]
-    collapse_reshapes(emitter)
-    merge_duplicates(emitter)
-    work.eliminate_dead_code()
-    state.results = {site: emitter.current(node) for site, node in state.results.items()}
-    return state
+            state.miss(site, reason)
 
 
 def _overwritten(site: Site, memory: Memory) -> str | None:
@@ -170,25 +116,130 @@ def _choose(problem: Problem, target: Target, options: Options) -> Selection | N
         return error
 
 
-def _select(
-    state: Rewriting, site: Site, selection: Selection | NoKernelError, target: Target, options: Options
-) -> None:
+def _select(state: Rewriting, site: Site, selection: Selection | NoKernelError) -> None:
     """Give ``site`` its kernel, or say why it is left as it is."""
     if isinstance(selection, NoKernelError):
         if site.product is None:
-            state.misses.append(Miss(site.gemm, site.gemm, str(selection)))
+            state.miss(site, str(selection))
         else:
-            state.recognised.append(_left(site, site.product, target, selection.verdicts))
-        return
-    if site.product is not None and selection.kernel.dequantizes and options.force_kernel is None:
-        state.recognised.append(_left(site, site.product, target, selection.verdicts))
+            state.recognised.append(_left(site, site.product, state.target, selection.verdicts))
+    elif site.product is not None and selection.kernel.dequantizes and state.options.force_kernel is None:
+        state.recognised.append(_left(site, site.product, state.target, selection.verdicts))
     else:
-        state.selections[site] = selection
+        state.rows[site] = Row(site, selection)
 
 
 def _left(site: Site, product: Product, target: Target, verdicts: tuple[Verdict, ...]) -> Recognised:
     reason = f"no kernel of {target} runs this scheme; the source's own steps stay"
     return Recognised(site.gemm, f"{product.obstacle}; {reason}" if product.obstacle else reason, site, verdicts)
+
+
+# --- canonical ops ------------------------------------------------------------------------------------------------
+
+
+def recognise_quantizes(state: Rewriting) -> None:
+    """The quantize behind each site's activation."""
+    assert state.memory is not None
+    quantizers = quantizers_of(state.rows, state.memory)
+    for site, row in state.rows.items():
+        row.quantizer = None if site.codes is None else quantizers[site.codes]
+
+
+def write_canonical_ops(state: Rewriting) -> None:
+    """Each site as one canonical op and what follows it."""
+    state.emitter = Emitter(state.graph)
+    for site, row in list(state.rows.items()):
+        written = attempt(canonicalize, state.emitter, site)
+        if isinstance(written, Failure):
+            # What was emitted of it has no user.
+            state.miss(site, written.reason("writing the canonical op"))
+        else:
+            row.op, row.result = written
+            row.canonical = written[0].name
+
+
+def write_quantizes(state: Rewriting) -> None:
+    """Each recognised quantize as one op."""
+    assert state.emitter is not None
+    rows = [row for row in state.rows.values() if row.quantizer is not None]
+    unwritten = rewrite_quantizers(state.emitter, [row.quantizer for row in rows if row.quantizer is not None])
+    for row in rows:
+        if isinstance(row.quantizer, Quantizer):
+            row.quantizer = unwritten.get(row.quantizer.codes, row.quantizer)
+
+
+def tidy(state: Rewriting) -> None:
+    """What several sites asked for stands once, and what nothing reads goes."""
+    assert state.emitter is not None
+    collapse_reshapes(state.emitter)
+    merge_duplicates(state.emitter)
+    state.graph.eliminate_dead_code()
+    for row in state.rows.values():
+        row.result = state.emitter.current(row.written()[1])
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+def assign_kernels(state: Rewriting) -> None:
+    """Each canonical op as its kernel's plan."""
+    selections = {row.written()[0]: row.selection for row in state.rows.values()}
+    inputs = classify_inputs(state.graph, state.static_indices)
+    results = assign(state.graph, selections, inputs.runtime)
+    for row in state.rows.values():
+        op, result = row.written()
+        row.op, row.result = results[op], results.get(result, result)
+    state.graph.eliminate_dead_code()
+
+
+def fold(state: Rewriting) -> None:
+    """What kernels are given of constants alone is computed once."""
+    ops = {row.selection.kernel.overload() for row in state.rows.values()}
+    kernels = [node for node in state.graph.nodes if is_op(node, *ops)]
+    fold_constants(Emitter(state.graph), kernels, classify_inputs(state.graph, state.static_indices))
+
+
+def check(state: Rewriting) -> None:
+    """The graph is well-formed, and what it returns is like what the source returns."""
+    verify(state.graph, state.source, {row.canonical for row in state.rows.values()})
+
+
+FINDING: tuple[Pass, ...] = (merge_common_subexpressions, drop_identities, find, choose_kernels)
+WRITING: tuple[Pass, ...] = (recognise_quantizes, write_canonical_ops, write_quantizes, tidy)
+LOWERING: tuple[Pass, ...] = (assign_kernels, fold, check)
+PASSES = FINDING + WRITING + LOWERING
+
+
+def _run(passes: Sequence[Pass], state: Rewriting) -> None:
+    """Run ``passes`` in order; the graph after each can be dumped under its name."""
+    for step in passes:
+        step(state)
+        dump_graph(f"FX_QUANT_{PASSES.index(step) + 1:02}_{step.__name__.upper()}", state.graph)
+
+
+def to_canonical(
+    graph: Graph,
+    target: Target,
+    options: Options,
+    static_indices: frozenset[int] | None,
+    left: Mapping[str, str] = MappingProxyType({}),
+) -> Rewriting:
+    """Find the sites of ``graph``, select a kernel for each and rewrite a copy to canonical ops.
+
+    ``graph`` itself is not touched. A site that no kernel can run, or at which a step raises, is a miss.
+
+    Args:
+        left: sites to leave as they are: the reason, by the name of the matmul.
+
+    Raises:
+        NoKernelError: the forced kernel cannot run a site.
+    """
+    check_kernel_names(options.disabled_kernels)
+    state = Rewriting(graph, graph, target, options, static_indices, left)
+    _run(FINDING, state)
+    if state.rows:
+        _run(WRITING, state)
+    return state
 
 
 def to_kernels(state: Rewriting) -> None:
@@ -197,28 +248,29 @@ def to_kernels(state: Rewriting) -> None:
     A site at which that raises becomes a miss.
     """
     try:
-        _to_kernels(state)
+        _run(LOWERING, state)
     except UnassignedError as error:
-        sites = {node: site for site, node in state.canonical.items()}
-        left = {sites[node].gemm.name: reason for node, reason in error.reasons.items()}
+        names = {row.op: row.site.gemm.name for row in state.rows.values()}
+        left = {names[node]: reason for node, reason in error.reasons.items()}
         without = to_canonical(state.source, state.target, state.options, state.static_indices, left)
         vars(state).update(vars(without))
-        if state.selections:
-            _to_kernels(state)
+        if state.rows:
+            _run(LOWERING, state)
 
 
-def _to_kernels(state: Rewriting) -> None:
-    selections = {node: state.selections[site] for site, node in state.canonical.items()}
-    assigned = [node.name for node in selections]
-    inputs = classify_inputs(state.graph, state.static_indices)
-    results = assign(state.graph, selections, inputs.runtime)
-    state.canonical = {site: results[node] for site, node in state.canonical.items()}
-    state.results = {site: results.get(node, node) for site, node in state.results.items()}
-    state.graph.eliminate_dead_code()
-    ops = {selection.kernel.overload() for selection in selections.values()}
-    kernels = [node for node in state.graph.nodes if is_op(node, *ops)]
-    fold_constants(Emitter(state.graph), kernels, classify_inputs(state.graph, state.static_indices))
-    verify(state.graph, state.source, assigned)
+def run_passes(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Rewriting:
+    """All passes on a copy of ``graph``; without a site ``rows`` is empty and the copy is not to be used.
+
+    Raises:
+        NoKernelError: the forced kernel cannot run a site.
+    """
+    if not holds_codes(graph):
+        return Rewriting(graph, graph, target, options, static_indices)
+    with collector_paused():
+        state = to_canonical(graph, target, options, static_indices)
+        if state.rows:
+            to_kernels(state)
+    return state
 
 
 def rewrite_graph(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Report:
@@ -230,10 +282,13 @@ def rewrite_graph(graph: Graph, target: Target, options: Options, static_indices
         MissError: ``options.strict`` and a quantized matmul was missed.
         NoKernelError: the forced kernel cannot run a site.
     """
-    if not holds_codes(graph):
-        return Report(str(target), (), ())
-    with collector_paused():
-        return _rewrite_graph(graph, target, options, static_indices)
+    state = run_passes(graph, target, options, static_indices)
+    report = report_on(state)
+    if options.strict and report.misses:
+        raise MissError(f"strict=True and {len(report.misses)} quantized matmuls were missed.\n{report}")
+    if state.rows:
+        replace_contents(graph, state.graph)
+    return report
 
 
 @contextlib.contextmanager
@@ -250,78 +305,3 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _rewrite_graph(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Report:
-    state = to_canonical(graph, target, options, static_indices)
-    if state.selections:
-        to_kernels(state)
-    report = report_on(state, target)
-    if options.strict and report.misses:
-        raise MissError(f"strict=True and {len(report.misses)} quantized matmuls were missed.\n{report}")
-    if state.selections:
-        replace_contents(graph, state.graph)
-    return report
-
-
-def report_on(state: Rewriting, target: Target) -> Report:
-    """Sites, recognised matmuls and misses of ``state``, in words."""
-    sites = tuple(_site_report(site, selection, state) for site, selection in state.selections.items())
-    misses = tuple(
-        MissReport(
-            module=module_path(miss.gemm),
-            source=source_line(miss.gemm),
-            op=_op_name(miss.gemm),
-            node=miss.node.name,
-            reason=miss.rule,
-        )
-        for miss in state.misses
-    )
-    return Report(str(target), sites, misses, tuple(map(_recognised_report, state.recognised)))
-
-
-def _recognised_report(found: Recognised) -> RecognisedReport:
-    site = found.site
-    return RecognisedReport(
-        module=module_path(found.gemm),
-        source=source_line(found.gemm),
-        op=_op_name(found.gemm),
-        scheme="" if site is None else site.words,
-        m="" if site is None else str(site.problem.m),
-        n=None if site is None else site.problem.n,
-        k=None if site is None else site.problem.k,
-        reason=found.reason,
-        losers=_losers(found.verdicts),
-    )
-
-
-def _op_name(gemm: Node) -> str:
-    return str(gemm.target).removesuffix(".default")
-
-
-def _losers(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, list[str]]:
-    """Why each other kernel was not chosen."""
-    return {
-        verdict.kernel: list(verdict.reasons) or ["can run, lower priority"]
-        for verdict in verdicts
-        if verdict.kernel != chosen
-    }
-
-
-def _site_report(site: Site, selection: Selection, state: Rewriting) -> SiteReport:
-    problem = site.problem
-    return SiteReport(
-        module=module_path(site.gemm),
-        source=source_line(site.gemm),
-        op=_op_name(site.gemm),
-        scheme=site.words,
-        m=str(problem.m),
-        n=problem.n,
-        k=problem.k,
-        out_dtype=dtype_name(problem.out_dtype),
-        kernel=selection.kernel.name,
-        padding=selection.padding.describe(problem),
-        numerics=str(max(site.numerics, selection.kernel.numerics)),
-        quantize=str(state.quantizers.get(site, "")),
-        losers=_losers(selection.verdicts, selection.kernel.name),
-    )

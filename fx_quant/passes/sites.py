@@ -164,7 +164,8 @@ def _site(
 ) -> Site | Miss | Recognised | None:
     chain = _chain(gemm, annotation)
     if not isinstance(product.a, Codes) and product.b.node in inputs.runtime:
-        if origins.coded(operands_of_contraction(gemm)[-1]) is None and not _scales_columns(chain[-1][1], inputs):
+        coded = any(origins.coded(operand) is not None for operand in operands_of_contraction(gemm))
+        if not coded and not _scales_columns(chain[-1][1], inputs):
             return None  # integers as such, a mask or an image, are no quantized weight
         literal = is_op(product.b.node, torch.ops.aten.lift_fresh_copy.default)
         return Miss(gemm, product.b.node, _LITERAL if literal else _CHANGES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -40,17 +40,6 @@ def require_float(scale: Tensor, what: str) -> None:
     require(floating, f"{what} must be a float tensor (float32), got {dtype_name(scale.dtype)}; decode it first")
 
 
-def require_block(block: tuple[int, int]) -> None:
-    """Raise unless ``block`` is two positive sizes."""
-    fits = len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
-    require(fits, f"block must be (rows, columns), both positive, got {block}")
-
-
-def require_multiple(multiple: int, what: str) -> None:
-    """Raise unless ``multiple`` is a positive integer."""
-    require(isinstance(multiple, int) and multiple > 0, f"{what} must be a positive integer, got {multiple}")
-
-
 def checked_scale(scale: Tensor, what: str = "scale") -> Tensor:
     """``scale`` in float32, without its autograd history; every value finite and not negative."""
     require_float(scale, what)
@@ -62,33 +51,3 @@ def checked_scale(scale: Tensor, what: str = "scale") -> Tensor:
             f"(first: {bad[0].item():g}); load every shard's scale, and never an inverse scale, before this"
         )
     return scale
-
-
-def ceil_div(size: int, step: int) -> int:
-    """``size / step``, rounded up."""
-    return -(-size // step)
-
-
-def scale_of_rows(scale: Tensor, n: int) -> Tensor:
-    """``scale`` of one element, ``[n]`` or ``[n, 1]`` as ``[n, 1]``, float32."""
-    scale = checked_scale(scale)
-    if scale.numel() == 1:
-        return scale.reshape(1, 1).expand(n, 1)
-    require(
-        scale.shape in ((n,), (n, 1)),
-        f"scale must have one element or shape [n] = [{n}] or [n, 1], got {list(scale.shape)}; "
-        "for groups and blocks say block=(rows, columns)",
-    )
-    return scale.reshape(n, 1)
-
-
-def scale_of_blocks(scale: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
-    """``scale`` of ``[ceil(n / r), ceil(k / c)]``, float32."""
-    require_block(block)
-    require(len(shape) == 2, f"a weight must be [n, k], got {list(shape)}")
-    grid = [ceil_div(size, step) for size, step in zip(shape, block, strict=True)]
-    require(
-        list(scale.shape) == grid,
-        f"scale of a {list(shape)} weight in blocks of {block} must be {grid}, got {list(scale.shape)}",
-    )
-    return checked_scale(scale)

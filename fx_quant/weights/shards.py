@@ -11,11 +11,8 @@ from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, INT8_DTYPES, dtype_name
 from fx_quant.weights.checks import (
     checked_scale,
     require,
-    require_block,
     require_codes,
     require_float,
-    scale_of_blocks,
-    scale_of_rows,
 )
 
 # A loader starts the scale of every shard at finfo(float32).min. Doubled (fnuz) or rounded to bfloat16 it becomes -inf,
@@ -91,7 +88,10 @@ def per_tensor_dequantize(codes: Tensor, scale: Tensor | float) -> Tensor:
     """
     require(codes.dtype in CODE_DTYPES, f"codes must be int8, uint8 or float8, got {dtype_name(codes.dtype)}")
     factor = checked_scale(torch.as_tensor(scale, dtype=None if isinstance(scale, Tensor) else torch.float32))
-    require(factor.numel() == 1, f"scale must have one element, got {list(factor.shape)}; see dequantize_blockwise")
+    require(
+        factor.numel() == 1,
+        f"scale must have one element, got {list(factor.shape)}; multiply by blocks as QuantizedWeight.dequantize does",
+    )
     return codes.detach().float() * factor.reshape(()).to(codes.device)
 
 
@@ -119,19 +119,13 @@ def requantize_with_max_scale(
         WeightError: widths that do not sum to n; a scale that is negative, not finite or, but for a fused checkpoint,
             never loaded.
     """
-    return requantize_with_max_scale_(weight.detach().clone(), weight_scale, logical_widths)
-
-
-def requantize_with_max_scale_(
-    weight: Tensor, weight_scale: Tensor, logical_widths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """``requantize_with_max_scale`` that writes the codes into ``weight`` and returns it."""
     require_codes(weight, FLOAT8_DTYPES)
     shards = _shards_with_rows(weight_scale, logical_widths)
     rows = sum(width for width, _ in shards)
     require(rows == weight.shape[0], f"logical_widths must sum to the n = {weight.shape[0]} of weight, got {rows}")
     max_scale = max((scale for _, scale in shards), default=1.0)
-    for shard, (_, scale) in zip(weight.detach().split([width for width, _ in shards]), shards, strict=True):
+    weight = weight.detach().clone()
+    for shard, (_, scale) in zip(weight.split([width for width, _ in shards]), shards, strict=True):
         if scale != max_scale:
             shard.copy_((shard.float() * (scale / max_scale)).to(shard.dtype))
     return torch.tensor(max_scale, dtype=torch.float32, device=weight_scale.device), weight
@@ -153,49 +147,6 @@ def all_close_1d(x: Tensor, rtol: float = 1e-5) -> bool:
     low, high = (value.item() for value in x.detach().double().aminmax())
     # inf - inf and NaN compare false.
     return high - low <= rtol * max(abs(low), abs(high)) < float("inf")
-
-
-def merge_shards(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], *, block: tuple[int, int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """The projections of a fused linear (q, k, v or gate, up) stacked along n, with their scales.
-
-    Without ``block`` each shard is per_tensor (one element) or per_channel (``[n_i]`` or ``[n_i, 1]``) and the result
-    is per_channel. With it, ``scales[i]`` is ``[ceil(n_i / r), ceil(k / c)]``; ``(1, g)`` is per_group(g). No code
-    changes, so the result is exact.
-
-    Args:
-        weights: ``[n_i, k]`` each, one dtype.
-        scales: one for each weight.
-        block: ``(r, c)``: rows and columns that share a scale.
-
-    Returns:
-        ``(codes, scale)``: ``[sum(n_i), k]``, and float32 ``[sum(n_i), 1]`` or ``[ceil(sum(n_i) / r), ceil(k / c)]``.
-
-    Raises:
-        WeightError: no shards, or shards of different k or dtype; a scale that does not fit its weight; a shard other
-            than the last whose rows end inside a block.
-    """
-    require(
-        len(weights) == len(scales) > 0,
-        f"merge_shards wants as many weights as scales, and one at least, got {len(weights)} and {len(scales)}",
-    )
-    for weight in weights:
-        require_codes(weight)
-    kinds = sorted({f"{dtype_name(weight.dtype)} with k = {weight.shape[1]}" for weight in weights})
-    require(len(kinds) == 1, f"shards must have one dtype and one k, got {'; '.join(kinds)}")
-    if block is None:
-        rows = [scale_of_rows(scale, weight.shape[0]) for weight, scale in zip(weights, scales, strict=True)]
-        return torch.cat([weight.detach() for weight in weights]), torch.cat(rows)
-    require_block(block)
-    for i, weight in enumerate(weights[:-1]):
-        require(
-            weight.shape[0] % block[0] == 0,
-            f"every shard but the last must end where a block of {block[0]} rows ends, got {weight.shape[0]} rows in "
-            f"shard {i}; dequantize and quantize it again, or keep the projections apart",
-        )
-    blocks = [scale_of_blocks(scale, block, weight.shape) for weight, scale in zip(weights, scales, strict=True)]
-    return torch.cat([weight.detach() for weight in weights]), torch.cat(blocks)
 
 
 # --- activations' scales and zero points ----------------------------------------------------------------------
@@ -301,16 +252,6 @@ def normalize_e4m3fn_to_e4m3fnuz(
 
     Source: https://onnx.ai/onnx/technical/float8.html
     """
-    return normalize_e4m3fn_to_e4m3fnuz_(weight.detach().clone(), weight_scale, input_scale)
-
-
-def normalize_e4m3fn_to_e4m3fnuz_(
-    weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``normalize_e4m3fn_to_e4m3fnuz`` that rewrites the codes in the memory of ``weight``; the scales are new tensors.
-
-    The result is a float8_e4m3fnuz view of that memory; ``weight`` itself, still e4m3fn, is not to be used any more.
-    """
     require(
         weight.dtype is torch.float8_e4m3fn,
         f"weight must be float8_e4m3fn, got {dtype_name(weight.dtype)}; only that one is stored with another bias",
@@ -318,7 +259,7 @@ def normalize_e4m3fn_to_e4m3fnuz_(
     for what, scale in (("weight_scale", weight_scale), ("input_scale", input_scale)):
         if scale is not None:
             require_float(scale, what)
-    bits = weight.detach().view(torch.uint8)
+    bits = weight.detach().clone().view(torch.uint8)
     nan = (bits & 0x7F) == 0x7F
     # -0 first: the NaN of fnuz has its bits.
     bits.masked_fill_(bits == 0x80, 0).masked_fill_(nan, 0x80)

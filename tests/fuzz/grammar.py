@@ -37,6 +37,8 @@ class Draft:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
+        # Of its own, so that the programs are those of before with other numbers.
+        self.far = random.Random(-seed - 1)
         self.inputs: list[Input] = []
         self.steps: list[Step] = []
         self.values: dict[str, Any] = {}
@@ -263,7 +265,13 @@ def scale_maker(d: Draft, kind: str = "f32") -> Callable[..., str]:
         if known and d.chance(0.25):
             return d.rng.choice(known)
         text = ", ".join(map(str, (d.seed(), *sizes)))
-        return d.make(f"scales({text}, dtype={kind})", static=d.chance(0.95))
+        made = f"scales({text}, dtype={kind})"
+        if d.far.random() < 0.12:
+            # Codes of small or large weights, of rows that are all zero, and what no scale should be.
+            ordinary, rare = ("* 1e-4", "* 1e-6", "* 1e4"), (".round(decimals=1)", "* 1e-40", "* inf", "* nan")
+            few = d.far.choice(ordinary * 3 + rare)
+            made = f"({made} {few})" if few[0] == "*" else f"{made}{few}"
+        return d.make(made, static=d.chance(0.95))
 
     return make
 
@@ -366,7 +374,9 @@ def activation(d: Draft, z: Sizes, kind: str, *, static: bool = False) -> str:
     """The float activation ``[..., k]``."""
     lead = () if z.lead is None else (z.lead,) if isinstance(z.lead, int) else z.lead
     text = ", ".join(map(str, (d.seed(), *lead, z.m, z.k)))
-    return d.make(f"normal({text}, dtype={kind})", static=static)
+    # Large enough for sums that float16 does not hold, or so small that its products vanish.
+    far = f" * {d.far.choice((300, 300, 1e-3))}" if d.far.random() < (0.3 if kind == "f16" else 0.04) else ""
+    return d.make(f"normal({text}, dtype={kind}){far}", static=static)
 
 
 def quantized(d: Draft, x: str) -> tuple[str, str | None, str | None]:

@@ -1,0 +1,78 @@
+"""What became of each matmul of a rewritten graph, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.fx import Node
+
+from fx_quant.passes.nodes import module_path, source_line
+from fx_quant.passes.rewriting import Rewriting, Row
+from fx_quant.passes.sites import Recognised
+from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
+from fx_quant.scheme import dtype_name
+from fx_quant.selection import Verdict
+
+
+def report_on(state: Rewriting) -> Report:
+    """Sites, recognised matmuls and misses of ``state``, in words."""
+    sites = tuple(map(_site_report, state.rows.values()))
+    misses = tuple(
+        MissReport(
+            module=module_path(miss.gemm),
+            source=source_line(miss.gemm),
+            op=_op_name(miss.gemm),
+            node=miss.node.name,
+            reason=miss.rule,
+        )
+        for miss in state.misses
+    )
+    return Report(str(state.target), sites, misses, tuple(map(_recognised_report, state.recognised)))
+
+
+def _recognised_report(found: Recognised) -> RecognisedReport:
+    site = found.site
+    return RecognisedReport(
+        module=module_path(found.gemm),
+        source=source_line(found.gemm),
+        op=_op_name(found.gemm),
+        scheme="" if site is None else site.words,
+        m="" if site is None else str(site.problem.m),
+        n=None if site is None else site.problem.n,
+        k=None if site is None else site.problem.k,
+        reason=found.reason,
+        losers=_losers(found.verdicts),
+    )
+
+
+def _op_name(gemm: Node) -> str:
+    return str(gemm.target).removesuffix(".default")
+
+
+def _losers(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, list[str]]:
+    """Why each other kernel was not chosen."""
+    return {
+        verdict.kernel: list(verdict.reasons) or ["can run, lower priority"]
+        for verdict in verdicts
+        if verdict.kernel != chosen
+    }
+
+
+def _site_report(row: Row) -> SiteReport:
+    site, selection = row.site, row.selection
+    problem = site.problem
+    return SiteReport(
+        module=module_path(site.gemm),
+        source=source_line(site.gemm),
+        op=_op_name(site.gemm),
+        scheme=site.words,
+        m=str(problem.m),
+        n=problem.n,
+        k=problem.k,
+        out_dtype=dtype_name(problem.out_dtype),
+        kernel=selection.kernel.name,
+        padding=selection.padding.describe(problem),
+        numerics=str(max(site.numerics, selection.kernel.numerics)),
+        quantize=str(row.quantizer or ""),
+        losers=_losers(selection.verdicts, selection.kernel.name),
+    )

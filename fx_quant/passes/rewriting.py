@@ -1,0 +1,81 @@
+"""One graph on its way through the passes: the state that each of them takes, with a row for each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from fx_quant.config import Options
+from fx_quant.passes.emit import Emitter
+from fx_quant.passes.memory import Memory
+from fx_quant.passes.quantizers import Quantizer
+from fx_quant.passes.sites import Miss, Recognised, Site
+from fx_quant.selection import Selection
+from fx_quant.target import Target
+
+
+@dataclass
+class Row:
+    """One site that is rewritten.
+
+    Args:
+        site: what was found.
+        selection: its kernel.
+        quantizer: what was recognised of the quantize behind its activation, or why nothing was; None for floats.
+        op: its op in the graph, canonical first and then its kernel's.
+        canonical: the name of the canonical op.
+        result: the node ``[m, n]`` that holds what its root held.
+    """
+
+    site: Site
+    selection: Selection
+    quantizer: Quantizer | str | None = None
+    op: Node | None = None
+    canonical: str = ""
+    result: Node | None = None
+
+    def written(self) -> tuple[Node, Node]:
+        """``(op, result)`` of a site whose canonical op was written."""
+        assert self.op is not None
+        assert self.result is not None
+        return self.op, self.result
+
+
+@dataclass
+class Rewriting:
+    """One graph on its way through the passes.
+
+    Args:
+        source: the source graph, which is not touched.
+        graph: the graph being rewritten.
+        target: the machine to choose kernels for.
+        options: what the user asked for.
+        static_indices: positions of the placeholders that are parameters or buffers; None where that is not known.
+        left: sites to leave as they are: the reason, by the name of the matmul.
+        before: the source as the sites were found in it: normalised, nothing rewritten.
+        found: sites without a kernel so far.
+        rows: each site that is rewritten.
+        misses: what is left as it is, because a rule failed.
+        recognised: what is left as it is, because nothing here runs it faster.
+    """
+
+    source: Graph
+    graph: Graph
+    target: Target
+    options: Options
+    static_indices: frozenset[int] | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+    before: Graph = field(default_factory=Graph)
+    found: list[Site] = field(default_factory=list)
+    rows: dict[Site, Row] = field(default_factory=dict)
+    misses: list[Miss] = field(default_factory=list)
+    recognised: list[Recognised] = field(default_factory=list)
+    memory: Memory | None = None
+    emitter: Emitter | None = None
+
+    def miss(self, site: Site, reason: str) -> None:
+        """Leave ``site`` as it is."""
+        self.rows.pop(site, None)
+        self.misses.append(Miss(site.gemm, site.gemm, reason))
