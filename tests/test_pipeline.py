@@ -15,6 +15,7 @@ from torch.fx import Graph
 from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError, UnknownNameError
+from fx_quant.kernels import base as registry
 from fx_quant.passes import assign as assign_module
 from fx_quant.passes import pipeline
 from fx_quant.passes.pipeline import PASSES, rewrite_graph, to_kernels
@@ -142,6 +143,17 @@ def test_an_exception_in_a_pass_is_one_warning_and_one_miss(monkeypatch):
     with pytest.warns(UserWarning, match="broken on purpose"):
         RewritePass(Options(), X86, reports.append)(one_linear())
     assert [miss.reason for miss in reports[0].misses] == ["a pass failed with ValueError('broken on purpose')"]
+
+
+def test_a_provider_that_cannot_be_loaded_is_one_warning_and_one_miss(monkeypatch):
+    """It is loaded where the machine is detected, whose libraries are those that providers require."""
+    monkeypatch.setattr(registry, "_load_providers", explode)
+    graph, reports = one_linear(), []
+    text = print_graph(graph)
+    with pytest.warns(UserWarning, match="broken on purpose"):
+        RewritePass(Options(), None, reports.append)(graph)
+    assert [miss.reason for miss in reports[0].misses] == ["a pass failed with ValueError('broken on purpose')"]
+    assert (reports[0].target, print_graph(graph)) == ("cpu", text)
 
 
 def test_strict_turns_an_exception_in_a_pass_into_an_error(monkeypatch):
