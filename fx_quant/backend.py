@@ -67,11 +67,14 @@ class RewritePass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; on an exception it stays as it is, unless ``strict``."""
-        target = self.target or detect_target(_device(graph))
+
+        def passes() -> Report:
+            # Which loads every provider, so that one of them may fail.
+            target = self.target or detect_target(_device(graph))
+            return rewrite_graph(graph, target, self.options, static_input_indices(graph))
+
         dump_graph("FX_QUANT_BEFORE", graph)
-        report = safely(
-            lambda: rewrite_graph(graph, target, self.options, static_input_indices(graph)), target, self.options
-        )
+        report = safely(passes, self.target or _device(graph), self.options)
         self.record(report)
         restore_matmul_decompositions(graph)
         dump_graph("FX_QUANT_AFTER", graph)
@@ -97,8 +100,11 @@ class RewritePass(CustomGraphPass):
         )
 
 
-def safely(passes: Callable[[], Report], target: Target, options: Options) -> Report:
+def safely(passes: Callable[[], Report], target: Target | torch.device, options: Options) -> Report:
     """The report of ``passes``; where they fail, a report of one miss that names the exception.
+
+    Args:
+        target: the machine, or its device where nothing more is known of it.
 
     Raises:
         FxQuantError: what ``passes`` raise on purpose, and under ``strict`` a ``MissError`` for any other exception.

@@ -15,6 +15,8 @@ from torch.fx import Graph
 from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError, UnknownNameError
+from fx_quant.kernels import base as registry
+from fx_quant.passes import assign as assign_module
 from fx_quant.passes import pipeline
 from fx_quant.passes.pipeline import PASSES, rewrite_graph, to_kernels
 from fx_quant.passes.printer import print_graph
@@ -143,6 +145,17 @@ def test_an_exception_in_a_pass_is_one_warning_and_one_miss(monkeypatch):
     assert [miss.reason for miss in reports[0].misses] == ["a pass failed with ValueError('broken on purpose')"]
 
 
+def test_a_provider_that_cannot_be_loaded_is_one_warning_and_one_miss(monkeypatch):
+    """It is loaded where the machine is detected, whose libraries are those that providers require."""
+    monkeypatch.setattr(registry, "_load_providers", explode)
+    graph, reports = one_linear(), []
+    text = print_graph(graph)
+    with pytest.warns(UserWarning, match="broken on purpose"):
+        RewritePass(Options(), None, reports.append)(graph)
+    assert [miss.reason for miss in reports[0].misses] == ["a pass failed with ValueError('broken on purpose')"]
+    assert (reports[0].target, print_graph(graph)) == ("cpu", text)
+
+
 def test_strict_turns_an_exception_in_a_pass_into_an_error(monkeypatch):
     monkeypatch.setattr(pipeline, "assign", explode)
     with pytest.raises(MissError, match="broken on purpose"):
@@ -218,6 +231,24 @@ def test_a_missed_canonical_op_of_the_source_leaves_the_rewrites_beside_it(funct
     assert len(report.sites) == 1 and not calls(graph, torch.ops.aten._int_mm.default)
     assert len(calls(graph, ops.cpu_int8_vnni.default)) == 1
     assert_same_bits(before, graph, *given)
+
+
+def test_a_canonical_op_of_the_source_whose_kernel_cannot_be_called_leaves_the_rewrites_beside_it(monkeypatch):
+    def assigned(emitter, node, *rest):
+        if node.name == op.name:
+            raise ValueError("broken on purpose")
+        return inner(emitter, node, *rest)
+
+    inner = assign_module._assign
+    monkeypatch.setattr(assign_module, "_assign", assigned)
+    given = (weight(M), weight(), SCALE, sample(M, K))
+    graph = trace(
+        lambda a, w, scale, x: (ops.scaled_mm(a, w.t(), None, None, None, torch.int32), linear(x, w, scale)), *given
+    )
+    (op,) = calls(graph, ops.scaled_mm.default)
+    report = rewrite_graph(graph, X86, Options(), frozenset({1, 2}))
+    assert ["broken on purpose" in miss.reason for miss in report.misses] == [True]
+    assert len(report.sites) == 1 and len(calls(graph, ops.scaled_mm.default)) == 1
 
 
 def test_verify_refuses_an_output_of_another_dtype():
