@@ -947,7 +947,7 @@ def site(d: Draft, z: Sizes, x: str, shared: dict[str, Any]) -> str:
         weight = shared["weight"] = Weight(d, z, "e4m3")
     if d.kind(codes) != "e4m3" and weight.kind == "e4m3" and d.chance(0.9):
         weight = shared["weight"] = Weight(d, z, "i8")
-    if form == "both decoded":
+    if form == "both decoded" and len(d.shape(codes)) > 1:
         far = d.chance(0.3) and d.kind(codes) != "e4m3"
         if far:
             sizes = d.pick("", ", 1", f", {d.shape(codes)[-2]}, 1")

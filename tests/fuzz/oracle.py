@@ -286,10 +286,10 @@ class Judge:
                 continue
             was, now = expected.double(), actual.double()
             largest = _largest(was)
-            close = torch.isclose(now, was, rtol=1e-9, atol=1e-9 * largest, equal_nan=True)
+            close = torch.isclose(now, was, rtol=EXACTLY, atol=EXACTLY * largest, equal_nan=True)
             close |= ~was.isfinite() & self.odd_scales(new)
             if not close.all():
-                close |= self.undecided(name, self.program.tensors(), 1e-13, 1e-9 * (was.abs() + largest))
+                close |= self.undecided(name, self.program.tensors(), 1e-13, EXACTLY * (was.abs() + largest))
             if not close.all():
                 worst = (now - was)[~close].abs().max().item()
                 text = f"{name}: {int((~close).sum())} of {close.numel()} differ, by up to {worst:g} of {largest:g}"
@@ -450,6 +450,8 @@ def _first(sites: Sequence[Site], before: Graph) -> list[Site]:
     return [site for site in sites if site.gemm.name in gemms]
 
 
+# How near is the same without rounding: a zero point of an int32 that float32 does not hold is rounded on one side.
+EXACTLY = 1e-7
 # What a miss says whose cause is an exception in a step.
 RAISED = re.compile(r"(.*) failed with \w+: ")
 # In so many random directions an edge is crossed.
