@@ -10,6 +10,8 @@ import pytest
 # Before torch and transformers read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait for each other sleep: beside another worker's they would burn more time than the tests compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch._functorch.config
