@@ -72,12 +72,13 @@ def run_captured(
             renamings.append(called_for)
             on_graph(joint)
 
-        # A cache hit would skip the passes, and what they see is the purpose.
+        # A hit in the cache of graphs would skip the passes, and what they see is the purpose. C++ that was compiled
+        # before is loaded; without any cache each call would compile it again, into a folder that nobody removes.
         compiled = compile_with(
             gm,
             example_inputs,
             rewrite,
-            inductor_options={"force_disable_caches": True},
+            inductor_options={"fx_graph_cache": False, "fx_graph_remote_cache": False},
             inner_compile=inner_compile,
         )
 

@@ -10,6 +10,12 @@ import pytest
 # Before torch and transformers read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait for each other sleep: beside another worker's they would burn more time than the tests compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Inductor takes what this CPU says it has, instead of compiling and loading a probe of each instruction set for each
+# empty cache; and no process to compile Triton in is started beside each one that compiles C++.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 import torch
 import torch._functorch.config
