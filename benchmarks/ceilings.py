@@ -19,7 +19,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fx_quant.native import load
+from fx_quant.kernels.cpu.native import load
 
 # (streams, bytes that a prefetch runs ahead; 0 leaves it to the hardware)
 READS = ((1, 0), (2, 0), (4, 0), (8, 0), (1, 2048), (1, 8192), (4, 512), (4, 1024))

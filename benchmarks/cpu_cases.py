@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fx_quant.linear import QuantizedLinear
-from fx_quant.linear_operands import weight_block
+from fx_quant.layers.linear import QuantizedLinear
+from fx_quant.layers.linear_operands import weight_block
+from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.ops import dequantize_weight
-from fx_quant.quantize_weight import quantize_weight
 from fx_quant.scheme import INT4_DTYPES, Scheme
 from fx_quant.weights import pack_int4
 

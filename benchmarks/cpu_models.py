@@ -31,7 +31,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
-from fx_quant.quantize_model import quantize_
+from fx_quant.layers.quantize_model import quantize_
 
 PROMPT = 128
 WRONG = 0.5  # a result whose error is larger has nothing to do with the model's

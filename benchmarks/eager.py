@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from machine import described, machine
 from stopwatch import interleaved_medians
 
-from fx_quant.activation import quantize_activation
 from fx_quant.errors import NoKernelError
-from fx_quant.linear import QuantizedLinear
+from fx_quant.layers.activation import quantize_activation
+from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.scheme import dtype_name
 
 DTYPES = (torch.float32, torch.bfloat16)

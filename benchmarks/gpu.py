@@ -30,7 +30,7 @@ from gpu_cases import MODELS, RECIPES, ROWS, SECTIONS, Case
 from gpu_measure import Way, failure, measure, timed
 from machine import machine
 
-from fx_quant.gpu.architectures import Architecture, architecture_of
+from fx_quant.kernels.triton.architectures import Architecture, architecture_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("triton", "torchao", "vllm", "deep_gemm", "flashinfer-python", "humming-kernels")

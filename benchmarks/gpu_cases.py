@@ -13,11 +13,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fx_quant.activation import quantize_activation
-from fx_quant.gpu.architectures import Architecture
-from fx_quant.linear_operands import weight_block
+from fx_quant.kernels.triton.architectures import Architecture
+from fx_quant.layers.activation import quantize_activation
+from fx_quant.layers.linear_operands import weight_block
+from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.ops import dequantize_weight
-from fx_quant.quantize_weight import quantize_weight
 from fx_quant.scheme import INT4_DTYPES, Scheme
 from fx_quant.weights import pack_int4
 

@@ -20,14 +20,14 @@ from gpu_cases import BF16, DYNAMIC_RECIPES, Operands, Weights, gated, normed
 from gpu_measure import Call, Way
 from torch import Tensor
 
-import fx_quant.kernels.triton  # noqa: F401  (registers the ops)
-from fx_quant.activation import Quantized, quantize_activation
-from fx_quant.eager import run_kernel, target_of
+import fx_quant.kernels.triton.scaled_mm_kernels  # noqa: F401  (registers the ops)
 from fx_quant.errors import NoKernelError
-from fx_quant.linear_operands import linear_problem
+from fx_quant.kernels.eager import run_kernel, target_of
+from fx_quant.kernels.select import Selection, select
+from fx_quant.layers.activation import Quantized, quantize_activation
+from fx_quant.layers.linear_operands import linear_problem
 from fx_quant.ops import column_sums
 from fx_quant.scheme import Scheme
-from fx_quant.selection import Selection, select
 
 fxq = torch.ops.fx_quant
 

@@ -38,10 +38,10 @@ from encoder import Fp8Linear
 
 from benchmarks.machine import described, machine
 from fx_quant.backend import RewritePass
-from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import copy_graph, static_input_indices
 from fx_quant.config import Options
-from fx_quant.machine import detect_target
+from fx_quant.diagnose.capture import run_captured, run_eagerly
+from fx_quant.kernels.machine import detect_target
 from fx_quant.passes import pipeline
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.target import Target, named_target

@@ -1,7 +1,7 @@
 """What it costs to look for writes to weights: quantized models with and without, taking turns.
 
 ``python benchmarks/watching.py [--threads N] [--rounds N] [--json FILE]``. The bytes of weights are looked at in every
-call (``fx_quant.fingerprint``), which is switched off in every other call here.
+call (``fx_quant.ops.fingerprint``), which is switched off in every other call here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from machine import described, machine
 from sentences import SENTENCES
 
 import fx_quant
-from fx_quant.remembering import _groups
+from fx_quant.ops.constants import _groups
 
 SCHEME = "int8 per_token (dynamic) x int8 per_channel"
 ROWS = (

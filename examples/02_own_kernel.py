@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.linear_kernels import (
     FP8Params,
     MMLinearKernel,
@@ -19,7 +20,6 @@ from fx_quant.linear_kernels import (
     choose_scaled_mm_linear_kernel,
     replace_parameter,
 )
-from fx_quant.quantize_weight import quantize_weight
 from fx_quant.scheme import Granularity, OperandSpec
 
 

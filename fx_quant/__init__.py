@@ -12,45 +12,45 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fx_quant.backend import inductor_pass
-    from fx_quant.checker import CheckReport, check
-    from fx_quant.checkpoint import load_quantized_
-    from fx_quant.explainer import explain
-    from fx_quant.fp8_linear import Fp8LinearOp
-    from fx_quant.kernels.packing import clear_packed_weights
-    from fx_quant.linear import QuantizedLinear
-    from fx_quant.machine import detect_target
-    from fx_quant.prepare import PrepareReport, prepare_
-    from fx_quant.quantize_model import QuantizeReport, quantize_
+    from fx_quant.diagnose.check import CheckReport, check
+    from fx_quant.diagnose.explain import explain
+    from fx_quant.kernels.cpu.tuner import TuneReport, tune
+    from fx_quant.kernels.layouts import clear_packed_weights
+    from fx_quant.kernels.machine import detect_target
+    from fx_quant.kernels.select import select
+    from fx_quant.layers.linear import QuantizedLinear
+    from fx_quant.layers.quantize_model import QuantizeReport, quantize_
+    from fx_quant.linear_kernels.fp8_linear import Fp8LinearOp
+    from fx_quant.loading.checkpoint import load_quantized_
+    from fx_quant.loading.prepare import PrepareReport, prepare_
     from fx_quant.report import Report
     from fx_quant.scheme import Granularity, OperandSpec, Scheme
-    from fx_quant.selection import select
     from fx_quant.target import Target, named_target
-    from fx_quant.tuner import TuneReport, tune
 
 # No public name may be that of a submodule: importing the submodule would put the module in its place.
 _HOMES = {
-    "CheckReport": "checker",
-    "Fp8LinearOp": "fp8_linear",
+    "CheckReport": "diagnose.check",
+    "Fp8LinearOp": "linear_kernels.fp8_linear",
     "Granularity": "scheme",
     "OperandSpec": "scheme",
-    "PrepareReport": "prepare",
-    "QuantizeReport": "quantize_model",
-    "QuantizedLinear": "linear",
+    "PrepareReport": "loading.prepare",
+    "QuantizeReport": "layers.quantize_model",
+    "QuantizedLinear": "layers.linear",
     "Report": "report",
     "Scheme": "scheme",
     "Target": "target",
-    "TuneReport": "tuner",
-    "check": "checker",
-    "clear_packed_weights": "kernels.packing",
-    "detect_target": "machine",
-    "explain": "explainer",
+    "TuneReport": "kernels.cpu.tuner",
+    "check": "diagnose.check",
+    "clear_packed_weights": "kernels.layouts",
+    "detect_target": "kernels.machine",
+    "explain": "diagnose.explain",
     "inductor_pass": "backend",
-    "load_quantized_": "checkpoint",
+    "load_quantized_": "loading.checkpoint",
     "named_target": "target",
-    "prepare_": "prepare",
-    "quantize_": "quantize_model",
-    "select": "selection",
-    "tune": "tuner",
+    "prepare_": "loading.prepare",
+    "quantize_": "layers.quantize_model",
+    "select": "kernels.select",
+    "tune": "kernels.cpu.tuner",
 }
 
 __all__ = [

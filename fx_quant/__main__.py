@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from fx_quant.compat import cpp_compiler
 from fx_quant.errors import FxQuantError
-from fx_quant.machine import detect_target, resolve_target
+from fx_quant.kernels.machine import detect_target, resolve_target
 from fx_quant.target import named_target, named_targets
 
 
@@ -109,7 +109,7 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _kernels(arguments: argparse.Namespace) -> int:
-    from fx_quant.support import support_matrix
+    from fx_quant.diagnose.support import support_matrix
 
     target = resolve_target(arguments.target, "cuda" if torch.cuda.is_available() else "cpu")
     if arguments.shapes:
@@ -125,7 +125,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace, target: Any) -> int:
-    from fx_quant.dispatch import ROWS, dispatch, table
+    from fx_quant.diagnose.gpu_linears import ROWS, dispatch, table
     from fx_quant.scheme import Scheme
 
     scheme = None if arguments.scheme is None else Scheme.parse(arguments.scheme)
@@ -138,7 +138,7 @@ def _dispatch(arguments: argparse.Namespace, target: Any) -> int:
 
 
 def _print_kernels(target: Any) -> int:
-    from fx_quant.kernels.base import kernels
+    from fx_quant.kernels.registry import kernels
 
     rows = []
     for kernel in kernels():
@@ -152,7 +152,7 @@ def _print_kernels(target: Any) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from fx_quant.explainer import explain
+    from fx_quant.diagnose.explain import explain
 
     if arguments.target is not None:
         named_target(arguments.target)  # a wrong name should not wait for a model to load
@@ -170,7 +170,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fx_quant.checker import check
+    from fx_quant.diagnose.check import check
     from fx_quant.errors import ToleranceError
 
     model, args, kwargs = _load(arguments.model)
@@ -185,7 +185,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from fx_quant import tuning
+    from fx_quant.tuning import plans as tuning
 
     if arguments.device == "cuda":
         return _tune_gpu(arguments)
@@ -196,7 +196,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         text = "nothing was saved for this machine" if path is None else f"deleted {path}"
         print(json.dumps({"deleted": path and str(path)}) if arguments.json else text)
         return 0
-    from fx_quant.tuner import tune
+    from fx_quant.kernels.cpu.tuner import tune
 
     report = tune([_shape(text) for text in arguments.shapes], budget_seconds=arguments.budget)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
@@ -204,8 +204,8 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _tune_gpu(arguments: argparse.Namespace) -> int:
-    from fx_quant.gpu.measured import measured, reset, this_gpu
-    from fx_quant.gpu.tuner import SHAPES, tune
+    from fx_quant.kernels.triton.measured import measured, reset, this_gpu
+    from fx_quant.kernels.triton.tuner import SHAPES, tune
 
     if not torch.cuda.is_available():
         raise FxQuantError("--device cuda needs a GPU, and PyTorch finds none; see `python -m fx_quant doctor`")
@@ -232,7 +232,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _show_plans(as_json: bool) -> int:
-    from fx_quant import tuning
+    from fx_quant.tuning import plans as tuning
 
     machine, measured = tuning.this_machine(), tuning.tuned_tables()
     tables = {"any other": tuning.DEFAULT, **tuning.DEFAULTS, **measured}

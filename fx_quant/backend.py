@@ -30,15 +30,15 @@ from fx_quant.compat import (
 )
 from fx_quant.config import Options, option_names
 from fx_quant.errors import FxQuantError, MissError, unknown_name
-from fx_quant.kernels.base import kernels
-from fx_quant.machine import detect_target
+from fx_quant.kernels.machine import detect_target
+from fx_quant.kernels.registry import kernels
+from fx_quant.kernels.select import disabled_kernels
+from fx_quant.kernels.subclasses import with_outer_versions
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.report import MissReport, Report
-from fx_quant.selection import disabled_kernels
-from fx_quant.subclasses import with_outer_versions
 from fx_quant.target import Target
-from fx_quant.tuning import tuned_tables
+from fx_quant.tuning.plans import tuned_tables
 
 log = logging.getLogger("fx_quant")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from fx_quant.kernels.base import kernels
+from fx_quant.kernels.registry import kernels
 from fx_quant.reasons import is_candidate, lacks_only_compiler, without_compiler
 
 

@@ -22,7 +22,7 @@ import torch._functorch.config
 import torch._inductor.config
 from triton_interpreter import interpreting
 
-from fx_quant.kernels.packing import clear_packed_weights
+from fx_quant.kernels.layouts import clear_packed_weights
 
 if importlib.util.find_spec("expecttest") is None:
     # As on GPU machines; PyTorch's own check imports it.

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fx_quant.gpu.architectures import Architecture, architecture
-from fx_quant.gpu.cross_compile import Compiled, compile_launch
-from fx_quant.gpu.launch import Launch
+from fx_quant.kernels.triton.architectures import Architecture, architecture
+from fx_quant.kernels.triton.cross_compile import Compiled, compile_launch
+from fx_quant.kernels.triton.launch import Launch
 from tests.gpu_shipped import shipped
 
 GOLDENS = Path(__file__).parent / "goldens" / "gpu"

@@ -11,12 +11,12 @@ from functools import partial
 
 import torch
 
-from fx_quant.gpu import persistent, swapped, tile, weight_only
-from fx_quant.gpu.architectures import Architecture
-from fx_quant.gpu.launch import Launch
-from fx_quant.gpu.operands import ScaledOperands, scaled_operands
-from fx_quant.gpu.packed_codes import PACKED_CODES
-from fx_quant.gpu.semaphores import unfit_split
+from fx_quant.kernels.triton import persistent, swapped, tile, weight_only
+from fx_quant.kernels.triton.architectures import Architecture
+from fx_quant.kernels.triton.launch import Launch
+from fx_quant.kernels.triton.operands import ScaledOperands, scaled_operands
+from fx_quant.kernels.triton.packed_codes import PACKED_CODES
+from fx_quant.kernels.triton.semaphores import unfit_split
 
 F32, BF16, I8, I32 = torch.float32, torch.bfloat16, torch.int8, torch.int32
 meta = partial(torch.empty, device="meta")

@@ -14,7 +14,6 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.compat import (
     copy_graph,
     decompositions_without_matmul,
@@ -22,6 +21,7 @@ from fx_quant.compat import (
     static_input_indices,
 )
 from fx_quant.config import Options
+from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fx_quant.activation import float8_max, quantize_activation
+from fx_quant.layers.activation import float8_max, quantize_activation
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, OperandSpec
 
 TENSOR, TOKEN, GROUP = Granularity.PER_TENSOR, Granularity.PER_TOKEN, Granularity.per_group(16)

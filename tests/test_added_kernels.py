@@ -11,7 +11,7 @@ import pytest
 # Beside the files of `fx_quant/kernels`, which are found by listing, and in an installed distribution.
 KERNEL = """
 import torch
-from fx_quant.kernels.base import ROW_SCALES, TENSOR_SCALES, INT8_PAIRS, Kernel, Requires, register_kernel, register_op
+from fx_quant.kernels.registry import ROW_SCALES, TENSOR_SCALES, INT8_PAIRS, Kernel, Requires, register_kernel, register_op
 from fx_quant.scheme import Granularity, Numerics
 
 

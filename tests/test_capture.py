@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import fx_quant
-from fx_quant.capture import run_eagerly
+from fx_quant.diagnose.capture import run_eagerly
 
 
 def int8_linear():
@@ -68,7 +68,7 @@ def test_twenty_explains_leave_the_users_own_compile_as_it_was(build):
 @pytest.fixture
 def op_by_op(monkeypatch):
     """``check`` runs its graphs op by op: what Dynamo does is the same, and no C++ is compiled."""
-    monkeypatch.setattr("fx_quant.checker.compile_graph", run_eagerly)
+    monkeypatch.setattr("fx_quant.diagnose.check.compile_graph", run_eagerly)
 
 
 def test_twenty_checks_leave_the_users_own_compile_as_it_was(op_by_op):
@@ -235,12 +235,12 @@ def broken_pass(*_):
     raise RuntimeError("broken on purpose")
 
 
-@pytest.mark.parametrize("name", ["explainer", "checker"])
+@pytest.mark.parametrize("name", ["explain", "check"])
 def test_a_pass_that_fails_is_a_miss_that_names_the_exception(name, monkeypatch, op_by_op):
-    monkeypatch.setattr(f"fx_quant.{name}.to_canonical", broken_pass)
+    monkeypatch.setattr(f"fx_quant.diagnose.{name}.run_passes", broken_pass)
     model, x = int8_linear(), models.inputs(torch.float32)
     with pytest.warns(UserWarning, match="a pass failed with RuntimeError"):
-        report = fx_quant.explain(model, x) if name == "explainer" else fx_quant.check(model, x)
+        report = fx_quant.explain(model, x) if name == "explain" else fx_quant.check(model, x)
     assert not report.sites
     assert [miss.reason for miss in report.misses] == ["a pass failed with RuntimeError('broken on purpose')"]
 

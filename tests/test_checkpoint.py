@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fx_quant.activation import quantize_activation
-from fx_quant.checkpoint import CheckpointError, LoadReport, load_quantized_, scheme_of_group
 from fx_quant.errors import FxQuantError
-from fx_quant.linear import QuantizedLinear
-from fx_quant.quantize_weight import quantize_weight
+from fx_quant.layers.activation import quantize_activation
+from fx_quant.layers.linear import QuantizedLinear
+from fx_quant.layers.quantize_weight import quantize_weight
+from fx_quant.loading.checkpoint import CheckpointError, LoadReport, load_quantized_, scheme_of_group
 from fx_quant.scheme import INT4_DTYPES, OperandSpec, Scheme
 from fx_quant.weights import repeat_blocks, unpack_int4
 

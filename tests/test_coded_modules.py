@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fx_quant
-from fx_quant.coded_modules import holds_codes
-from fx_quant.library_notes import library_notes
+from fx_quant.loading.coded_modules import holds_codes
+from fx_quant.loading.library_notes import library_notes
 
 K = 16
 X = torch.randn(3, K)

@@ -13,17 +13,17 @@ import torch
 from tolerances import assert_within
 from torch import Tensor
 
-from fx_quant.eager import run_kernel
-from fx_quant.kernels.base import Kernel, kernels
-from fx_quant.kernels.packing import clear_packed_weights
-from fx_quant.linear import scale_shape, weight_block
-from fx_quant.machine import detect_target
+from fx_quant.diagnose.support import SCHEMES
+from fx_quant.kernels.eager import run_kernel
+from fx_quant.kernels.layouts import clear_packed_weights
+from fx_quant.kernels.machine import detect_target
+from fx_quant.kernels.registry import Kernel, kernels
+from fx_quant.kernels.select import select
+from fx_quant.layers.linear import scale_shape, weight_block
+from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.ops import dequantize_weight
 from fx_quant.problem import Problem, SizeRange
-from fx_quant.quantize_weight import quantize_weight
 from fx_quant.scheme import INT4_DTYPES, Granularity, OperandSpec, Scheme
-from fx_quant.selection import select
-from fx_quant.support import SCHEMES
 from fx_quant.weights import pack_int4
 
 fxq = torch.ops.fx_quant

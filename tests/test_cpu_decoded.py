@@ -9,14 +9,15 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
-from fx_quant import compat, native, native_decode
-from fx_quant.kernels.base import kernel
-from fx_quant.kernels.cpu import MANY_ROWS
-from fx_quant.kernels.packing import pack_weight
+from fx_quant import compat
+from fx_quant.kernels.cpu import decode, native
+from fx_quant.kernels.cpu.tiled_kernels import MANY_ROWS
+from fx_quant.kernels.layouts import pack_weight
+from fx_quant.kernels.registry import kernel
+from fx_quant.kernels.select import select
 from fx_quant.ops import dequantize_weight
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import FLOAT8_DTYPES, Scheme
-from fx_quant.selection import select
 from fx_quant.target import named_target
 
 pytestmark = pytest.mark.usefixtures("uncached")
@@ -278,7 +279,7 @@ def test_a_compiler_that_fails_is_a_warning_and_the_result_the_same(monkeypatch)
     def fail(_):
         raise RuntimeError("no compiler")
 
-    native_decode._compiled.cache_clear()
+    decode._compiled.cache_clear()
     monkeypatch.setattr(compat, "load_cpp", fail)
     monkeypatch.setattr(native.Dot, "exists_here", lambda _: True)
     a, w, scale = torch.randn(3, 20), weight(70, 20, INT8), torch.rand(70)
@@ -286,7 +287,7 @@ def test_a_compiler_that_fails_is_a_warning_and_the_result_the_same(monkeypatch)
         with pytest.warns(UserWarning, match=r"no compiler.*Install a C\+\+ compiler"):
             out = OPS[F32](a, packed(w, INT8, F32), None, scale, None, 70, F32)
     finally:
-        native_decode._compiled.cache_clear()
+        decode._compiled.cache_clear()
     assert_is_sum(out, a, w, scale, None, None)
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fx_quant import compat, native
-from fx_quant.kernels.base import INT8_MAX_K
-from fx_quant.kernels.cpu_int8 import LEVELS
-from fx_quant.kernels.packing import pack_weight
-from fx_quant.tuning import default_table
+from fx_quant import compat
+from fx_quant.kernels.cpu import native
+from fx_quant.kernels.cpu.int8_kernels import LEVELS
+from fx_quant.kernels.layouts import pack_weight
+from fx_quant.kernels.registry import INT8_MAX_K
+from fx_quant.tuning.plans import default_table
 
 HERE = [level for level in LEVELS if level.dot.exists_here()]
 every_level = pytest.mark.parametrize("dot", [pytest.param(level.dot, id=level.kernel) for level in HERE])
@@ -145,10 +146,10 @@ import json
 import re
 import torch
 from torch._inductor.utils import run_and_get_code
-from fx_quant.kernels.cpu_int8 import LEVELS
-from fx_quant.kernels.packing import pack_weight
+from fx_quant.kernels.cpu.int8_kernels import LEVELS
+from fx_quant.kernels.layouts import pack_weight
 from fx_quant.lowerings import cpu_template
-from fx_quant.tuning import DEFAULT
+from fx_quant.tuning.plans import DEFAULT
 
 # Two blocks of rows go over k in three parts.
 cpu_template.table = lambda kind: DEFAULT.replaced(7, chunk_k=64)
@@ -213,10 +214,10 @@ def test_every_level_is_compiled_with_its_epilogue(capability, left):
 INT_MM = """
 import json
 import torch
-from fx_quant.linear import linear_problem
+from fx_quant.layers.linear import linear_problem
 from fx_quant.scheme import Scheme
-from fx_quant.selection import select
-from fx_quant.machine import detect_target
+from fx_quant.kernels.select import select
+from fx_quant.kernels.machine import detect_target
 
 target = detect_target()
 a, w = torch.full((16, 4096), 127, dtype=torch.int8), torch.full((64, 4096), 127, dtype=torch.int8)

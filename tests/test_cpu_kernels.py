@@ -9,16 +9,17 @@ import torch
 from tolerances import assert_within
 from torch import Tensor
 
-from fx_quant import compat, native
-from fx_quant.eager import _warn_once, eager_selection
-from fx_quant.kernels.base import kernel
-from fx_quant.kernels.cpu import MANY_ROWS
-from fx_quant.kernels.cpu_int8 import LEVELS
-from fx_quant.kernels.packing import pack_weight
+from fx_quant import compat
+from fx_quant.kernels.cpu import native
+from fx_quant.kernels.cpu.int8_kernels import LEVELS
+from fx_quant.kernels.cpu.tiled_kernels import MANY_ROWS
+from fx_quant.kernels.eager import _warn_once, eager_selection
+from fx_quant.kernels.layouts import pack_weight
+from fx_quant.kernels.registry import kernel
+from fx_quant.kernels.select import select
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import without_compiler
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import select
 from fx_quant.target import named_target
 
 fxq = torch.ops.fx_quant

@@ -11,12 +11,12 @@ from test_conformance import ALL_SCHEMES, DEVICE, EPILOGUES, HERE, RUN_HERE, ope
 from tolerances import assert_within
 from torch import Tensor, nn
 
-from fx_quant.eager import run_kernel
-from fx_quant.kernels.base import kernels
-from fx_quant.kernels.packing import clear_packed_weights, layouts
-from fx_quant.linear import weight_block
+from fx_quant.kernels.eager import run_kernel
+from fx_quant.kernels.layouts import clear_packed_weights, layouts
+from fx_quant.kernels.registry import kernels
+from fx_quant.kernels.select import select
+from fx_quant.layers.linear import weight_block
 from fx_quant.scheme import INT4_DTYPES, Numerics
-from fx_quant.selection import select
 
 fxq = torch.ops.fx_quant
 INT8, F32, E4M3 = torch.int8, torch.float32, torch.float8_e4m3fn

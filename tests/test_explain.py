@@ -13,7 +13,7 @@ import torch
 
 import fx_quant
 from fx_quant.__main__ import main
-from fx_quant.checker import CheckReport, Error, SiteCheck, error_of
+from fx_quant.diagnose.check import CheckReport, Error, SiteCheck, error_of
 from fx_quant.errors import NoKernelError, ToleranceError, UnknownNameError
 from fx_quant.report import MissReport, Report
 from fx_quant.target import named_target
@@ -339,7 +339,7 @@ def test_bad_input_is_one_line_and_status_two(arguments, message, importable, ca
 
 @pytest.mark.parametrize("command", [["doctor"], ["kernels"], ["kernels", "--target", "gfx942"]])
 def test_machine_commands_list_every_kernel(command, capsys):
-    from fx_quant.kernels.base import kernels
+    from fx_quant.kernels.registry import kernels
 
     assert main(command) == 0
     out = capsys.readouterr().out

@@ -9,14 +9,14 @@ import torch
 from tolerances import assert_within
 from torch import Tensor, nn
 
-import fx_quant.fp8_linear
-from fx_quant.activation import quantize_activation
-from fx_quant.eager import run_kernel
+import fx_quant.linear_kernels.fp8_linear
 from fx_quant.errors import FxQuantError, NoKernelError
-from fx_quant.fp8_linear import Fp8LinearOp
-from fx_quant.kernels.base import KERNEL_SCHEMA, Kernel, Requires, fake_kernel
+from fx_quant.kernels.eager import run_kernel
+from fx_quant.kernels.padding import SCALED_MM_ROWS, Padding
+from fx_quant.kernels.registry import KERNEL_SCHEMA, Kernel, Requires, fake_kernel
+from fx_quant.layers.activation import quantize_activation
+from fx_quant.linear_kernels.fp8_linear import Fp8LinearOp
 from fx_quant.ops import MATMUL_TAGS, dequantize, register
-from fx_quant.padding import SCALED_MM_ROWS, Padding
 from fx_quant.scheme import Granularity, Numerics, OperandSpec
 from fx_quant.target import named_target
 
@@ -177,7 +177,7 @@ def test_the_backend_compiles_it(pad):
 
 
 def plan(target: str, pad: bool | None, monkeypatch, *, rows: bool = True) -> Padding:
-    monkeypatch.setattr(fx_quant.fp8_linear, "target_of", lambda device: named_target(target))
+    monkeypatch.setattr(fx_quant.linear_kernels.fp8_linear, "target_of", lambda device: named_target(target))
     dtype = torch.float8_e4m3fnuz if target == "gfx942" else E4M3
     codes, b = torch.zeros(M, K, dtype=dtype), torch.zeros(K, N, dtype=dtype)
     a_scale, b_scale = (torch.ones(M, 1), torch.ones(N)) if rows else (torch.ones(()), torch.ones(1))

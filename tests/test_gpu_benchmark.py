@@ -18,7 +18,7 @@ import pytest
 import torch
 from gpu_cases import Case
 
-from fx_quant.gpu.architectures import architecture
+from fx_quant.kernels.triton.architectures import architecture
 
 CPU, SM90 = torch.device("cpu"), architecture("sm90")
 N, K = 256, 384

@@ -13,16 +13,25 @@ import torch
 from triton_interpreter import needs_triton
 
 from fx_quant.__main__ import main
-from fx_quant.dispatch import default_scheme, dispatch, linears
+from fx_quant.diagnose.gpu_linears import default_scheme, dispatch, linears
 from fx_quant.errors import FxQuantError
-from fx_quant.gpu import measured as saved
-from fx_quant.gpu.architectures import architecture
-from fx_quant.gpu.choose import Case, candidates, case_of, configurations, ranked, rows_up_to
-from fx_quant.gpu.launch import Configuration
-from fx_quant.gpu.measured import Gpu, load, reset, save
-from fx_quant.gpu.operands import scaled_operands
-from fx_quant.gpu.scaled_mm import FORMS, plan_scaled_mm
-from fx_quant.gpu.tuner import Asked, Report, decide, decide_all, is_right, random_operands, tune, weights_in_turn
+from fx_quant.kernels.triton import measured as saved
+from fx_quant.kernels.triton.architectures import architecture
+from fx_quant.kernels.triton.choose import Case, candidates, case_of, configurations, ranked, rows_up_to
+from fx_quant.kernels.triton.launch import Configuration
+from fx_quant.kernels.triton.measured import Gpu, load, reset, save
+from fx_quant.kernels.triton.operands import scaled_operands
+from fx_quant.kernels.triton.scaled_mm import FORMS, plan_scaled_mm
+from fx_quant.kernels.triton.tuner import (
+    Asked,
+    Report,
+    decide,
+    decide_all,
+    is_right,
+    random_operands,
+    tune,
+    weights_in_turn,
+)
 from fx_quant.target import named_target
 
 E4M3, BF16, I8 = torch.float8_e4m3fn, torch.bfloat16, torch.int8
@@ -99,7 +108,7 @@ def test_what_was_measured_comes_first(monkeypatch):
     asked = operands(4096, 512, 4096)
     found = Configuration("persistent", 64, 128, 128, 4, 6)
     assert configurations(asked, H100)[0] != found
-    monkeypatch.setattr("fx_quant.gpu.choose.measured", lambda device: {str(case_of(asked)): found})
+    monkeypatch.setattr("fx_quant.kernels.triton.choose.measured", lambda device: {str(case_of(asked)): found})
     assert configurations(asked, H100)[0] == found
     assert plan_scaled_mm(asked, H100).configuration == found
     other = operands(4096, 1024, 4096)
@@ -157,7 +166,7 @@ def times(**seconds: float):
 
 @pytest.fixture
 def always_right(monkeypatch):
-    monkeypatch.setattr("fx_quant.gpu.tuner.is_right", lambda *_: True)
+    monkeypatch.setattr("fx_quant.kernels.triton.tuner.is_right", lambda *_: True)
 
 
 @needs_triton
@@ -183,12 +192,12 @@ def test_a_gain_that_does_not_come_again_changes_nothing(always_right):
 
 @needs_triton
 def test_what_computes_something_else_is_never_chosen(monkeypatch):
-    monkeypatch.setattr("fx_quant.gpu.tuner.is_right", lambda operands, found, on: found.block_m != 64)
+    monkeypatch.setattr("fx_quant.kernels.triton.tuner.is_right", lambda operands, found, on: found.block_m != 64)
     decision = decide([operands(4096, 4096, 4096)], H100, times(m64n128=1.0))
     assert decision.chosen.block_m != 64
     assert {each.block_m for each in decision.wrong} == {64}
     assert "wrong, and never used" in str(Report((decision,), (), 1.0, None))
-    monkeypatch.setattr("fx_quant.gpu.tuner.is_right", lambda *_: False)
+    monkeypatch.setattr("fx_quant.kernels.triton.tuner.is_right", lambda *_: False)
     with pytest.raises(FxQuantError, match="no configuration computes what the canonical op does"):
         decide([operands(4096, 4096, 4096)], H100, times())
 
@@ -224,7 +233,7 @@ def test_right_is_exact_for_int8_and_close_for_float8(monkeypatch):
         asked = replace(asked, out_dtype=torch.float32)
         expected = torch.ops.fx_quant.scaled_mm(asked.a, asked.b, asked.a_scale, asked.b_scale, None, torch.float32)
         wrong = expected * (1 + error)
-        monkeypatch.setattr("fx_quant.gpu.tuner.plan_scaled_mm", lambda *_, out=wrong: _Planned(out))
+        monkeypatch.setattr("fx_quant.kernels.triton.tuner.plan_scaled_mm", lambda *_, out=wrong: _Planned(out))
         assert is_right(asked, Configuration("tile", 16, 64, 128, 4, 4), H100) is right
 
 

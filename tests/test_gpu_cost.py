@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fx_quant.errors import UnknownNameError
-from fx_quant.gpu.architectures import architecture, architectures
-from fx_quant.gpu.cost import MOST, Matmul, estimate, floor, rank
-from fx_quant.gpu.launch import Configuration
+from fx_quant.kernels.triton.architectures import architecture, architectures
+from fx_quant.kernels.triton.cost import MOST, Matmul, estimate, floor, rank
+from fx_quant.kernels.triton.launch import Configuration
 
 E4M3, BF16, INT8 = torch.float8_e4m3fn, torch.bfloat16, torch.int8
 H100 = architecture("sm90")

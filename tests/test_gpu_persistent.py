@@ -11,12 +11,12 @@ from tolerances import assert_within
 from torch import Tensor
 from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
-from fx_quant.gpu.architectures import architecture, architecture_of
-from fx_quant.gpu.cross_compile import compile_launch
-from fx_quant.gpu.launch import Configuration
-from fx_quant.gpu.operands import ScaledOperands, scaled_operands
-from fx_quant.gpu.persistent import CONFIGURATIONS, plan_scaled_mm, unfit
-from fx_quant.gpu.scaled_mm import FORMS
+from fx_quant.kernels.triton.architectures import architecture, architecture_of
+from fx_quant.kernels.triton.cross_compile import compile_launch
+from fx_quant.kernels.triton.launch import Configuration
+from fx_quant.kernels.triton.operands import ScaledOperands, scaled_operands
+from fx_quant.kernels.triton.persistent import CONFIGURATIONS, plan_scaled_mm, unfit
+from fx_quant.kernels.triton.scaled_mm import FORMS
 from fx_quant.scheme import Numerics
 
 fxq = torch.ops.fx_quant

@@ -14,14 +14,14 @@ from tolerances import assert_within
 from torch import Tensor
 from triton_interpreter import call, compiler_is_real, every_variant, needs_triton, why_not
 
-from fx_quant.gpu import semaphores, swapped
-from fx_quant.gpu.architectures import Architecture, architecture
-from fx_quant.gpu.cross_compile import Compiled, compile_launch
-from fx_quant.gpu.launch import Configuration, Launch
-from fx_quant.gpu.operands import scaled_operands
-from fx_quant.gpu.scaled_mm import plan_scaled_mm
-from fx_quant.gpu.semaphores import _OF_A_STREAM, _Reserve
-from fx_quant.gpu.swapped import CONFIGURATIONS, configuration, split_for, unfit_split
+from fx_quant.kernels.triton import semaphores, swapped
+from fx_quant.kernels.triton.architectures import Architecture, architecture
+from fx_quant.kernels.triton.cross_compile import Compiled, compile_launch
+from fx_quant.kernels.triton.launch import Configuration, Launch
+from fx_quant.kernels.triton.operands import scaled_operands
+from fx_quant.kernels.triton.scaled_mm import plan_scaled_mm
+from fx_quant.kernels.triton.semaphores import _OF_A_STREAM, _Reserve
+from fx_quant.kernels.triton.swapped import CONFIGURATIONS, configuration, split_for, unfit_split
 from fx_quant.scheme import Numerics
 
 fxq = torch.ops.fx_quant
@@ -419,7 +419,7 @@ def test_float8_sums_leave_the_tensor_cores_every_128_products():
 
 
 def on_gpu(recipe: str, m: int, n: int, k: int):
-    from fx_quant.gpu.architectures import architecture_of
+    from fx_quant.kernels.triton.architectures import architecture_of
 
     on = architecture_of(torch.device("cuda"))
     if on.platform == "rocm":

@@ -11,12 +11,14 @@ from tolerances import assert_within
 from torch import Tensor
 from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
-import fx_quant.kernels.triton_weight_only  # noqa: F401  (registers the ops)
-from fx_quant.gpu.architectures import architecture
-from fx_quant.gpu.cross_compile import compile_launch
-from fx_quant.gpu.launch import Configuration
-from fx_quant.gpu.packed_codes import PACKED_CODES, PackedCodes
-from fx_quant.gpu.weight_only import (
+import fx_quant.kernels.triton.weight_only_kernels  # noqa: F401  (registers the ops)
+from fx_quant.kernels.layouts import pack_weight
+from fx_quant.kernels.registry import kernel
+from fx_quant.kernels.triton.architectures import architecture
+from fx_quant.kernels.triton.cross_compile import compile_launch
+from fx_quant.kernels.triton.launch import Configuration
+from fx_quant.kernels.triton.packed_codes import PACKED_CODES, PackedCodes
+from fx_quant.kernels.triton.weight_only import (
     CONFIGURATIONS,
     configuration,
     family,
@@ -25,8 +27,6 @@ from fx_quant.gpu.weight_only import (
     split_for,
     unfit,
 )
-from fx_quant.kernels.base import kernel
-from fx_quant.kernels.packing import pack_weight
 from fx_quant.scheme import Numerics
 
 fxq = torch.ops.fx_quant

@@ -22,11 +22,11 @@ from test_conformance import (
 )
 from torch import Tensor
 
-from fx_quant.eager import run_kernel
-from fx_quant.kernels.packing import clear_packed_weights
-from fx_quant.linear import weight_block
+from fx_quant.kernels.eager import run_kernel
+from fx_quant.kernels.layouts import clear_packed_weights
+from fx_quant.kernels.select import select
+from fx_quant.layers.linear import weight_block
 from fx_quant.scheme import INT4_DTYPES
-from fx_quant.selection import select
 
 
 @pytest.fixture(autouse=True)

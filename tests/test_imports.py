@@ -17,11 +17,11 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ADAPTERS = [
-    f"fx_quant.adapters.{path.stem}"
-    for path in sorted((PACKAGE / "adapters").glob("*.py"))
+    f"fx_quant.loading.adapters.{path.stem}"
+    for path in sorted((PACKAGE / "loading" / "adapters").glob("*.py"))
     if path.stem not in ("__init__", "base")
 ]
-LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons", "measurements", "tuning")
+LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons", "tuning.measurements", "tuning.plans")
 # Private Inductor API changes with every release: these rooms hold all of it.
 MAY_USE_INDUCTOR = ("fx_quant.lowerings", "fx_quant.backend", "fx_quant.compat")
 SAYS_NOTHING = {"utils", "common", "helpers", "misc", "manager"}
@@ -39,7 +39,7 @@ def imports(path):
     return found
 
 
-REGISTERING = {f"fx_quant.kernels.base.{name}" for name in ("register_kernel", "register_op", "KERNEL_SCHEMA")}
+REGISTERING = {f"fx_quant.kernels.registry.{name}" for name in ("register_kernel", "register_op", "KERNEL_SCHEMA")}
 PROVIDERS = [module for module, path in MODULES.items() if imports(path) & REGISTERING]
 
 
@@ -76,10 +76,38 @@ def test_every_public_name_is_there_and_lean_to_list():
     assert all(hasattr(fx_quant, name) for name in fx_quant.__all__)
 
 
-def test_the_gpu_room_is_entered_by_kernels_and_enters_none_of_the_others():
-    """Sources of kernels excepted, which it launches."""
-    found = crossings("fx_quant.gpu", "fx_quant.kernels", "fx_quant.passes", "fx_quant.lowerings", "fx_quant.selection")
-    assert [line for line in found if "fx_quant.kernels.native" not in line] == []
+def room(name):
+    """Where the module ``name`` stands: a folder of the package, or a module beside the folders."""
+    return ".".join(name.split(".")[:2])
+
+
+def arrows():
+    """``(from, to)`` of every import between rooms."""
+    found = set()
+    for module, path in MODULES.items():
+        found |= {(room(module), room(name)) for name in imports(path) if room(name) in set(map(room, MODULES))}
+    return {(a, b) for a, b in found if a != b and "fx_quant" not in (a, b)}
+
+
+def test_rooms_import_one_way():
+    """No circle: rooms without arrows to others are taken away until none is left."""
+    left, open_arrows = set(map(room, MODULES)) - {"fx_quant"}, arrows()
+    while left:
+        floor = {name for name in left if not any(a == name for a, _ in open_arrows)}
+        assert floor, f"rooms that import each other: {sorted(left)}"
+        left -= floor
+        open_arrows = {(a, b) for a, b in open_arrows if a in left and b in left}
+
+
+def test_the_package_has_few_rooms():
+    assert len(set(map(room, MODULES)) - {"fx_quant"}) <= 22
+    assert len([path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]) <= 16
+
+
+def test_launch_plans_of_triton_ask_no_registry_and_no_other_provider():
+    others = [f"fx_quant.kernels.{name}" for name in ("registry", "select", "cpu", "cutlass", "pytorch")]
+    found = crossings("fx_quant.kernels.triton", "fx_quant.passes", "fx_quant.lowerings", *others)
+    assert [line for line in found if "_kernels imports" not in line] == []
 
 
 def test_passes_import_no_lowering():
@@ -87,7 +115,7 @@ def test_passes_import_no_lowering():
 
 
 def test_passes_name_no_kernel_provider():
-    assert {"fx_quant.kernels.cpu_int8", "fx_quant.kernels.aiter"} <= set(PROVIDERS)
+    assert {"fx_quant.kernels.cpu.int8_kernels", "fx_quant.kernels.aiter"} <= set(PROVIDERS)
     assert crossings("fx_quant.passes", *PROVIDERS) == []
 
 
@@ -97,10 +125,10 @@ def test_kernels_import_no_pass_and_no_lowering():
 
 def test_adapters_import_no_library_no_pass_no_lowering_and_no_kernel():
     libraries = ("compressed_tensors", "optimum", "transformers", "torchao")
-    load_all = "from fx_quant.adapters.base import adapters; assert len(adapters()) >= 3; import fx_quant.prepare"
+    load_all = "from fx_quant.loading.adapters.base import adapters; assert len(adapters()) >= 3; import fx_quant.loading.prepare"
     assert len(ADAPTERS) >= 3 and loaded_by(load_all, *libraries) == set()
     rooms = ("fx_quant.passes", "fx_quant.lowerings", "fx_quant.kernels", "fx_quant.backend")
-    assert crossings("fx_quant.adapters", *rooms) == []
+    assert crossings("fx_quant.loading.adapters", *rooms) == []
 
 
 def test_only_the_registry_names_an_adapter():
@@ -108,7 +136,7 @@ def test_only_the_registry_names_an_adapter():
     assert others == []
 
 
-@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if f"fx_quant.{leaf}" in MODULES])
+@pytest.mark.parametrize("leaf", LEAVES)
 def test_leaves_import_leaves_and_torch_only(leaf):
     own = {name for name in imports(MODULES[f"fx_quant.{leaf}"]) if within(name, "fx_quant")}
     assert sorted(name for name in own if not within(name, *(f"fx_quant.{leaf}" for leaf in LEAVES))) == []

@@ -17,11 +17,11 @@ from tolerances import TOLERANCES, assert_within
 from torch import Tensor, nn
 
 import fx_quant
-from fx_quant.activation import quantize_activation
 from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
-from fx_quant.linear import QuantizedLinear, apply_linear
-from fx_quant.linear_operands import weight_block
-from fx_quant.quantize_model import LeftWeight, quantize_
+from fx_quant.layers.activation import quantize_activation
+from fx_quant.layers.linear import QuantizedLinear, apply_linear
+from fx_quant.layers.linear_operands import weight_block
+from fx_quant.layers.quantize_model import LeftWeight, quantize_
 from fx_quant.scheme import (
     CODE_DTYPES,
     FLOAT_DTYPES,

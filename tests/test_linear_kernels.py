@@ -20,15 +20,15 @@ from tolerances import assert_within
 from torch import Tensor, nn
 
 import fx_quant.linear_kernels as lk
-from fx_quant.activation import quantize_activation
 from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
-from fx_quant.kernels import base
-from fx_quant.kernels.base import Kernel, kernel, kernels
-from fx_quant.linear import QuantizedLinear
+from fx_quant.kernels import registry
+from fx_quant.kernels.registry import Kernel, kernel, kernels
+from fx_quant.kernels.select import select
+from fx_quant.layers.activation import quantize_activation
+from fx_quant.layers.linear import QuantizedLinear
+from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.linear_kernels.classes import FAMILIES, derived_classes, families
-from fx_quant.quantize_weight import quantize_weight
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import select
 from fx_quant.target import Target, named_target, named_targets
 from fx_quant.weights import INT4, UINT4, pack_int4
 
@@ -65,8 +65,8 @@ def layer_of(**tensors: Any) -> nn.Module:
 
 def register(added: Kernel, monkeypatch) -> None:
     """Make ``added`` the best kernel until the test ends."""
-    monkeypatch.setitem(base._KERNELS, added.name, added)
-    monkeypatch.setitem(base._PRIORITY, added.name, 99)
+    monkeypatch.setitem(registry._KERNELS, added.name, added)
+    monkeypatch.setitem(registry._PRIORITY, added.name, 99)
 
 
 def fp8(weight=CHANNEL, activation=TOKEN, out=torch.float32, shape=None) -> lk.FP8ScaledMMLinearLayerConfig:
@@ -351,10 +351,10 @@ def test_one_kernel_of_a_class_may_be_disabled(monkeypatch):
 @pytest.mark.parametrize("imported", ["", "import fx_quant.linear_kernels; "])
 def test_class_names_are_known_whatever_was_imported(name, imported):
     code = (
-        f"{imported}from dataclasses import replace; from fx_quant.kernels.base import kernel, register_kernel; "
+        f"{imported}from dataclasses import replace; from fx_quant.kernels.registry import kernel, register_kernel; "
         "their = replace(kernel('pytorch_int_mm'), name='their_int8', provider='their', linear_kernel=''); "
         "register_kernel(their, priority=0); "
-        "from fx_quant.selection import disabled_kernels; print(*disabled_kernels())"
+        "from fx_quant.kernels.select import disabled_kernels; print(*disabled_kernels())"
     )
     environment = {**os.environ, "FX_QUANT_DISABLED_KERNELS": name}
     command = [sys.executable, "-c", code]
@@ -488,7 +488,7 @@ def test_mixed_precision():
     ],
 )
 def test_init_fp8_chooses_per_target_and_pads_where_torch_gains(target, cls, rows, monkeypatch):
-    monkeypatch.setattr("fx_quant.machine.installed_packages", lambda: {"torch": torch.__version__})
+    monkeypatch.setattr("fx_quant.kernels.machine.installed_packages", lambda: {"torch": torch.__version__})
     dtype = FNUZ if target == "gfx942" else E4M3
     specs = OperandSpec(dtype, Granularity.PER_TENSOR, dynamic=True), OperandSpec(dtype, Granularity.PER_TENSOR)
     made = lk.init_fp8_linear_kernel(*specs, torch.bfloat16, compute_capability=target)

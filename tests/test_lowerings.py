@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
-from fx_quant.kernels.base import kernel
+from fx_quant.kernels.registry import kernel
 
 pytestmark = pytest.mark.usefixtures("uncached")
 

@@ -19,15 +19,17 @@ from pathlib import Path
 
 import pytest
 
-from fx_quant import measurements, tuned_kernels, tuning
 from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import FxQuantError
-from fx_quant.gpu import measured
-from fx_quant.gpu.launch import Configuration
-from fx_quant.gpu.measured import Gpu
+from fx_quant.kernels.cpu import candidates
+from fx_quant.kernels.triton import measured
+from fx_quant.kernels.triton.launch import Configuration
+from fx_quant.kernels.triton.measured import Gpu
 from fx_quant.target import named_target
-from fx_quant.tuning import DEFAULT
+from fx_quant.tuning import measurements
+from fx_quant.tuning import plans as tuning
+from fx_quant.tuning.plans import DEFAULT
 
 GPU = Gpu("NVIDIA H100", 13000, "2.11.0", "3.6.0", "abc")
 needs_fifo = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
@@ -162,11 +164,11 @@ AS_NOBODY = """
 import json, os, resource, sys, warnings
 from pathlib import Path
 import torch, fx_quant
-from fx_quant import tuning
+from fx_quant.tuning import plans as tuning
 from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import FxQuantError
-from fx_quant.machine import detect_target
+from fx_quant.kernels.machine import detect_target
 
 base, uid = Path(sys.argv[1]), int(sys.argv[2])
 class Two(torch.nn.Module):
@@ -367,6 +369,6 @@ def test_a_machine_that_does_not_say_what_it_is_has_defaults(error, monkeypatch)
     tuning._cpu_model.cache_clear()
     try:
         assert tuning.this_machine().cpu
-        assert tuned_kernels.cache_bytes() == 64 * 2**20
+        assert candidates.cache_bytes() == 64 * 2**20
     finally:
         tuning._cpu_model.cache_clear()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fx_quant
-from fx_quant.capture import run_eagerly
-from fx_quant.module_names import named_modules_of
+from fx_quant.diagnose.capture import run_eagerly
+from fx_quant.loading.module_names import named_modules_of
 from fx_quant.passes.nodes import module_path
 
 SCHEME = "float32 x int8 per_channel"
@@ -187,7 +187,7 @@ def test_modules_are_found_in_what_a_function_holds():
 
 
 def test_check_compares_each_module_that_a_graph_serves(monkeypatch):
-    monkeypatch.setattr("fx_quant.checker.compile_graph", run_eagerly)
+    monkeypatch.setattr("fx_quant.diagnose.check.compile_graph", run_eagerly)
     model = nn.Sequential(*(quantized(TwoSteps()) for _ in range(2)))
     assert [site.module for site in fx_quant.check(model, X).sites] == ["0.linear", "1.linear"]
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
-from fx_quant import remembering
 from fx_quant.errors import UnknownNameError
-from fx_quant.kernels import huge_pages, packing
-from fx_quant.kernels.base import kernels
-from fx_quant.kernels.packing import layouts, pack_weight, packed_layout
+from fx_quant.kernels import huge_pages
+from fx_quant.kernels import layouts as packing
+from fx_quant.kernels.layouts import layouts, pack_weight, packed_layout
+from fx_quant.kernels.registry import kernels
+from fx_quant.ops import constants
 from fx_quant.scheme import INT8_DTYPES
 
 pytestmark = pytest.mark.usefixtures("uncached")
@@ -167,7 +168,7 @@ def test_dead_weights_are_dropped():
     prepack([kept, w], ["vnni", "vnni"])
     del w
     gc.collect()
-    assert len(remembering._groups) == 0
+    assert len(constants._groups) == 0
     assert len(packing._packed) == 1
 
 

@@ -15,12 +15,12 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fx_quant.ops  # noqa: F401  (registers the ops)
-from fx_quant.kernels.base import kernel
-from fx_quant.padding import Padding, plan_padding
+from fx_quant.kernels.padding import Padding, plan_padding
+from fx_quant.kernels.registry import kernel
+from fx_quant.kernels.select import Selection
 from fx_quant.passes.assign import assign
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import Selection
 from fx_quant.target import named_target
 
 ops = torch.ops.fx_quant

@@ -15,7 +15,7 @@ from torch.fx import Graph
 from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError, UnknownNameError
-from fx_quant.kernels import base as registry
+from fx_quant.kernels import registry
 from fx_quant.passes import assign as assign_module
 from fx_quant.passes import pipeline
 from fx_quant.passes.pipeline import PASSES, rewrite_graph, to_kernels

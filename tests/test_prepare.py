@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 
 import fx_quant
 from fx_quant import PrepareReport, QuantizedLinear, Scheme, prepare_
-from fx_quant.activation import quantize_by
-from fx_quant.adapters.base import decoded_weight
-from fx_quant.prepare import needs_prepare
+from fx_quant.layers.activation import quantize_by
+from fx_quant.loading.adapters.base import decoded_weight
+from fx_quant.loading.prepare import needs_prepare
 from fx_quant.scheme import INT4_DTYPES, Numerics
 from fx_quant.weights import unpack_int4
 
@@ -416,7 +416,7 @@ def test_zero_points_in_bfloat16_are_rounded_where_the_library_rounds_them(rank)
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-    from fx_quant.adapters.compressed_tensors import quantize_activation
+    from fx_quant.loading.adapters.compressed_tensors import quantize_activation
 
     spec = QuantizationArgs(**args(**{**TOKEN, "symmetric": False}))
     activation = Scheme.parse(GROUPS["int8_dynamic_asymmetric"][2]).activation
@@ -625,7 +625,7 @@ def test_schemes_without_a_kernel_are_left(preset, reason):
 
 
 def test_a_linear_that_no_kernel_of_the_machine_can_run_is_left(monkeypatch):
-    from fx_quant.kernels.base import kernels
+    from fx_quant.kernels.registry import kernels
 
     model = compressed_net("int8_dynamic", "frozen")
     monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", ",".join(kernel.name for kernel in kernels()))
@@ -813,7 +813,7 @@ def halfway(k: int, steps: int, scale: float, zero_point: int) -> Tensor:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_activations_get_the_codes_of_the_engine_bit_for_bit(engine, k, reduce_range):
     """Its linear with the identity for a weight gives the codes back."""
-    from fx_quant.adapters.torch_ao import quantize_activation
+    from fx_quant.loading.adapters.torch_ao import quantize_activation
 
     steps = 127 if reduce_range and engine != "qnnpack" else 255
     eye = torch.quantize_per_tensor(torch.eye(k), 1.0, 0, torch.qint8)
@@ -844,7 +844,7 @@ def test_a_linear_keeps_the_formula_of_the_engine_that_it_was_made_under(engine)
 
 
 def test_a_linear_of_an_engine_that_no_formula_fits_is_approximate_with_a_note(monkeypatch):
-    from fx_quant.adapters import torch_ao
+    from fx_quant.loading.adapters import torch_ao
 
     model = quantize_dynamic(Net(), "per_channel_dynamic_qconfig", "eager")
     x = ordinary(torch.float32, 3)
@@ -1087,7 +1087,7 @@ def test_a_filter_that_raises_changes_nothing():
 def test_the_libraries_are_not_imported_to_look_at_a_model():
     code = (
         "import sys, torch, fx_quant\n"
-        "from fx_quant.prepare import needs_prepare\n"
+        "from fx_quant.loading.prepare import needs_prepare\n"
         "model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
         "assert needs_prepare(model) is None and not fx_quant.prepare_(model).left\n"
         "print(*sorted({'compressed_tensors', 'optimum', 'transformers'} & set(sys.modules)))"

@@ -21,20 +21,20 @@ from tolerances import assert_within
 from torch import Tensor, nn
 
 from fx_quant.backend import RewritePass, static_input_indices
-from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.config import Options
-from fx_quant.eager import run_kernel
+from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.errors import FxQuantError
-from fx_quant.kernels import base, rocm
+from fx_quant.kernels import registry, rocm
 from fx_quant.kernels.aiter import shuffle, unshuffle
-from fx_quant.kernels.base import Kernel, kernel, kernels, register_kernel
+from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.flashinfer import rows_in_fours
-from fx_quant.kernels.packing import clear_packed_weights, pack_weight
-from fx_quant.machine import detect_target, installed_packages
+from fx_quant.kernels.layouts import clear_packed_weights, pack_weight
+from fx_quant.kernels.machine import detect_target, installed_packages
+from fx_quant.kernels.registry import Kernel, kernel, kernels, register_kernel
+from fx_quant.kernels.select import DISABLED_VARIABLE, select
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import DISABLED_VARIABLE, select
 from fx_quant.target import Target, named_target
 
 fxq = torch.ops.fx_quant
@@ -915,8 +915,8 @@ def test_no_library_is_imported_before_a_matmul_runs(tmp_path):
     for name in ("vllm", "flashinfer", "aiter"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')\n")
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fx_quant; from fx_quant.kernels.base import kernels; "
-        "from fx_quant.machine import detect_target; kernels(); detect_target('cpu'); "
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fx_quant; from fx_quant.kernels.registry import kernels; "
+        "from fx_quant.kernels.machine import detect_target; kernels(); detect_target('cpu'); "
         "print([m for m in ('vllm', 'flashinfer', 'aiter') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
@@ -939,8 +939,8 @@ def test_libraries_are_found_by_the_names_of_their_distributions(monkeypatch):
 
 
 def test_a_provider_may_require_any_library_that_is_installed(monkeypatch):
-    monkeypatch.setattr(base, "_KERNELS", dict(base._KERNELS))
-    monkeypatch.setattr(base, "_PRIORITY", dict(base._PRIORITY))
+    monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
+    monkeypatch.setattr(registry, "_PRIORITY", dict(registry._PRIORITY))
     like, asked = kernel("pytorch_int_mm"), replace(PROBLEMS["int8"], out_dtype=F32)
     for name, packages in (("their_int8", {"pytest": "1"}), ("their_lost_int8", {"no-such-library": "1"})):
         requires = replace(like.requires, packages=packages)

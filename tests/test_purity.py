@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from fx_quant.ops.fold import can_fold
+from fx_quant.ops.purity import is_pure
 from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.passes.rulebook import _RULES
-from fx_quant.purity import is_pure
 
 aten, prims = torch.ops.aten, torch.ops.prims
 M, K, N = 4, 64, 32

@@ -14,15 +14,15 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fx_quant.eager import run_kernel
-from fx_quant.kernels.base import Kernel, kernels
-from fx_quant.linear import scale_shape, weight_block
-from fx_quant.padding import Padding, plan_padding
+from fx_quant.kernels.eager import run_kernel
+from fx_quant.kernels.padding import Padding, plan_padding
+from fx_quant.kernels.registry import Kernel, kernels
+from fx_quant.kernels.select import Selection
+from fx_quant.layers.linear import scale_shape, weight_block
 from fx_quant.passes.assign import assign
 from fx_quant.passes.canonical import CANONICAL
 from fx_quant.problem import Problem
 from fx_quant.scheme import INT4_DTYPES, Scheme
-from fx_quant.selection import Selection
 from fx_quant.target import named_target
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
-from fx_quant.kernels import base
-from fx_quant.kernels.base import kernel, kernels, register_kernel
+from fx_quant.kernels import registry as base
+from fx_quant.kernels.registry import kernel, kernels, register_kernel
+from fx_quant.kernels.select import DISABLED_VARIABLE, Selection, select
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
-from fx_quant.selection import DISABLED_VARIABLE, Selection, select
 from fx_quant.target import Target, named_target, named_targets
 
 GOLDENS = Path(__file__).parent / "goldens" / "selection"

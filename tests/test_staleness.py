@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.fx import GraphModule, Interpreter
 
 import fx_quant
-from fx_quant import fingerprint, remembering
-from fx_quant.fingerprint import CALLS
-from fx_quant.kernels import packing
+from fx_quant.kernels import layouts
+from fx_quant.ops import constants, fingerprint
+from fx_quant.ops.fingerprint import CALLS
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.scheme import Numerics
 
@@ -395,7 +395,7 @@ def quantized_by_torchao(config: str, seed: int) -> nn.Module:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_load_state_dict_of_a_torchao_model_is_seen_by_its_versions_alone(config, monkeypatch):
     # As on a GPU, where no bytes are looked at.
-    monkeypatch.setattr(remembering, "fingerprint", lambda _: None)
+    monkeypatch.setattr(constants, "fingerprint", lambda _: None)
     model, others = quantized_by_torchao(config, 0), [quantized_by_torchao(config, seed) for seed in (1, 2)]
     with torch.no_grad():
         few, many = compiled(model), x_of()
@@ -411,7 +411,7 @@ def test_load_state_dict_of_a_torchao_model_is_seen_by_its_versions_alone(config
 
 @pytest.mark.slow
 def test_a_write_to_a_dtensor_is_seen_by_its_version_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(remembering, "fingerprint", lambda _: None)
+    monkeypatch.setattr(constants, "fingerprint", lambda _: None)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
@@ -514,10 +514,10 @@ def test_memory_that_is_freed_and_gathered_again_leaves_nothing_behind():
         held.append(torch.empty(size, dtype=torch.uint8))
         w.untyped_storage().resize_(size)
         w.copy_(codes(seed))
-        assert torch.equal(ops.prepack([w], ["vnni"])[0], packing.pack_weight(w, "vnni"))
-    assert len(remembering._groups) == len(remembering._keys) == len(packing._packed) == 1
+        assert torch.equal(ops.prepack([w], ["vnni"])[0], layouts.pack_weight(w, "vnni"))
+    assert len(constants._groups) == len(constants._keys) == len(layouts._packed) == 1
     del w
-    assert not remembering._groups and not remembering._keys and not packing._packed
+    assert not constants._groups and not constants._keys and not layouts._packed
 
 
 @pytest.mark.parametrize("op", [ops.prepack.default, ops.fold.default])

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fx_quant.__main__ import main
-from fx_quant.kernels.base import kernels
+from fx_quant.diagnose.support import SCHEMES, support_matrix
+from fx_quant.kernels.registry import kernels
 from fx_quant.scheme import Scheme
-from fx_quant.support import SCHEMES, support_matrix
 from fx_quant.target import named_target, named_targets
 
 GOLDENS = Path(__file__).parent / "goldens" / "support"

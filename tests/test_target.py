@@ -13,7 +13,7 @@ import torch
 from packaging.version import Version
 
 from fx_quant.errors import UnknownNameError
-from fx_quant.machine import capability_target, detect_target, installed_packages, resolve_target
+from fx_quant.kernels.machine import capability_target, detect_target, installed_packages, resolve_target
 from fx_quant.target import _INSTRUCTIONS, Target, cpu_features, named_target, named_targets
 
 
@@ -139,7 +139,7 @@ def test_resolve_takes_a_target_a_name_or_nothing():
 def test_finding_packages_imports_none_of_them():
     script = (
         "import sys\n"
-        "from fx_quant.machine import installed_packages\n"
+        "from fx_quant.kernels.machine import installed_packages\n"
         "installed_packages()\n"
         "print([m for m in ('triton', 'vllm', 'flashinfer', 'aiter', 'torch._inductor') if m in sys.modules])"
     )

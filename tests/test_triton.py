@@ -15,18 +15,18 @@ from tolerances import TOLERANCES, assert_within
 from torch import Tensor
 from triton_interpreter import ask, compiler_is_real, from_bytes, needs_triton, to_bytes
 
-import fx_quant.kernels.triton  # noqa: F401  (registers the ops)
+import fx_quant.kernels.triton.scaled_mm_kernels  # noqa: F401  (registers the ops)
 from fx_quant.errors import NoKernelError
-from fx_quant.gpu.architectures import Architecture, architecture
-from fx_quant.gpu.cross_compile import Compiled, compile_launch
-from fx_quant.gpu.launch import Launch
-from fx_quant.gpu.operands import scaled_operands
-from fx_quant.gpu.scaled_mm import plan_scaled_mm
-from fx_quant.gpu.tile import configuration, plan_weight_only_mm
-from fx_quant.kernels.base import kernel, kernels
+from fx_quant.kernels.registry import kernel, kernels
+from fx_quant.kernels.select import select
+from fx_quant.kernels.triton.architectures import Architecture, architecture
+from fx_quant.kernels.triton.cross_compile import Compiled, compile_launch
+from fx_quant.kernels.triton.launch import Launch
+from fx_quant.kernels.triton.operands import scaled_operands
+from fx_quant.kernels.triton.scaled_mm import plan_scaled_mm
+from fx_quant.kernels.triton.tile import configuration, plan_weight_only_mm
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import select
 from fx_quant.target import named_target
 
 fxq = torch.ops.fx_quant
@@ -317,7 +317,7 @@ def test_nothing_of_triton_is_imported_before_a_matmul_runs():
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
     # torch itself is the baseline: a build of torch that loads Triton is not our doing.
-    assert loads_triton("fx_quant.kernels.triton") == loads_triton("torch")
+    assert loads_triton("fx_quant.kernels.triton.scaled_mm_kernels") == loads_triton("torch")
 
 
 def test_without_a_gpu_the_ops_are_the_canonical_ones(monkeypatch):

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import fx_quant
-from fx_quant import tuned_kernels, tuner, tuning
 from fx_quant.__main__ import main
 from fx_quant.errors import FxQuantError
-from fx_quant.native import INT8_VNNI
-from fx_quant.tuned_kernels import Timer, TunedKernel
-from fx_quant.tuner import Step, decide, decide_all, steps
-from fx_quant.tuning import DEFAULT, Plan
+from fx_quant.kernels.cpu import candidates, tuner
+from fx_quant.kernels.cpu.candidates import Timer, TunedKernel
+from fx_quant.kernels.cpu.native import INT8_VNNI
+from fx_quant.kernels.cpu.tuner import Step, decide, decide_all, steps
+from fx_quant.tuning import plans as tuning
+from fx_quant.tuning.plans import DEFAULT, Plan
 
 KERNEL = TunedKernel("kind", "vnni", torch.int8, torch.int8, INT8_VNNI)
 SHAPES = ((64, 64), (128, 128))
@@ -253,19 +254,19 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_measured
 
 # --- what is timed ------------------------------------------------------------------------------------------------
 
-HERE = tuned_kernels.supported_kernels()
+HERE = candidates.supported_kernels()
 
 
 @pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.kind)
 def test_every_kernel_here_runs_under_given_plans(kernel, monkeypatch):
-    monkeypatch.setattr(tuned_kernels, "cache_bytes", lambda: 2**16)
+    monkeypatch.setattr(candidates, "cache_bytes", lambda: 2**16)
     tables = (DEFAULT, DEFAULT.replaced(3, ahead=0), DEFAULT.replaced(3, chunk_k=64))
     times = Timer((kernel,), ((70, 256),))(kernel, 3, (70, 256), tables)
     assert len(times) == 3 and all(seconds > 0 for seconds in times)
 
 
 def test_weights_go_by_twice_the_cache(monkeypatch):
-    monkeypatch.setattr(tuned_kernels, "cache_bytes", lambda: 2**20)
+    monkeypatch.setattr(candidates, "cache_bytes", lambda: 2**20)
     weights = Timer((KERNEL,), ((256, 256),))._weights(KERNEL, (256, 256))
     assert sum(each.nbytes for each in weights) == 2**21
     assert len({each.data_ptr() for each in weights}) == 32
@@ -274,7 +275,7 @@ def test_weights_go_by_twice_the_cache(monkeypatch):
 @pytest.mark.parametrize("kernel", [kernel for kernel in HERE if kernel.kind in ("int8_vnni", "float32_decoded_int8")])
 def test_a_plan_that_changes_a_result_is_an_error(kernel, monkeypatch):
     name = "decoded_matmul" if kernel.decodes else "matmul"
-    real = getattr(tuned_kernels, name)
+    real = getattr(candidates, name)
     wrong = Plan(ahead=64)
 
     def broken(*arguments):
@@ -283,8 +284,8 @@ def test_a_plan_that_changes_a_result_is_an_error(kernel, monkeypatch):
             out[0, 0] += 1 + out.abs().max() // 100
         return out
 
-    monkeypatch.setattr(tuned_kernels, name, broken)
-    monkeypatch.setattr(tuned_kernels, "cache_bytes", lambda: 2**16)
+    monkeypatch.setattr(candidates, name, broken)
+    monkeypatch.setattr(candidates, "cache_bytes", lambda: 2**16)
     with pytest.raises(FxQuantError, match="a plan must not change results"):
         Timer((kernel,), ((70, 256),))(kernel, 3, (70, 256), (DEFAULT, DEFAULT.replaced(3, ahead=64)))
 

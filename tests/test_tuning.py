@@ -15,15 +15,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
-from fx_quant import measurements, native, native_decode, tuning
 from fx_quant.backend import RewritePass
 from fx_quant.compat import load_cpp
 from fx_quant.config import Options
 from fx_quant.errors import FxQuantError
-from fx_quant.kernels.packing import pack_weight
+from fx_quant.kernels.cpu import decode, native
+from fx_quant.kernels.layouts import pack_weight
 from fx_quant.scheme import Numerics
 from fx_quant.target import named_target
-from fx_quant.tuning import ANY_ROWS, DEFAULT, Plan, PlanTable
+from fx_quant.tuning import measurements
+from fx_quant.tuning import plans as tuning
+from fx_quant.tuning.plans import ANY_ROWS, DEFAULT, Plan, PlanTable
 
 fxq = torch.ops.fx_quant
 
@@ -257,8 +259,8 @@ def test_decoded_sums_are_within_their_class_under_every_plan(float_dtype, dtype
     a, w, scale = torch.randn(m, k).to(float_dtype), weight(n, k, dtype), torch.rand(factors(n, k, block))
     zero_point = None if dtype is E4M3 else torch.randint(-8, 8, scale.shape, dtype=torch.int8)
     arguments = (a, packed(w, dtype, float_dtype), n, None, scale, zero_point, None, torch.float32, block)
-    expected = native_decode.decoded_matmul(*arguments, DEFAULT)
-    assert_within(native_decode.decoded_matmul(*arguments, WILD), expected, Numerics.REASSOCIATED)
+    expected = decode.decoded_matmul(*arguments, DEFAULT)
+    assert_within(decode.decoded_matmul(*arguments, WILD), expected, Numerics.REASSOCIATED)
 
 
 @needs_vnni
@@ -292,7 +294,7 @@ def test_one_graph_of_a_decoded_weight_serves_every_range_of_rows(float_dtype, f
     n, k, block = 200, 258, (1, 32)
     w, scale = weight(n, k, INT8), torch.rand(factors(n, k, block))
     b = packed(w, INT8, float_dtype)
-    tuning.save({native_decode.decode_of(float_dtype, INT8, False).kind: WILD}, tuning.this_machine())
+    tuning.save({decode.decode_of(float_dtype, INT8, False).kind: WILD}, tuning.this_machine())
 
     def run(a):
         return OPS[float_dtype](a, b, None, scale, None, n, torch.float32, block=list(block))

@@ -12,16 +12,16 @@ from tolerances import assert_within
 from torch import Tensor, nn
 
 import fx_quant.linear_kernels as lk
-from fx_quant.activation import quantize_activation
 from fx_quant.compat import row_scales_on_cpu
-from fx_quant.eager import eager_selection, run_kernel
 from fx_quant.errors import NoKernelError
-from fx_quant.fp8_linear import Fp8LinearOp
-from fx_quant.kernels.base import kernel
-from fx_quant.linear import QuantizedLinear, linear_problem
-from fx_quant.padding import Padding, plan_padding
+from fx_quant.kernels.eager import eager_selection, run_kernel
+from fx_quant.kernels.padding import Padding, plan_padding
+from fx_quant.kernels.registry import kernel
+from fx_quant.kernels.select import Selection, select
+from fx_quant.layers.activation import quantize_activation
+from fx_quant.layers.linear import QuantizedLinear, linear_problem
+from fx_quant.linear_kernels.fp8_linear import Fp8LinearOp
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import Selection, select
 from fx_quant.target import Target, named_target
 from fx_quant.weights import (
     all_close_1d,

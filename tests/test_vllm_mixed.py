@@ -16,16 +16,16 @@ from tolerances import assert_within
 from torch import Tensor, nn
 
 from fx_quant.backend import static_input_indices
-from fx_quant.capture import run_captured, run_eagerly
 from fx_quant.config import Options
+from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels import marlin
-from fx_quant.kernels.base import kernel
-from fx_quant.kernels.packing import clear_packed_weights, pack_weight, packed_layout
+from fx_quant.kernels.layouts import clear_packed_weights, pack_weight, packed_layout
+from fx_quant.kernels.registry import kernel
+from fx_quant.kernels.select import DISABLED_VARIABLE, select
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import DISABLED_VARIABLE, select
 from fx_quant.target import named_target
 
 fxq = torch.ops.fx_quant

@@ -10,14 +10,14 @@ import torch
 from tolerances import assert_within
 from torch import Tensor
 
-import fx_quant.fp8_linear
 import fx_quant.kernels.cutlass
 import fx_quant.kernels.rocm
 import fx_quant.linear_kernels as lk
+import fx_quant.linear_kernels.fp8_linear
 import fx_quant.linear_kernels.w8a8 as w8a8
 from fx_quant.errors import NoKernelError, UnknownNameError
+from fx_quant.kernels.select import DISABLED_VARIABLE
 from fx_quant.scheme import Granularity, Numerics, OperandSpec
-from fx_quant.selection import DISABLED_VARIABLE
 from fx_quant.target import named_target
 
 E4M3, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
@@ -142,7 +142,9 @@ def test_the_cutlass_function_calls_cutlass(monkeypatch, scale_a, scale_b):
         calls.append((a_scale.shape, b_scale.shape))
         out.copy_((a.double() @ b.double()) * a_scale.double() * b_scale.double())
 
-    monkeypatch.setattr(fx_quant.fp8_linear, "target_of", lambda device: named_target("sm90", packages=VLLM))
+    monkeypatch.setattr(
+        fx_quant.linear_kernels.fp8_linear, "target_of", lambda device: named_target("sm90", packages=VLLM)
+    )
     monkeypatch.setattr(fx_quant.kernels.cutlass, "vllm_op", lambda namespace, name: cutlass_scaled_mm)
     call = given(scale_a=scale_a, scale_b=scale_b)
     assert_within(lk.cutlass_w8a8_scaled_mm(**call), expected(call), Numerics.SAME_ACCUM)
@@ -157,7 +159,9 @@ def test_the_rocm_function_calls_the_kernel_of_few_rows(monkeypatch):
         calls.append(compute_units)
         out.copy_((a.double() @ weight.t().double()) * a_scale.double() * b_scale.double())
 
-    monkeypatch.setattr(fx_quant.fp8_linear, "target_of", lambda device: named_target("gfx942", packages=VLLM))
+    monkeypatch.setattr(
+        fx_quant.linear_kernels.fp8_linear, "target_of", lambda device: named_target("gfx942", packages=VLLM)
+    )
     monkeypatch.setattr(w8a8, "is_rocm", lambda device: True)
     monkeypatch.setattr(fx_quant.kernels.rocm, "vllm_op", lambda namespace, name: few_rows)
     monkeypatch.setattr(fx_quant.kernels.rocm, "compute_units", lambda device: 304)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fx_quant.errors import FxQuantError
-from fx_quant.quantize_weight import QuantizedWeight, quantize_weight
+from fx_quant.layers.quantize_weight import QuantizedWeight, quantize_weight
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, Granularity, OperandSpec, dtype_name
 from fx_quant.weights import (
     WeightError,
@@ -637,7 +637,7 @@ def test_an_error_says_what_must_hold_and_what_was_found(call, message):
 
 def test_importing_the_transforms_loads_neither_inductor_nor_triton():
     code = (
-        "import sys, torch; before = set(sys.modules); import fx_quant.quantize_weight;"
+        "import sys, torch; before = set(sys.modules); import fx_quant.layers.quantize_weight;"
         "print([m for m in set(sys.modules) - before if m.startswith(('torch._inductor', 'triton'))])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

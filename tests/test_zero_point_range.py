@@ -10,7 +10,7 @@ import torch
 from graphs import assert_same_meaning, calls, copy_of, prove, rewrite, run, trace
 from torch import Tensor
 
-from fx_quant.linear import QuantizedLinear
+from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.passes.ranges import bounds_of
 from fx_quant.passes.values import Codes

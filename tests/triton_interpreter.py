@@ -68,7 +68,7 @@ def _start() -> None:
 
 
 def _answer(data: bytes) -> bytes:
-    import fx_quant.kernels.triton  # noqa: F401  (registers the ops)
+    import fx_quant.kernels.triton.scaled_mm_kernels  # noqa: F401  (registers the ops)
 
     op, args, kwargs = from_bytes(data)
     return to_bytes(getattr(torch.ops.fx_quant, op)(*args, **kwargs))

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_quant.kernels.base import (
+from fx_quant.kernels.layouts import Layout, register_layout
+from fx_quant.kernels.operands import BLOCK_SCALES, add_bias, dense, one_or_each, whole_blocks
+from fx_quant.kernels.registry import (
     INT8_PAIRS,
     ROCM,
     ROCM_FLOAT8,
@@ -29,8 +31,6 @@ from fx_quant.kernels.base import (
     register_kernel,
     register_op,
 )
-from fx_quant.kernels.operands import BLOCK_SCALES, add_bias, dense, one_or_each, whole_blocks
-from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.scheme import HALF_DTYPES, Numerics
 
 _AITER = {"amd-aiter": "0.1.9"}

@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.base import (
+from fx_quant.kernels.operands import BLOCK, BLOCK_SCALES, add_bias, dense, one_or_each, vllm_op, whole_blocks
+from fx_quant.kernels.registry import (
     ACTIVATION,
     CUDA,
     E4M3_PAIRS,
@@ -29,7 +30,6 @@ from fx_quant.kernels.base import (
     register_kernel,
     register_op,
 )
-from fx_quant.kernels.operands import BLOCK, BLOCK_SCALES, add_bias, dense, one_or_each, vllm_op, whole_blocks
 from fx_quant.ops import column_sums
 from fx_quant.scheme import HALF_DTYPES, Numerics
 

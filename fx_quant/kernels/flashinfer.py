@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_quant.kernels.base import (
+from fx_quant.kernels.operands import BLOCK, BLOCK_SCALES, add_bias, dense, one_or_each
+from fx_quant.kernels.registry import (
     CUDA,
     E4M3_PAIRS,
     TENSOR_SCALES,
@@ -26,7 +27,6 @@ from fx_quant.kernels.base import (
     register_kernel,
     register_op,
 )
-from fx_quant.kernels.operands import BLOCK, BLOCK_SCALES, add_bias, dense, one_or_each
 from fx_quant.scheme import HALF_DTYPES, Numerics
 
 

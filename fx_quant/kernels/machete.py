@@ -24,7 +24,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.base import (
+from fx_quant.kernels.layouts import Layout, register_layout
+from fx_quant.kernels.operands import add_bias, dense, scalar_type, vllm_op
+from fx_quant.kernels.registry import (
     CUDA,
     Kernel,
     Requires,
@@ -32,8 +34,6 @@ from fx_quant.kernels.base import (
     register_op,
     weight_scales,
 )
-from fx_quant.kernels.operands import add_bias, dense, scalar_type, vllm_op
-from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.scheme import HALF_DTYPES, Granularity, Numerics
 
 _GROUPS = (64, 128)

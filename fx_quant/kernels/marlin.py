@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_quant.kernels.base import (
+from fx_quant.kernels.layouts import Layout, register_layout
+from fx_quant.kernels.operands import dense, scalar_type, vllm_op
+from fx_quant.kernels.registry import (
     CUDA,
     WEIGHT,
     Kernel,
@@ -34,8 +36,6 @@ from fx_quant.kernels.base import (
     register_op,
     weight_scales,
 )
-from fx_quant.kernels.operands import dense, scalar_type, vllm_op
-from fx_quant.kernels.packing import Layout, register_layout
 from fx_quant.scheme import HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _GROUPS = (32, 64, 128)

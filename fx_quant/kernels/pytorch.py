@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.base import (
+from fx_quant.kernels.operands import BLOCK_SCALES
+from fx_quant.kernels.padding import SCALED_MM_ROWS
+from fx_quant.kernels.registry import (
     ACTIVATION,
     CPU,
     CUDA,
@@ -25,9 +27,7 @@ from fx_quant.kernels.base import (
     register_kernel,
     register_op,
 )
-from fx_quant.kernels.operands import BLOCK_SCALES
 from fx_quant.ops import correct, dequantize, dequantize_weight
-from fx_quant.padding import SCALED_MM_ROWS
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _MIXED_E5M2 = frozenset(

@@ -15,7 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.base import (
+from fx_quant.kernels.operands import dense, one_or_each, vllm_op
+from fx_quant.kernels.pytorch import scaled_mm
+from fx_quant.kernels.registry import (
     ROCM,
     ROCM_FLOAT8,
     TENSOR_SCALES,
@@ -24,8 +26,6 @@ from fx_quant.kernels.base import (
     register_kernel,
     register_op,
 )
-from fx_quant.kernels.operands import dense, one_or_each, vllm_op
-from fx_quant.kernels.pytorch import scaled_mm
 from fx_quant.scheme import HALF_DTYPES, Numerics
 
 # wvSplitKQ is compiled for each number of rows up to this.

@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 import torch
 
 from fx_quant.errors import NoKernelError
-from fx_quant.kernels.base import kernels
+from fx_quant.kernels.registry import kernels
+from fx_quant.kernels.select import disabled_kernels, verdicts
 from fx_quant.linear_kernels.classes import KernelT, possible_kernels
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
@@ -28,7 +29,6 @@ from fx_quant.linear_kernels.registry import (
     resolve_capability,
 )
 from fx_quant.scheme import FLOAT_DTYPES, OperandSpec, dtype_name
-from fx_quant.selection import disabled_kernels, verdicts
 from fx_quant.target import Target
 
 

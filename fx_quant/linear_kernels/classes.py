@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TypeVar
 
-from fx_quant.kernels.base import Kernel, kernels
+from fx_quant.kernels.registry import Kernel, kernels
 from fx_quant.linear_kernels.interface import MMLinearKernel
 from fx_quant.linear_kernels.registry import (
     FP8ScaledMMLinearKernel,

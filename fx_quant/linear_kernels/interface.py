@@ -7,9 +7,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from fx_quant.kernels.select import know_class
 from fx_quant.linear_kernels.configs import MMLinearLayerConfig
 from fx_quant.linear_kernels.params import Params
-from fx_quant.selection import know_class
 
 ConfigT = TypeVar("ConfigT", bound=MMLinearLayerConfig)
 ParamsT = TypeVar("ParamsT", bound=Params)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fx_quant.errors import FxQuantError, NoKernelError
-from fx_quant.kernels.base import Kernel, kernel
+from fx_quant.kernels.machine import capability_target, detect_target
 from fx_quant.kernels.operands import add_bias
-from fx_quant.linear import apply_linear
+from fx_quant.kernels.registry import Kernel, kernel
+from fx_quant.kernels.select import Verdict, disabled_kernels, verdicts
+from fx_quant.layers.linear import apply_linear
+from fx_quant.layers.linear_operands import check_bias, check_operands, linear_problem
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
     Int8ScaledMMLinearLayerConfig,
@@ -30,11 +33,8 @@ from fx_quant.linear_kernels.params import (
     replace_parameter,
     set_buffer,
 )
-from fx_quant.linear_operands import check_bias, check_operands, linear_problem
-from fx_quant.machine import capability_target, detect_target
 from fx_quant.problem import Problem
 from fx_quant.scheme import Granularity, Scheme
-from fx_quant.selection import Verdict, disabled_kernels, verdicts
 from fx_quant.target import Target, named_target
 from fx_quant.weights import azp_adjoint, convert_to_channelwise, merge_input_scales, requantize_with_max_scale
 

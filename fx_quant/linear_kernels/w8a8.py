@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fx_quant.errors import NoKernelError
-from fx_quant.fp8_linear import Fp8LinearOp, is_rocm
+from fx_quant.kernels.select import disabled_kernels
+from fx_quant.layers.linear_operands import check_bias, describe, must
 from fx_quant.linear_kernels.classes import derived_classes
+from fx_quant.linear_kernels.fp8_linear import Fp8LinearOp, is_rocm
 from fx_quant.linear_kernels.registry import Capability, resolve_capability
-from fx_quant.linear_operands import check_bias, describe, must
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES
-from fx_quant.selection import disabled_kernels
 from fx_quant.target import Target
 
 _ANY_SCALES = "torch_channelwise_w8a8_scaled_mm takes scales of any shape"

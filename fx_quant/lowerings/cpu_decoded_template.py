@@ -13,8 +13,8 @@ import torch
 from torch._inductor import ir
 from torch._inductor.lowering import to_dtype
 
+from fx_quant.kernels.cpu.decode import Decode, factor_kind
 from fx_quant.lowerings.cpu_template import N_START, SHARE, STORE, TileTemplate, contiguous, with_contiguous_rows
-from fx_quant.native_decode import Decode, factor_kind
 
 _TEMPLATE = (
     r"""

@@ -1,7 +1,7 @@
 """A C++ template around our micro-kernels: it yields the accumulator; the epilogue is fused by the scheduler.
 
 ``out[m, n] = sum_k a[m, k] * b[k, n]`` with ``b`` in packed panels of 64 columns, ``m`` dynamic, ``k`` and ``n`` static
-and otherwise free. The native code (``kernels/native``) is pasted into the rendered source.
+and otherwise free. The native code (``kernels/cpu/source``) is pasted into the rendered source.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from fx_quant.kernels.packing import PANEL
-from fx_quant.native import PLAN, Dot
-from fx_quant.tuning import table
+from fx_quant.kernels.cpu.native import PLAN, Dot
+from fx_quant.kernels.layouts import PANEL
+from fx_quant.tuning.plans import table
 
 aten = torch.ops.aten
 

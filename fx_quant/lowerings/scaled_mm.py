@@ -15,14 +15,14 @@ from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch._inductor.virtualized import V
 
-import fx_quant.kernels.cpu
-import fx_quant.kernels.cpu_decoded  # noqa: F401
-from fx_quant.kernels.cpu_int8 import LEVELS
+import fx_quant.kernels.cpu.decoded_kernels
+import fx_quant.kernels.cpu.tiled_kernels  # noqa: F401
+from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of
+from fx_quant.kernels.cpu.int8_kernels import LEVELS
+from fx_quant.kernels.cpu.native import BFLOAT16, Dot
 from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
 from fx_quant.lowerings.cpu_decoded_template import decoded_matmul
 from fx_quant.lowerings.cpu_template import can_render, tile_matmul
-from fx_quant.native import BFLOAT16, Dot
-from fx_quant.native_decode import INT4_BYTES, decode_of
 from fx_quant.target import int_mm_is_exact
 
 aten = torch.ops.aten

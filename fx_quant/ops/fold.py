@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fx_quant.ops.constants import remembered
 from fx_quant.ops.library import KEEPING_TAGS, register
-from fx_quant.purity import is_pure
-from fx_quant.remembering import remembered
+from fx_quant.ops.purity import is_pure
 
 
 def can_fold(node: Node) -> bool:

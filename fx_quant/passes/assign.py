@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.kernels.packing import TRANSPOSED
+from fx_quant.kernels.layouts import TRANSPOSED
+from fx_quant.kernels.realise import Size, kept_parts, realise
+from fx_quant.kernels.select import Selection
 from fx_quant.passes.canonical import operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.nodes import aten, is_op, shape
-from fx_quant.realise import Size, kept_parts, realise
-from fx_quant.selection import Selection
 
 
 class UnassignedError(Exception):

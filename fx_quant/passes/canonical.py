@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from fx_quant.kernels.realise import Operands
 from fx_quant.passes.nodes import args_of
-from fx_quant.realise import Operands
 
 SCALED_MM = torch.ops.fx_quant.scaled_mm.default
 WEIGHT_ONLY_MM = torch.ops.fx_quant.weight_only_mm.default

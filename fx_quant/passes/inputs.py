@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from fx_quant.ops.purity import is_pure
 from fx_quant.passes.memory import written_inputs
 from fx_quant.passes.nodes import aten, dtype, is_op, shape, tensor
-from fx_quant.purity import is_pure
 from fx_quant.scheme import CODE_DTYPES
 
 

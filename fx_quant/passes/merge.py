@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch.fx import Graph, Node
 
+from fx_quant.ops.purity import is_pure
 from fx_quant.passes.memory import Memory, is_barrier
 from fx_quant.passes.nodes import shape, spell_by_schema, tensor
-from fx_quant.purity import is_pure
 
 
 def common_subexpressions_merged(graph: Graph) -> Graph:

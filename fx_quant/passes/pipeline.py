@@ -17,6 +17,7 @@ from torch.fx import Graph
 from fx_quant.compat import copy_graph, dump_graph, is_subgraph, replace_contents
 from fx_quant.config import Options
 from fx_quant.errors import MissError, NoKernelError
+from fx_quant.kernels.select import Selection, Verdict, check_kernel_names, select
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import UnassignedError, assign
 from fx_quant.passes.canonicalize import canonicalize
@@ -44,7 +45,6 @@ from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
 from fx_quant.problem import Problem
 from fx_quant.report import Report
-from fx_quant.selection import Selection, Verdict, check_kernel_names, select
 from fx_quant.target import Target
 
 Pass = Callable[[Rewriting], None]

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
+from fx_quant.kernels.select import Verdict
 from fx_quant.passes.nodes import module_path, source_line
 from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.sites import Recognised
 from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
 from fx_quant.scheme import dtype_name
-from fx_quant.selection import Verdict
 
 
 def report_on(state: Rewriting) -> Report:

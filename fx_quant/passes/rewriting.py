@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from fx_quant.config import Options
+from fx_quant.kernels.select import Selection
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.sites import Miss, Recognised, Site
-from fx_quant.selection import Selection
 from fx_quant.target import Target
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
+from fx_quant.kernels.select import Verdict
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.axes import Dims
 from fx_quant.passes.canonical import CANONICAL, operands_of
@@ -26,7 +27,6 @@ from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
-from fx_quant.selection import Verdict
 
 
 @dataclass(frozen=True)

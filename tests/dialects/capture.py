@@ -16,8 +16,8 @@ from torch.fx import Graph, GraphModule
 
 import fx_quant
 from fx_quant.backend import RewritePass, compile_with
-from fx_quant.capture import run_eagerly
 from fx_quant.config import Options
+from fx_quant.diagnose.capture import run_eagerly
 from fx_quant.report import Report
 from fx_quant.scheme import dtype_name
 from fx_quant.target import named_target

@@ -221,7 +221,7 @@ PLANTS = (
     Plant("alpha", "passes.rules.arithmetic:_shift", _without_alpha, "alpha of add and sub is not read"),
     Plant("zero point", "passes.rules.arithmetic:_zero_point", _no_zero_point, "a zero point is dropped"),
     Plant("identities", "passes.rewrite:remove_identities", _all_identities, "an output becomes an input"),
-    Plant("random", "purity:is_pure", _all_pure, "two calls of a random op become one"),
+    Plant("random", "ops.purity:is_pure", _all_pure, "two calls of a random op become one"),
     Plant("blocks", "passes.canonicalize:_weight_blocks", _transposed_blocks, "square block scales are transposed"),
     Plant("int32", "passes.canonicalize:_point", _no_rest, "what int32 has no room for of a zero point is dropped"),
     Plant("offset", "passes.arrange:number", _negated, "the offset of codes has the wrong sign"),
@@ -234,6 +234,6 @@ PLANTS = (
     Plant("class", "passes.rules.matmuls:_moved_out_class", _exact, "scales that leave the sum are said to be exact"),
     Plant("correction", "passes.rules.arithmetic:_correct", _any_multiplier, "any multiple of column sums is a correction"),
     Plant("range", "passes.quantizers:recognise_quantizer", _one_less, "the upper bound of codes is one less"),
-    Plant("stale", "remembering:_is_current", _never_stale, "a weight that was written to is not packed again"),
+    Plant("stale", "ops.constants:_is_current", _never_stale, "a weight that was written to is not packed again"),
     Plant("exact codes", "passes.matrices:holds_exactly", _always, "a cast that wraps codes around is taken for none"),
 )  # fmt: skip

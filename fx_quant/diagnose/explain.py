@@ -1,0 +1,80 @@
+"""``explain``: what fx_quant would do with a model, on this machine or another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Graph
+
+from fx_quant.backend import safely, warn_of_failures
+from fx_quant.compat import static_input_indices
+from fx_quant.config import Options
+from fx_quant.diagnose.capture import run_captured, run_eagerly
+from fx_quant.diagnose.isolation import innermost
+from fx_quant.kernels.machine import resolve_target
+from fx_quant.loading.coded_modules import unseen_modules
+from fx_quant.loading.module_names import renamed, roots_of
+from fx_quant.loading.prepare import first_steps
+from fx_quant.passes.pipeline import run_passes
+from fx_quant.passes.reporting import report_on
+from fx_quant.report import Report
+from fx_quant.target import Target
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    target: Target | str | None = None,
+    dynamic: bool | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Every quantized matmul of ``model``: its scheme, kernel and losers, or why it would be missed.
+
+    The model runs once, op by op and without gradients, on ``args`` and ``kwargs``; nothing is compiled to machine
+    code, and the target need not be present. Compiled code of before, Dynamo's state and random numbers are afterwards
+    as they were; not for use while another thread runs compiled code.
+
+    Args:
+        target: a machine by name (``"sm90"``), a ``Target``, or None for the one the inputs are on.
+        dynamic: as for ``torch.compile``.
+        options: as for the backend; ``strict`` is ignored, as a report is the purpose.
+
+    Raises:
+        UnknownNameError: an unknown target, option or kernel.
+        NoKernelError: a forced kernel cannot run a site.
+    """
+    parsed = Options.parse({**(options or {}), "strict": False})
+    resolved = resolve_target(target, _device(args, kwargs))
+    reports: list[Report] = []
+
+    def on_graph(graph: Graph) -> None:
+        passes = functools.partial(run_passes, graph, resolved, parsed, static_input_indices(graph))
+        reports.append(safely(lambda: report_on(passes()), resolved, parsed))
+
+    capture = run_captured(model, args, kwargs, on_graph=on_graph, inner_compile=run_eagerly, dynamic=dynamic)
+    report = Report(
+        str(resolved),
+        (),
+        (),
+        graphs=0,
+        graph_breaks=sum(each.count for each in capture.breaks),
+        note=" ".join(filter(None, map(first_steps, roots_of(innermost(model)).values()))),
+        breaks=capture.breaks,
+        uncaptured=capture.uncaptured,
+    )
+    for each, called_for in zip(reports, capture.renamings, strict=True):
+        warn_of_failures(each)
+        report = replace(report, graphs=report.graphs + each.graphs)
+        for renaming in called_for:
+            report = report.merged(replace(each.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
+    return replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    return tensors[0].device if tensors else "cpu"

@@ -1,0 +1,1 @@
+"""The CPU provider: kernels, native sources, and the candidates of its tuner."""

@@ -1,0 +1,235 @@
+"""Our native matmuls of a float activation and a weight that stays packed in 8 or 4 bits until it is needed.
+
+``out = cast(sum_j a_scale[m, j] * b_scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j]) + bias[n])``
+over the groups ``j`` along k. Codes are decoded in registers, next to the products; see ``kernels/cpu/source/panel.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fx_quant.kernels.cpu.native import AVX512, BFLOAT16, FLOAT32, PLAN, TILE, Dot, for_target, load, source
+from fx_quant.scheme import FLOAT8_DTYPES
+from fx_quant.tuning.plans import PlanTable, table
+
+# Bytes become bfloat16 by a table of 128 bytes.
+_DECODED_BFLOAT16 = replace(
+    BFLOAT16,
+    source=for_target(f"{AVX512},avx512bf16,avx512vbmi", "avx512.h", "bf16.h", *TILE),
+    features=BFLOAT16.features | {"avx512_vbmi"},
+)
+_DOTS = {torch.bfloat16: _DECODED_BFLOAT16, torch.float32: FLOAT32}
+_BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
+_KINDS = {"FxqSigned": "int8", "FxqUnsigned": "int8", "FxqFloat8": "float8", "FxqNibbles": "int4"}
+_FACTOR_KINDS = {
+    torch.float32: 1,
+    torch.int8: 2,
+    torch.uint8: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.bfloat16: 6,
+    torch.float16: 7,
+}
+# The last dim of layout `int4_words`, eight k of a column; that of `pairs` and `columns` is less.
+INT4_BYTES = 4
+_OUT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How packed codes of one dtype meet an activation of one dtype.
+
+    Args:
+        dot: what multiplies the decoded codes.
+        codes: the C++ struct of the codes.
+        source: the native code.
+        step: groups along k must be multiples of it.
+    """
+
+    dot: Dot
+    codes: str
+    source: str
+    step: int
+
+    @property
+    def kind(self) -> str:
+        """What its plans are called in ``fx_quant.tuning.plans``; signed and unsigned bytes share them."""
+        return f"{self.dot.kind}_decoded_{_KINDS[self.codes]}"
+
+    def takes(self, block: Sequence[int] | None) -> bool:
+        """Whether this machine has the instructions, and a panel can be decoded group by group."""
+        return self.dot.exists_here() and (block is None or block[1] % self.step == 0)
+
+
+def is_int4(b: Tensor) -> bool:
+    """Whether packed ``b`` holds two codes to a byte."""
+    return b.shape[-1] == INT4_BYTES
+
+
+@functools.cache
+def decode_of(a_dtype: torch.dtype, code_dtype: torch.dtype, int4: bool) -> Decode:
+    """How codes of ``code_dtype`` (``int4``: two to a byte) meet an activation of ``a_dtype``, bfloat16 or float32."""
+    dot = _DOTS[a_dtype]
+    is_bf16 = a_dtype is torch.bfloat16
+    codes = "FxqNibbles" if int4 else _BYTES[code_dtype]
+    decoder = "decode_bf16.h" if is_bf16 else "decode_float32.h"
+    files = ("codes.h", decoder, "factors.h", "rows.h", "panel.h")
+    native = f"{dot.source}\n{source(*files)}"
+    step = 8 if int4 else 2 if is_bf16 else 1
+    return Decode(dot, codes, f"{_table(code_dtype)}{native}", step)
+
+
+def _table(dtype: torch.dtype) -> str:
+    """What ``codes.h`` must know of a float8 dtype; nothing for others."""
+    if dtype not in FLOAT8_DTYPES:
+        return ""
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
+    bits = (every.float().to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF).tolist()
+    return f"#define FXQ_TABLE {', '.join(map(str, bits[:128]))}\n#define FXQ_MINUS_ZERO {bits[128]}\n"
+
+
+# --- eager calls ------------------------------------------------------------------------------------------------
+
+_SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Factor(ctypes.Structure):
+    """``FxqFactor`` of ``kernels/cpu/source/factors.h``."""
+
+    _fields_ = (
+        ("kind", _SIZE),
+        ("data", _ADDRESS),
+        ("rows", _SIZE),
+        ("row_stride", _SIZE),
+        ("group_stride", _SIZE),
+        ("panel_stride", _SIZE),
+    )
+
+
+class _Weight(ctypes.Structure):
+    """``FxqWeight`` of ``kernels/cpu/source/panel.h``."""
+
+    _fields_ = (
+        ("codes", _ADDRESS),
+        ("n", _SIZE),
+        ("k", _SIZE),
+        ("group", _SIZE),
+        ("scale", _Factor),
+        ("zero_point", _Factor),
+        ("row_scale", _ADDRESS),
+        ("row_scale_stride", _SIZE),
+        ("row_scale_group_stride", _SIZE),
+    )
+
+
+class _Epilogue(ctypes.Structure):
+    """``FxqEpilogue`` of ``kernels/cpu/source/eager_decoded.h``."""
+
+    _fields_ = (
+        ("a_scale", _ADDRESS),
+        ("b_scale", _ADDRESS),
+        ("bias", _ADDRESS),
+        ("a_scale_stride", _SIZE),
+        ("b_scale_stride", _SIZE),
+        ("kind", _SIZE),
+        ("out", _ADDRESS),
+    )
+
+
+@functools.cache
+def _compiled(decode: Decode) -> Callable[..., None] | None:
+    defines = f"#define FXQ_DOT {decode.dot.struct}\n#define FXQ_CODES {decode.codes}\n"
+    library = load(decode.dot.name, f"{PLAN}{defines}{decode.source}\n{source('eager_decoded.h')}")
+    if library is None:
+        return None
+    function = library.fxq_decoded
+    function.argtypes = [_ADDRESS, _SIZE, _SIZE, ctypes.POINTER(_Weight), ctypes.POINTER(_Epilogue), _ADDRESS, _SIZE]
+    function.restype = None
+    return function
+
+
+def factor_kind(dtype: torch.dtype) -> int | None:
+    """The number of ``dtype`` in ``FxqKind``, or None where native code does not read it."""
+    return _FACTOR_KINDS.get(dtype)
+
+
+def _factor(x: Tensor | None, block: Sequence[int] | None) -> _Factor:
+    if x is None:
+        return _Factor()
+    kind = factor_kind(x.dtype)
+    if x.dim() == 3:
+        return _Factor(kind, x.data_ptr(), 1, x.stride(2), x.stride(1), x.stride(0))
+    if block is not None:
+        return _Factor(kind, x.data_ptr(), block[0], x.stride(0), x.stride(1))
+    return _Factor(kind, x.data_ptr(), 1, _column_stride(x), 0)
+
+
+def _column_stride(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 1 else x.stride(-1)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def decoded_matmul(
+    a: Tensor,
+    b: Tensor,
+    n: int,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    b_zero_point: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    block: Sequence[int] | None,
+    plans: PlanTable | None = None,
+) -> Tensor | None:
+    """The equation above of ``a [m, k]`` and packed ``b``; None where the native code cannot run.
+
+    Args:
+        a: ``[m, k]``, bfloat16 or float32.
+        b: in layout ``pairs``, ``columns`` or ``int4_words`` (``kernels/layouts.py``).
+        n: columns of the result.
+        a_scale, b_scale, b_zero_point, bias, out_dtype, block: as in ``fx_quant::scaled_mm`` and ``weight_only_mm``;
+            factors of groups may also be in panels, ``[ceil(n / 64), groups, 64]``.
+        plans: those in force for the kernel unless given.
+    """
+    decode = decode_of(a.dtype, b.dtype, is_int4(b))
+    if a.device.type != "cpu" or not decode.takes(block):
+        return None
+    function = _compiled(decode)
+    if function is None:
+        return None
+    a = a if a.stride(1) == 1 or a.shape[1] == 1 else a.contiguous()
+    m, k = a.shape
+    out = a.new_empty((m, n), dtype=out_dtype)
+    if not (m and n):
+        return out
+    # Kept alive until the call is over.
+    a_scale, bias = (None if x is None else x.float() for x in (a_scale, bias))
+    if b_scale is not None and (block is None or factor_kind(b_scale.dtype) is None):
+        b_scale = b_scale.float()
+    bias = None if bias is None else bias.contiguous()
+    if b_zero_point is not None and factor_kind(b_zero_point.dtype) is None:
+        b_zero_point = b_zero_point.to(torch.int32)
+    weight = _Weight(b.data_ptr(), n, k, max(k, 1), zero_point=_factor(b_zero_point, block))
+    epilogue = _Epilogue(bias=_address(bias), kind=_OUT_KINDS[out_dtype], out=out.data_ptr())
+    if block is None:
+        epilogue.a_scale, epilogue.b_scale = _address(a_scale), _address(b_scale)
+        epilogue.a_scale_stride = 0 if a_scale is None or a_scale.numel() == 1 else a_scale.stride(0)
+        epilogue.b_scale_stride = _column_stride(b_scale)
+    else:
+        weight.group, weight.scale = block[1], _factor(b_scale, block)
+        if a_scale is not None:
+            weight.row_scale = a_scale.data_ptr()
+            weight.row_scale_stride, weight.row_scale_group_stride = a_scale.stride()
+    plans = table(decode.kind) if plans is None else plans
+    operands = (a.data_ptr(), a.stride(0), m, ctypes.byref(weight), ctypes.byref(epilogue))
+    function(*operands, plans.array, torch.get_num_threads())
+    return out

@@ -1,0 +1,258 @@
+"""Our native micro-kernels: what each needs, its source, and how an eager call runs it.
+
+The sources (``kernels/cpu/source``) are compiled on first use with Inductor's C++ toolchain and kept in its cache;
+compiled graphs paste the same sources into their templates (``lowerings/cpu_template.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_quant.target import cpu_features
+from fx_quant.tuning.plans import PlanTable, table
+
+
+def source(*names: str) -> str:
+    """The text of files of ``kernels/cpu/source``, one after the other."""
+    folder = resources.files("fx_quant.kernels.cpu") / "source"
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One dtype that operands are multiplied in: how the native code calls it, and what the machine must have.
+
+    Args:
+        name: of the rendered kernel.
+        struct: the C++ struct that the tile is instantiated with.
+        source: the native code.
+        acc_dtype: dtype of the accumulator.
+        features: instruction sets, as a target has them.
+        vector_bits: width of the registers, which the vectors of a fused epilogue must have at least; 0 for any.
+        rows: of a tile at most.
+        packed: whether the weight is in panels; else it is ``[n, k]`` as it is stored.
+    """
+
+    name: str
+    struct: str
+    source: str
+    acc_dtype: torch.dtype
+    features: frozenset[str]
+    vector_bits: int
+    rows: int = 6
+    packed: bool = True
+
+    @property
+    def kind(self) -> str:
+        """What its plans are called in ``fx_quant.tuning.plans``."""
+        return self.name.removeprefix("fxq_")
+
+    def exists_here(self) -> bool:
+        """Whether this machine has the instructions, and PyTorch is let use them."""
+        return self.features <= _features_here()
+
+
+@functools.cache
+def _features_here() -> frozenset[str]:
+    return cpu_features()
+
+
+AVX512 = "avx512f,avx512bw,avx512dq,avx512vl"
+TILE = ("share.h", "tile.h")
+
+
+def for_target(instructions: str, *names: str) -> str:
+    """Files of ``kernels/cpu/source``, compiled for ``instructions`` as compilers call them."""
+    return f'#define FXQ_TARGET __attribute__((target("{instructions}")))\n{source(*names)}'
+
+
+INT8_AMX = Dot(
+    name="fxq_int8_amx",
+    struct="FxqInt8Amx",
+    source=for_target(f"{AVX512},avx512vnni,amx-tile,amx-int8", "avx512.h", "int8_vnni.h", *TILE, "int8_amx.h"),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx512", "avx512_vnni", "amx"}),
+    vector_bits=512,
+    rows=32,
+)
+INT8_VNNI = Dot(
+    name="fxq_int8_vnni",
+    struct="FxqInt8",
+    source=for_target(f"{AVX512},avx512vnni", "avx512.h", "int8_vnni.h", *TILE),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx512", "avx512_vnni"}),
+    vector_bits=512,
+)
+INT8_AVX512 = Dot(
+    name="fxq_int8_avx512",
+    struct="FxqInt8Avx512",
+    source=for_target(AVX512, "avx512.h", "int8_avx512.h", *TILE),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx512"}),
+    vector_bits=512,
+)
+INT8_AVX_VNNI = Dot(
+    name="fxq_int8_avx_vnni",
+    struct="FxqInt8AvxVnni",
+    source=for_target("avx2,avxvnni", "int8_avx2.h", "int8_avx_vnni.h", *TILE),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx2", "avx_vnni"}),
+    vector_bits=256,
+)
+INT8_AVX2 = Dot(
+    name="fxq_int8_avx2",
+    struct="FxqInt8Avx2",
+    source=for_target("avx2", "int8_avx2.h", *TILE),
+    acc_dtype=torch.int32,
+    features=frozenset({"avx2"}),
+    vector_bits=256,
+)
+INT8_PORTABLE = Dot(
+    name="fxq_int8_portable",
+    struct="FxqInt8Portable",
+    source=source("share.h", "int8_portable.h"),
+    acc_dtype=torch.int32,
+    features=frozenset(),
+    vector_bits=0,
+    rows=4,
+    packed=False,
+)
+BFLOAT16 = Dot(
+    name="fxq_bf16",
+    struct="FxqBf16",
+    source=for_target(f"{AVX512},avx512bf16", "avx512.h", "bf16.h", *TILE),
+    acc_dtype=torch.float32,
+    features=frozenset({"avx512", "avx512_bf16"}),
+    vector_bits=512,
+)
+FLOAT32 = Dot(
+    name="fxq_float32",
+    struct="FxqFloat32",
+    source=for_target(AVX512, "avx512.h", "float32.h", *TILE),
+    acc_dtype=torch.float32,
+    features=frozenset({"avx512"}),
+    vector_bits=512,
+)
+
+# Goes before the source of every kernel.
+PLAN = source("plan.h")
+
+_EAGER = r"""
+#include <omp.h>
+%(plan)s
+%(source)s
+extern "C" __attribute__((visibility("default")))
+void fxq_matmul(
+    const void* a_, int64_t lda, const void* b_, int64_t m, int64_t n, int64_t k, void* out_,
+    const FxqPlan* plans, int64_t threads)
+{
+  using Dot = %(struct)s;
+  const auto a = static_cast<const Dot::A*>(a_);
+  const auto b = static_cast<const Dot::B*>(b_);
+  const auto out = static_cast<Dot::Acc*>(out_);
+  const int64_t panels = (n + FXQ_PANEL - 1) / FXQ_PANEL;
+  const int64_t panel_size = (k + Dot::GROUP - 1) / Dot::GROUP * FXQ_PANEL * Dot::GROUP;
+  const FxqPlan& plan = fxq_plan(plans, m);
+#pragma omp parallel num_threads(fxq_threads(plan, m, n, k, threads))
+  {
+    const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num(), Dot::ROWS);
+    [[maybe_unused]] Dot::State state;
+    alignas(64) Dot::Acc start[FXQ_CHUNK_ROWS];
+    alignas(64) Dot::Acc acc[FXQ_CHUNK_ROWS * FXQ_PANEL];
+    for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
+      const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
+      for (int64_t r = 0; r < rows; r++) {
+        start[r] = Dot::row_start(a + (chunk + r) * lda, k);
+      }
+      const int64_t blocks = (rows + Dot::ROWS - 1) / Dot::ROWS;
+      const FxqParts parts(plan, blocks, k);
+      for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
+        const int64_t width = std::min(FXQ_PANEL, n - panel * FXQ_PANEL);
+        for (int64_t i = 0; i < parts.count; i++) {
+          const FxqPart part = parts[i];
+          for (int64_t block = 0; block < blocks; block++) {
+            const int64_t first = chunk + rows * block / blocks, end = chunk + rows * (block + 1) / blocks;
+            const auto columns = b + panel * panel_size;
+            const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, part);
+            const auto sums = parts.count == 1 ? acc : acc + (first - chunk) * FXQ_PANEL;
+            fxq_tile<Dot>(
+                state, end - first, width, a + first * lda, lda, columns, part, start + (first - chunk), ahead, sums);
+            for (int64_t r = first; part.to == k && r < end; r++) {
+              std::memcpy(out + r * n + panel * FXQ_PANEL, sums + (r - first) * FXQ_PANEL, width * sizeof(Dot::Acc));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+"""
+
+
+def load(name: str, code: str) -> Any | None:
+    """``code`` compiled for this machine, as a ``ctypes`` library; None, with a warning, where that fails."""
+    from fx_quant.compat import load_cpp
+
+    try:
+        return load_cpp(code)
+    except Exception as error:  # noqa: BLE001  (a compiler may fail in any way)
+        warnings.warn(
+            f"fx_quant: {name} could not be compiled ({error!r}); eager calls unpack the weight each time, slowly. "
+            "Install a C++ compiler (g++ or clang++) or set CXX.",
+            stacklevel=3,
+        )
+        return None
+
+
+@functools.cache
+def compiled(dot: Dot) -> Callable[..., None] | None:
+    """The eager entry point of ``dot``, compiled once; None, with a warning, where that fails."""
+    library = load(dot.name, eager_source(dot))
+    return None if library is None else entry_point(library)
+
+
+def eager_source(dot: Dot) -> str:
+    """The native code of ``dot`` with the entry point of eager calls."""
+    return _EAGER % {"plan": PLAN, "source": dot.source, "struct": dot.struct}
+
+
+def entry_point(library: Any) -> Callable[..., None]:
+    """The function of a compiled ``eager_source``.
+
+    ``(a, lda, b, m, n, k, out, plans, threads)``: addresses, and sizes in elements.
+    """
+    function = library.fxq_matmul
+    size, address = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [address, size, address, size, size, size, address, address, size]
+    function.restype = None
+    return function
+
+
+def matmul(dot: Dot, a: Tensor, b: Tensor, n: int, plans: PlanTable | None = None) -> Tensor | None:
+    """``[m, n]`` accumulator of ``a [m, k]`` and ``b``; None where the native code cannot run.
+
+    ``b`` is packed, or the weight as ``[k, n]`` where ``dot`` takes it so.
+    ``plans`` are those in force for ``dot`` unless given.
+    """
+    if a.device.type != "cpu" or not dot.exists_here():
+        return None
+    function = compiled(dot)
+    if function is None:
+        return None
+    a = a if a.stride(1) == 1 or a.shape[1] == 1 else a.contiguous()
+    b = b if dot.packed else b.t().contiguous()
+    m, k = a.shape
+    out = a.new_empty((m, n), dtype=dot.acc_dtype)
+    if m and n:
+        plans = table(dot.kind) if plans is None else plans
+        function(a.data_ptr(), a.stride(0), b.data_ptr(), m, n, k, out.data_ptr(), plans.array, torch.get_num_threads())
+    return out

@@ -1,0 +1,108 @@
+"""The eager face: a kernel selected for the device that tensors are on, and its plan realised over them at once."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_quant.kernels.machine import detect_target
+from fx_quant.kernels.realise import Operands, kept_parts, realise
+from fx_quant.kernels.registry import empty_product
+from fx_quant.kernels.select import DISABLED_VARIABLE, Selection, select
+from fx_quant.problem import Problem
+from fx_quant.reasons import without_compiler
+from fx_quant.target import Target
+
+
+@functools.lru_cache(maxsize=64)
+def target_of(device: torch.device) -> Target:
+    """The machine that tensors on ``device`` run on; asked once, as a call must cost microseconds."""
+    return detect_target(device)
+
+
+def eager_selection(problem: Problem, target: Target, force_kernel: str | None = None) -> Selection:
+    """``select`` for an eager call; remembered for equal arguments. Says once what a missing C++ compiler costs.
+
+    Raises:
+        NoKernelError: no kernel can run it, or the forced one cannot.
+    """
+    return _remembered(problem, target, force_kernel, os.environ.get(DISABLED_VARIABLE, ""))
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered(problem: Problem, target: Target, force_kernel: str | None, _disabled: str) -> Selection:
+    selection = select(problem, target, force_kernel=force_kernel, mode="eager")
+    if force_kernel is None and selection.without_compiler:
+        _warn_once(without_compiler(selection.without_compiler[:1]))
+    return selection
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(f"fx_quant: {text}", stacklevel=5)
+
+
+class _AtOnce:
+    """Does each step of a plan when it is asked for."""
+
+    @staticmethod
+    def call(op: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return op(*args, **kwargs)
+
+    @staticmethod
+    def cast(x: Tensor, to: torch.dtype) -> Tensor:
+        return x.to(to)
+
+    @staticmethod
+    def shape(x: Tensor) -> torch.Size:
+        return x.shape
+
+
+def run_kernel(
+    selection: Selection,
+    a: Tensor,
+    weight: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    *,
+    a_zero_point: Tensor | None = None,
+    b_zero_point: Tensor | None = None,
+    block: tuple[int, int] | None = None,
+    constant: Collection[str] = ("b",),
+) -> Tensor:
+    """``out [m, n]`` of the selected kernel: pads, packs what is constant once, calls, unpads.
+
+    Where a size is 0 no kernel is called.
+
+    Args:
+        selection: kernel and padding plan.
+        a: codes ``[m, k]``, or a float activation for a weight-only kernel.
+        weight: codes ``[n, k]`` (or packed int4 ``[n, k / 2]``), any strides.
+        a_scale: one element or ``[m, 1]``; with ``block = (r, c)`` ``[m, ceil(k / c)]``.
+        b_scale: one element or ``[n]``; with ``block`` ``[ceil(n / r), ceil(k / c)]``.
+        bias: ``[n]``.
+        a_zero_point: int32 of the shape of ``a_scale``; beside integer codes only.
+        b_zero_point: integers of the shape of ``b_scale``; for a weight-only kernel only.
+        block: rows and columns of the weight that share one scale, or None.
+        constant: which of ``b`` (the weight), ``b_scale`` and ``b_zero_point`` are the same tensors in the next call,
+            so that what is made of them is kept.
+    """
+    problem = selection.problem
+    if 0 in (a.shape[0], problem.n, problem.k):
+        return empty_product(a, problem.n, bias, problem.out_dtype)
+    of = Operands(a, weight.t(), a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block)
+    parts = kept_parts(selection, of, constant)
+    kept: dict[str, Tensor] = {}
+    if parts:
+        sources = {"b": weight, "b_scale": b_scale, "b_zero_point": b_zero_point}
+        layouts = [layout for _, layout in parts.values()]
+        packed = torch.ops.fx_quant.prepack([sources[name] for name, _ in parts.values()], layouts)
+        kept = dict(zip(parts, packed, strict=True))
+    return realise(_AtOnce, selection, of, kept)

@@ -1,0 +1,363 @@
+"""Packed weights: the layouts that kernels read, and the op that packs each weight once.
+
+``fx_quant::prepack`` is one call for all weights of a graph. Its body keeps what it packed:
+
+- a *group* is one call site's list of weights, see ``ops/constants.py``: a repeated call hands out the same tensors, unless
+  a weight was written to;
+- a *packed weight* is kept by storage, offset, shape and strides, so tied weights and views are packed once.
+
+What was packed is dropped when its weight's storage dies, or by ``clear_packed_weights()``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fx_quant.errors import FxQuantError, unknown_name
+from fx_quant.kernels.huge_pages import in_huge_pages
+from fx_quant.ops import KEEPING_TAGS, MATMUL_TAGS, register
+from fx_quant.ops.constants import Mark, forget, forget_all, remembered, view_of
+from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
+
+PANEL = 64
+TRANSPOSED = ".t"
+FACTOR_PANELS = "factor_panels"
+_PADDED = re.compile(r"padded_(\d+)x(\d+)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A packed form of a weight ``[n, k]``.
+
+    Args:
+        name: as kernels and the op spell it.
+        weights: dtypes that it packs; empty for any.
+        dtype: dtype of the packed tensor; None keeps the weight's.
+        shape: ``(n, k)`` to the shape of the packed tensor.
+        pack: weight of any strides to a new contiguous tensor of that shape and dtype; never an alias.
+        unpack: the packed tensor, ``n`` and ``k`` to the weight ``[n, k]``, int8 or the packed dtype; None where the
+            result does not hold the weight.
+        align: both sizes of the weight must be multiples of it.
+    """
+
+    name: str
+    weights: frozenset[torch.dtype]
+    dtype: torch.dtype | None
+    shape: Callable[[int, int], tuple[int, ...]]
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, int, int], Tensor] | None
+    align: int = 1
+
+
+def _to_panels(weight: Tensor, group: int) -> Tensor:
+    """``[n, k]`` -> contiguous ``[ceil(n/64), ceil(k/group), 64, group]``, zeros where there is no weight."""
+    n, k = weight.shape
+    padded = F.pad(weight, (0, -k % group, 0, -n % PANEL))
+    panels = padded.reshape(-(-n // PANEL), PANEL, -(-k // group), group).permute(0, 2, 1, 3)
+    return panels.clone(memory_format=torch.contiguous_format)
+
+
+def _from_panels(packed: Tensor, n: int, k: int) -> Tensor:
+    panels, groups, _, group = packed.shape
+    return packed.permute(0, 2, 1, 3).reshape(panels * PANEL, groups * group)[:n, :k]
+
+
+def _panel_shape(group: int) -> Callable[[int, int], tuple[int, ...]]:
+    return lambda n, k: (-(-n // PANEL), -(-k // group), PANEL, group)
+
+
+def _byte_panels(weight: Tensor, group: int) -> Tensor:
+    """``_to_panels`` of codes of a byte each; padding does not know float8."""
+    return _to_panels(weight.view(torch.uint8), group).view(weight.dtype)
+
+
+def _codes_from_panels(packed: Tensor, n: int, k: int) -> Tensor:
+    return _from_panels(packed.view(torch.uint8), n, k).view(packed.dtype)
+
+
+# Half a panel as ``decode_bf16.h`` reads it: quarters, lanes and columns, of which quarters and lanes change places.
+def _pairs(weight: Tensor) -> Tensor:
+    panels = _byte_panels(weight, 2)
+    columns = panels.view(torch.uint8).unflatten(2, (2, 2, 4, 4)).transpose(3, 4).flatten(2, 5)
+    return columns.contiguous().view(weight.dtype)
+
+
+def _from_pairs(packed: Tensor, n: int, k: int) -> Tensor:
+    columns = packed.view(torch.uint8).unflatten(2, (2, 4, 2, 4)).transpose(3, 4).flatten(2, 5)
+    return _from_panels(columns, n, k).view(packed.dtype)
+
+
+def _int4_words(weight: Tensor) -> Tensor:
+    """``[n, k / 2]`` bytes (code + 8, even k low) -> ``[ceil(n/64), ceil(k/8), 64, 4]``; missing codes are 0."""
+    n, pairs = weight.shape
+    padded = F.pad(weight, (0, -pairs % 4, 0, -n % PANEL), value=0x88)
+    # Bytes b0..b3 of a column hold k 0..7: the even ones are the nibbles of the first two bytes, the odd ones follow.
+    quads = padded.reshape(-(-n // PANEL), PANEL, -1, 4).permute(0, 2, 1, 3)
+    low, high = quads & 0xF, quads >> 4
+    return torch.cat([nibbles[..., 0::2] | nibbles[..., 1::2] << 4 for nibbles in (low, high)], -1)
+
+
+def _from_int4_words(packed: Tensor, n: int, k: int) -> Tensor:
+    low, high = packed & 0xF, packed >> 4
+    nibbles = torch.stack((low, high), -1).flatten(-2)  # even k 0, 2, 4, 6, then odd k
+    quads = nibbles[..., :4] | nibbles[..., 4:] << 4
+    return _from_panels(quads.contiguous(), n, k)
+
+
+def _factor_panels(factor: Tensor) -> Tensor:
+    """``[n, groups]`` -> contiguous ``[ceil(n/64), groups, 64]``, zeros where there is no column."""
+    n, groups = factor.shape
+    padded = F.pad(factor, (0, 0, 0, -n % PANEL))
+    return padded.reshape(-(-n // PANEL), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+_LAYOUTS: dict[str, Layout] = {}
+
+
+def register_layout(layout: Layout) -> Layout:
+    """Add ``layout`` to those that ``prepack`` knows.
+
+    Raises:
+        FxQuantError: another layout has the same name.
+    """
+    if _LAYOUTS.setdefault(layout.name, layout) is not layout:
+        raise FxQuantError(f"layout name {layout.name!r} must be unique, it is registered already; choose another")
+    return layout
+
+
+for _layout in (
+    # vpdpbusd multiplies unsigned by signed bytes. The weight is made the unsigned one (weight + 128), so that
+    # activation codes are read as they are; the kernel takes 128 * sum_k a[m, k] off again.
+    Layout(
+        name="vnni",
+        weights=frozenset({torch.int8}),
+        dtype=torch.uint8,
+        shape=_panel_shape(4),
+        pack=lambda weight: _to_panels(weight, 4).view(torch.uint8).bitwise_xor_(0x80),
+        unpack=lambda packed, n, k: _from_panels(packed.bitwise_xor(0x80).view(torch.int8), n, k),
+    ),
+    # Every float8 value is exact in bfloat16; vdpbf16ps multiplies pairs along k.
+    Layout(
+        name="bf16_pairs",
+        weights=FLOAT8_DTYPES,
+        dtype=torch.bfloat16,
+        shape=_panel_shape(2),
+        pack=lambda weight: _to_panels(weight.to(torch.bfloat16), 2),
+        unpack=_from_panels,
+    ),
+    # Codes that are decoded panel by panel: pairs along k where bfloat16 is multiplied, plain columns where float32 is.
+    Layout(
+        name="pairs",
+        weights=CODE_DTYPES,
+        dtype=None,
+        shape=_panel_shape(2),
+        pack=_pairs,
+        unpack=_from_pairs,
+    ),
+    Layout(
+        name="columns",
+        weights=CODE_DTYPES,
+        dtype=None,
+        shape=_panel_shape(1),
+        pack=partial(_byte_panels, group=1),
+        unpack=_codes_from_panels,
+    ),
+    # Two codes to a byte, so k counts bytes here.
+    Layout(
+        name="int4_words",
+        weights=frozenset({torch.uint8}),
+        dtype=torch.uint8,
+        shape=_panel_shape(4),
+        pack=_int4_words,
+        unpack=_from_int4_words,
+    ),
+    # Scales and zero points ``[n, groups]`` as the kernels that walk panels read them.
+    Layout(
+        name=FACTOR_PANELS,
+        weights=frozenset(),
+        dtype=None,
+        shape=lambda n, groups: (-(-n // PANEL), groups, PANEL),
+        pack=_factor_panels,
+        unpack=lambda packed, n, groups: packed.transpose(1, 2).reshape(-1, groups)[:n],
+    ),
+    Layout(
+        name="float32",
+        weights=FLOAT8_DTYPES,
+        dtype=torch.float32,
+        shape=lambda n, k: (k, n),
+        pack=lambda weight: weight.float().t().contiguous(),
+        unpack=lambda packed, n, k: packed.t(),
+    ),
+    # What a zero point of the activation brings into the sum: computed once, as it takes a pass over the weight.
+    Layout(
+        name="sums",
+        weights=frozenset({torch.int8}),
+        dtype=torch.int32,
+        shape=lambda n, k: (n,),
+        pack=lambda weight: weight.sum(1, dtype=torch.int32),
+        unpack=None,
+    ),
+):
+    register_layout(_layout)
+
+
+def layouts() -> tuple[Layout, ...]:
+    """Every registered layout."""
+    return tuple(_LAYOUTS.values())
+
+
+def packed_layout(name: str) -> Layout:
+    """The layout called ``name``.
+
+    Raises:
+        UnknownNameError: no layout has that name.
+    """
+    if name not in _LAYOUTS and name.endswith(TRANSPOSED):
+        return _transposed(packed_layout(name.removesuffix(TRANSPOSED)))
+    sizes = _PADDED.fullmatch(name)
+    if sizes is not None:
+        return _padded(int(sizes[1]), int(sizes[2]))
+    if name not in _LAYOUTS:
+        raise unknown_name("layout", name, _LAYOUTS)
+    return _LAYOUTS[name]
+
+
+def padded(rows: int, columns: int) -> str:
+    """The name of the layout of weights that are padded with zeros to ``[rows, columns]``, each once."""
+    return f"padded_{rows}x{columns}"
+
+
+@functools.cache
+def _padded(rows: int, columns: int) -> Layout:
+    return Layout(
+        name=padded(rows, columns),
+        weights=frozenset(),
+        dtype=None,
+        shape=lambda n, k: (rows, columns),
+        pack=lambda weight: F.pad(weight, (0, columns - weight.shape[1], 0, rows - weight.shape[0])).contiguous(),
+        unpack=lambda packed, n, k: packed[:n, :k],
+    )
+
+
+@functools.cache
+def _transposed(layout: Layout) -> Layout:
+    """``layout`` of a weight that is given as ``[k, n]``."""
+    unpack = layout.unpack
+    return replace(
+        layout,
+        name=f"{layout.name}{TRANSPOSED}",
+        shape=lambda k, n: layout.shape(n, k),
+        pack=lambda weight: layout.pack(weight.t()),
+        unpack=None if unpack is None else lambda packed, k, n: unpack(packed, n, k).t(),
+    )
+
+
+def _check_weight(weight: Tensor, layout: Layout) -> None:
+    torch._check(weight.dim() == 2, lambda: f"prepack: a weight must be [n, k], got {list(weight.shape)}")
+    torch._check(
+        not layout.weights or weight.dtype in layout.weights,
+        lambda: (
+            f"prepack: layout {layout.name!r} packs {' or '.join(sorted(map(dtype_name, layout.weights)))}, "
+            f"got {dtype_name(weight.dtype)}"
+        ),
+    )
+    torch._check(
+        all(size % layout.align == 0 for size in weight.shape),
+        lambda: f"prepack: layout {layout.name!r} packs sizes in multiples of {layout.align}, got {list(weight.shape)}",
+    )
+
+
+def pack_weight(weight: Tensor, layout: str) -> Tensor:
+    """``weight [n, k]`` in ``layout``, as a new tensor; nothing is remembered."""
+    found = packed_layout(layout)
+    _check_weight(weight, found)
+    if weight.numel() == 0:
+        return weight.new_zeros(found.shape(*weight.shape), dtype=found.dtype or weight.dtype)
+    with torch.no_grad():
+        return in_huge_pages(found.pack(weight.detach()))
+
+
+# --- what was packed --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """One packed weight: valid while its storage lives and holds what was packed."""
+
+    mark: Mark
+    death: weakref.ref
+    tensor: Tensor
+
+
+_packed: dict[tuple, _Packed] = {}
+
+
+def clear_packed_weights() -> None:
+    """Forget every packed weight; each is packed again when it is next used."""
+    forget_all()
+    _packed.clear()
+
+
+def forget_storages(storages: Collection[int]) -> None:
+    """Forget what was computed of tensors in ``storages``, given by ``_cdata``."""
+    forget(storages)
+    for key in [key for key in _packed if key[0] in storages]:
+        _packed.pop(key, None)
+
+
+def _packed_once(weight: Tensor, name: str, mark: Mark) -> Tensor:
+    storage = weight.untyped_storage()
+    key = (storage._cdata, weight.storage_offset(), view_of(weight), name)
+    found = _packed.get(key)
+    if found is not None and not found.mark.storage.expired() and found.mark.same_content(mark):
+        return found.tensor
+    tensor = pack_weight(weight, name)
+    _packed[key] = _Packed(mark, weakref.ref(storage, lambda _: _packed.pop(key, None)), tensor)
+    return tensor
+
+
+def prepack(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
+    """Weights ``[n, k]``, any strides, packed: ``result[i]`` is ``weights[i]`` in ``layouts[i]``.
+
+    A layout's name with ``TRANSPOSED`` behind it takes the weight as ``[k, n]``: what a graph holds is given as it is,
+    as views that a graph makes anew have no version.
+
+    The results are kept and handed out again: do not write to them. They never alias an input; equal inputs give the
+    same tensor.
+    """
+
+    def pack(marks: Sequence[Mark]) -> list[Tensor]:
+        return [_packed_once(*each) for each in zip(weights, layouts, marks, strict=True)]
+
+    return remembered(weights, tuple(layouts), pack)
+
+
+def _prepack_fake(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
+    torch._check(
+        len(weights) == len(layouts),
+        lambda: f"prepack: one layout for each weight, got {len(weights)} weights and {len(layouts)} layouts",
+    )
+    results = []
+    for weight, name in zip(weights, layouts, strict=True):
+        layout = packed_layout(name)
+        _check_weight(weight, layout)
+        results.append(weight.new_empty(layout.shape(*weight.shape), dtype=layout.dtype or weight.dtype))
+    return results
+
+
+register(
+    "pack(Tensor weight, str layout) -> Tensor",
+    pack_weight,
+    lambda weight, layout: _prepack_fake([weight], [layout])[0],
+    MATMUL_TAGS,
+)
+register("prepack(Tensor[] weights, str[] layouts) -> Tensor[]", prepack, _prepack_fake, KEEPING_TAGS)

@@ -1,0 +1,180 @@
+"""A selection, realised: pad, cast, pack, call the kernel, unpad. Over tensors at once, and over the nodes of a graph.
+
+Both faces run this one function, so that an eager call and a compiled one cannot differ in what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from fx_quant.kernels.layouts import FACTOR_PANELS, padded
+from fx_quant.kernels.select import Selection
+
+aten = torch.ops.aten
+Value = TypeVar("Value")
+Size = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class Operands(Generic[Value]):
+    """Arguments of ``fx_quant::scaled_mm`` or, with a float ``a``, of ``fx_quant::weight_only_mm``.
+
+    Args:
+        a: codes ``[m, k]``, or a float activation.
+        b: codes ``[k, n]``, or packed int4 ``[k / 2, n]``.
+        a_scale: one element or ``[m, 1]``; with ``block = (r, c)`` ``[m, ceil(k / c)]``.
+        b_scale: one element or ``[n]``; with ``block`` ``[ceil(n / r), ceil(k / c)]``.
+        bias: ``[n]``.
+        out_dtype: dtype of the result.
+        a_zero_point: int32 of the shape of ``a_scale``.
+        b_zero_point: integers of the shape of ``b_scale``.
+        block: rows and columns of the weight that share one scale, or None.
+    """
+
+    a: Value
+    b: Value
+    a_scale: Value | None
+    b_scale: Value | None
+    bias: Value | None
+    out_dtype: torch.dtype
+    a_zero_point: Value | None = None
+    b_zero_point: Value | None = None
+    block: tuple[int, int] | None = None
+
+
+class Face(Protocol[Value]):
+    """How the steps of a plan are done: over tensors at once, or as nodes of a graph."""
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Value:
+        """The result of ``op``."""
+        ...
+
+    def cast(self, x: Value, to: torch.dtype) -> Value:
+        """``x`` in ``to``, which holds each of its values."""
+        ...
+
+    def shape(self, x: Value) -> Sequence[Size]:
+        """The sizes of ``x``."""
+        ...
+
+
+def kept_parts(selection: Selection, of: Operands, constant: Collection[str]) -> dict[str, tuple[str, str]]:
+    """What is computed once of operands that do not change: by part, the name of its operand and the layout.
+
+    The parts are ``b`` (the weight as the kernel reads it), ``b_sum``, ``b_scale`` and ``b_zero_point``.
+
+    Args:
+        constant: names of the operands that do not change from call to call.
+    """
+    kernel, problem, padding = selection.kernel, selection.problem, selection.padding
+    parts = {}
+    if kernel.layout is not None:
+        parts["b"] = "b", kernel.layout
+    elif "b" in constant and (padding.n, padding.k) != (problem.n, problem.k):
+        # Codes of int4 beyond k meet zeros of the activation, whatever they decode to.
+        parts["b"] = "b", padded(padding.n, padding.k // problem.scheme.weight.codes_per_element)
+    if of.a_zero_point is not None and "b" in constant:
+        parts["b_sum"] = "b", "sums"
+    if kernel.panel_factors and of.block is not None and of.block[0] == 1:
+        for name in ("b_scale", "b_zero_point"):
+            if name in constant and getattr(of, name) is not None:
+                parts[name] = name, FACTOR_PANELS
+    return parts
+
+
+def realise(face: Face[Value], selection: Selection, of: Operands[Value], kept: dict[str, Value]) -> Value:
+    """``out [m, n]`` of the selected kernel on ``of``.
+
+    Padded codes are 0, padded scales 1 (finite), padded zero points and bias 0.
+
+    Args:
+        kept: what ``kept_parts`` asks for.
+    """
+    kernel, problem, padding = selection.kernel, selection.problem, selection.padding
+    pad_n, pad_k = padding.n - problem.n, padding.k - problem.k
+    m = face.shape(of.a)[0]
+    rows = max(m, padding.rows) if padding.rows else m
+    more = rows - m if padding.rows else 0
+
+    def grown(x: Value | None, behind: Sequence[Size], value: float) -> Value | None:
+        """``x`` with ``behind[i]`` more elements of ``value`` in dim ``i``."""
+        if x is None or not any(behind):
+            return x
+        pads = [each for count in reversed(behind) for each in (0, count)]
+        return face.call(aten.constant_pad_nd.default, x, pads, value)
+
+    def to_shape(x: Value | None, shape: Sequence[Size], value: float) -> Value | None:
+        if x is None:
+            return x
+        return grown(x, [wanted - size for wanted, size in zip(shape, face.shape(x), strict=True)], value)
+
+    def more_rows(x: Value | None, value: float) -> Value | None:
+        """One element for each row grows with the rows; one for all stays as it is."""
+        grows = x is not None and more and len(face.shape(x)) > 1 and face.shape(x)[0] == m
+        return grown(x, (more, 0), value) if grows else x
+
+    def more_columns(x: Value | None, value: float) -> Value | None:
+        if x is None or not pad_n or all(size == 1 for size in face.shape(x)):
+            return x
+        return grown(x, [0] * (len(face.shape(x)) - 1) + [pad_n], value)
+
+    a = of.a if not (more or pad_k) else face.call(aten.constant_pad_nd.default, of.a, [0, pad_k, 0, more], 0)
+    if kernel.a_dtype is not None:
+        a = face.cast(a, kernel.a_dtype)
+    factors = {"a_scale": of.a_scale, "a_zero_point": of.a_zero_point}
+    factors |= {name: kept.get(name, getattr(of, name)) for name in ("b_scale", "b_zero_point")}
+    if of.block is None:
+        for name, fill in (("scale", 1), ("zero_point", 0)):
+            factors[f"a_{name}"] = more_rows(factors[f"a_{name}"], fill)
+            factors[f"b_{name}"] = more_columns(factors[f"b_{name}"], fill)
+    elif more or pad_n or pad_k:
+        down, across = -(-padding.n // of.block[0]), -(-padding.k // of.block[1])
+        factors["a_scale"] = to_shape(factors["a_scale"], (rows, across), 1)
+        for name, fill in (("b_scale", 1), ("b_zero_point", 0)):
+            if name not in kept:
+                factors[name] = to_shape(factors[name], (down, across), fill)
+    sums = kept.get("b_sum")
+    if of.a_zero_point is not None and sums is None:
+        sums = face.call(aten.sum.dim_IntList, of.b, [0], dtype=torch.int32)
+    given = {
+        "a_zero_point": factors["a_zero_point"],
+        "b_sum": more_columns(sums, 0),
+        "b_zero_point": factors["b_zero_point"],
+        "block": of.block,
+    }
+    out = face.call(
+        kernel.overload(),
+        a,
+        _weight(face, selection, of.b, kept),
+        factors["a_scale"],
+        factors["b_scale"],
+        grown(of.bias, (pad_n,), 0),
+        padding.n,
+        of.out_dtype,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if more:
+        out = face.call(aten.slice.Tensor, out, 0, 0, m)
+    if pad_n:
+        out = face.call(aten.slice.Tensor, out, 1, 0, problem.n)
+        out = face.call(aten.clone.default, out, memory_format=torch.contiguous_format)
+    return out
+
+
+def _weight(face: Face[Value], selection: Selection, b: Value, kept: dict[str, Value]) -> Value:
+    """The weight as the kernel reads it: packed, or ``[k, n]``, padded as planned."""
+    kernel, padding = selection.kernel, selection.padding
+    if "b" in kept:
+        return kept["b"] if kernel.layout is not None else face.call(aten.permute.default, kept["b"], [1, 0])
+    k, n = face.shape(b)
+    pad_n, pad_k = padding.n - n, padding.k // selection.problem.scheme.weight.codes_per_element - k
+    if not (pad_n or pad_k):
+        return b
+    # Padded as [n, k]: padding makes its result row-major, and GPU kernels read b column by column.
+    b = face.call(aten.permute.default, b, [1, 0])
+    b = face.call(aten.constant_pad_nd.default, b, [0, pad_k, 0, pad_n], 0)
+    return face.call(aten.permute.default, b, [1, 0])

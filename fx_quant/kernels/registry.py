@@ -1,0 +1,348 @@
+"""What a kernel is: a registered custom op, what it requires, and how its weight is prepared. All of it data."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import itertools
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from packaging.version import Version
+
+from fx_quant.errors import FxQuantError, unknown_name
+from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
+from fx_quant.problem import Problem
+from fx_quant.reasons import missing_feature, other_codes, other_platform
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, Numerics, dtype_name
+from fx_quant.target import Target
+
+ENTRY_POINT_GROUP = "fx_quant.kernels"
+
+
+@dataclass(frozen=True)
+class Requires:
+    """Everything that must hold for a kernel to run; ``unmet`` names each thing that does not.
+
+    An empty set or None means no requirement.
+
+    Args:
+        platforms: platforms it runs on.
+        min_capability, max_capability: bounds of the NVIDIA compute capability (``90``), checked on ``cuda`` only.
+        features: target features that must all be present.
+        packages: least version of each package that must be installed.
+        codes: ``(activation dtype, weight dtype)`` pairs of codes.
+        granularities: ``(activation, weight)`` granularity pairs.
+        out_dtypes: dtypes it can return.
+        out_as_activation: it returns the dtype of a float activation (weight-only kernels).
+        bias: it can add a bias.
+        bias_dtypes: dtypes of the bias it can add (a missing bias is always fine).
+        bias_as_out: a bias must have the dtype of the result.
+        align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
+        align_n: ``n`` must be a multiple of it too, and is not padded to it.
+        whole_groups: ``k`` must be a multiple of the group that shares a scale.
+        max_k: largest ``k`` it accepts.
+        asymmetric: operands (``"activation"``, ``"weight"``) that may have a zero point.
+        constant_weight: the weight must be a parameter or constant, because it is packed once.
+    """
+
+    platforms: frozenset[str] = frozenset()
+    min_capability: int | None = None
+    max_capability: int | None = None
+    features: frozenset[str] = frozenset()
+    packages: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    codes: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
+    granularities: frozenset[tuple[Granularity, Granularity]] = frozenset()
+    out_dtypes: frozenset[torch.dtype] = frozenset()
+    out_as_activation: bool = False
+    bias: bool = True
+    bias_dtypes: frozenset[torch.dtype] = frozenset()
+    bias_as_out: bool = False
+    align: int = 1
+    align_n: int = 1
+    paddable: bool = True
+    whole_groups: bool = False
+    max_k: int | None = None
+    asymmetric: frozenset[str] = frozenset()
+    constant_weight: bool = False
+
+    def unmet_by_target(self, target: Target) -> list[str]:
+        """Reasons why ``target`` cannot run the kernel at all; empty when it can."""
+        reasons = []
+        if self.platforms and target.platform not in self.platforms:
+            reasons.append(other_platform(_one_of(self.platforms), target.platform))
+        capability = target.capability
+        if capability is not None and self.min_capability is not None and capability < self.min_capability:
+            reasons.append(f"needs sm{self.min_capability} or newer, target is {target.arch}")
+        if capability is not None and self.max_capability is not None and capability > self.max_capability:
+            reasons.append(f"needs sm{self.max_capability} or older, target is {target.arch}")
+        reasons += [missing_feature(feature, target.arch) for feature in sorted(self.features - target.features)]
+        for package, least in self.packages.items():
+            found = target.version(package)
+            if found is None:
+                reasons.append(f"needs {package}>={least}, which is not installed")
+            elif found < Version(least):
+                reasons.append(f"needs {package}>={least}, found {found}")
+        return reasons
+
+    def unmet_by_problem(self, problem: Problem) -> list[str]:
+        """Reasons why the kernel cannot run ``problem`` on any target; empty when it can."""
+        activation, weight = problem.scheme.activation, problem.scheme.weight
+        reasons = []
+        if self.codes and (activation.dtype, weight.dtype) not in self.codes:
+            reasons.append(other_codes(dtype_name(activation.dtype), dtype_name(weight.dtype)))
+        pair = (activation.granularity, weight.granularity)
+        # A missing scale is the scalar 1, so a kernel with per-tensor scales can take it.
+        as_scaled = [Granularity.PER_TENSOR if g == Granularity.UNSCALED else g for g in pair]
+        if self.granularities and not any(
+            mine_a.covers(as_scaled[0]) and mine_b.covers(as_scaled[1]) for mine_a, mine_b in self.granularities
+        ):
+            reasons.append(f"has no {pair[0]} x {pair[1]} scales")
+        reasons += [
+            f"has no zero point of the {name}"
+            for name, operand in (("activation", activation), ("weight", weight))
+            if not operand.symmetric and name not in self.asymmetric
+        ]
+        if self.out_dtypes and problem.out_dtype not in self.out_dtypes:
+            reasons.append(
+                f"returns {_one_of(map(dtype_name, self.out_dtypes))}, asked for {dtype_name(problem.out_dtype)}"
+            )
+        if self.out_as_activation and problem.out_dtype != activation.dtype:
+            reasons.append(
+                f"returns the activation's {dtype_name(activation.dtype)}, asked for {dtype_name(problem.out_dtype)}"
+            )
+        reasons += self.unmet_by_bias(problem.bias, problem.out_dtype)
+        if not self.paddable and (problem.n % self.align or problem.k % self.align):
+            reasons.append(f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}")
+        if problem.n % self.align_n:
+            reasons.append(f"needs n in multiples of {self.align_n}, got n={problem.n}")
+        group = weight.granularity.size[-1:]
+        if self.whole_groups and group and problem.k % group[0]:
+            reasons.append(f"needs k in whole groups of {group[0]}, got k={problem.k}")
+        if self.max_k is not None and problem.k > self.max_k:
+            reasons.append(f"needs k <= {self.max_k}, got k={problem.k}")
+        if self.constant_weight and not problem.constant_weight:
+            reasons.append("packs its weight once, so the weight must be a parameter, buffer or constant")
+        return reasons
+
+    def unmet_by_bias(self, bias: torch.dtype | None, out_dtype: torch.dtype) -> list[str]:
+        """Reasons why the kernel cannot add a ``bias`` of that dtype to a result of ``out_dtype``; empty if it can."""
+        if bias is None:
+            return []
+        if not self.bias:
+            return ["adds no bias"]
+        if self.bias_dtypes and bias not in self.bias_dtypes:
+            return [f"adds a bias of {_one_of(map(dtype_name, self.bias_dtypes))}, got {dtype_name(bias)}"]
+        if self.bias_as_out and bias != out_dtype:
+            return [f"adds a bias of the result's dtype, got {dtype_name(bias)} for {dtype_name(out_dtype)}"]
+        return []
+
+    def unmet(self, problem: Problem, target: Target) -> list[str]:
+        """All unmet requirements, those of the target first."""
+        return self.unmet_by_target(target) + self.unmet_by_problem(problem)
+
+
+def _one_of(names) -> str:
+    return " or ".join(sorted(names))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One provider's way to run one kind of quantized linear.
+
+    Every kernel op has the same signature::
+
+        op(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype, *,
+           Tensor? a_zero_point=None, Tensor? b_sum=None, Tensor? b_zero_point=None, int[]? block=None) -> Tensor
+
+    ``a`` is ``[m, k]`` codes (cast to ``a_dtype`` first when that is set) or, for a weight-only kernel, the float
+    activation; ``b`` the weight in ``layout``, or as ``[k, n]`` codes when ``layout`` is None. ``b_sum [n]`` is given
+    with ``a_zero_point``: the sum of ``b``'s codes over k. The rest is as in ``fx_quant::scaled_mm``, and in
+    ``fx_quant::weight_only_mm`` where ``a`` is float.
+
+    Args:
+        name: unique; ``<provider>_<what>``.
+        provider: where it comes from.
+        op: the op's name in the ``fx_quant`` namespace.
+        requires: what must hold.
+        numerics: how its result relates to the canonical op's on the same codes.
+        note: one line for the reader of a report.
+        layout: name of the packed weight layout (``kernels/layouts.py``), or None.
+        a_dtype: dtype that codes of ``a`` are widened to, exactly, before the call, or None.
+        panel_factors: it also takes scales and zero points ``[n, groups]`` as ``[ceil(n / 64), groups, 64]``, and reads
+            them faster.
+        dequantizes: it decodes its operands and runs a float matmul, which a graph that does so itself is left with.
+        eager_rows: rows to which an eager call pads ``a`` when it has fewer, because that is faster; 0 for none.
+        linear_kernel: name of the class of ``fx_quant.linear_kernels`` that stands for it, that of vLLM where it has
+            one; without it the class is called after the kernel.
+    """
+
+    name: str
+    provider: str
+    op: str
+    requires: Requires
+    numerics: Numerics
+    note: str
+    layout: str | None = None
+    a_dtype: torch.dtype | None = None
+    panel_factors: bool = False
+    dequantizes: bool = False
+    eager_rows: int = 0
+    linear_kernel: str = ""
+
+    def class_name(self, weight_only: bool) -> str:
+        """Name of its class for weight-only linears, or for linears of two quantized operands."""
+        words = "".join(word.capitalize() for word in self.name.split("_"))
+        return self.linear_kernel or f"{words}{'LinearKernel' if weight_only else 'ScaledMMLinearKernel'}"
+
+    @property
+    def class_names(self) -> frozenset[str]:
+        """Names of its classes in ``fx_quant.linear_kernels``: ``my_int8`` -> ``MyInt8ScaledMMLinearKernel``."""
+        weight_only = {activation in FLOAT_DTYPES for activation, _ in self.requires.codes} or {True, False}
+        return frozenset(map(self.class_name, weight_only))
+
+    def overload(self) -> torch._ops.OpOverload:
+        """The registered op."""
+        return getattr(torch.ops.fx_quant, self.op).default
+
+
+KERNEL_SCHEMA = (
+    "(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype, *, "
+    "Tensor? a_zero_point=None, Tensor? b_sum=None, Tensor? b_zero_point=None, SymInt[]? block=None) -> Tensor"
+)
+
+_KERNELS: dict[str, Kernel] = {}
+_PRIORITY: dict[str, int] = {}
+
+
+def register_kernel(kernel: Kernel, *, priority: int) -> Kernel:
+    """Add ``kernel`` to the registry; among kernels that can run, the highest ``priority`` is chosen.
+
+    Raises:
+        FxQuantError: another kernel has the same name.
+    """
+    if _KERNELS.get(kernel.name, kernel) != kernel:
+        raise FxQuantError(f"kernel name {kernel.name!r} must be unique, it is registered already; choose another")
+    _KERNELS[kernel.name] = kernel
+    _PRIORITY[kernel.name] = priority
+    return kernel
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """All kernels, best first: those of this folder and those of the entry points ``fx_quant.kernels``."""
+    _load_providers()
+    return tuple(sorted(_KERNELS.values(), key=lambda kernel: (-_PRIORITY[kernel.name], kernel.name)))
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel called ``name``.
+
+    Raises:
+        UnknownNameError: no kernel has that name.
+    """
+    _load_providers()
+    if name not in _KERNELS:
+        raise unknown_name("kernel", name, _KERNELS)
+    return _KERNELS[name]
+
+
+def required_packages() -> frozenset[str]:
+    """Names of all libraries that the kernels require."""
+    return frozenset(package for each in kernels() for package in each.requires.packages)
+
+
+@functools.cache
+def _load_providers() -> None:
+    """Import each provider beside this file, then the installed ones, once; an error is raised each time.
+
+    A provider is a file, or a folder of which the files ``*_kernels.py`` register its kernels.
+    """
+    import fx_quant.kernels as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        found = importlib.import_module(f"{package.__name__}.{module.name}")
+        for part in pkgutil.iter_modules(found.__path__) if module.ispkg else ():
+            if part.name.endswith("_kernels"):
+                importlib.import_module(f"{found.__name__}.{part.name}")
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        entry_point.load()
+
+
+CPU, CUDA, ROCM = frozenset({"cpu"}), frozenset({"cuda"}), frozenset({"rocm"})
+# Operands that may have a zero point.
+ACTIVATION, WEIGHT = frozenset({"activation"}), frozenset({"weight"})
+INT8_PAIRS = frozenset({(torch.int8, torch.int8)})
+# The deepest sum of int8 products that an int32 holds: 128 * 128 * k is below 2**31.
+INT8_MAX_K = 131071
+FLOAT8_PAIRS = frozenset((a, b) for a in FLOAT8_DTYPES for b in FLOAT8_DTYPES)
+E4M3_PAIRS = frozenset({(torch.float8_e4m3fn, torch.float8_e4m3fn)})
+FNUZ_PAIRS = frozenset({(torch.float8_e4m3fnuz, torch.float8_e4m3fnuz)})
+# The feature of an AMD GPU, the codes that it multiplies, and what ends the names of their kernels.
+ROCM_FLOAT8 = (("float8", E4M3_PAIRS, ""), ("float8_fnuz", FNUZ_PAIRS, "_fnuz"))
+TENSOR_SCALES = frozenset({(Granularity.PER_TENSOR, Granularity.PER_TENSOR)})
+# Scales that leave the sum: one or one a row of the activation, one or one a column of the result.
+ROW_SCALES = frozenset(
+    itertools.product(
+        (Granularity.PER_TENSOR, Granularity.PER_TOKEN), (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)
+    )
+)
+
+
+def weight_scales(*weights: Granularity) -> frozenset[tuple[Granularity, Granularity]]:
+    """The pairs of a weight-only kernel that takes these granularities of the weight: the activation has no scale."""
+    return frozenset((Granularity.PER_TENSOR, weight) for weight in weights)
+
+
+def register_op(name: str, body: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor] | None = None) -> None:
+    """Register the op ``fx_quant::<name>`` of a kernel.
+
+    A library may do anything with a matrix that has no elements, so ``body`` is not asked where a size is 0.
+
+    Args:
+        body: takes what ``Kernel`` says.
+        fake: its fake function; ``fake_kernel(name)`` unless given.
+    """
+    register(f"{name}{KERNEL_SCHEMA}", _without_empty(body), fake or fake_kernel(name), MATMUL_TAGS)
+
+
+def _without_empty(body: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(a, b, a_scale, b_scale, bias, n, out_dtype, **more) -> torch.Tensor:
+        if n and a.numel():
+            return body(a, b, a_scale, b_scale, bias, n, out_dtype, **more)
+        return empty_product(a, n, bias, out_dtype)
+
+    return run
+
+
+def empty_product(a: torch.Tensor, n: int, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
+    """``[m, n]`` of an activation ``a [m, k]`` where any of the sizes is 0: sums over nothing, and the bias."""
+    sums = a.new_zeros((a.shape[0], n), dtype=torch.int32)
+    return dequantize(sums, None, None, bias, out_dtype).contiguous()
+
+
+def fake_kernel(name: str) -> Callable[..., torch.Tensor]:
+    """The fake function of a kernel op: ``[m, n]`` of ``out_dtype``."""
+
+    def fake(
+        a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
+    ):
+        check_scaled_mm(
+            a.shape[0],
+            a.dtype,
+            a.shape[1],
+            n,
+            a_scale,
+            b_scale,
+            bias,
+            out_dtype,
+            name,
+            a_zero_point=a_zero_point,
+            block=block,
+        )
+        return a.new_empty((a.shape[0], n), dtype=out_dtype)
+
+    return fake

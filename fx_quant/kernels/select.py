@@ -1,0 +1,149 @@
+"""Which kernel runs a problem: one function, whose losers' reasons are kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fx_quant.errors import NoKernelError, unknown_name
+from fx_quant.kernels.padding import Padding, plan_padding
+from fx_quant.kernels.registry import Kernel, kernel, kernels
+from fx_quant.problem import Problem
+from fx_quant.reasons import for_platform, lacks_only_compiler
+from fx_quant.target import Target
+
+DISABLED_VARIABLE = "FX_QUANT_DISABLED_KERNELS"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What selection found of one kernel: no reasons means that it can run."""
+
+    kernel: str
+    reasons: tuple[str, ...]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether nothing stands against the kernel."""
+        return not self.reasons
+
+    @property
+    def for_platform(self) -> bool:
+        """Whether the kernel is for the target's platform at all."""
+        return for_platform(self.reasons)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A kernel and its padding plan for a problem on a target, with the verdict of every candidate."""
+
+    problem: Problem
+    target: Target
+    kernel: Kernel
+    padding: Padding
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def without_compiler(self) -> tuple[str, ...]:
+        """Kernels that would have been chosen before this one, had the target a C++ compiler."""
+        names = [verdict.kernel for verdict in self.verdicts]
+        better = self.verdicts[: names.index(self.kernel.name)]
+        return tuple(verdict.kernel for verdict in better if lacks_only_compiler(verdict.reasons))
+
+
+_CLASS_NAMES: set[str] = set()
+
+
+def know_class(name: str) -> None:
+    """Let the class ``name``, which stands for no registered kernel, be named where kernels are disabled."""
+    _CLASS_NAMES.add(name)
+
+
+def disabled_kernels() -> frozenset[str]:
+    """Kernels, providers and kernel classes that ``FX_QUANT_DISABLED_KERNELS`` (comma-separated) switches off.
+
+    Raises:
+        UnknownNameError: the variable names none of these.
+    """
+    names = frozenset(name.strip() for name in os.environ.get(DISABLED_VARIABLE, "").split(",") if name.strip())
+    check_kernel_names(names)
+    return names
+
+
+def check_kernel_names(names: Collection[str]) -> None:
+    """Raise ``UnknownNameError`` unless each name is a kernel, a provider or a class of ``fx_quant.linear_kernels``.
+
+    A class of somebody else is known once it is defined.
+    """
+    if not names:
+        return
+    known = _CLASS_NAMES.union(*map(_names, kernels()))
+    for name in sorted(names):
+        if name not in known:
+            raise unknown_name("kernel or provider", name, known)
+
+
+def _names(kernel: Kernel) -> frozenset[str]:
+    """All names by which ``kernel`` can be switched off."""
+    return kernel.class_names | {kernel.name, kernel.provider}
+
+
+def verdicts(problem: Problem, target: Target, disabled: Collection[str] = ()) -> tuple[Verdict, ...]:
+    """What stands against each kernel running ``problem`` on ``target``, the best kernel first.
+
+    Args:
+        disabled: as for ``select``.
+
+    Raises:
+        UnknownNameError: a name is not known.
+    """
+    check_kernel_names(disabled)
+    off = frozenset(disabled) | disabled_kernels()
+    return tuple(Verdict(each.name, _reasons(each, problem, target, off)) for each in kernels())
+
+
+def select(
+    problem: Problem,
+    target: Target,
+    *,
+    force_kernel: str | None = None,
+    disabled: Collection[str] = (),
+    mode: str = "graph",
+) -> Selection:
+    """The best kernel that can run ``problem`` on ``target``.
+
+    Args:
+        force_kernel: use this kernel or raise.
+        disabled: names of kernels, providers or kernel classes not to use, beside those of
+            ``FX_QUANT_DISABLED_KERNELS``.
+        mode: ``eager`` or ``graph``: the padding plan differs, the kernel does not.
+
+    Raises:
+        NoKernelError: no kernel can run it, or the forced one cannot; the message holds every reason.
+        UnknownNameError: a kernel name is not known.
+    """
+    judged = verdicts(problem, target, disabled)
+    if force_kernel is not None:
+        kernel(force_kernel)  # an unknown name raises here
+        reasons = next(v.reasons for v in judged if v.kernel == force_kernel)
+        if reasons:
+            raise NoKernelError(
+                f"forced kernel {force_kernel!r} cannot run {problem} on {target}: {'; '.join(reasons)}. "
+                "Remove force_kernel to let fx_quant choose."
+            )
+    for verdict in judged:
+        if verdict.can_run and force_kernel in (None, verdict.kernel):
+            chosen = kernel(verdict.kernel)
+            padding = plan_padding(problem, chosen.requires.align, mode=mode, eager_rows=chosen.eager_rows)
+            return Selection(problem, target, chosen, padding, judged)
+    near = [v for v in judged if v.for_platform]
+    losers = "; ".join(f"{v.kernel}: {', '.join(v.reasons)}" for v in near) or f"none is for {target.platform}"
+    raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}", judged)
+
+
+def _reasons(candidate: Kernel, problem: Problem, target: Target, off: frozenset[str]) -> tuple[str, ...]:
+    reasons = candidate.requires.unmet(problem, target)
+    if off and off & _names(candidate):
+        reasons.insert(0, "is disabled")
+    return tuple(reasons)

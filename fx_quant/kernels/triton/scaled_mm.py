@@ -1,0 +1,47 @@
+"""A scaled matmul on a GPU: the form and the configuration that compute it, and its launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from fx_quant.kernels.triton import persistent, swapped, tile
+from fx_quant.kernels.triton.architectures import Architecture
+from fx_quant.kernels.triton.choose import configurations
+from fx_quant.kernels.triton.launch import Configuration, Launch
+from fx_quant.kernels.triton.operands import ScaledOperands
+
+
+@dataclass(frozen=True)
+class Form:
+    """One kernel of scaled matmuls.
+
+    Args:
+        plan: its launch.
+        unfit: why it cannot compute some operands, in a line, or None.
+    """
+
+    plan: Callable[[ScaledOperands, Configuration, Architecture], Launch]
+    unfit: Callable[[ScaledOperands, Configuration, Architecture], str | None]
+
+
+FORMS: Mapping[str, Form] = MappingProxyType(
+    {
+        "persistent": Form(persistent.plan_scaled_mm, persistent.unfit),
+        "swapped": Form(swapped.plan_scaled_mm, swapped.unfit),
+        "tile": Form(tile.plan_scaled_mm, tile.unfit),
+    }
+)
+
+
+def plan_scaled_mm(operands: ScaledOperands, on: Architecture, found: Configuration | None = None) -> Launch:
+    """The launch of ``triton_scaled_mm``: by ``found``, or by the first configuration in order that can compute it.
+
+    Raises:
+        RuntimeError: ``found`` cannot.
+    """
+    if found is None:
+        fitting = (each for each in configurations(operands, on) if FORMS[each.form].unfit(operands, each, on) is None)
+        found = next(fitting)
+    return FORMS[found.form].plan(operands, found, on)

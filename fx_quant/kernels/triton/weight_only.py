@@ -1,0 +1,206 @@
+"""Half-precision rows by a packed weight of 4 or 8 bits a code: the weight is decoded in registers, beside the sum.
+
+The source is ``kernels/triton/source/weight_only.py``; how weights are packed is in ``packed_codes.py``. It is right
+for any number of rows and any strides of ``x``. The weight's rows are the rows of the tensor cores, so that few rows of
+``x`` waste none of them, and k is split among programs where there are too few tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_quant.kernels.triton.architectures import Architecture
+from fx_quant.kernels.triton.launch import Configuration, Launch
+from fx_quant.kernels.triton.operands import grouped_strides, vector_stride
+from fx_quant.kernels.triton.packed_codes import PackedCodes
+from fx_quant.kernels.triton.semaphores import semaphores, unfit_split
+from fx_quant.ops import check_weight_only_mm
+from fx_quant.scheme import HALF_DTYPES, dtype_name
+
+# Tiles that share their operands through the L2 cache, counted along m.
+_TILES_M = 8
+
+# Blocks that a program sums at least where k is split: fewer do not fill its pipeline.
+_LEAST_BLOCKS = 6
+_MAX_SPLIT = 16
+
+
+@dataclass(frozen=True)
+class PackedOperands:
+    """Operands of ``fx_quant::weight_only_mm`` with a packed weight, checked.
+
+    Args:
+        x: ``[m, k]``, bfloat16 or float16.
+        packed: the weight, as ``codes.pack`` made it.
+        codes: how it is packed.
+        scale, zero_point, bias, block: as in ``fx_quant::weight_only_mm``.
+        n: columns of the result.
+        out_dtype: dtype of the result.
+    """
+
+    x: Tensor
+    packed: Tensor
+    codes: PackedCodes
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+    n: int
+    out_dtype: torch.dtype
+    block: tuple[int, int] | None
+
+
+def packed_operands(
+    x: Tensor,
+    packed: Tensor,
+    codes: PackedCodes,
+    scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    out_dtype: torch.dtype,
+    *,
+    zero_point: Tensor | None = None,
+    block: Sequence[int] | None = None,
+) -> PackedOperands:
+    """Check the operands of a matmul with a packed weight.
+
+    Raises:
+        RuntimeError: dtypes or shapes do not fit.
+    """
+    name = f"triton_weight_only_{codes.name}_packed"
+    check_weight_only_mm(x, packed, n, scale, zero_point, bias, out_dtype, name, block=block)
+    k = x.shape[1]
+    torch._check(
+        x.dtype in HALF_DTYPES,
+        lambda: f"{name}: x must be [m, k] of bfloat16 or float16, got {dtype_name(x.dtype)} {list(x.shape)}",
+    )
+    shape = codes.shape(n, k // codes.per_byte)
+    torch._check(
+        packed.shape == shape and packed.dtype in (codes.weights if codes.dtype is None else {codes.dtype}),
+        lambda: (
+            f"{name}: b must be a weight [{n}, {k}] packed as {list(shape)}, "
+            f"got {dtype_name(packed.dtype)} {list(packed.shape)}"
+        ),
+    )
+    sizes = None if block is None else (block[0], block[1])
+    return PackedOperands(x, packed, codes, scale, zero_point, bias, n, out_dtype, sizes)
+
+
+# --- configurations ---------------------------------------------------------------------------------------------
+
+
+def _sizes(block: int, *sizes: tuple[int, int, int, int]) -> tuple[Configuration, ...]:
+    return tuple(Configuration("weight_only", m, n, block, warps, stages) for m, n, warps, stages in sizes)
+
+
+# Family of architectures -> codes along k of a block -> tiles by the rows of ``x`` that they hold, the last for more.
+# Larger tiles spill where groups have sums of their own. Nothing was timed.
+CONFIGURATIONS: Mapping[str, Mapping[int, tuple[Configuration, ...]]] = MappingProxyType(
+    {
+        "sm80": {
+            128: _sizes(128, (16, 64, 4, 5), (32, 64, 4, 4), (64, 64, 4, 3), (64, 128, 8, 3)),
+            64: _sizes(64, (16, 64, 4, 6), (32, 64, 4, 5), (64, 64, 4, 4), (64, 128, 8, 4)),
+        },
+        "sm90": {
+            128: _sizes(128, (16, 64, 4, 6), (32, 64, 4, 5), (64, 64, 4, 4), (128, 128, 8, 3)),
+            64: _sizes(64, (16, 64, 4, 8), (32, 64, 4, 7), (64, 64, 4, 6), (128, 128, 8, 4)),
+        },
+        "rocm": {
+            128: _sizes(128, (16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2), (128, 128, 8, 2)),
+            64: _sizes(64, (16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2), (128, 128, 8, 2)),
+        },
+    }
+)
+
+
+def family(on: Architecture) -> str:
+    """Whose configurations an architecture has: those of ``sm90`` need its tensor cores and its shared memory."""
+    if on.platform == "rocm":
+        return "rocm"
+    return "sm90" if 90 <= (on.capability or 0) < 120 else "sm80"
+
+
+def split_for(tiles: int, blocks: int, processors: int) -> int:
+    """Programs that share a tile: enough for two on each processor, while each has blocks to fill its pipeline."""
+    wanted = -(-2 * processors // max(tiles, 1))
+    return max(1, min(wanted, blocks // _LEAST_BLOCKS, _MAX_SPLIT))
+
+
+def configuration(operands: PackedOperands, on: Architecture) -> Configuration:
+    """The configuration for these operands on that architecture."""
+    m, block = operands.x.shape[0], operands.codes.block
+    sizes = CONFIGURATIONS[family(on)][block]
+    found = next((each for each in sizes if m <= each.block_m), sizes[-1])
+    tiles = -(-m // found.block_m) * -(-operands.n // found.block_n)
+    if unfit_split(2, on) is not None:
+        return found
+    return replace(found, split_k=split_for(tiles, operands.packed.shape[0], on.processors))
+
+
+def unfit(operands: PackedOperands, found: Configuration, on: Architecture) -> str | None:
+    """Why this form cannot compute these operands on that architecture, or None."""
+    if unfit_split(found.split_k, on) is not None:
+        return unfit_split(found.split_k, on)
+    group, block = (operands.block or (1, 0))[1], operands.codes.block
+    least = 64 if operands.codes.name == "float8" else 32
+    if group and (group % least or (group % block and block % group)):
+        return f"groups along k must divide {block} or be multiples of it, and hold {least} codes or more, got {group}"
+    if operands.codes.name == "float8" and on.capability is not None and on.capability < 89:
+        return f"float8 codes are decoded from sm89 on, the architecture is {on.name}"
+    return None
+
+
+def plan_weight_only_mm(operands: PackedOperands, found: Configuration, on: Architecture) -> Launch:
+    """The launch of a matmul with a packed weight, which ``unfit`` has no objection to."""
+    from fx_quant.kernels.triton.source import weight_only as triton_weight_only
+
+    x, packed, codes, n = operands.x, operands.packed, operands.codes, operands.n
+    (m, k), scale, zero_point = x.shape, operands.scale, operands.zero_point
+    grouped = operands.block is not None
+    rows, group = operands.block or (1, 0)
+    scale_n, scale_k = grouped_strides(scale, grouped)
+    zero_point_n, zero_point_k = grouped_strides(zero_point, grouped)
+    tiles = -(-m // found.block_m) * -(-n // found.block_n)
+    partials = semaphore = None
+    if found.split_k > 1:
+        sums = tiles * found.split_k * found.block_m * found.block_n
+        partials = x.new_empty(sums, dtype=torch.float32)
+        semaphore = semaphores(tiles, x.device)
+    arguments: dict[str, Any] = {
+        "x_ptr": x,
+        "packed_ptr": packed,
+        "out_ptr": x.new_empty((m, n), dtype=operands.out_dtype),
+        "partials_ptr": partials,
+        "semaphore_ptr": semaphore,
+        "scale_ptr": scale,
+        "zero_point_ptr": zero_point,
+        "bias_ptr": operands.bias,
+        "m": m,
+        "n": n,
+        "k": k,
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "stride_scale_n": scale_n,
+        "stride_scale_k": scale_k,
+        "stride_zero_point_n": zero_point_n,
+        "stride_zero_point_k": zero_point_k,
+        "stride_bias": vector_stride(operands.bias, 0),
+        "GROUP_N": rows,
+        "GROUP_K": group,
+        "CODES": codes.name,
+        "BLOCK_M": found.block_m,
+        "BLOCK_N": found.block_n,
+        "BLOCK_K": codes.block,
+        "PARTS": max(codes.block // group, 1) if group else 1,
+        "SPLIT_K": found.split_k,
+        "TILES_M": _TILES_M,
+    }
+    # Fused, the epilogue's product and sum would be rounded once, where the canonical op rounds twice.
+    options = {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": False}
+    out = arguments["out_ptr"]
+    return Launch(triton_weight_only.packed_weight_kernel, arguments, options, tiles * found.split_k, out, found)

@@ -1,0 +1,275 @@
+"""Eager layers: linears that hold codes, with the kernel that ``select`` chooses for the device they are on.
+
+Compiled, they trace to the canonical ops, which ``backend="fx_quant"`` gives the same kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fx_quant.kernels.eager import eager_selection, run_kernel, target_of
+from fx_quant.kernels.layouts import forget_storages
+from fx_quant.kernels.select import Selection
+from fx_quant.layers.activation import Quantizer, quantize_activation, quantize_by
+from fx_quant.layers.inference_only import without_gradient
+from fx_quant.layers.linear_operands import (
+    check_operands,
+    check_quantizer,
+    check_scheme,
+    describe,
+    linear_problem,
+    scale_shape,
+    weight_block,
+    wrong_input_zero_point,
+    zero_point_dtype,
+)
+from fx_quant.layers.quantize_weight import quantize_weight
+from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Scheme
+from fx_quant.weights import UINT4, pack_int4
+
+
+def apply_linear(
+    x: Tensor,
+    scheme: Scheme,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    weight_zero_point: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    input_scale_ub: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    force_kernel: str | None = None,
+    quantizer: Quantizer | None = None,
+) -> Tensor:
+    """``[..., k] -> [..., n]`` of the linear whose tensors are given, as ``QuantizedLinear`` holds them.
+
+    Eagerly it quantizes ``x`` and runs the selected kernel; traced by a compiler it is the canonical ops. Inference
+    only: a backward pass that reaches an ``x`` that requires grad raises ``FxQuantError``.
+
+    Raises:
+        ValueError: ``x`` does not fit the weight; the quantizer returned what ``quantize_by`` does not take.
+        NoKernelError: no kernel can run it, or the forced one cannot.
+    """
+    n, k = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
+    if x.dim() == 0 or x.shape[-1] != k or x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x must be [..., {k}] of float32, bfloat16 or float16, got {describe(x)}")
+    out_dtype = out_dtype or x.dtype
+    block = weight_block(scheme)
+    if block is None:
+        weight_scale = weight_scale.flatten()
+        weight_zero_point = None if weight_zero_point is None else weight_zero_point.flatten()
+    constant = ["b", "b_scale", "b_zero_point"]
+    if weight_zero_point is not None and scheme.weight.dtype is UINT4:
+        # Packed codes are read as int4, 8 less than the uint4 that they are.
+        weight_zero_point = weight_zero_point - 8
+        constant.remove("b_zero_point")  # a new tensor in each call
+    a, a_scale, a_zero_point = x.detach().reshape(-1, k), None, None
+    if not scheme.weight_only:
+        if quantizer is None:
+            a, a_scale, a_zero_point = quantize_activation(
+                a, scheme.activation, input_scale, input_zero_point, scale_ub=input_scale_ub
+            )
+        else:
+            a, a_scale, a_zero_point = quantize_by(
+                quantizer, x.detach(), scheme.activation, input_scale, input_zero_point
+            )
+    if not torch.compiler.is_compiling():
+        problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
+        out = run_kernel(
+            eager_selection(problem, target_of(x.device), force_kernel),
+            a,
+            weight,
+            a_scale,
+            weight_scale,
+            bias,
+            a_zero_point=a_zero_point,
+            b_zero_point=weight_zero_point,
+            block=block,
+            constant=constant,
+        )
+    elif scheme.weight_only:
+        out = torch.ops.fx_quant.weight_only_mm(
+            a, weight.t(), weight_scale, weight_zero_point, bias, out_dtype, block=block
+        )
+    else:
+        out = torch.ops.fx_quant.scaled_mm(
+            a, weight.t(), a_scale, weight_scale, bias, out_dtype, a_zero_point=a_zero_point, block=block
+        )
+    return without_gradient(out.reshape(*x.shape[:-1], n), x)
+
+
+class QuantizedLinear(nn.Module):
+    """``out[..., n] = x[..., k] @ weight[n, k].T + bias`` with a quantized weight, and usually a quantized ``x``.
+
+    Buffers have the names that checkpoints give them: ``weight`` (codes; int4 packed two to a byte along k),
+    ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``. The result has ``x``'s dtype, which
+    may be any of float32, bfloat16 and float16 whatever a weight-only scheme says. Any number of leading dims, zero
+    rows included. ``.to(dtype)``, ``.half()`` and the like cast the bias only: codes and scales keep their dtypes.
+
+    Inference only: the result of an ``x`` that requires grad requires it too, and raises ``FxQuantError`` when the
+    gradient of ``x`` is asked for.
+
+    Args:
+        scheme: how weight and activation are quantized.
+        weight: codes ``[n, k]``; for ``int4`` uint8 ``[n, k / 2]``, see ``fx_quant.weights.pack_int4``.
+        weight_scale: float32: one element per_tensor, ``[n, 1]`` or ``[n]`` per_channel, ``[n, ceil(k / g)]``
+            per_group(g), ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
+        weight_zero_point: integers of the shape of ``weight_scale``, for an asymmetric weight; kept in int32, those of
+            4-bit codes in int8 where that holds them, those that int32 does not hold in int64.
+        bias: ``[n]``, float.
+        input_scale: one element, for a static scheme.
+        input_zero_point: one integer from -128 to 127, for a static asymmetric scheme.
+        force_kernel: the kernel to run, or raise.
+        quantizer: the formula that quantizes ``x``, eagerly and traced: ``(x, input_scale, input_zero_point) -> (codes,
+            scale, zero_point)``, as ``activation.quantize_by`` describes it. None is ``quantize_activation``.
+            It is no part of the state dict; copies and pickles keep it.
+
+    Raises:
+        ValueError: a scheme that no linear can have; shapes, dtypes or values that do not fit together.
+
+    The forward pass raises ``NoKernelError`` with every reason where no kernel on ``x``'s device can run the scheme.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    quantizer: Quantizer | None
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        weight: Tensor,
+        weight_scale: Tensor,
+        *,
+        weight_zero_point: Tensor | None = None,
+        bias: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+        force_kernel: str | None = None,
+        quantizer: Quantizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.force_kernel = force_kernel
+        check_quantizer(scheme, quantizer)
+        self.quantizer = quantizer
+        check_operands(
+            scheme,
+            weight,
+            weight_scale,
+            weight_zero_point=weight_zero_point,
+            bias=bias,
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
+        )
+        self.out_features, self.in_features = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
+        shape = scale_shape(scheme.weight, self.out_features, self.in_features)
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("weight_scale", weight_scale.detach().float().reshape(shape))
+        if weight_zero_point is not None:
+            weight_zero_point = weight_zero_point.to(zero_point_dtype(weight_zero_point, scheme.weight)).reshape(shape)
+        self.register_buffer("weight_zero_point", weight_zero_point)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("input_scale", None if input_scale is None else input_scale.detach().float().reshape(()))
+        self.register_buffer(
+            "input_zero_point", None if input_zero_point is None else input_zero_point.int().reshape(())
+        )
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme | str,
+        *,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+        force_kernel: str | None = None,
+    ) -> QuantizedLinear:
+        """``linear`` with its weight quantized by round to nearest.
+
+        Args:
+            scheme: a ``Scheme`` or how it prints: ``"int8 per_token (dynamic) x int8 per_channel"``.
+            input_scale, input_zero_point: of a static scheme, from calibration.
+
+        Raises:
+            ValueError: a scheme that does not parse, or needs what was not given.
+        """
+        scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+        check_scheme(scheme)
+        found = quantize_weight(linear.weight, scheme.weight)
+        codes = pack_int4(found.codes) if scheme.weight.dtype in INT4_DTYPES else found.codes
+        layer = cls(
+            scheme,
+            codes,
+            found.scale,
+            weight_zero_point=found.zero_point,
+            bias=linear.bias,
+            input_scale=input_scale,
+            input_zero_point=input_zero_point,
+            force_kernel=force_kernel,
+        )
+        return layer.train(linear.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What .to(), .half(), .cuda() and the like go through: float8 codes are floating point too, to PyTorch.
+        def keep_dtype(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if x is self.bias or moved.dtype == x.dtype else x.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **named: Any) -> None:
+        # What is loaded is copied into the buffer, whose dtype must hold it.
+        given = state_dict.get(f"{prefix}weight_zero_point")
+        if isinstance(given, Tensor) and self.weight_zero_point is not None:
+            self.weight_zero_point = self.weight_zero_point.to(zero_point_dtype(given, self.scheme.weight))
+        point = state_dict.get(f"{prefix}input_zero_point")
+        wrong = wrong_input_zero_point(point) if isinstance(point, Tensor) and point.numel() == 1 else None
+        if wrong is not None:
+            # As load_state_dict reports what does not fit.
+            arguments[-1].append(f"{prefix}{wrong}")
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **named)
+        # Buffers made under inference_mode count no writes.
+        forget_storages({buffer.untyped_storage()._cdata for buffer in self.buffers(recurse=False)})
+
+    def selection(self, x: Tensor) -> Selection:
+        """The kernel for activations like ``x``, with the verdict of every other.
+
+        Raises:
+            NoKernelError: no kernel can run it, or the forced one cannot.
+        """
+        shape = (self.out_features, self.in_features)
+        problem = linear_problem(self.scheme, shape, x.dtype, x.dtype, self.bias)
+        return eager_selection(problem, target_of(x.device), self.force_kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., k] -> [..., n]`` in ``x``'s dtype."""
+        return apply_linear(
+            x,
+            self.scheme,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            weight_zero_point=self.weight_zero_point,
+            input_scale=self.input_scale,
+            input_zero_point=self.input_zero_point,
+            force_kernel=self.force_kernel,
+            quantizer=self.quantizer,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme}"
+        )

@@ -1,0 +1,62 @@
+"""Modules that hold codes, whatever library made them: what a report on graphs alone would not know of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fx_quant.loading.adapters.base import adapter_of
+from fx_quant.loading.module_names import tensors_of
+from fx_quant.report import Report, UnseenReport
+
+# Several codes to an integer, as GPTQ, AWQ and compressed-tensors store them; other integers are indices.
+_PACKED = ("qweight", "packed")
+
+
+def holds_codes(module: nn.Module) -> bool:
+    """Whether ``module`` itself holds a matrix of codes, to multiply with."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return False
+    return adapter_of(module) is not None or any(_is_codes(name, value) for name, value in tensors_of(module))
+
+
+def _is_codes(name: str, value: Tensor) -> bool:
+    if value.dim() < 2 or "mask" in name:
+        return False
+    if is_traceable_wrapper_subclass(value):
+        return any(_is_codes(each, getattr(value, each)) for each in value.__tensor_flatten__()[0])
+    if value.dtype is torch.int32:
+        return any(word in name for word in _PACKED)
+    return value.dtype.itemsize == 1 and value.dtype is not torch.bool
+
+
+def unseen_modules(modules: Mapping[str, nn.Module], seen: Set[str], report: Report) -> tuple[UnseenReport, ...]:
+    """The ``modules`` that hold codes and of which ``report`` tells nothing.
+
+    Args:
+        seen: names of the modules of which a graph took a tensor.
+    """
+    told = {row.module for row in (*report.sites, *report.misses, *report.recognised)}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in modules.items():
+        names.setdefault(module, []).append(name)
+    return tuple(
+        UnseenReport(each[0], type(module).__name__, not seen.isdisjoint(each))
+        for module, each in names.items()
+        if holds_codes(module) and not any(_tells_of(path, name, name in seen) for path in told for name in each)
+    )
+
+
+def _tells_of(path: str, name: str, in_graph: bool) -> bool:
+    """Whether what is told of the module ``path`` is of what ``name`` holds.
+
+    It is where it happens in ``name`` or within it; or in a parent, which reads its child's tensors itself.
+    """
+    return path == name or _is_within(path, name) or (in_graph and _is_within(name, path))
+
+
+def _is_within(name: str, parent: str) -> bool:
+    return not parent or name.startswith(f"{parent}.")

@@ -1,0 +1,311 @@
+"""``prepare_``: modules that hide their matmuls from a compiler become ``QuantizedLinear`` with the same codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fx_quant.errors import NoKernelError
+from fx_quant.layers.linear import QuantizedLinear
+from fx_quant.layers.quantize_model import disable_fast_paths
+from fx_quant.loading.adapters.base import Adapter, adapter_of, adapters, difference
+from fx_quant.loading.library_notes import library_notes
+from fx_quant.report import without_numbers
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+@dataclass(frozen=True)
+class SwappedModule:
+    """One module that is a ``QuantizedLinear`` now.
+
+    Args:
+        module: its dotted path in the model.
+        tied: its other paths, under which it is the same ``QuantizedLinear``.
+        library: whose module it was, as pip knows it.
+        from_class: the class that it had.
+        scheme: how the operands are quantized.
+        numerics: class of its results beside the old module's.
+        note: what makes them differ; empty if only the order of float operations does.
+    """
+
+    module: str
+    tied: tuple[str, ...]
+    library: str
+    from_class: str
+    scheme: str
+    numerics: str
+    note: str
+
+
+@dataclass(frozen=True)
+class LeftModule:
+    """One quantized module that is as it was.
+
+    Args:
+        module, tied, library, from_class: as in ``SwappedModule``.
+        scheme: how it is quantized, as far as it is known.
+        reason: why it was left: what must hold, what was found, what to do next.
+    """
+
+    module: str
+    tied: tuple[str, ...]
+    library: str
+    from_class: str
+    scheme: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What ``prepare_`` did; prints as a table.
+
+    Args:
+        swapped: modules that are ``QuantizedLinear`` now.
+        left: modules of a known library that are not, each with its reason.
+        already: how many ``QuantizedLinear`` the model held before.
+        notes: what of the model could not be put right.
+    """
+
+    swapped: tuple[SwappedModule, ...] = ()
+    left: tuple[LeftModule, ...] = ()
+    already: int = 0
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The whole report as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def summary(self) -> str:
+        """One line: how many modules were swapped, and how many were left."""
+        total = len(self.swapped) + len(self.left)
+        if not total:
+            held = f"the model holds {self.already} QuantizedLinear already" if self.already else _nothing_known()
+            return f"nothing to prepare: {held}"
+        before = f"; {self.already} were QuantizedLinear already" if self.already else ""
+        count = f"{len(self.swapped)} of {total} quantized modules"
+        return f"{count} swapped for QuantizedLinear, {len(self.left)} left{before}"
+
+    def __str__(self) -> str:
+        parts = [f"fx_quant: {self.summary()}", self._swapped_table(), self._left_table(), *self.notes]
+        return "\n\n".join(part for part in parts if part)
+
+    def _swapped_table(self) -> str:
+        """One row a module; those of repeated layers share one, with ``*`` for the number of the layer."""
+        rows = [
+            (module, len(alike), alike[0].library, alike[0].from_class, alike[0].scheme, alike[0].numerics)
+            for module, alike in _alike(self.swapped, "library", "from_class", "scheme", "numerics")
+        ]
+        headers = ("module", "modules", "library", "from", "scheme", "numerics")
+        notes = Counter(swapped.note for swapped in self.swapped if swapped.note)
+        lines = [f"approximate in {count}: {note}" for note, count in notes.items()]
+        table = [tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)] if rows else []
+        return "\n\n".join([*table, *(textwrap.fill(line, 118, subsequent_indent="      ") for line in lines)])
+
+    def _left_table(self) -> str:
+        """One line a module; those of repeated layers with the same reason share one."""
+        lines = []
+        for module, alike in _alike(self.left, "library", "from_class", "scheme", "reason"):
+            times = f" x {len(alike)}" if len(alike) > 1 else ""
+            text = f"{module}{times}: {alike[0].library} {alike[0].from_class} ({alike[0].scheme}): {alike[0].reason}"
+            lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
+        return "\n".join(["left:", *lines]) if lines else ""
+
+
+def _nothing_known() -> str:
+    names = [adapter.library for adapter in adapters()]
+    return f"no quantized module of {', '.join(names[:-1])} or {names[-1]} found"
+
+
+def _alike(rows: Sequence[SwappedModule | LeftModule], *fields: str) -> Iterator[tuple[str, list]]:
+    """``rows`` that agree in ``fields`` and, but for numbers, in path: the path that they share, and the rows."""
+    groups: dict[tuple[str, ...], list] = {}
+    for row in rows:
+        groups.setdefault((without_numbers(row.module), *(getattr(row, field) for field in fields)), []).append(row)
+    for (module, *_), alike in groups.items():
+        yield alike[0].module if len(alike) == 1 else module, alike
+
+
+def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | None = None) -> PrepareReport:
+    """Swap the quantized modules of ``model`` that a compiler cannot see into for ``QuantizedLinear``, in place.
+
+    The modules of some libraries break the graph at each linear, so that no ``torch.compile`` backend gets to see a
+    quantized matmul: compressed-tensors (as transformers loads it, compressed or frozen), torch.ao's dynamic linears,
+    optimum-quanto. Each that can be expressed becomes a ``QuantizedLinear`` with its own codes and scales: what they
+    decode to is compared with the weight that the module computes with, bit for bit, and a module that differs is left.
+    A left module is as it was. Libraries that compile as they are (torchao) need none of this.
+
+    The swapped model works eagerly too, on inputs of any rank, for inference only. Activations are quantized by the
+    library's own formula, to its codes and scales bit for bit, so that results are the old ones within the numerics
+    class ``reassociated``; a module whose formula is not known is ``approximate``, with a note. NaN and infinities
+    spoil the results that they spoil in the library, but for NaN under a given int8 scale, which counts as 0. Compiled,
+    formulas in bfloat16 and float16 round where ``torch.compile`` rounds, which tips a code now and then; under
+    ``torch._inductor.config.emulate_precision_casts`` they round as eagerly.
+
+    A second call swaps nothing. ``state_dict()`` fits another prepared copy of the model, not the float model or the
+    library's own modules: prepare a model to run it, and save it before.
+
+    A module that has several names is swapped once and stays shared. Hooks, parametrizations and forward functions that
+    are not the library's own are never dropped: their modules are left. Where modules of compressed-tensors were
+    swapped, its offloading wrappers are removed from the whole model.
+
+    Args:
+        model: what holds the modules; not a quantized linear itself.
+        filter: ``(name, module) -> bool`` for quantized modules, by their first name; None takes every one.
+
+    Raises:
+        ValueError: ``model`` is no module, or is itself a quantized module, which cannot be replaced in place.
+
+    Source: each file of ``fx_quant.adapters`` names its library's.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"prepare_ needs an nn.Module, got {type(model).__name__}")
+    if (root := adapter_of(model)) is not None:
+        raise ValueError(
+            f"prepare_ swaps the modules inside a model, got a {type(model).__name__} of {root.library} itself; "
+            "wrap it: nn.Sequential(module)"
+        )
+    already = sum(isinstance(module, QuantizedLinear) for module in model.modules())
+    swapped: list[SwappedModule] = []
+    left: list[LeftModule] = []
+    used: dict[str, Adapter] = {}
+    owners, found = _weight_owners(model), _found(model)
+    # Asked before anything changes, as it may raise.
+    unwanted = {module for module, (_, names) in found.items() if filter is not None and not filter(names[0], module)}
+    for module, (adapter, names) in found.items():
+        where = (names[0], names[1:], adapter.library, type(module).__name__)
+        if module in unwanted:
+            left.append(LeftModule(*where, adapter.describe(module), "the filter left it out"))
+            continue
+        result = _swapped_for(module, adapter, owners)
+        if isinstance(result, str):
+            left.append(LeftModule(*where, adapter.describe(module), result))
+            continue
+        linear, numerics, note = result
+        for name in names:
+            model.set_submodule(name, linear)
+        used[adapter.library] = adapter
+        swapped.append(SwappedModule(*where, str(linear.scheme), numerics, note))
+    if swapped:
+        disable_fast_paths(model)
+    notes = tuple(note for adapter in used.values() for note in adapter.finish(model))
+    return PrepareReport(tuple(swapped), tuple(left), already, notes)
+
+
+def needs_prepare(model: object) -> str | None:
+    """What ``prepare_`` would swap, in one line; None when it would change nothing.
+
+    Looks at classes, schemes and hooks only: no weight is read, and no library imported. So a module whose values turn
+    out not to fit its scheme is counted here, and left by ``prepare_``.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    counts = Counter(_swappable(model).values())
+    parts = [
+        f"{count} {'module' if count == 1 else 'modules'} of {adapter.library} {adapter.effect}"
+        for adapter, count in counts.items()
+    ]
+    swaps = "fx_quant.prepare_(model) swaps them for QuantizedLinear"
+    return f"{', '.join(parts)}: {swaps}" if parts else None
+
+
+def first_steps(model: nn.Module) -> str:
+    """What to do with ``model`` before it is compiled, as far as its classes tell; empty where nothing is known."""
+    needed = needs_prepare(model)
+    notes = library_notes(model, _swappable(model).keys())
+    return " ".join([f"{needed}.", *notes] if needed and notes else [needed] if needed else notes)
+
+
+def _swappable(model: nn.Module) -> dict[nn.Module, Adapter]:
+    """The modules that ``prepare_`` would swap, as far as that is known without reading their weights."""
+    found = _found(model)
+    owners = _weight_owners(model) if found else {}
+    return {module: adapter for module, (adapter, _) in found.items() if _objection(module, adapter, owners) is None}
+
+
+def _found(model: nn.Module) -> dict[nn.Module, tuple[Adapter, tuple[str, ...]]]:
+    """The modules that an adapter recognizes, each with its adapter and all its names, in order."""
+    found: dict[nn.Module, tuple[Adapter, tuple[str, ...]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        known = found.get(module)
+        adapter = adapter_of(module) if known is None else known[0]
+        if adapter is not None:
+            found[module] = (adapter, (*(known[1] if known else ()), name))
+    return found
+
+
+def _swapped_for(
+    module: nn.Module, adapter: Adapter, owners: Mapping[nn.Module, str]
+) -> tuple[QuantizedLinear, str, str] | str:
+    """The ``QuantizedLinear`` of ``module``, its numerics class and note; or the reason why there is none."""
+    reason = _objection(module, adapter, owners)
+    if reason is not None:
+        return reason
+    try:
+        with torch.no_grad():
+            conversion = adapter.convert(module)
+    except ValueError as error:
+        return str(error)
+    except ImportError as error:
+        return f"{adapter.library} must be a version that fx_quant can read, got {error}; install another version"
+    reason = difference(conversion)
+    if reason is not None:
+        return reason
+    weight = conversion.weight
+    linear = conversion.linear.to(weight.device).train(module.training)
+    try:
+        linear.selection(weight.new_empty((0, linear.in_features)))
+    except NoKernelError as error:
+        return str(error)
+    return linear, str(conversion.numerics), conversion.note
+
+
+def _objection(module: nn.Module, adapter: Adapter, owners: Mapping[nn.Module, str]) -> str | None:
+    if module in owners:
+        return f"its weight must be its own, but it is that of {owners[module]} too; untie them first"
+    if parametrize.is_parametrized(module):
+        return "it must have no parametrization, which a swap would lose; remove it, leave_parametrized=True"
+    own = adapter.own_hooks(module)
+    for kind in _HOOKS:
+        if any(key not in own for key in getattr(module, kind, ())):
+            return f"it must have no hooks, which a swap would lose, got {kind.strip('_')}; remove them first"
+    try:
+        adapter.check(module)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _weight_owners(model: nn.Module) -> dict[nn.Module, str]:
+    """For each module that shares its ``weight`` with another module: a name of that other."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        # Under an offloading cache, looking at a parameter would copy it to the device.
+        held = getattr(module._parameters, "offloaded_values", module._parameters)
+        weight = held.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append((module, name))
+    return {
+        module: next(name for other, name in shared if other is not module)
+        for shared in holders.values()
+        for module, _ in shared
+        if len(shared) > 1
+    }

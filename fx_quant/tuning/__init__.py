@@ -1,0 +1,1 @@
+"""What was measured on this machine: how it is kept, and the plans that it chooses."""
