@@ -2,8 +2,8 @@
 
 ``fx_quant::prepack`` is one call for all weights of a graph. Its body keeps what it packed:
 
-- a *group* is one call site's list of weights, see ``ops/constants.py``: a repeated call hands out the same tensors, unless
-  a weight was written to;
+- a *group* is one call site's list of weights, see ``ops/constants.py``: a repeated call hands out the same tensors,
+  unless a weight was written to;
 - a *packed weight* is kept by storage, offset, shape and strides, so tied weights and views are packed once.
 
 What was packed is dropped when its weight's storage dies, or by ``clear_packed_weights()``.
