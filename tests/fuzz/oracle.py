@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from fx_quant.compat import row_scales_on_cpu
+from fx_quant.passes.canonical import CANONICAL
 from fx_quant.passes.nodes import CASTS, VIEWS, dtype
 from fx_quant.passes.pipeline import Rewriting, to_kernels
 from fx_quant.passes.rulebook import is_matmul
@@ -76,12 +77,13 @@ class Outcome:
 
 @dataclass
 class Ran:
-    """One call of a graph: what each node gave, what was returned, and the inputs after it."""
+    """One call of a graph: what each node gave, what was returned, the inputs after it, what canonical ops were given."""
 
     values: dict[str, Any]
     outputs: list[Any]
     inputs: list[Tensor]
     graph: Graph
+    given: dict[str, Any]
 
 
 class Judge:
@@ -133,6 +135,7 @@ class Judge:
         """
         inputs = [_widened(x) for x in inputs] if wide else inputs
         values: dict[Node, Any] = {}
+        given: dict[str, Any] = {}
         waiting = iter(inputs)
         torch.default_generator.manual_seed(0)
         CALLS[0] = 0
@@ -156,12 +159,15 @@ class Judge:
                     if wide:
                         target = _NAMED_FLOAT64_BODIES.get(str(target)) or _FLOAT64_BODIES.get(target, target)
                         args, kwargs = tree_map(_wide_dtype, (args, kwargs))
+                    if target in CANONICAL:
+                        # What follows may write to its operands.
+                        given[node.name] = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
                     value = target(*args, **kwargs)
                     if wide:
                         value = tree_map(_widened, value)
                     value = value if nudge is None else nudge(node, value)
                 values[node] = value
-        return Ran({node.name: value for node, value in values.items()}, outputs, list(inputs), graph)
+        return Ran({node.name: value for node, value in values.items()}, outputs, list(inputs), graph, given)
 
     # --- what the algebra proves --------------------------------------------------------------------------------
 
@@ -410,7 +416,7 @@ def judge(program: Program) -> Outcome:
 def _terms(canonical: Graph, name: str, ran: Ran) -> Tensor:
     """For each element of a canonical matmul the sum of the magnitudes of what is rounded on the way to it."""
     node = next(node for node in canonical.nodes if node.name == name)
-    args, kwargs = map_arg((node.args, node.kwargs), lambda arg: ran.values[arg.name])
+    args, kwargs = ran.given[name]
     a, b, *scales, bias, _ = args
     if node.target is torch.ops.fx_quant.weight_only_mm.default:
         weight = _weight_only_mm_in_float64(torch.eye(a.shape[1]), b, *scales, None, None, **kwargs)
