@@ -56,7 +56,16 @@ def unpacked(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x @ (codes.float() * s[:, None]).t(), codes, codes * 1
 
 
+def sums_beside_a_zero_point(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the weight's codes sum to is returned too; the kernel is given a kept sum."""
+    codes, scale = quantized(x)
+    sums = w.t().sum(0, dtype=torch.int32)
+    result = torch._int_mm((codes.int() + 128).to(torch.uint8), w.t()) - sums * 128
+    return result.float() * scale * s, sums, sums.expand(2, N)
+
+
 ALIASES: dict[str, Callable[..., Any]] = {
+    "sums_beside_a_zero_point": lambda x, w, s, b: sums_beside_a_zero_point(x, w, s),
     "one_times_input": lambda x, w, s, b: (x * 1, linear(x, w, s)),
     "plus_zero_of_a_parameter": lambda x, w, s, b: (linear(x, w, s), s + 0.0, b * 1.0),
     "times_one_twice": lambda x, w, s, b: (linear(x, w, s), s * 1.0, s * 1.0, s),
