@@ -60,7 +60,8 @@ def sums_beside_a_zero_point(x: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, T
     """What the weight's codes sum to is returned too; the kernel is given a kept sum."""
     codes, scale = quantized(x)
     sums = w.t().sum(0, dtype=torch.int32)
-    result = torch._int_mm((codes.int() + 128).to(torch.uint8), w.t()) - sums * 128
+    zero_point = x.amin().round().clamp(-128, 127).to(torch.int32)
+    result = torch._int_mm(codes, w.t()) - sums * zero_point
     return result.float() * scale * s, sums, sums.expand(2, N)
 
 
