@@ -1,4 +1,4 @@
-"""One process that compiles two models and prints what fx_quant says of them, for test_cached_reports.py.
+"""One process that compiles three models, compares them with eager and prints what fx_quant says.
 
 ``python cached_process.py save|load|plain FILE aot|noaot``: FILE is PyTorch's own package of artefacts, and the last word
 whether AOTAutograd's cache is on.
@@ -11,6 +11,7 @@ import logging
 import pathlib
 import sys
 
+import models
 import torch
 import torch._functorch.config
 from torch._dynamo.utils import counters
@@ -54,12 +55,14 @@ def main(mode: str, file: str, cache: str) -> None:
     if mode == "load":
         assert torch.compiler.load_cache_artifacts(path.read_bytes()) is not None
     torch.manual_seed(0)
-    for model, grad in (
-        (torch.nn.Sequential(Missed(), torch.nn.GELU(), Rewritten()), False),
-        (torch.nn.Sequential(Rewritten()), True),
+    for model, x, grad in (
+        (torch.nn.Sequential(Missed(), torch.nn.GELU(), Rewritten()), torch.randn(5, 64), False),
+        (torch.nn.Sequential(Rewritten()), torch.randn(5, 64), True),
+        (models.POSITIVE["int8_int_mm"].build(torch.float32, True), models.inputs(torch.float32), False),
     ):
         with torch.set_grad_enabled(grad):
-            out = torch.compile(model, backend="fx_quant")(torch.randn(5, 64))
+            out = torch.compile(model, backend="fx_quant")(x)
+            torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-3)
         if grad:
             out.sum().backward()
     if mode == "save":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 
@@ -27,6 +28,14 @@ from fx_quant.kernels.layouts import clear_packed_weights
 if importlib.util.find_spec("expecttest") is None:
     # As on GPU machines; PyTorch's own check imports it.
     torch.library.opcheck = lambda *_, **__: pytest.skip("torch.library.opcheck needs expecttest")
+
+
+# Nothing that is imported or collected is garbage: looking for some took a third of the collection.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

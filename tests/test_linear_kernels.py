@@ -6,7 +6,7 @@ import gc
 import importlib
 import inspect
 import itertools
-import os
+import json
 import re
 import subprocess
 import sys
@@ -347,23 +347,50 @@ def test_one_kernel_of_a_class_may_be_disabled(monkeypatch):
         lk.is_supported_and_can_implement_kernel(C, CONFIG, 90)
 
 
-@pytest.mark.parametrize("name", ["CPUInt8ScaledMMLinearKernel", "TheirInt8ScaledMMLinearKernel", "nonsense"])
-@pytest.mark.parametrize("imported", ["", "import fx_quant.linear_kernels; "])
-def test_class_names_are_known_whatever_was_imported(name, imported):
-    code = (
-        f"{imported}from dataclasses import replace; from fx_quant.kernels.registry import kernel, register_kernel; "
-        "their = replace(kernel('pytorch_int_mm'), name='their_int8', provider='their', linear_kernel=''); "
-        "register_kernel(their, priority=0); "
-        "from fx_quant.kernels.select import disabled_kernels; print(*disabled_kernels())"
-    )
-    environment = {**os.environ, "FX_QUANT_DISABLED_KERNELS": name}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    if name == "nonsense":
-        assert "unknown kernel or provider 'nonsense'" in done.stderr
-        assert "CPUInt8ScaledMMLinearKernel" in done.stderr
-    else:
-        assert done.stdout.strip() == name, done.stderr
+DISABLED = """
+import json, os, sys
+from dataclasses import replace
+from fx_quant.kernels.registry import kernel, register_kernel
+their = replace(kernel("pytorch_int_mm"), name="their_int8", provider="their", linear_kernel="")
+register_kernel(their, priority=0)
+
+def says(name):
+    os.environ["FX_QUANT_DISABLED_KERNELS"] = name
+    from fx_quant.kernels.select import disabled_kernels
+    try:
+        return " ".join(disabled_kernels())
+    except Exception as error:
+        return str(error)
+
+def says_in_a_process(name):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, says(name).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        return answer.read()
+
+names = sys.argv[1:]
+found = {"": {name: says_in_a_process(name) for name in names}}
+assert "fx_quant.linear_kernels" not in sys.modules
+import fx_quant.linear_kernels
+found["import fx_quant.linear_kernels"] = {name: says_in_a_process(name) for name in names}
+print(json.dumps(found))
+"""
+
+
+def test_class_names_are_known_whatever_was_imported():
+    names = ("CPUInt8ScaledMMLinearKernel", "TheirInt8ScaledMMLinearKernel", "nonsense")
+    command = [sys.executable, "-c", DISABLED, *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2
+    for imported, said in found.items():
+        assert {name: said[name] for name in names[:2]} == {name: name for name in names[:2]}, imported
+        assert "unknown kernel or provider 'nonsense'" in said["nonsense"], imported
+        assert "CPUInt8ScaledMMLinearKernel" in said["nonsense"], imported
 
 
 def test_lists_are_in_the_order_of_selection():
