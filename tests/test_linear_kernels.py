@@ -7,7 +7,6 @@ import importlib
 import inspect
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
