@@ -30,12 +30,14 @@ if importlib.util.find_spec("expecttest") is None:
     torch.library.opcheck = lambda *_, **__: pytest.skip("torch.library.opcheck needs expecttest")
 
 
-# Nothing that is imported or collected is garbage: looking for some took a third of the collection.
-gc.disable()
-
-
-def pytest_collection_finish():
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Nothing that is collected is garbage: looking for some took a third of the collection."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):
