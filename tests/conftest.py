@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 
 import pytest
@@ -24,6 +25,9 @@ import torch._inductor.config
 from triton_interpreter import interpreting
 
 from fx_quant.kernels.layouts import clear_packed_weights
+
+# pytest listens to every logger that does not propagate, and for a listener PyTorch prints every graph of every step.
+logging.getLogger("torch.__trace").propagate = True
 
 if importlib.util.find_spec("expecttest") is None:
     # As on GPU machines; PyTorch's own check imports it.

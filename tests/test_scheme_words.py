@@ -104,7 +104,7 @@ def test_a_scale_of_the_whole_tensor_is_per_tensor_whatever_the_rows(rows):
         acc, scale = summed(x, w, -2, -1)
         return acc.float() * scale * s
 
-    (site,) = rewrite(trace(per_tensor, X[:rows], W, S)).selections
+    (site,) = rewrite(trace(per_tensor, X[:rows], W, S)).rows
     assert site.words == "int8 per_tensor (dynamic) x int8 per_channel"
 
 
@@ -112,7 +112,7 @@ def test_a_given_scale_of_one_row_is_per_tensor():
     def static(x, w, s, scale):
         return torch._int_mm((x / scale).round().clamp(-128, 127).to(INT8), w.t()).float() * scale * s
 
-    (site,) = rewrite(trace(static, X[:1], W, S, torch.full((1, 1), 0.05))).selections
+    (site,) = rewrite(trace(static, X[:1], W, S, torch.full((1, 1), 0.05))).rows
     assert site.words == "int8 per_tensor (static) x int8 per_channel"
 
 
@@ -133,7 +133,7 @@ def test_a_scale_that_no_rule_follows_is_not_called_unscaled():
         q, _ = quantized(x)
         return torch._int_mm(q, w.t()).float() * scales
 
-    (site,) = rewrite(trace(scaled_by_a_matrix, X, W, torch.rand(32, N))).selections
+    (site,) = rewrite(trace(scaled_by_a_matrix, X, W, torch.rand(32, N))).rows
     assert site.words == "int8 x int8 (scaled in a way no rule follows)"
 
 
