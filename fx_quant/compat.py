@@ -240,6 +240,11 @@ def dump_graph(name: str, graph: Graph) -> None:
         lazy_format_graph_code(name, module())
 
 
+def templates_take_unbacked_sizes() -> bool:
+    """Whether Inductor's C++ templates take sizes that are read off values; those of 2.11 ask what they may be."""
+    return _TORCH >= (2, 13)  # 2.12 was not tried
+
+
 def cuda_driver() -> int:
     """Version of the GPU's driver as CUDA numbers it (13000 is 13.0); 0 for a PyTorch without CUDA."""
     version = getattr(torch._C, "_cuda_getDriverVersion", None)

@@ -27,9 +27,11 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.ops_handler import WrapperHandler
 from torch._inductor.utils import parallel_num_threads, sympy_index_symbol
 from torch._inductor.virtualized import V, ops
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
+from fx_quant.compat import templates_take_unbacked_sizes
 from fx_quant.kernels.cpu.native import PLAN, Dot
 from fx_quant.kernels.layouts import PANEL
 from fx_quant.tuning.plans import table
@@ -38,10 +40,15 @@ aten = torch.ops.aten
 
 
 def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
-    """Whether ``n`` and ``k`` are known and not 0, and ``dot`` exists, for which Inductor's vectors are wide enough."""
+    """Whether ``n`` and ``k`` are known and not 0, and ``dot`` exists, for which Inductor's vectors are wide enough.
+
+    Any number of rows, but where this Inductor's templates take none that is read off values.
+    """
     isa = pick_vec_isa()
     is_wide = (isa.bit_width() if isa else 0) >= dot.vector_bits
     sizes = (n, a.get_size()[1])
+    if not templates_take_unbacked_sizes() and free_unbacked_symbols(a.get_size()[0]):
+        return False
     return is_wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) and size > 0 for size in sizes)
 
 
