@@ -124,7 +124,9 @@ def test_addcmul_with_a_value_is_left_as_it_is():
     inputs = (X, W, S, B)
     state = rewrite(trace(valued, *inputs))
     (site,) = state.rows
-    assert str(site.root.target) == "aten.mul.Tensor"
+    # PyTorch 2.11 decomposes it, and then all of it is the site's.
+    left = any(node.target is torch.ops.aten.addcmul.default for node in state.before.nodes)
+    assert str(site.root.target) == ("aten.mul.Tensor" if left else "aten.add.Tensor")
     assert_same_meaning(state.before, state.graph, inputs)
 
 
