@@ -68,6 +68,8 @@ def _programs(options: argparse.Namespace) -> Counts:
         f"{tally.counts['recognised']} recognised, {tally.counts['missed']} missed; "
         f"{wrong} wrong, {crashed} crashed, {silent} silent; {tally.counts['declined']} that PyTorch itself does not run"
     )
+    for kind, seeds in sorted(tally.faults.items()):
+        note += f"; {kind}: `--only {' '.join(map(str, sorted(seeds)))}`"
     return Counts(tally.counts["graphs"], wrong + crashed + silent, 0, note)
 
 
