@@ -323,7 +323,8 @@ class Judge:
             off = (was - ideal).abs()
             slack = off[off.isfinite()].max().item() if off.isfinite().any() else 0.0
             near = share * max(_largest(ideal), reach)
-            allowed = near + 2 * slack
+            # Below the least normal number few bits are left of any.
+            allowed = near + 2 * slack + 2.0**-126
             # Where the source is far off itself, something before it overflowed.
             compared = ideal.isfinite() & (off <= near)
             wrong = compared & ~((now - ideal).abs() <= allowed)
@@ -432,8 +433,10 @@ def _terms(canonical: Graph, name: str, ran: Ran) -> Tensor:
 
 
 def _scales_after_sums(ran: Ran) -> Iterator[Tensor]:
-    """What the rewritten matmuls of a graph scaled by."""
+    """What the rewritten matmuls of a graph scaled by, in their ops or after them."""
     for node in ran.graph.nodes:
+        if node.target is torch.ops.aten.reciprocal.default:
+            yield ran.values[node.name]
         if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "fx_quant":
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
