@@ -8,6 +8,8 @@ import torch
 
 from fx_quant.scheme import Scheme, dtype_name
 
+Size = int | torch.SymInt
+
 
 @dataclass(frozen=True)
 class SizeRange:

@@ -125,7 +125,8 @@ def test_kernels_import_no_pass_and_no_lowering():
 
 def test_adapters_import_no_library_no_pass_no_lowering_and_no_kernel():
     libraries = ("compressed_tensors", "optimum", "transformers", "torchao")
-    load_all = "from fx_quant.loading.adapters.base import adapters; assert len(adapters()) >= 3; import fx_quant.loading.prepare"
+    load_all = "import fx_quant.loading.prepare; from fx_quant.loading.adapters.base import adapters; "
+    load_all += "assert len(adapters()) >= 3"
     assert len(ADAPTERS) >= 3 and loaded_by(load_all, *libraries) == set()
     rooms = ("fx_quant.passes", "fx_quant.lowerings", "fx_quant.kernels", "fx_quant.backend")
     assert crossings("fx_quant.loading.adapters", *rooms) == []

@@ -13,10 +13,10 @@ import torch
 
 from fx_quant.kernels.layouts import FACTOR_PANELS, padded
 from fx_quant.kernels.select import Selection
+from fx_quant.problem import Size
 
 aten = torch.ops.aten
 Value = TypeVar("Value")
-Size = int | torch.SymInt
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Face(Protocol[Value]):
         ...
 
 
-def kept_parts(selection: Selection, of: Operands, constant: Collection[str]) -> dict[str, tuple[str, str]]:
+def kept_parts(selection: Selection, operands: Operands, constant: Collection[str]) -> dict[str, tuple[str, str]]:
     """What is computed once of operands that do not change: by part, the name of its operand and the layout.
 
     The parts are ``b`` (the weight as the kernel reads it), ``b_sum``, ``b_scale`` and ``b_zero_point``.
@@ -77,17 +77,17 @@ def kept_parts(selection: Selection, of: Operands, constant: Collection[str]) ->
     elif "b" in constant and (padding.n, padding.k) != (problem.n, problem.k):
         # Codes of int4 beyond k meet zeros of the activation, whatever they decode to.
         parts["b"] = "b", padded(padding.n, padding.k // problem.scheme.weight.codes_per_element)
-    if of.a_zero_point is not None and "b" in constant:
+    if operands.a_zero_point is not None and "b" in constant:
         parts["b_sum"] = "b", "sums"
-    if kernel.panel_factors and of.block is not None and of.block[0] == 1:
+    if kernel.panel_factors and operands.block is not None and operands.block[0] == 1:
         for name in ("b_scale", "b_zero_point"):
-            if name in constant and getattr(of, name) is not None:
+            if name in constant and getattr(operands, name) is not None:
                 parts[name] = name, FACTOR_PANELS
     return parts
 
 
-def realise(face: Face[Value], selection: Selection, of: Operands[Value], kept: dict[str, Value]) -> Value:
-    """``out [m, n]`` of the selected kernel on ``of``.
+def realise(face: Face[Value], selection: Selection, operands: Operands[Value], kept: dict[str, Value]) -> Value:
+    """``out [m, n]`` of the selected kernel on ``operands``.
 
     Padded codes are 0, padded scales 1 (finite), padded zero points and bias 0.
 
@@ -96,15 +96,14 @@ def realise(face: Face[Value], selection: Selection, of: Operands[Value], kept: 
     """
     kernel, problem, padding = selection.kernel, selection.problem, selection.padding
     pad_n, pad_k = padding.n - problem.n, padding.k - problem.k
-    m = face.shape(of.a)[0]
-    rows = max(m, padding.rows) if padding.rows else m
-    more = rows - m if padding.rows else 0
+    m = face.shape(operands.a)[0]
+    more = max(padding.rows - m, 0) if padding.rows else 0
 
     def grown(x: Value | None, behind: Sequence[Size], value: float) -> Value | None:
         """``x`` with ``behind[i]`` more elements of ``value`` in dim ``i``."""
         if x is None or not any(behind):
             return x
-        pads = [each for count in reversed(behind) for each in (0, count)]
+        pads = [size for count in reversed(behind) for size in (0, count)]
         return face.call(aten.constant_pad_nd.default, x, pads, value)
 
     def to_shape(x: Value | None, shape: Sequence[Size], value: float) -> Value | None:
@@ -122,39 +121,43 @@ def realise(face: Face[Value], selection: Selection, of: Operands[Value], kept: 
             return x
         return grown(x, [0] * (len(face.shape(x)) - 1) + [pad_n], value)
 
-    a = of.a if not (more or pad_k) else face.call(aten.constant_pad_nd.default, of.a, [0, pad_k, 0, more], 0)
+    a = (
+        operands.a
+        if not (more or pad_k)
+        else face.call(aten.constant_pad_nd.default, operands.a, [0, pad_k, 0, more], 0)
+    )
     if kernel.a_dtype is not None:
         a = face.cast(a, kernel.a_dtype)
-    factors = {"a_scale": of.a_scale, "a_zero_point": of.a_zero_point}
-    factors |= {name: kept.get(name, getattr(of, name)) for name in ("b_scale", "b_zero_point")}
-    if of.block is None:
+    factors = {"a_scale": operands.a_scale, "a_zero_point": operands.a_zero_point}
+    factors |= {name: kept.get(name, getattr(operands, name)) for name in ("b_scale", "b_zero_point")}
+    if operands.block is None:
         for name, fill in (("scale", 1), ("zero_point", 0)):
             factors[f"a_{name}"] = more_rows(factors[f"a_{name}"], fill)
             factors[f"b_{name}"] = more_columns(factors[f"b_{name}"], fill)
     elif more or pad_n or pad_k:
-        down, across = -(-padding.n // of.block[0]), -(-padding.k // of.block[1])
-        factors["a_scale"] = to_shape(factors["a_scale"], (rows, across), 1)
+        down, across = -(-padding.n // operands.block[0]), -(-padding.k // operands.block[1])
+        factors["a_scale"] = to_shape(factors["a_scale"], (m + more, across), 1)
         for name, fill in (("b_scale", 1), ("b_zero_point", 0)):
             if name not in kept:
                 factors[name] = to_shape(factors[name], (down, across), fill)
     sums = kept.get("b_sum")
-    if of.a_zero_point is not None and sums is None:
-        sums = face.call(aten.sum.dim_IntList, of.b, [0], dtype=torch.int32)
+    if operands.a_zero_point is not None and sums is None:
+        sums = face.call(aten.sum.dim_IntList, operands.b, [0], dtype=torch.int32)
     given = {
         "a_zero_point": factors["a_zero_point"],
         "b_sum": more_columns(sums, 0),
         "b_zero_point": factors["b_zero_point"],
-        "block": of.block,
+        "block": operands.block,
     }
     out = face.call(
         kernel.overload(),
         a,
-        _weight(face, selection, of.b, kept),
+        _weight(face, selection, operands.b, kept),
         factors["a_scale"],
         factors["b_scale"],
-        grown(of.bias, (pad_n,), 0),
+        grown(operands.bias, (pad_n,), 0),
         padding.n,
-        of.out_dtype,
+        operands.out_dtype,
         **{name: value for name, value in given.items() if value is not None},
     )
     if more:

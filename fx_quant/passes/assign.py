@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.kernels.layouts import TRANSPOSED
-from fx_quant.kernels.realise import Size, kept_parts, realise
+from fx_quant.kernels.realise import kept_parts, realise
 from fx_quant.kernels.select import Selection
 from fx_quant.passes.canonical import operands_of
 from fx_quant.passes.emit import Emitter
@@ -19,6 +19,7 @@ from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.nodes import aten, is_op, shape
+from fx_quant.problem import Size
 
 
 class UnassignedError(Exception):
@@ -51,7 +52,8 @@ def assign(
     reasons: dict[Node, str] = {}
     sums: dict[Node, Node | None] = {}
     for node, selection in selections.items():
-        sums[operands_of(node).b] = kept.get(node, {}).get("b_sum")
+        b = operands_of(node).b
+        sums[b] = sums.get(b) or kept.get(node, {}).get("b_sum")
         result = attempt(_assign, emitter, node, selection, kept.get(node, {}), casts)
         if isinstance(result, Failure):
             reasons[node] = result.reason("calling the kernel")

@@ -12,6 +12,8 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fx_quant.problem import Size
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -37,7 +39,6 @@ MULTIPLICATIONS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 ADDITIONS = frozenset({aten.add.Tensor, aten.add.Scalar})
 SUBTRACTIONS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
-Size = int | torch.SymInt
 
 
 def is_op(node: object, *targets: object) -> TypeGuard[Node]:

@@ -59,6 +59,8 @@ class Rewriting:
         rows: each site that is rewritten.
         misses: what is left as it is, because a rule failed.
         recognised: what is left as it is, because nothing here runs it faster.
+        memory: which nodes of ``graph`` share memory, as it was when the sites were found.
+        emitter: writes the canonical ops.
     """
 
     source: Graph

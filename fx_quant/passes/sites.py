@@ -16,7 +16,7 @@ from fx_quant.passes.contractions import operands_of_contraction
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.inputs import Inputs, classify_inputs
 from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
-from fx_quant.passes.nodes import Size, dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
+from fx_quant.passes.nodes import dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
 from fx_quant.passes.origins import Origin, Origins
 from fx_quant.passes.problems import corrects_outside, near_range, problem_of, scheme_of
 from fx_quant.passes.regions import Findings, reasons_in_regions
@@ -25,7 +25,7 @@ from fx_quant.passes.specialize import why_symbolic
 from fx_quant.passes.unclaimed import unclaimed_contraction
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.passes.words import scheme_in_words, source_scheme
-from fx_quant.problem import Problem, SizeRange
+from fx_quant.problem import Problem, Size, SizeRange
 from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 
 

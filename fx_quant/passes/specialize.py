@@ -12,7 +12,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fx_quant.compat import is_guarded, is_marked_dynamic
-from fx_quant.passes.nodes import Size, aten, dtype, is_op, shape
+from fx_quant.passes.nodes import aten, dtype, is_op, shape
+from fx_quant.problem import Size
 from fx_quant.scheme import STORED_DTYPES
 
 
