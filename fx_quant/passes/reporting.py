@@ -10,6 +10,7 @@ from fx_quant.kernels.select import Verdict
 from fx_quant.passes.nodes import module_path, source_line
 from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.sites import Recognised
+from fx_quant.reasons import Unmet
 from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
 from fx_quant.scheme import dtype_name
 
@@ -41,7 +42,7 @@ def _recognised_report(found: Recognised) -> RecognisedReport:
         n=None if site is None else site.problem.n,
         k=None if site is None else site.problem.k,
         reason=found.reason,
-        losers=_losers(found.verdicts),
+        unmet=_unmet(found.verdicts),
     )
 
 
@@ -49,13 +50,9 @@ def _op_name(gemm: Node) -> str:
     return str(gemm.target).removesuffix(".default")
 
 
-def _losers(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, list[str]]:
+def _unmet(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, tuple[Unmet, ...]]:
     """Why each other kernel was not chosen."""
-    return {
-        verdict.kernel: list(verdict.reasons) or ["can run, lower priority"]
-        for verdict in verdicts
-        if verdict.kernel != chosen
-    }
+    return {verdict.kernel: verdict.unmet for verdict in verdicts if verdict.kernel != chosen}
 
 
 def _site_report(row: Row) -> SiteReport:
@@ -74,5 +71,5 @@ def _site_report(row: Row) -> SiteReport:
         padding=selection.padding.describe(problem),
         numerics=str(max(site.numerics, selection.kernel.numerics)),
         quantize=str(row.quantizer or ""),
-        losers=_losers(selection.verdicts, selection.kernel.name),
+        unmet=_unmet(selection.verdicts, selection.kernel.name),
     )

@@ -92,10 +92,9 @@ def scheme_in_words(
     Args:
         last: the last node of which anything is proven; what scales it is not in ``scheme``.
     """
-    activation, _, weight = str(scheme).partition(" x ")
     decoded = _decoded_activation(product, annotation, inputs, origins)
     if decoded:
-        return f"{activation} (decoded from {decoded}) x {weight}"
+        return f"{scheme.activation} (decoded from {decoded}) x {scheme.weight}"
     unscaled = {scheme.activation.granularity, scheme.weight.granularity} == {Granularity.UNSCALED}
     if unscaled and any(_scales(user, last) for user in last.users):
         codes = f"{dtype_name(scheme.activation.dtype)} x {dtype_name(scheme.weight.dtype)}"
