@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch.fx import Node
-
 from fx_quant.kernels.select import Verdict
-from fx_quant.passes.nodes import module_path, source_line
+from fx_quant.passes.nodes import module_path, qualified_name, source_line
 from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.sites import Recognised
 from fx_quant.reasons import Unmet
@@ -22,7 +20,7 @@ def report_on(state: Rewriting) -> Report:
         MissReport(
             module=module_path(miss.gemm),
             source=source_line(miss.gemm),
-            op=_op_name(miss.gemm),
+            op=qualified_name(miss.gemm.target),
             node=miss.node.name,
             reason=miss.rule,
         )
@@ -36,7 +34,7 @@ def _recognised_report(found: Recognised) -> RecognisedReport:
     return RecognisedReport(
         module=module_path(found.gemm),
         source=source_line(found.gemm),
-        op=_op_name(found.gemm),
+        op=qualified_name(found.gemm.target),
         scheme="" if site is None else site.words,
         m="" if site is None else str(site.problem.m),
         n=None if site is None else site.problem.n,
@@ -44,10 +42,6 @@ def _recognised_report(found: Recognised) -> RecognisedReport:
         reason=found.reason,
         unmet=_unmet(found.verdicts),
     )
-
-
-def _op_name(gemm: Node) -> str:
-    return str(gemm.target).removesuffix(".default")
 
 
 def _unmet(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, tuple[Unmet, ...]]:
@@ -61,7 +55,7 @@ def _site_report(row: Row) -> SiteReport:
     return SiteReport(
         module=module_path(site.gemm),
         source=source_line(site.gemm),
-        op=_op_name(site.gemm),
+        op=qualified_name(site.gemm.target),
         scheme=site.words,
         m=str(problem.m),
         n=problem.n,

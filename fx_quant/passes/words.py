@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.inputs import Inputs
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, stored_dtype
+from fx_quant.passes.matrices import stored_dtype
 from fx_quant.passes.nodes import (
     CASTS,
     DIVISIONS,
@@ -28,7 +28,7 @@ from fx_quant.passes.origins import Kind, Origins
 from fx_quant.passes.rules.matmuls import Operand, operand
 from fx_quant.passes.rules.steps import as_affine
 from fx_quant.passes.values import Axis, Codes, Factor, Product
-from fx_quant.scheme import Granularity, OperandSpec, Scheme, dtype_name
+from fx_quant.scheme import FLOAT_DTYPES, Granularity, OperandSpec, Scheme, dtype_name
 
 
 def source_scheme(product: Product, scheme: Scheme, inputs: Inputs) -> Scheme:
@@ -105,7 +105,7 @@ def scheme_in_words(
 def _scales(user: Node, value: Node) -> bool:
     if not is_op(user, *MULTIPLICATIONS, *DIVISIONS, aten.addcmul.default):
         return False
-    return any(dtype(n) in EPILOGUE_DTYPES for n in user.all_input_nodes if n is not value)
+    return any(dtype(n) in FLOAT_DTYPES for n in user.all_input_nodes if n is not value)
 
 
 def _decoded_activation(product: Product, annotation: Annotation, inputs: Inputs, origins: Origins) -> str:
