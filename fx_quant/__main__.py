@@ -140,12 +140,12 @@ def _dispatch(arguments: argparse.Namespace, target: Any) -> int:
 def _print_kernels(target: Any) -> int:
     from fx_quant.kernels.registry import kernels
 
-    rows = []
-    for kernel in kernels():
-        unmet = kernel.requires.unmet_by_target(target)
-        rows.append((kernel.name, kernel.provider, "; ".join(unmet) or "can run", kernel.note))
+    judged = [(kernel, kernel.requires.unmet_by_target(target)) for kernel in kernels()]
     # What can run first; within each part, the order in which selection asks.
-    rows.sort(key=lambda row: row[2] != "can run")
+    judged.sort(key=lambda pair: bool(pair[1]))
+    rows = [
+        (kernel.name, kernel.provider, "; ".join(map(str, unmet)) or "can run", kernel.note) for kernel, unmet in judged
+    ]
     headers = ("kernel", "provider", f"on {target}", "what it is")
     print(tabulate(rows, headers=headers, maxcolwidths=[None, None, 40, 44]))
     return 0

@@ -117,7 +117,7 @@ def safely(passes: Callable[[], Report], target: Target | torch.device, options:
         if options.strict:
             raise MissError(f"strict=True and a pass of fx_quant failed: {error!r}") from error
         log.debug("pass failed", exc_info=True)
-        return Report(str(target), (), (MissReport("", "", "graph", "", f"a pass failed with {error!r}"),))
+        return Report(str(target), (), (MissReport.of_graph(f"a pass failed with {error!r}"),))
 
 
 def _device(graph: Graph) -> torch.device:
@@ -135,7 +135,7 @@ def _first_device() -> str:
 def warn_of_failures(report: Report) -> None:
     """Warn of each graph that is left because a pass failed."""
     for miss in report.misses:
-        if miss.op == "graph":
+        if miss.is_of_graph:
             warnings.warn(
                 f"fx_quant: {miss.reason}; the graph compiles as it was. "
                 "Set options={'strict': True} to get the traceback.",

@@ -29,13 +29,13 @@ from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.nodes import CASTS, MULTIPLICATIONS, VIEWS, dtype, is_op
 from fx_quant.passes.pipeline import Rewriting, to_canonical, to_kernels
-from fx_quant.passes.printer import print_graph
 from fx_quant.passes.rewrite import remove_identities
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.sites import Found, Miss, Site, find_sites
 from fx_quant.passes.values import Codes
 from fx_quant.scheme import FLOAT8_DTYPES, Numerics
 from fx_quant.target import named_target
+from tests.printer import print_graph
 from tests.torchao_cpu import as_on_vnni
 
 
