@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fx_quant.errors import must
 from fx_quant.layers.activation import check_activation
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import (
@@ -51,12 +51,6 @@ def linear_problem(
         scheme = replace(scheme, activation=OperandSpec(x_dtype))
     bias_dtype = None if bias is None else bias.dtype
     return Problem(scheme, _ANY_ROWS, *shape, out_dtype, bias_dtype, constant_weight=True)
-
-
-def must(holds: bool, message: Callable[[], str]) -> None:
-    """Raise ``ValueError`` with ``message()`` unless it ``holds``."""
-    if not holds:
-        raise ValueError(message())
 
 
 def check_scheme(scheme: Scheme) -> None:

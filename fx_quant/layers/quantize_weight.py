@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, OperandSpec, dtype_name, float8_max
-from fx_quant.weights import INT4, UINT4, repeat_blocks, require
+from fx_quant.weights import INT4, UINT4, repeat_blocks
+from fx_quant.weights.checks import must
 
 # The dtype that holds the codes, and their range.
 _INTEGERS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
@@ -139,13 +140,13 @@ def _per_code(values: Tensor, spec: OperandSpec, shape: torch.Size) -> Tensor:
 
 
 def _check_weight(weight: Tensor) -> None:
-    require(weight.dim() == 2, f"weight must be [n, k], got {list(weight.shape)}; flatten or split it first")
-    require(
+    must(weight.dim() == 2, f"weight must be [n, k], got {list(weight.shape)}; flatten or split it first")
+    must(
         weight.dtype in FLOAT_DTYPES,
         f"weight must be float32, bfloat16 or float16, got {dtype_name(weight.dtype)}; cast it, or dequantize codes",
     )
     nans, infinities = int(weight.isnan().sum()), int(weight.isinf().sum())
-    require(
+    must(
         nans + infinities == 0,
         f"weight must be finite, got {nans} NaN and {infinities} infinite of {weight.numel()} values; "
         "look for them in the checkpoint, or leave this weight in float",
@@ -155,20 +156,20 @@ def _check_weight(weight: Tensor) -> None:
 def _check_spec(spec: OperandSpec) -> None:
     dtype, kind, size = spec.dtype, spec.granularity.kind, spec.granularity.size
     known = sorted(map(dtype_name, (*_INTEGERS, *FLOAT8_DTYPES)))
-    require(
+    must(
         dtype in _INTEGERS or dtype in FLOAT8_DTYPES, f"spec.dtype must be {', '.join(known)}, got {dtype_name(dtype)}"
     )
-    require(not spec.dynamic, "spec.dynamic is for activations: a weight is quantized once; say dynamic=False")
-    require(
+    must(not spec.dynamic, "spec.dynamic is for activations: a weight is quantized once; say dynamic=False")
+    must(
         spec.symmetric or dtype in _INTEGERS,
         f"an asymmetric weight must have an integer dtype, got {dtype_name(dtype)}; say symmetric=True",
     )
-    require(
+    must(
         not spec.symmetric or dtype not in (torch.uint8, UINT4),
         f"a symmetric weight must have a signed dtype, got {dtype_name(dtype)}; say symmetric=False, int8 or int4",
     )
     sizes = {"per_tensor": 0, "per_channel": 0, "per_group": 1, "per_block": 2}
-    require(
+    must(
         sizes.get(kind) == len(size) and all(isinstance(step, int) and step > 0 for step in size),
         f"spec.granularity must be per_tensor, per_channel, per_group(g) or per_block(r, c), got {spec.granularity}",
     )

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from fx_quant.layers.linear_operands import linear_problem, must
+from fx_quant.errors import must
+from fx_quant.layers.linear_operands import linear_problem
 from fx_quant.problem import Problem
 from fx_quant.scheme import Granularity, OperandSpec, Scheme, dtype_name
 

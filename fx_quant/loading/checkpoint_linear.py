@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_quant.layers.linear import QuantizedLinear
-from fx_quant.loading.checkpoint_values import require
+from fx_quant.loading.checkpoint_values import must
 from fx_quant.scheme import INT4_DTYPES, OperandSpec, Scheme, dtype_name
 from fx_quant.weights import pack_int4
 
@@ -60,7 +60,7 @@ def decode_linear(linear: nn.Linear, scheme: Scheme, tensors: Mapping[str, Tenso
     n, k = linear.weight.shape
     _check_order(scheme, tensors, k)
     shape = tensors.get("weight_shape")
-    require(
+    must(
         shape is None or shape.tolist() == [n, k],
         f"weight_shape must be [n, k] = {[n, k]} as in the model, got {None if shape is None else shape.tolist()}; "
         "build the model from the checkpoint's config.json",
@@ -70,7 +70,7 @@ def decode_linear(linear: nn.Linear, scheme: Scheme, tensors: Mapping[str, Tenso
         scale = scale.view(torch.float8_e8m0fnu)
     for what in ("weight_scale", "input_scale", "bias"):
         x = scale if what == "weight_scale" else tensors.get(what)
-        require(
+        must(
             x is None or x.is_floating_point(),
             f"{what} must be float, got {dtype_name(torch.int8 if x is None else x.dtype)}; save the model again",
         )
@@ -95,7 +95,7 @@ def _check_order(scheme: Scheme, tensors: Mapping[str, Tensor], k: int) -> None:
         return
     granularity = scheme.weight.granularity
     size = granularity.size[0] if granularity.kind == "per_group" else k
-    require(
+    must(
         order.tolist() == [j // size for j in range(k)],
         "weight_g_idx must be in order (column // group_size), got activation ordering by group, which permutes k; "
         "quantize the model again with actorder 'weight' or none",
@@ -105,10 +105,10 @@ def _check_order(scheme: Scheme, tensors: Mapping[str, Tensor], k: int) -> None:
 def _weight_codes(spec: OperandSpec, weight: Tensor, n: int, k: int) -> Tensor:
     """Codes as a ``QuantizedLinear`` holds them, ``[n, k]``, or ``[n, k / 2]`` for 4 bits."""
     int4 = spec.dtype in INT4_DTYPES
-    require(not int4 or k % 2 == 0, f"a 4-bit weight must have an even k, got {k}; leave this layer in float (ignore)")
+    must(not int4 or k % 2 == 0, f"a 4-bit weight must have an even k, got {k}; leave this layer in float (ignore)")
     if weight.dtype is torch.int32:
         words = -(-k * (4 if int4 else 8) // 32)
-        require(
+        must(
             list(weight.shape) == [n, words] and not spec.dtype.is_floating_point,
             f"weight_packed of a {[n, k]} linear of {dtype_name(spec.dtype)} must be {[n, words]}, got "
             f"{list(weight.shape)}; build the model from the checkpoint's config.json",
@@ -116,12 +116,12 @@ def _weight_codes(spec: OperandSpec, weight: Tensor, n: int, k: int) -> Tensor:
         # Little-endian words hold codes + 8 or + 128 from the lowest bits up: for 4 bits, the layout of pack_int4.
         data = weight.contiguous().view(torch.uint8)
         return data[:, : k // 2].contiguous() if int4 else (data[:, :k] ^ 0x80).view(torch.int8)
-    require(
+    must(
         list(weight.shape) == [n, k],
         f"weight must be [n, k] = {[n, k]} as in the model, got {list(weight.shape)}; build the model from the "
         "checkpoint's config.json",
     )
-    require(
+    must(
         not int4 or weight.dtype is torch.int8,
         f"4-bit codes that are not packed must be int8, got {dtype_name(weight.dtype)}; save the model compressed",
     )
@@ -131,14 +131,12 @@ def _weight_codes(spec: OperandSpec, weight: Tensor, n: int, k: int) -> Tensor:
 
 def _zero_point(spec: OperandSpec, stored: Tensor | None, n: int) -> Tensor | None:
     """Zero points in the range of the codes, int32; None for a symmetric weight."""
-    require(
-        spec.symmetric or stored is not None, "its weight_zero_point is missing, but its group says symmetric=false"
-    )
+    must(spec.symmetric or stored is not None, "its weight_zero_point is missing, but its group says symmetric=false")
     if stored is None:
         return None
     signed = _unpack_rows(spec, stored, n) if stored.dtype is torch.int32 else _integers(stored, "weight_zero_point")
     if spec.symmetric:
-        require(
+        must(
             not bool(signed.any()),
             "weight_zero_point must be 0 for a symmetric weight; say symmetric=false in the config",
         )
@@ -149,7 +147,7 @@ def _zero_point(spec: OperandSpec, stored: Tensor | None, n: int) -> Tensor | No
 def _unpack_rows(spec: OperandSpec, packed: Tensor, n: int) -> Tensor:
     """Signed ``[n, groups]`` from int32 words that hold neighbours along n, ``[ceil(n * bits / 32), groups]``."""
     bits = 4 if spec.dtype in INT4_DTYPES else 8
-    require(
+    must(
         packed.dim() == 2 and packed.shape[0] == -(-n * bits // 32),
         f"weight_zero_point packed in int32 must be [{-(-n * bits // 32)}, groups], got {list(packed.shape)}",
     )
@@ -162,7 +160,7 @@ def _unpack_rows(spec: OperandSpec, packed: Tensor, n: int) -> Tensor:
 def _input_zero_point(spec: OperandSpec, stored: Tensor | None) -> Tensor | None:
     if stored is None or not spec.symmetric:
         return None if stored is None else _integers(stored, "input_zero_point")
-    require(
+    must(
         not bool(_integers(stored, "input_zero_point").any()),
         "input_zero_point must be 0 for symmetric activations; say symmetric=false in the config",
     )
@@ -173,7 +171,7 @@ def _integers(stored: Tensor, what: str) -> Tensor:
     """``stored``, of any dtype, as int32, which must hold its values exactly."""
     values = stored.double() if not stored.is_complex() else stored.real.double() * torch.nan
     wrong = ~((values == values.trunc()) & (values.abs() <= 2**31 - 1))
-    require(
+    must(
         not bool(wrong.any()),
         f"{what} must be whole numbers that int32 holds, got {values[wrong][:1].tolist()}; quantize the model again",
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_quant.errors import FxQuantError
+from fx_quant.errors import must as _must
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.layers.linear_operands import weight_block
 from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Numerics
@@ -30,10 +31,7 @@ class NotSwappableError(FxQuantError, ValueError):
     """A module that cannot become a ``QuantizedLinear``: what must hold, what was found, what to do next."""
 
 
-def require(holds: bool, reason: str) -> None:
-    """Raise ``NotSwappableError(reason)`` unless it ``holds``."""
-    if not holds:
-        raise NotSwappableError(reason)
+must = functools.partial(_must, error=NotSwappableError)
 
 
 @dataclass(frozen=True, eq=False)
