@@ -389,9 +389,7 @@ def regions(granularity, n, k):
     """(index of the scale, rows, columns) of everything that shares a scale, spelled out."""
     if granularity == PER_TENSOR:
         return [((), slice(n), slice(k))]
-    rows, columns = {"per_channel": (1, max(k, 1)), "per_group": (1, *granularity.size)}.get(
-        granularity.kind, granularity.size
-    )
+    rows, columns = granularity.block or (1, max(k, 1))
     across = 1 if granularity == PER_CHANNEL else -(-k // columns)
     return [
         ((i, j), slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))

@@ -96,10 +96,8 @@ class Requires:
         if self.codes and (activation.dtype, weight.dtype) not in self.codes:
             reasons.append(other_codes(dtype_name(activation.dtype), dtype_name(weight.dtype)))
         pair = (activation.granularity, weight.granularity)
-        # A missing scale is the scalar 1, so a kernel with per-tensor scales can take it.
-        as_scaled = [Granularity.PER_TENSOR if g == Granularity.UNSCALED else g for g in pair]
         if self.granularities and not any(
-            mine_a.covers(as_scaled[0]) and mine_b.covers(as_scaled[1]) for mine_a, mine_b in self.granularities
+            mine_a.covers(pair[0]) and mine_b.covers(pair[1]) for mine_a, mine_b in self.granularities
         ):
             reasons.append(f"has no {pair[0]} x {pair[1]} scales")
         reasons += [
@@ -120,9 +118,8 @@ class Requires:
             reasons.append(f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}")
         if problem.n % self.align_n:
             reasons.append(f"needs n in multiples of {self.align_n}, got n={problem.n}")
-        group = weight.granularity.size[-1:]
-        if self.whole_groups and group and problem.k % group[0]:
-            reasons.append(f"needs k in whole groups of {group[0]}, got k={problem.k}")
+        if self.whole_groups and weight.group is not None and problem.k % weight.group:
+            reasons.append(f"needs k in whole groups of {weight.group}, got k={problem.k}")
         if self.max_k is not None and problem.k > self.max_k:
             reasons.append(f"needs k <= {self.max_k}, got k={problem.k}")
         if self.constant_weight and not problem.constant_weight:

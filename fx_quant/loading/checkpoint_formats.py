@@ -168,11 +168,9 @@ def _checked(scheme: Scheme) -> Scheme:
         f"quantized activations and their weight must both be int8 or both float8, got {scheme}; {_ELSEWHERE}",
     )
     must(b.symmetric, f"the weight beside a quantized activation must be symmetric, got {scheme}; {_ELSEWHERE}")
-    blocks = b.granularity.kind == "per_block"
-    fits = blocks and a.dtype is _FLOAT8 and a.granularity == Granularity.per_group(b.granularity.size[1])
-    plain = a.granularity.kind != "per_group" and b.granularity.kind in ("per_tensor", "per_channel")
+    blocks = Granularity.ANY_BLOCK.covers(b.granularity) and a.dtype is _FLOAT8 and a.group == b.group
     must(
-        fits or plain,
+        blocks or (a.group is None and b.group is None),
         "quantized activations must be per tensor or token with a weight per channel or tensor, or float8 per group "
         f"with a weight in blocks of as many columns, got {scheme}; {_ELSEWHERE}",
     )
@@ -336,7 +334,7 @@ def _read_fp8(config: Mapping[str, Any]) -> FineGrainedFP8:
         blocks = Granularity.PER_TENSOR
     else:
         blocks = Granularity.per_block(*_block(size, "weight_block_size"))
-        tokens = Granularity.per_group(blocks.size[1])
+        tokens = Granularity.per_group(blocks.columns)
     notes = _kv_cache_notes(config)
     kv_cache = bool(notes)
     if scale_fmt == "ue8m0":

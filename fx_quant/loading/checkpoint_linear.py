@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.loading.checkpoint_values import must
-from fx_quant.scheme import INT4_DTYPES, OperandSpec, Scheme, dtype_name
+from fx_quant.ops import unpack_nibbles
+from fx_quant.scheme import OperandSpec, Scheme, dtype_name
 from fx_quant.weights import pack_int4
 
 # Names in a checkpoint by what they are to a QuantizedLinear; of several, the first that is there.
@@ -93,8 +94,7 @@ def _check_order(scheme: Scheme, tensors: Mapping[str, Tensor], k: int) -> None:
     # -1 is "never set", in checkpoints that reserve room for an order they do not have.
     if order is None or bool((order == -1).all()):
         return
-    granularity = scheme.weight.granularity
-    size = granularity.size[0] if granularity.kind == "per_group" else k
+    size = scheme.weight.group or k
     must(
         order.tolist() == [j // size for j in range(k)],
         "weight_g_idx must be in order (column // group_size), got activation ordering by group, which permutes k; "
@@ -104,7 +104,7 @@ def _check_order(scheme: Scheme, tensors: Mapping[str, Tensor], k: int) -> None:
 
 def _weight_codes(spec: OperandSpec, weight: Tensor, n: int, k: int) -> Tensor:
     """Codes as a ``QuantizedLinear`` holds them, ``[n, k]``, or ``[n, k / 2]`` for 4 bits."""
-    int4 = spec.dtype in INT4_DTYPES
+    int4 = spec.packed
     must(not int4 or k % 2 == 0, f"a 4-bit weight must have an even k, got {k}; leave this layer in float (ignore)")
     if weight.dtype is torch.int32:
         words = -(-k * (4 if int4 else 8) // 32)
@@ -141,19 +141,19 @@ def _zero_point(spec: OperandSpec, stored: Tensor | None, n: int) -> Tensor | No
             "weight_zero_point must be 0 for a symmetric weight; say symmetric=false in the config",
         )
         return None
-    return signed + 8 if spec.dtype in INT4_DTYPES else signed
+    return signed + 8 if spec.packed else signed
 
 
 def _unpack_rows(spec: OperandSpec, packed: Tensor, n: int) -> Tensor:
     """Signed ``[n, groups]`` from int32 words that hold neighbours along n, ``[ceil(n * bits / 32), groups]``."""
-    bits = 4 if spec.dtype in INT4_DTYPES else 8
+    bits = 4 if spec.packed else 8
     must(
         packed.dim() == 2 and packed.shape[0] == -(-n * bits // 32),
         f"weight_zero_point packed in int32 must be [{-(-n * bits // 32)}, groups], got {list(packed.shape)}",
     )
     data = packed.t().contiguous().view(torch.uint8)
     if bits == 4:
-        data = torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
+        data = unpack_nibbles(data)
     return data[:, :n].t().int() - (1 << (bits - 1))
 
 

@@ -21,7 +21,6 @@ from fx_quant.passes.problems import corrects_outside, is_unsigned, near_range
 from fx_quant.passes.ranges import bounds_of, is_near
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
-from fx_quant.scheme import INT4_DTYPES
 
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
 _TWO_POINTS = "two zero points of one operand whose values are not known, and whose sum may wrap around"
@@ -285,7 +284,7 @@ def _weight(emitter: Emitter, site: Site, product: Product) -> tuple[Node, int]:
     Codes of 16 values are packed two to a byte along k, as ``code + 8``, the even k in the low nibble.
     """
     root = site.root
-    if site.problem.scheme.weight.dtype not in INT4_DTYPES:
+    if not site.problem.scheme.weight.packed:
         return _stored(emitter, product.b, root), 0
     b = matrix(emitter, product.b, root)
     bounds = integer_range(dataclasses.replace(product.b, offset=0))

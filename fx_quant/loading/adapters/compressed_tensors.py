@@ -22,7 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fx_quant.loading.adapters.base import Adapter, Conversion, float_codes, must, register_adapter
 from fx_quant.loading.checkpoint_formats import scheme_of_group
 from fx_quant.loading.checkpoint_linear import decode_linear, tensors_of
-from fx_quant.scheme import FLOAT8_DTYPES, Numerics, OperandSpec, Scheme
+from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 
 _LIBRARY = "compressed_tensors"
 _FROZEN, _COMPRESSED, _DECOMPRESSED = "frozen", "compressed", "decompressed"
@@ -211,15 +211,15 @@ def quantize_activation(
     """
     if input_scale is not None:
         return float_codes(x, input_scale, spec.dtype, input_zero_point), input_scale, input_zero_point
-    if spec.granularity.size:
-        (size,), k = spec.granularity.size, x.shape[-1]
-        groups = -(-k // size)
+    if spec.group is not None:
+        size, k = spec.group, x.shape[-1]
+        groups = spec.scales_along(k)
         # The library wants whole groups; zeros beyond k change no scale.
         rows = F.pad(x, (0, groups * size - k)).unflatten(-1, (groups, size))
         scale = _symmetric_scale(rows.abs().amax(-1, keepdim=True), spec)
         return float_codes(rows, scale, spec.dtype).flatten(-2)[..., :k], scale.squeeze(-1), None
     # No dims are all dims, and keep none.
-    dims = list(range(2, x.dim())) if spec.granularity.kind == "per_token" else []
+    dims = list(range(2, x.dim())) if spec.granularity == Granularity.PER_TOKEN else []
     if spec.symmetric:
         scale = _symmetric_scale(x.abs().amax(dims, keepdim=bool(dims)), spec)
         return float_codes(x, scale, spec.dtype), scale, None
