@@ -37,6 +37,14 @@ def float8_max(dtype: torch.dtype) -> float:
     return 224.0 if dtype is torch.float8_e4m3fnuz else torch.finfo(dtype).max
 
 
+def scale_dtype_of(stored: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a kernel is given scales of dtype ``stored``, None where there are none: float32.
+
+    Those of a byte, float8_e8m0fnu among them, stay as they are: they have no arithmetic, so no kernel widens them.
+    """
+    return torch.float32 if stored is None or stored.itemsize > 1 else stored
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float8_e4m3fn`` -> ``float8_e4m3fn``."""
     return str(dtype).removeprefix("torch.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -287,6 +289,7 @@ X, ONE, ZERO = torch.randn(2, 32), torch.tensor(1.0), torch.tensor(0)
         (X, dynamic(E4M3, symmetric=False), {}, "an asymmetric activation must be int8"),
         (X, dynamic(granularity=GROUP), {}, r"must be float8 per_group\(g\)"),
         (X, dynamic(E4M3, Granularity.ANY_GROUP), {}, r"must be float8 per_group\(g\)"),
+        (X, replace(dynamic(E4M3, GROUP), scale_dtype=torch.float8_e8m0fnu), {}, r"must have float32 scales, got"),
         (X, dynamic(granularity=Granularity.PER_CHANNEL), {}, "must be per_tensor, per_token or per_group"),
         (X, OperandSpec(torch.int8, TOKEN), {"scale": ONE}, "a static activation must be per_tensor, got int8 per_tok"),
     ],

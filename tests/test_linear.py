@@ -477,6 +477,17 @@ def test_no_kernel_says_every_reason(monkeypatch):
         build(INT8[0])(torch.randn(4, K))
 
 
+def test_scales_are_kept_in_the_dtype_that_the_scheme_says():
+    scheme = Scheme.parse("bfloat16 x float8_e4m3fn per_group(32) float8_e8m0fnu scales")
+    scale = torch.tensor([[0.5, 2.0]] * N).to(torch.float8_e8m0fnu)
+    layer = QuantizedLinear(scheme, torch.randn(N, K).to(E4M3), scale)
+    assert layer.weight_scale.dtype is torch.float8_e8m0fnu
+    with pytest.raises(NoKernelError, match="takes scales of float32, got float8_e8m0fnu"):
+        layer(torch.randn(3, K))
+    with pytest.raises(ValueError, match=r"weight_scale of .* must be float8_e8m0fnu, got float32 \[40, 2\]"):
+        QuantizedLinear(scheme, layer.weight, scale.float())
+
+
 # --- compiled -----------------------------------------------------------------------------------------------------
 
 COMPILED = [

@@ -621,6 +621,10 @@ def spec(dtype=torch.int8, granularity=PER_CHANNEL, **more):
         (lambda: quantize_weight(torch.ones(2, 2), spec(torch.uint4)), r"signed dtype, got uint4"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(dynamic=True)), r"dynamic is for activations"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.PER_TOKEN)), r"got per_token"),
+        (
+            lambda: quantize_weight(torch.ones(2, 2), spec(scale_dtype=torch.float8_e8m0fnu)),
+            r"spec.scale_dtype must be float32, got int8 per_channel float8_e8m0fnu scales",
+        ),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.UNSCALED)), r"got unscaled"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.ANY_GROUP)), r"got per_group"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.per_group(0))), r"per_group\(0\)"),

@@ -37,6 +37,7 @@ class Requires:
         packages: least version of each package that must be installed.
         codes: ``(activation dtype, weight dtype)`` pairs of codes.
         granularities: ``(activation, weight)`` granularity pairs.
+        scale_dtypes: dtypes of the scales it reads; not empty.
         out_dtypes: dtypes it can return.
         out_as_activation: it returns the dtype of a float activation (weight-only kernels).
         bias: it can add a bias.
@@ -57,6 +58,7 @@ class Requires:
     packages: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     codes: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
     granularities: frozenset[tuple[Granularity, Granularity]] = frozenset()
+    scale_dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
     out_dtypes: frozenset[torch.dtype] = frozenset()
     out_as_activation: bool = False
     bias: bool = True
@@ -100,6 +102,11 @@ class Requires:
             mine_a.covers(pair[0]) and mine_b.covers(pair[1]) for mine_a, mine_b in self.granularities
         ):
             reasons.append(f"has no {pair[0]} x {pair[1]} scales")
+        reasons += [
+            f"takes scales of {_one_of(map(dtype_name, self.scale_dtypes))}, got {dtype_name(operand.scale_dtype)}"
+            for operand in (activation, weight)
+            if operand.granularity != Granularity.UNSCALED and operand.scale_dtype not in self.scale_dtypes
+        ]
         reasons += [
             f"has no zero point of the {name}"
             for name, operand in (("activation", activation), ("weight", weight))

@@ -218,6 +218,8 @@ def check_activation(spec: OperandSpec) -> None:
         raise ValueError(f"a static activation must be per_tensor, got {spec}; say dynamic=True")
     if not granularity.of_activation:
         raise ValueError(f"an activation must be per_tensor, per_token or per_group(g), got {spec}")
+    if spec.scale_dtype is not torch.float32:
+        raise ValueError(f"an activation must have float32 scales, got {spec}")
     if spec.group is not None and (spec.dtype not in FLOAT8_DTYPES or not granularity.is_sized):
         raise ValueError(f"an activation in groups must be float8 per_group(g) with g > 0, got {spec}")
 

@@ -173,7 +173,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
         shape = scheme.weight.scale_shape(self.out_features, self.in_features)
         self.register_buffer("weight", weight.detach())
-        self.register_buffer("weight_scale", weight_scale.detach().float().reshape(shape))
+        self.register_buffer("weight_scale", weight_scale.detach().to(scheme.weight.scale_dtype).reshape(shape))
         if weight_zero_point is not None:
             weight_zero_point = weight_zero_point.to(zero_point_dtype(weight_zero_point, scheme.weight)).reshape(shape)
         self.register_buffer("weight_zero_point", weight_zero_point)

@@ -91,6 +91,10 @@ def check_operands(
         weight_scale.is_floating_point() and _is_shape(weight_scale, shape),
         lambda: f"weight_scale of {spec} must be float of shape {list(shape)}, got {describe(weight_scale)}",
     )
+    must(
+        spec.scale_dtype in (torch.float32, weight_scale.dtype),
+        lambda: f"weight_scale of {spec} must be {dtype_name(spec.scale_dtype)}, got {describe(weight_scale)}",
+    )
     _check_positive(weight_scale, "weight_scale")
     must(
         spec.symmetric == (weight_zero_point is None),

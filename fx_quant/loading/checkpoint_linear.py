@@ -75,7 +75,7 @@ def decode_linear(linear: nn.Linear, scheme: Scheme, tensors: Mapping[str, Tenso
             x is None or x.is_floating_point(),
             f"{what} must be float, got {dtype_name(torch.int8 if x is None else x.dtype)}; save the model again",
         )
-    scale = scale.float()
+    scale = scale.to(scheme.weight.scale_dtype)
     zero_point = _zero_point(scheme.weight, tensors.get("weight_zero_point"), n)
     bias, input_scale = tensors.get("bias"), tensors.get("input_scale")
     return QuantizedLinear(
