@@ -275,8 +275,7 @@ def test_groups_that_blocks_do_not_hold_are_declined():
 def test_what_kernels_require_is_what_fits(name):
     requires, codes = kernel(name).requires, PACKED_CODES[kernel(name).layout.removeprefix("triton_")]
     for _, granularity in requires.granularities:
-        rows_and_columns = (1, *granularity.size)[-2:] if granularity.size else None
-        assert unfit(planned(codes.name, 16, rows_and_columns), small(codes.name), SM90) is None
+        assert unfit(planned(codes.name, 16, granularity.block), small(codes.name), SM90) is None
 
 
 def test_a_sum_is_split_where_tiles_are_few():

@@ -26,7 +26,7 @@ from fx_quant.passes.unclaimed import unclaimed_contraction
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, Size, SizeRange
-from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, Granularity, Numerics, OperandSpec, Scheme
+from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, Granularity, Numerics, OperandSpec, Scheme, scale_dtype_of
 
 
 @dataclass(frozen=True)
@@ -250,12 +250,14 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
         _scale_granularity(of.a_scale, of.block and (1, of.block[1]), Granularity.PER_TOKEN),
         dynamic=of.a_scale in inputs.runtime,
         symmetric=of.a_zero_point is None,
+        scale_dtype=scale_dtype_of(dtype(of.a_scale)),
     )
     packed = not same_size(shape(of.b)[0], k)
     weight = OperandSpec(
         torch.int4 if packed else dtype_of(of.b),  # pyrefly: ignore[missing-attribute]
         _scale_granularity(of.b_scale, of.block, Granularity.PER_CHANNEL),
         symmetric=of.b_zero_point is None,
+        scale_dtype=scale_dtype_of(dtype(of.b_scale)),
     )
     problem = Problem(
         scheme=Scheme(activation, weight),
