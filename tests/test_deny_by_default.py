@@ -122,6 +122,11 @@ FORMS = {
     "mv_of_fake_quantized": Form(
         lambda x, w: torch.mv(w.float(), x.round().clamp(-8, 7)), (floats(K), W), "without a matmul"
     ),
+    "product_and_sum_with_one_row": Form(
+        lambda x, w, s: (x.round().to(INT8).float()[:, None, :] * decoded(w, s)).sum(-1),
+        (floats(M, K), ints(1, K), scales(1, 1)),
+        "without a matmul",
+    ),
     "mv_of_uint8_scaled_by_the_call": Form(
         lambda x, w: torch.mv(w.float() * x.amax(), x.to(UINT8).float()),
         (floats(K).abs(), ints(N, K, dtype=UINT8)),

@@ -305,13 +305,14 @@ class Origins:
         """Arithmetic of codes with scales, zero points and floats."""
         full = [(source, origin) for source, origin in made if same_shape(shape(source), shape(node))]
         multiplies = is_op(node, *MULTIPLICATIONS)
+        weights = [(source, origin) for source, origin in made if _is_weight(origin)]
         if not full:
-            weights = [origin for _, origin in made if _is_weight(origin)]
-            return replace(weights[0], kind=Kind.WEIGHTED, weighted=True) if multiplies and weights else None
+            return replace(weights[0][1], kind=Kind.WEIGHTED, weighted=True) if multiplies and weights else None
         scales = multiplies or is_op(node, *DIVISIONS)
-        source, origin = max(full, key=lambda pair: (scales and _is_weight(pair[1]), pair[1].kind))
+        source, origin = max(full, key=lambda pair: (scales and pair in weights, pair[1].kind))
         others = [n for n in node.all_input_nodes if n is not source and dtype(n) is not torch.bool]
-        if scales and _is_weight(origin) and any(n in self._inputs.runtime for n in others):
+        # A quantized dot product in parts, whichever of its two factors is as large as the product.
+        if scales and weights and any(n in self._inputs.runtime for n in [*others, source]):
             origin = replace(origin, weighted=True)
         floats = [
             n for n in others if self.coded(n) is None and n in self._inputs.runtime and not self._undone(origin, n)

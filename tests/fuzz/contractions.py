@@ -154,7 +154,7 @@ class _Walk:
         if not isinstance(value, torch.Tensor) or value.dtype is torch.bool:
             return None
         if node.op == "placeholder":
-            if value.dtype not in CODES or value.dim() < 2:
+            if value.dtype not in CODES or value.dim() < 2 or value.numel() == 1:
                 return None
             coded = node in self.constant or value.dtype.is_floating_point
             return _Made(node, coded or (node in self.state and value.dtype is torch.int8))
