@@ -20,7 +20,8 @@ from fx_quant.kernels.triton.launch import Configuration, Launch
 from fx_quant.kernels.triton.operands import scaled_operands
 from fx_quant.kernels.triton.scaled_mm import plan_scaled_mm
 from fx_quant.kernels.triton.semaphores import _OF_A_STREAM, _Reserve
-from fx_quant.kernels.triton.swapped import CONFIGURATIONS, configuration, split_for, unfit_split
+from fx_quant.kernels.triton.split import split_by_steps, unfit_split
+from fx_quant.kernels.triton.swapped import CONFIGURATIONS, configuration
 from fx_quant.scheme import Numerics
 from tests.cross_compile import Compiled, compile_launch
 
@@ -244,13 +245,13 @@ def test_counters_are_left_zero_so_that_a_launch_can_be_repeated(scaled_mm, dtyp
     [(1024, 8192, 7), (4096, 4096, 2), (6144, 4096, 1), (28672, 4096, 1), (4096, 14336, 2), (4096, 256, 1)],
 )
 def test_k_is_split_where_processors_would_wait(n, k, expected):
-    assert split_for(n, k, 64, 256, 132) == expected
+    assert split_by_steps(n, k, 64, 256, 132) == expected
 
 
 @pytest.mark.parametrize("n", [1, 64, 1000, 4096, 57344])
 @pytest.mark.parametrize("k", [0, 1, 255, 256, 4096, 28672])
 def test_no_part_of_a_split_is_empty(n, k):
-    split, steps = split_for(n, k, 64, 256, 132), -(-k // 256)
+    split, steps = split_by_steps(n, k, 64, 256, 132), -(-k // 256)
     assert 1 <= split <= 16
     assert (split - 1) * -(-steps // split) < max(1, steps)
 

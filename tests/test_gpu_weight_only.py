@@ -17,13 +17,13 @@ from fx_quant.kernels.registry import kernel
 from fx_quant.kernels.triton.architectures import architecture
 from fx_quant.kernels.triton.launch import Configuration
 from fx_quant.kernels.triton.packed_codes import PACKED_CODES, PackedCodes
+from fx_quant.kernels.triton.split import split_by_blocks
 from fx_quant.kernels.triton.weight_only import (
     CONFIGURATIONS,
     configuration,
     family,
     packed_operands,
     plan_weight_only_mm,
-    split_for,
     unfit,
 )
 from fx_quant.scheme import Numerics
@@ -281,12 +281,12 @@ def test_what_kernels_require_is_what_fits(name):
 
 def test_a_sum_is_split_where_tiles_are_few():
     # 4096 rows of the weight are 64 tiles; 2 programs on each of 132 processors.
-    assert split_for(64, 32, 132) == 5
-    assert split_for(448, 32, 132) == 1
-    assert split_for(16, 112, 132) == 16
+    assert split_by_blocks(64, 32, 132) == 5
+    assert split_by_blocks(448, 32, 132) == 1
+    assert split_by_blocks(16, 112, 132) == 16
     # Too few blocks to share, and nothing to compute.
-    assert split_for(1, 5, 132) == 1
-    assert split_for(0, 32, 132) == 5
+    assert split_by_blocks(1, 5, 132) == 1
+    assert split_by_blocks(0, 32, 132) == 5
 
 
 def test_the_configuration_follows_the_rows():

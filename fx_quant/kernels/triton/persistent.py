@@ -6,17 +6,16 @@ The source is ``kernels/triton/source/persistent.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from fx_quant.kernels.triton.architectures import Architecture
 from fx_quant.kernels.triton.descriptors import described, undescribed
-from fx_quant.kernels.triton.launch import Configuration, Launch
+from fx_quant.kernels.triton.launch import TILES_M, Configuration, Launch
 from fx_quant.kernels.triton.operands import ScaledOperands, grouped_strides, vector_stride
 
-# Tiles that share their operands through the L2 cache, counted along m.
-_TILES_M = 8
 # More bytes of a result's tile, for each of the warps that hold it, spill or leave no shared memory for the stages.
 _TILE_BYTES = 8 * 1024
 _CODES = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2})
@@ -26,27 +25,25 @@ _IMPRECISE = frozenset({"sm90"})
 _IMPRECISE_K = 128
 
 
-def _found(m: int, n: int, k: int, warps: int, stages: int, kind: str = "") -> Configuration:
-    return Configuration(
-        "persistent", m, n, k, warps, stages, warp_specialized=kind == "specialized", flattened=kind == "flattened"
-    )
+_persistent = partial(Configuration, "persistent")
+_specialized = partial(_persistent, warp_specialized=True)
+_flattened = partial(_persistent, flattened=True)
 
-
-_SPECIALIZED = _found(128, 128, 128, 4, 5, "specialized")
-_LARGEST = (_found(128, 256, 128, 4, 4, "specialized"), _found(256, 128, 128, 4, 4, "specialized"), _SPECIALIZED)
+_SPECIALIZED = _specialized(128, 128, 128, 4, 5)
+_LARGEST = (_specialized(128, 256, 128, 4, 4), _specialized(256, 128, 128, 4, 4), _SPECIALIZED)
 _BLOCKS = (
     _SPECIALIZED,
-    _found(128, 128, 128, 8, 4),
-    _found(64, 128, 128, 4, 5),
-    _found(128, 64, 128, 4, 5),
+    _persistent(128, 128, 128, 8, 4),
+    _persistent(64, 128, 128, 4, 5),
+    _persistent(128, 64, 128, 4, 5),
 )
 # Larger tiles spill when they leave the tensor memory; Triton 3.6 compiles no warp specialization here.
-_SM100 = (_found(128, 128, 128, 8, 4, "flattened"), _found(128, 64, 128, 8, 6), _found(64, 128, 128, 8, 6))
+_SM100 = (_flattened(128, 128, 128, 8, 4), _persistent(128, 64, 128, 8, 6), _persistent(64, 128, 128, 8, 6))
 _SM120 = (
-    _found(128, 128, 128, 8, 3),
-    _found(128, 128, 64, 8, 4),
-    _found(64, 128, 128, 4, 3),
-    _found(128, 64, 128, 4, 3),
+    _persistent(128, 128, 128, 8, 3),
+    _persistent(128, 128, 64, 8, 4),
+    _persistent(64, 128, 128, 4, 3),
+    _persistent(128, 64, 128, 4, 3),
 )
 _RECIPES = ("float8", "float8_block", "float8_group", "int8")
 
@@ -56,18 +53,18 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = {
         # A sum that leaves the tensor cores takes twice its registers: larger tiles spill.
         "float8": (
             _SPECIALIZED,
-            _found(128, 128, 128, 8, 5, "flattened"),
-            _found(128, 128, 128, 8, 5),
-            _found(64, 256, 128, 8, 4),
-            _found(64, 128, 128, 4, 6),
+            _flattened(128, 128, 128, 8, 5),
+            _persistent(128, 128, 128, 8, 5),
+            _persistent(64, 256, 128, 8, 4),
+            _persistent(64, 128, 128, 4, 6),
         ),
         "float8_block": _BLOCKS,
         "float8_group": _BLOCKS,
         "int8": (
             *_LARGEST,
-            _found(128, 256, 128, 8, 3),
-            _found(128, 128, 128, 8, 5),
-            _found(64, 128, 128, 4, 6),
+            _persistent(128, 256, 128, 8, 3),
+            _persistent(128, 128, 128, 8, 5),
+            _persistent(64, 128, 128, 4, 6),
         ),
     },
     # Scales of each column take registers too.
@@ -141,15 +138,14 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
         "GROUP_N": group_n,
         "GROUP_K": group_k,
         "IMPRECISE_K": min(_IMPRECISE_K, found.block_k) if imprecise else 0,
-        "BLOCK_M": found.block_m,
-        "BLOCK_N": found.block_n,
-        "BLOCK_K": found.block_k,
-        "TILES_M": _TILES_M,
+        "TILES_M": TILES_M,
         "WARP_SPECIALIZED": found.warp_specialized,
         "FLATTENED": found.flattened,
+        **found.blocks,
     }
-    # Fused, the epilogue's product and sum would be rounded once, where the canonical op rounds twice.
-    options = {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": False}
-    tiles = -(-m // found.block_m) * -(-n // found.block_n)
-    programs, kernel = min(on.processors, tiles), triton_persistent.scaled_mm_kernel
-    return Launch(kernel, arguments, options, programs, arguments["out_ptr"], found, scratch=found.warp_specialized)
+    programs, kernel, out = (
+        min(on.processors, found.tiles(m, n)),
+        triton_persistent.scaled_mm_kernel,
+        arguments["out_ptr"],
+    )
+    return Launch(kernel, arguments, found.options, programs, out, found, scratch=found.warp_specialized)

@@ -16,21 +16,9 @@ from torch import Tensor
 
 from fx_quant.kernels.triton.architectures import Architecture
 from fx_quant.kernels.triton.launch import Configuration, Launch
-from fx_quant.kernels.triton.operands import ScaledOperands, grouped_strides, vector_stride
-from fx_quant.kernels.triton.semaphores import semaphores, unfit_split
+from fx_quant.kernels.triton.operands import ScaledOperands, scale_arguments
+from fx_quant.kernels.triton.split import split_arguments, split_by_steps, unfit_split
 from fx_quant.scheme import FLOAT8_DTYPES, dtype_name
-
-# More parts of a sum than this cost more to add up than they hide.
-_MAX_SPLIT = 16
-
-# Counted in steps, of some 0.7 microseconds on an H100, where nothing was timed yet: filling the pipeline of a program,
-# handing in and waiting for partial sums, and adding one of them.
-_FILL_STEPS = 1.0
-_SPLIT_STEPS = 3.0
-_PART_STEPS = 0.125
-
-# A split that gains less than this is not worth its memory.
-_WORTH = 1.1
 
 
 def _form(*sizes: tuple[int, int, int, int, int]) -> tuple[Configuration, ...]:
@@ -62,7 +50,7 @@ _AMD = _form((16, 32, 256, 2, 2), (32, 32, 256, 2, 2), (64, 64, 128, 4, 2))
 _AMD_BLOCK = _form((16, 32, 128, 2, 2), (32, 32, 128, 2, 2), (64, 64, 128, 4, 2))
 
 # Recipe -> architecture -> configurations, by the rows of ``a`` that they take. Each keeps some 48 KB of weights in
-# flight where shared memory allows it. ``split_k`` follows from the sizes (``split_for``).
+# flight where shared memory allows it. ``split_k`` follows from the sizes (``split_by_steps``).
 CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = MappingProxyType(
     {
         "float8": {
@@ -95,29 +83,11 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = MappingP
 )
 
 
-def split_for(n: int, k: int, block_n: int, block_k: int, processors: int) -> int:
-    """Programs that share a tile's sum along k: as few as keep about every processor busy.
-
-    A processor that runs ``w`` programs takes ``w`` times the steps of one, which are ``ceil(steps / split)`` of
-    ``block_k`` and those of filling its pipeline; partial sums cost some more. No part is empty.
-    """
-    tiles, steps = -(-n // block_n), -(-k // block_k)
-
-    def cost(split: int) -> float:
-        waves = -(-tiles * split // processors)
-        return waves * (-(-steps // split) + _FILL_STEPS) + (_SPLIT_STEPS + _PART_STEPS * split if split > 1 else 0.0)
-
-    # Other numbers would leave parts empty.
-    splits = sorted({-(-steps // -(-steps // split)) for split in range(1, min(_MAX_SPLIT, steps) + 1)}) or [1]
-    least = min(map(cost, splits))
-    return next(split for split in splits if cost(split) <= _WORTH * least)
-
-
 def best_split(found: Configuration, n: int, k: int, on: Architecture) -> int:
-    """``split_for`` the sizes of ``found``; 1 where k cannot be split."""
+    """``split_by_steps`` of the sizes of ``found``; 1 where k cannot be split."""
     if unfit_split(2, on) is not None:
         return 1
-    return split_for(n, k, found.block_n, found.block_k, on.processors)
+    return split_by_steps(n, k, found.block_n, found.block_k, on.processors)
 
 
 def configuration(recipe: str, m: int, n: int, k: int, on: Architecture) -> Configuration | None:
@@ -195,32 +165,22 @@ def launch(
         out: ``[m, n]``, contiguous.
         on: where it will run.
     """
-    (m, k), n, split = x.shape, b.shape[1], found.split_k
+    (m, k), n = x.shape, b.shape[1]
     descriptor = _descriptor(b, found.block_n, found.block_k, on)
-    tiles = -(-m // found.block_m) * -(-n // found.block_n)
-    partials = semaphore = None
-    if split > 1:
-        partials = x.new_empty((tiles, split, found.block_n, found.block_m), dtype=sums)
-        semaphore = semaphores(tiles, x.device)
+    tiles = found.tiles(m, n)
     arguments |= {
         "b_ptr": b if descriptor is None else descriptor,
         "out_ptr": out,
-        "partials_ptr": partials,
-        "semaphore_ptr": semaphore,
         "m": m,
         "n": n,
         "k": k,
         "stride_bk": b.stride(0),
         "stride_bn": b.stride(1),
-        "BLOCK_M": found.block_m,
-        "BLOCK_N": found.block_n,
-        "BLOCK_K": found.block_k,
-        "SPLIT_K": split,
         "DESCRIPTOR": descriptor is not None,
+        **split_arguments(x, tiles, found, sums),
+        **found.blocks,
     }
-    # Fused, the epilogue's product and sum would be rounded once, where the canonical op rounds twice.
-    options = {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": False}
-    return Launch(kernel, arguments, options, tiles * split, out, found)
+    return Launch(kernel, arguments, found.options, tiles * found.split_k, out, found)
 
 
 def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> Launch:
@@ -234,37 +194,11 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     reason = unfit(operands, configuration, on)
     if reason is not None:
         raise ValueError(reason)
-    a, b, a_scale, b_scale, bias = operands.a, operands.b, operands.a_scale, operands.b_scale, operands.bias
+    a, b = operands.a, operands.b
     out = a.new_empty((operands.m, operands.n), dtype=operands.out_dtype)
-    arguments: dict[str, Any] = {
-        "a_ptr": a,
-        "a_scale_ptr": a_scale,
-        "b_scale_ptr": b_scale,
-        "bias_ptr": bias,
-        "stride_am": a.stride(0),
-        "stride_ak": a.stride(1),
-        "stride_bias": vector_stride(bias, 0),
-    }
+    arguments = {"a_ptr": a, "stride_am": a.stride(0), "stride_ak": a.stride(1), **scale_arguments(operands)}
     if operands.block is not None:
-        rows, columns = operands.block
-        scale_n, scale_k = grouped_strides(b_scale, True)
-        arguments |= {
-            "stride_a_scale_m": 0 if a_scale is None else a_scale.stride(0),
-            "stride_a_scale_k": 0 if a_scale is None else a_scale.stride(1),
-            "stride_b_scale_n": scale_n,
-            "stride_b_scale_k": scale_k,
-            "GROUP_N": rows,
-            "GROUP_K": columns,
-        }
-        found = replace(configuration, block_k=_block_k(columns, configuration))
+        found = replace(configuration, block_k=_block_k(operands.block[1], configuration))
         return launch(triton_swapped.block_scaled_mm_kernel, a, b, found, torch.float32, arguments, out, on)
-    arguments |= {
-        "a_zero_point_ptr": operands.a_zero_point,
-        "b_sum_ptr": operands.b_sum,
-        "stride_a_scale": vector_stride(a_scale, 0),
-        "stride_b_scale": vector_stride(b_scale, -1),
-        "stride_a_zero_point": vector_stride(operands.a_zero_point, 0),
-        "stride_b_sum": vector_stride(operands.b_sum, 0),
-    }
     sums = torch.int32 if a.dtype is torch.int8 else torch.float32
     return launch(triton_swapped.scaled_mm_kernel, a, b, configuration, sums, arguments, out, on)
