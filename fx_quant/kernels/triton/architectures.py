@@ -46,11 +46,6 @@ class Architecture:
         """Compute capability of an NVIDIA GPU (``90`` for ``sm90``), else None."""
         return int(self.name[2:]) if self.platform == "cuda" else None
 
-    @property
-    def lanes(self) -> int:
-        """Threads of a warp."""
-        return 64 if self.platform == "rocm" else 32
-
     def rate(self, dtype: torch.dtype) -> float:
         """Operations a second of products of this dtype; that of half precision where it has to be widened."""
         if dtype in (torch.int8, torch.uint8):

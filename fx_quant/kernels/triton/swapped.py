@@ -25,8 +25,7 @@ def _form(*sizes: tuple[int, int, int, int, int]) -> tuple[Configuration, ...]:
     return tuple(Configuration("swapped", *size) for size in sizes)
 
 
-# The first for so many rows is the one that is taken; the others are for a tuner. Up to 64 rows at block_n = 64 read as
-# many bytes of tokens as of weights, hence 128 there.
+# Up to 64 rows at block_n = 64 read as many bytes of tokens as of weights, hence 128 there.
 _HOPPER = _form(
     (16, 64, 256, 4, 4),
     (16, 128, 128, 4, 5),
@@ -90,20 +89,6 @@ def best_split(found: Configuration, n: int, k: int, on: Architecture) -> int:
     return split_by_steps(n, k, found.block_n, found.block_k, on.processors)
 
 
-def configuration(recipe: str, m: int, n: int, k: int, on: Architecture) -> Configuration | None:
-    """The configuration for these sizes, or None where none is meant for so many rows or for that architecture.
-
-    Args:
-        recipe: a name in ``CONFIGURATIONS``.
-        m, n, k: sizes of the matmul.
-        on: where it will run.
-    """
-    for found in CONFIGURATIONS[recipe].get(on.name, ()):
-        if m <= found.block_m:
-            return replace(found, split_k=best_split(found, n, k, on))
-    return None
-
-
 def unfit(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> str | None:
     """Why this form cannot compute these operands there, in one line; None if it can."""
     reason = unfit_codes(operands.a.dtype, on) or unfit_codes(operands.b.dtype, on)
@@ -143,46 +128,6 @@ def _descriptor(b: Tensor, block_n: int, block_k: int, on: Architecture) -> Any:
     return TensorDescriptor(b.t(), [n, k], [b.stride(1), 1], [block_n, block_k])
 
 
-def launch(
-    kernel: Any,
-    x: Tensor,
-    b: Tensor,
-    found: Configuration,
-    sums: torch.dtype,
-    arguments: dict[str, Any],
-    out: Tensor,
-    on: Architecture,
-) -> Launch:
-    """A launch of one of this form's kernels: what they all take is added to ``arguments``.
-
-    Args:
-        kernel: the ``@triton.jit`` function.
-        x: rows ``[m, k]``.
-        b: weight ``[k, n]``.
-        found: the configuration, whose ``block_k`` is final.
-        sums: dtype of partial sums.
-        arguments: what this kernel takes beside it.
-        out: ``[m, n]``, contiguous.
-        on: where it will run.
-    """
-    (m, k), n = x.shape, b.shape[1]
-    descriptor = _descriptor(b, found.block_n, found.block_k, on)
-    tiles = found.tiles(m, n)
-    arguments |= {
-        "b_ptr": b if descriptor is None else descriptor,
-        "out_ptr": out,
-        "m": m,
-        "n": n,
-        "k": k,
-        "stride_bk": b.stride(0),
-        "stride_bn": b.stride(1),
-        "DESCRIPTOR": descriptor is not None,
-        **split_arguments(x, tiles, found, sums),
-        **found.blocks,
-    }
-    return Launch(kernel, arguments, found.options, tiles * found.split_k, out, found)
-
-
 def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> Launch:
     """The launch of a scaled matmul.
 
@@ -194,11 +139,28 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     reason = unfit(operands, configuration, on)
     if reason is not None:
         raise ValueError(reason)
-    a, b = operands.a, operands.b
-    out = a.new_empty((operands.m, operands.n), dtype=operands.out_dtype)
-    arguments = {"a_ptr": a, "stride_am": a.stride(0), "stride_ak": a.stride(1), **scale_arguments(operands)}
-    if operands.block is not None:
-        found = replace(configuration, block_k=_block_k(operands.block[1], configuration))
-        return launch(triton_swapped.block_scaled_mm_kernel, a, b, found, torch.float32, arguments, out, on)
+    (a, b), (m, n, k) = (operands.a, operands.b), (operands.m, operands.n, operands.k)
+    kernel, found = triton_swapped.scaled_mm_kernel, configuration
     sums = torch.int32 if a.dtype is torch.int8 else torch.float32
-    return launch(triton_swapped.scaled_mm_kernel, a, b, configuration, sums, arguments, out, on)
+    if operands.block is not None:
+        kernel, sums = triton_swapped.block_scaled_mm_kernel, torch.float32
+        found = replace(configuration, block_k=_block_k(operands.block[1], configuration))
+    descriptor = _descriptor(b, found.block_n, found.block_k, on)
+    tiles, out = found.tiles(m, n), a.new_empty((m, n), dtype=operands.out_dtype)
+    arguments: dict[str, Any] = {
+        "a_ptr": a,
+        "b_ptr": b if descriptor is None else descriptor,
+        "out_ptr": out,
+        "m": m,
+        "n": n,
+        "k": k,
+        "stride_am": a.stride(0),
+        "stride_ak": a.stride(1),
+        "stride_bk": b.stride(0),
+        "stride_bn": b.stride(1),
+        "DESCRIPTOR": descriptor is not None,
+        **scale_arguments(operands),
+        **split_arguments(a, tiles, found, sums),
+        **found.blocks,
+    }
+    return Launch(kernel, arguments, found.options, tiles * found.split_k, out, found)

@@ -143,9 +143,15 @@ def unfit(operands: PackedOperands, found: Configuration, on: Architecture) -> s
 
 
 def plan_weight_only_mm(operands: PackedOperands, found: Configuration, on: Architecture) -> Launch:
-    """The launch of a matmul with a packed weight, which ``unfit`` has no objection to."""
+    """The launch of a matmul with a packed weight.
+
+    Raises:
+        RuntimeError: the operands are ``unfit``.
+    """
     from fx_quant.kernels.triton.source import weight_only as triton_weight_only
 
+    reason = unfit(operands, found, on)
+    torch._check(reason is None, lambda: f"triton_weight_only_{operands.codes.name}_packed: {reason}")
     x, codes, n = operands.x, operands.codes, operands.n
     m, k = x.shape
     group, tiles = (operands.block or (1, 0))[1], found.tiles(m, n)
