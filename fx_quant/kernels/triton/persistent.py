@@ -73,11 +73,11 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = {
 }
 
 
-def unfit(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> str | None:
+def unfit(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> str | None:
     """Why this form cannot compute these operands there, in a line, or None."""
-    if not {operands.a.dtype, operands.b.dtype} <= _CODES and on.tma:
+    if not {operands.a.dtype, operands.b.dtype} <= _CODES and architecture.tma:
         return f"needs int8, float8_e4m3fn or float8_e5m2, got {operands.a.dtype} and {operands.b.dtype}"
-    reason = undescribed({"a": operands.a, "the weight": operands.b.t()}, on)
+    reason = undescribed({"a": operands.a, "the weight": operands.b.t()}, architecture)
     if reason is not None:
         return reason
     if operands.block is not None and (operands.a.dtype is torch.int8 or operands.block[1] % configuration.block_k):
@@ -87,13 +87,13 @@ def unfit(operands: ScaledOperands, configuration: Configuration, on: Architectu
         )
     # Warp specialization gives the tile to two groups of warps.
     most = _TILE_BYTES * configuration.warps * (2 if configuration.warp_specialized else 1)
-    found = configuration.block_m * configuration.block_n * operands.out_dtype.itemsize
+    size = configuration.block_m * configuration.block_n * operands.out_dtype.itemsize
     return (
-        None if found <= most else f"needs a tile of the result of at most {most} bytes, got {found}; use a smaller one"
+        None if size <= most else f"needs a tile of the result of at most {most} bytes, got {size}; use a smaller one"
     )
 
 
-def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> Launch:
+def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> Launch:
     """The launch of a scaled matmul by tiles of tensor descriptors.
 
     A float8 sum leaves tensor cores that add imprecisely every 128 products.
@@ -103,8 +103,8 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     """
     from fx_quant.kernels.triton.source import persistent as triton_persistent
 
-    found, (m, n, k) = configuration, (operands.m, operands.n, operands.k)
-    reason = unfit(operands, found, on)
+    m, n, k = operands.m, operands.n, operands.k
+    reason = unfit(operands, configuration, architecture)
     torch._check(reason is None, lambda: f"triton_scaled_mm: the persistent form {reason}")
 
     a, weight, a_scale, b_scale = operands.a, operands.b.t(), operands.a_scale, operands.b_scale
@@ -114,10 +114,10 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     else:
         group_n, group_k = operands.block
         a_scale_strides, b_scale_strides = grouped_strides(a_scale, True), grouped_strides(b_scale, True)
-    imprecise = operands.recipe == "float8" and on.name in _IMPRECISE
+    imprecise = operands.recipe == "float8" and architecture.name in _IMPRECISE
     arguments: dict[str, Any] = {
-        "a": a if found.warp_specialized else described(a, found.block_m, found.block_k),
-        "b": described(weight, found.block_n, found.block_k),
+        "a": a if configuration.warp_specialized else described(a, configuration.block_m, configuration.block_k),
+        "b": described(weight, configuration.block_n, configuration.block_k),
         "out_ptr": a.new_empty((m, n), dtype=operands.out_dtype),
         "a_scale_ptr": a_scale,
         "b_scale_ptr": b_scale,
@@ -137,15 +137,19 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
         "stride_b_sum": vector_stride(operands.b_sum, 0),
         "GROUP_N": group_n,
         "GROUP_K": group_k,
-        "IMPRECISE_K": min(_IMPRECISE_K, found.block_k) if imprecise else 0,
+        "IMPRECISE_K": min(_IMPRECISE_K, configuration.block_k) if imprecise else 0,
         "TILES_M": TILES_M,
-        "WARP_SPECIALIZED": found.warp_specialized,
-        "FLATTENED": found.flattened,
-        **found.blocks,
+        "WARP_SPECIALIZED": configuration.warp_specialized,
+        "FLATTENED": configuration.flattened,
+        **configuration.blocks,
     }
-    programs, kernel, out = (
-        min(on.processors, found.tiles(m, n)),
+    programs = min(architecture.processors, configuration.tiles(m, n))
+    return Launch(
         triton_persistent.scaled_mm_kernel,
+        arguments,
+        configuration.options,
+        programs,
         arguments["out_ptr"],
+        configuration,
+        scratch=configuration.warp_specialized,
     )
-    return Launch(kernel, arguments, found.options, programs, out, found, scratch=found.warp_specialized)

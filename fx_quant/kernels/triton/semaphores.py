@@ -65,7 +65,7 @@ def semaphores(size: int, device: torch.device) -> Tensor:
     be replayed on any stream, but never beside itself. Where none are left, or none could be reserved before a capture
     began, fresh ones are zeroed, by a kernel that the graph then holds too.
     """
-    found = None
+    counters = None
     if device.type == "cuda":
         with torch.cuda.device(device):
             device = torch.device("cuda", torch.cuda.current_device())
@@ -75,7 +75,7 @@ def semaphores(size: int, device: torch.device) -> Tensor:
                     _RESERVES[device] = _Reserve(device)
             reserve = _RESERVES.get(device)
             if reserve is not None and capturing:
-                found = reserve.of_launch(size)
+                counters = reserve.of_launch(size)
             elif reserve is not None:
-                found = reserve.of_stream(torch.cuda.current_stream(device).cuda_stream, size)
-    return torch.zeros(size, dtype=torch.int32, device=device) if found is None else found
+                counters = reserve.of_stream(torch.cuda.current_stream(device).cuda_stream, size)
+    return torch.zeros(size, dtype=torch.int32, device=device) if counters is None else counters

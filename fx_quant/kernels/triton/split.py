@@ -31,12 +31,12 @@ _WORTH = 1.1
 _LEAST_BLOCKS = 6
 
 
-def unfit_split(split: int, on: Architecture) -> str | None:
+def unfit_split(split: int, architecture: Architecture) -> str | None:
     """Why k cannot be split among ``split`` programs there, in one line; None if it can."""
-    if split > 1 and on.platform == "rocm":
+    if split > 1 and architecture.platform == "rocm":
         # Its code has no wait for the stores of other wavefronts before their barrier (seen in Triton 3.6 and 3.9):
         # partial sums could arrive after the counter.
-        return f"cannot split k on {on.name}, whose barrier does not wait for stores; use split_k = 1"
+        return f"cannot split k on {architecture.name}, whose barrier does not wait for stores; use split_k = 1"
     return None
 
 

@@ -82,53 +82,53 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = MappingP
 )
 
 
-def best_split(found: Configuration, n: int, k: int, on: Architecture) -> int:
-    """``split_by_steps`` of the sizes of ``found``; 1 where k cannot be split."""
-    if unfit_split(2, on) is not None:
+def best_split(configuration: Configuration, n: int, k: int, architecture: Architecture) -> int:
+    """``split_by_steps`` of the sizes of ``configuration``; 1 where k cannot be split."""
+    if unfit_split(2, architecture) is not None:
         return 1
-    return split_by_steps(n, k, found.block_n, found.block_k, on.processors)
+    return split_by_steps(n, k, configuration.block_n, configuration.block_k, architecture.processors)
 
 
-def unfit(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> str | None:
+def unfit(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> str | None:
     """Why this form cannot compute these operands there, in one line; None if it can."""
-    reason = unfit_codes(operands.a.dtype, on) or unfit_codes(operands.b.dtype, on)
-    reason = reason or unfit_split(configuration.split_k, on)
+    reason = unfit_codes(operands.a.dtype, architecture) or unfit_codes(operands.b.dtype, architecture)
+    reason = reason or unfit_split(configuration.split_k, architecture)
     if reason is None and operands.block is not None and _block_k(operands.block[1], configuration) < 32:
         reason = f"swapped: needs groups of a multiple of 32 codes along k, got {operands.block[1]}"
     return reason
 
 
-def unfit_codes(dtype: torch.dtype, on: Architecture) -> str | None:
+def unfit_codes(dtype: torch.dtype, architecture: Architecture) -> str | None:
     """Why there are no products of codes of ``dtype`` there, in one line; None if there are."""
     if dtype not in FLOAT8_DTYPES:
         return None
-    if not on.float8:
-        return f"swapped: {on.name} has no products of float8; use int8 codes"
-    has_fnuz, is_fnuz = on.name == "gfx942", dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+    if not architecture.float8:
+        return f"swapped: {architecture.name} has no products of float8; use int8 codes"
+    has_fnuz, is_fnuz = architecture.name == "gfx942", dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
     if has_fnuz != is_fnuz:
         kinds = "only the" if has_fnuz else "no"
-        return f"swapped: {on.name} has {kinds} fnuz kinds of float8, got {dtype_name(dtype)}"
+        return f"swapped: {architecture.name} has {kinds} fnuz kinds of float8, got {dtype_name(dtype)}"
     return None
 
 
-def _block_k(group_k: int, found: Configuration) -> int:
+def _block_k(group_k: int, configuration: Configuration) -> int:
     """The largest step along k that divides a group."""
-    return min(found.block_k, group_k & -group_k)
+    return min(configuration.block_k, group_k & -group_k)
 
 
-def _descriptor(b: Tensor, block_n: int, block_k: int, on: Architecture) -> Any:
+def _descriptor(b: Tensor, block_n: int, block_k: int, architecture: Architecture) -> Any:
     """A tensor descriptor of the weight ``b.t()``, or None where its memory has no such form."""
     k, n = b.shape
     aligned = b.stride(0) == 1 and b.stride(1) % 16 == 0 and b.stride(1) >= k and b.data_ptr() % 16 == 0
     # On sm120, what Triton 3.6 makes of descriptors uses the stack.
-    if not (on.tma and on.name != "sm120" and aligned and n and k):
+    if not (architecture.tma and architecture.name != "sm120" and aligned and n and k):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor  # pyrefly: ignore[missing-import]
 
     return TensorDescriptor(b.t(), [n, k], [b.stride(1), 1], [block_n, block_k])
 
 
-def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> Launch:
+def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> Launch:
     """The launch of a scaled matmul.
 
     Raises:
@@ -136,17 +136,17 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     """
     from fx_quant.kernels.triton.source import swapped as triton_swapped
 
-    reason = unfit(operands, configuration, on)
+    reason = unfit(operands, configuration, architecture)
     if reason is not None:
         raise ValueError(reason)
     (a, b), (m, n, k) = (operands.a, operands.b), (operands.m, operands.n, operands.k)
-    kernel, found = triton_swapped.scaled_mm_kernel, configuration
+    kernel, launched = triton_swapped.scaled_mm_kernel, configuration
     sums = torch.int32 if a.dtype is torch.int8 else torch.float32
     if operands.block is not None:
         kernel, sums = triton_swapped.block_scaled_mm_kernel, torch.float32
-        found = replace(configuration, block_k=_block_k(operands.block[1], configuration))
-    descriptor = _descriptor(b, found.block_n, found.block_k, on)
-    tiles, out = found.tiles(m, n), a.new_empty((m, n), dtype=operands.out_dtype)
+        launched = replace(configuration, block_k=_block_k(operands.block[1], configuration))
+    descriptor = _descriptor(b, launched.block_n, launched.block_k, architecture)
+    tiles, out = launched.tiles(m, n), a.new_empty((m, n), dtype=operands.out_dtype)
     arguments: dict[str, Any] = {
         "a_ptr": a,
         "b_ptr": b if descriptor is None else descriptor,
@@ -160,7 +160,7 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
         "stride_bn": b.stride(1),
         "DESCRIPTOR": descriptor is not None,
         **scale_arguments(operands),
-        **split_arguments(a, tiles, found, sums),
-        **found.blocks,
+        **split_arguments(a, tiles, launched, sums),
+        **launched.blocks,
     }
-    return Launch(kernel, arguments, found.options, tiles * found.split_k, out, found)
+    return Launch(kernel, arguments, launched.options, tiles * launched.split_k, out, launched)

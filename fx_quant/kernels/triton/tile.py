@@ -72,34 +72,41 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = {
 }
 
 
-def unfit(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> str | None:
+def unfit(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> str | None:
     """Why this form cannot compute these operands there, in a line, or None."""
-    if on.platform == "cuda" and operands.a.dtype is not torch.int8 and not on.float8:
-        return f"needs int8 on {on.name}, which has no float8, got {operands.a.dtype}"
+    if architecture.platform == "cuda" and operands.a.dtype is not torch.int8 and not architecture.float8:
+        return f"needs int8 on {architecture.name}, which has no float8, got {operands.a.dtype}"
     return None
 
 
 def configuration(kind: str, m: int) -> Configuration:
     """The configuration of ``kind`` (``codes`` or ``weight_only``) for ``m`` rows."""
     table = _CONFIGURATIONS[kind]
-    return next(found for limit, found in table.items() if limit is None or m <= limit)
+    return next(tile for limit, tile in table.items() if limit is None or m <= limit)
 
 
 def _launch(
-    kernel: Any, found: Configuration, m: int, n: int, k: int, group_k: int, arguments: dict[str, Any], on: Architecture
+    kernel: Any,
+    configuration: Configuration,
+    m: int,
+    n: int,
+    k: int,
+    group_k: int,
+    arguments: dict[str, Any],
+    architecture: Architecture,
 ) -> Launch:
-    launched = found
+    launched = configuration
     if group_k:
         # The smallest step that tensor cores take is 32 codes; more than a group would be masked away.
-        launched = replace(launched, block_k=min(found.block_k, max(32, 1 << (group_k - 1).bit_length())))
-    if on.platform == "rocm":
+        launched = replace(launched, block_k=min(configuration.block_k, max(32, 1 << (group_k - 1).bit_length())))
+    if architecture.platform == "rocm":
         # Local memory of AMD's is small.
-        launched = replace(launched, stages=min(found.stages, 2))
+        launched = replace(launched, stages=min(configuration.stages, 2))
     arguments |= {"m": m, "n": n, "k": k, **launched.blocks, "TILES_M": TILES_M}
-    return Launch(kernel, arguments, launched.options, found.tiles(m, n), arguments["out_ptr"], found)
+    return Launch(kernel, arguments, launched.options, configuration.tiles(m, n), arguments["out_ptr"], configuration)
 
 
-def plan_scaled_mm(operands: ScaledOperands, found: Configuration, on: Architecture) -> Launch:
+def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> Launch:
     """The launch of a scaled matmul on any operands."""
     from fx_quant.kernels.triton.source import gemm
 
@@ -117,7 +124,7 @@ def plan_scaled_mm(operands: ScaledOperands, found: Configuration, on: Architect
     kernel, group_k = gemm.scaled_mm_kernel, 0
     if operands.block is not None:
         kernel, group_k = gemm.block_scaled_mm_kernel, operands.block[1]
-    return _launch(kernel, found, operands.m, operands.n, operands.k, group_k, arguments, on)
+    return _launch(kernel, configuration, operands.m, operands.n, operands.k, group_k, arguments, architecture)
 
 
 def plan_weight_only_mm(
@@ -130,7 +137,7 @@ def plan_weight_only_mm(
     *,
     b_zero_point: Tensor | None = None,
     block: Sequence[int] | None = None,
-    on: Architecture,
+    architecture: Architecture,
 ) -> Launch:
     """The launch of ``triton_weight_only_mm`` on these operands."""
     from fx_quant.kernels.triton.source import gemm
@@ -155,5 +162,6 @@ def plan_weight_only_mm(
         "PACKED": b.shape[0] != k,
         **weight_only_arguments(x, b_scale, b_zero_point, bias, block),
     }
-    kernel, found = gemm.weight_only_mm_kernel, configuration("weight_only", m)
-    return _launch(kernel, found, m, n, k, 0 if block is None else block[1], arguments, on)
+    group_k = 0 if block is None else block[1]
+    tile = configuration("weight_only", m)
+    return _launch(gemm.weight_only_mm_kernel, tile, m, n, k, group_k, arguments, architecture)

@@ -111,38 +111,38 @@ CONFIGURATIONS: Mapping[str, Mapping[int, tuple[Configuration, ...]]] = MappingP
 )
 
 
-def family(on: Architecture) -> str:
+def family(architecture: Architecture) -> str:
     """Whose configurations an architecture has: those of ``sm90`` need its tensor cores and its shared memory."""
-    if on.platform == "rocm":
+    if architecture.platform == "rocm":
         return "rocm"
-    return "sm90" if 90 <= (on.capability or 0) < 120 else "sm80"
+    return "sm90" if 90 <= (architecture.capability or 0) < 120 else "sm80"
 
 
-def configuration(operands: PackedOperands, on: Architecture) -> Configuration:
+def configuration(operands: PackedOperands, architecture: Architecture) -> Configuration:
     """The configuration for these operands on that architecture."""
     m, block = operands.x.shape[0], operands.codes.block
-    sizes = CONFIGURATIONS[family(on)][block]
-    found = next((each for each in sizes if m <= each.block_m), sizes[-1])
-    if unfit_split(2, on) is not None:
-        return found
-    tiles = found.tiles(m, operands.n)
-    return replace(found, split_k=split_by_blocks(tiles, operands.packed.shape[0], on.processors))
+    sizes = CONFIGURATIONS[family(architecture)][block]
+    least = next((size for size in sizes if m <= size.block_m), sizes[-1])
+    if unfit_split(2, architecture) is not None:
+        return least
+    tiles = least.tiles(m, operands.n)
+    return replace(least, split_k=split_by_blocks(tiles, operands.packed.shape[0], architecture.processors))
 
 
-def unfit(operands: PackedOperands, found: Configuration, on: Architecture) -> str | None:
+def unfit(operands: PackedOperands, configuration: Configuration, architecture: Architecture) -> str | None:
     """Why this form cannot compute these operands on that architecture, or None."""
-    if unfit_split(found.split_k, on) is not None:
-        return unfit_split(found.split_k, on)
+    if unfit_split(configuration.split_k, architecture) is not None:
+        return unfit_split(configuration.split_k, architecture)
     group, block = (operands.block or (1, 0))[1], operands.codes.block
     least = 64 if operands.codes.name == "float8" else 32
     if group and (group % least or (group % block and block % group)):
         return f"groups along k must divide {block} or be multiples of it, and hold {least} codes or more, got {group}"
-    if operands.codes.name == "float8" and on.capability is not None and on.capability < 89:
-        return f"float8 codes are decoded from sm89 on, the architecture is {on.name}"
+    if operands.codes.name == "float8" and architecture.capability is not None and architecture.capability < 89:
+        return f"float8 codes are decoded from sm89 on, the architecture is {architecture.name}"
     return None
 
 
-def plan_weight_only_mm(operands: PackedOperands, found: Configuration, on: Architecture) -> Launch:
+def plan_weight_only_mm(operands: PackedOperands, configuration: Configuration, architecture: Architecture) -> Launch:
     """The launch of a matmul with a packed weight.
 
     Raises:
@@ -150,11 +150,11 @@ def plan_weight_only_mm(operands: PackedOperands, found: Configuration, on: Arch
     """
     from fx_quant.kernels.triton.source import weight_only as triton_weight_only
 
-    reason = unfit(operands, found, on)
+    reason = unfit(operands, configuration, architecture)
     torch._check(reason is None, lambda: f"triton_weight_only_{operands.codes.name}_packed: {reason}")
     x, codes, n = operands.x, operands.codes, operands.n
     m, k = x.shape
-    group, tiles = (operands.block or (1, 0))[1], found.tiles(m, n)
+    group, tiles = (operands.block or (1, 0))[1], configuration.tiles(m, n)
     out = x.new_empty((m, n), dtype=operands.out_dtype)
     arguments: dict[str, Any] = {
         "packed_ptr": operands.packed,
@@ -168,8 +168,8 @@ def plan_weight_only_mm(operands: PackedOperands, found: Configuration, on: Arch
         "PARTS": max(codes.block // group, 1) if group else 1,
         "TILES_M": TILES_M,
         **weight_only_arguments(x, operands.scale, operands.zero_point, operands.bias, operands.block),
-        **split_arguments(x, tiles, found, torch.float32),
-        **found.blocks,
+        **split_arguments(x, tiles, configuration, torch.float32),
+        **configuration.blocks,
     }
     kernel = triton_weight_only.packed_weight_kernel
-    return Launch(kernel, arguments, found.options, tiles * found.split_k, out, found)
+    return Launch(kernel, arguments, configuration.options, tiles * configuration.split_k, out, configuration)
