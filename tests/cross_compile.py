@@ -63,9 +63,9 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Compiled:
 
     source = _source(launch)
     if architecture.capability is None:
-        target = GPUTarget("hip", architecture.name, architecture.lanes)
+        target = GPUTarget("hip", architecture.name, 64)
         return _read_amd(triton.compile(source, target=target, options=dict(launch.options)))
-    target = GPUTarget("cuda", architecture.capability, architecture.lanes)
+    target = GPUTarget("cuda", architecture.capability, 32)
     binary = triton.compile(source, target=target, options=dict(launch.options))
     return _read_nvidia(binary, Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
 

@@ -16,7 +16,7 @@ from fx_quant.kernels.triton.architectures import Architecture
 from fx_quant.kernels.triton.launch import Launch
 from fx_quant.kernels.triton.operands import ScaledOperands, scaled_operands
 from fx_quant.kernels.triton.packed_codes import PACKED_CODES
-from fx_quant.kernels.triton.semaphores import unfit_split
+from fx_quant.kernels.triton.split import unfit_split
 
 F32, BF16, I8, I32 = torch.float32, torch.bfloat16, torch.int8, torch.int32
 meta = partial(torch.empty, device="meta")

@@ -20,7 +20,8 @@ from fx_quant.kernels.triton.launch import Configuration, Launch
 from fx_quant.kernels.triton.operands import scaled_operands
 from fx_quant.kernels.triton.scaled_mm import plan_scaled_mm
 from fx_quant.kernels.triton.semaphores import _OF_A_STREAM, _Reserve
-from fx_quant.kernels.triton.swapped import CONFIGURATIONS, configuration, split_for, unfit_split
+from fx_quant.kernels.triton.split import split_by_steps, unfit_split
+from fx_quant.kernels.triton.swapped import CONFIGURATIONS, best_split
 from fx_quant.scheme import Numerics
 from tests.cross_compile import Compiled, compile_launch
 
@@ -244,13 +245,13 @@ def test_counters_are_left_zero_so_that_a_launch_can_be_repeated(scaled_mm, dtyp
     [(1024, 8192, 7), (4096, 4096, 2), (6144, 4096, 1), (28672, 4096, 1), (4096, 14336, 2), (4096, 256, 1)],
 )
 def test_k_is_split_where_processors_would_wait(n, k, expected):
-    assert split_for(n, k, 64, 256, 132) == expected
+    assert split_by_steps(n, k, 64, 256, 132) == expected
 
 
 @pytest.mark.parametrize("n", [1, 64, 1000, 4096, 57344])
 @pytest.mark.parametrize("k", [0, 1, 255, 256, 4096, 28672])
 def test_no_part_of_a_split_is_empty(n, k):
-    split, steps = split_for(n, k, 64, 256, 132), -(-k // 256)
+    split, steps = split_by_steps(n, k, 64, 256, 132), -(-k // 256)
     assert 1 <= split <= 16
     assert (split - 1) * -(-steps // split) < max(1, steps)
 
@@ -287,12 +288,6 @@ def test_counters_that_are_not_reserved_are_none(reserve):
 # --- configurations ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", CONFIGURATIONS)
-def test_the_configuration_follows_the_rows(recipe):
-    assert [configuration(recipe, m, 4096, 4096, SM90).block_m for m in (1, 16, 17, 33, 64)] == [16, 16, 32, 64, 64]
-    assert configuration(recipe, 65, 4096, 4096, SM90) is None
-
-
 def test_what_does_not_fit_says_why():
     def reason(dtype, on, **options) -> str | None:
         a, b = codes(5, 96, dtype), codes(9, 96, dtype).t()
@@ -306,7 +301,7 @@ def test_what_does_not_fit_says_why():
     assert unfit_split(2, architecture("gfx942")) == (
         "cannot split k on gfx942, whose barrier does not wait for stores; use split_k = 1"
     )
-    assert configuration("int8", 1, 4096, 4096, architecture("gfx942")).split_k == 1
+    assert best_split(CONFIGURATIONS["int8"]["gfx942"][0], 4096, 4096, architecture("gfx942")) == 1
     assert reason(E4M3, "sm90", b_scale=torch.rand(9, 4), block=(1, 24)) == (
         "swapped: needs groups of a multiple of 32 codes along k, got 24"
     )
@@ -424,10 +419,10 @@ def on_gpu(recipe: str, m: int, n: int, k: int):
     on = architecture_of(torch.device("cuda"))
     if on.platform == "rocm":
         pytest.skip("k is not split there")
-    found = configuration(recipe, m, n, k, on)
+    found = next((each for each in CONFIGURATIONS[recipe].get(on.name, ()) if m <= each.block_m), None)
     if found is None:
         pytest.skip(f"{on.name} has no {recipe} here")
-    return on, found
+    return on, replace(found, split_k=best_split(found, n, k, on))
 
 
 @pytest.mark.gpu

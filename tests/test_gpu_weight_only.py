@@ -17,13 +17,13 @@ from fx_quant.kernels.registry import kernel
 from fx_quant.kernels.triton.architectures import architecture
 from fx_quant.kernels.triton.launch import Configuration
 from fx_quant.kernels.triton.packed_codes import PACKED_CODES, PackedCodes
+from fx_quant.kernels.triton.split import split_by_blocks
 from fx_quant.kernels.triton.weight_only import (
     CONFIGURATIONS,
     configuration,
     family,
     packed_operands,
     plan_weight_only_mm,
-    split_for,
     unfit,
 )
 from fx_quant.scheme import Numerics
@@ -101,7 +101,6 @@ def test_every_float8_code_is_exact_in_float16(dtype):
 def interpreted(found: Configuration, name: str, x: Tensor, given: Tensor, scale: Tensor, bias, out_dtype, **options):
     codes = PACKED_CODES[name]
     operands = packed_operands(x, codes.pack(given), codes, scale, bias, given.shape[0], out_dtype, **options)
-    assert unfit(operands, found, SM90) is None
     return plan_weight_only_mm(operands, found, SM90).run()
 
 
@@ -257,6 +256,7 @@ def planned(
     return packed_operands(*given, zero_point=zero_point, block=block)
 
 
+@needs_triton
 def test_groups_that_blocks_do_not_hold_are_declined():
     found = small("int4")
     for group in (32, 64, 128, 256, 384):
@@ -269,6 +269,8 @@ def test_groups_that_blocks_do_not_hold_are_declined():
     assert unfit(planned("float8", 16), found, architecture("sm80")) == (
         "float8 codes are decoded from sm89 on, the architecture is sm80"
     )
+    with pytest.raises(RuntimeError, match="triton_weight_only_int4_packed: groups along k must divide 128"):
+        plan_weight_only_mm(planned("int4", 16, (1, 96)), found, SM90)
 
 
 @pytest.mark.parametrize("name", [f"triton_weight_only_{each}_packed" for each in (*NAMES, "float8_fnuz")])
@@ -280,12 +282,12 @@ def test_what_kernels_require_is_what_fits(name):
 
 def test_a_sum_is_split_where_tiles_are_few():
     # 4096 rows of the weight are 64 tiles; 2 programs on each of 132 processors.
-    assert split_for(64, 32, 132) == 5
-    assert split_for(448, 32, 132) == 1
-    assert split_for(16, 112, 132) == 16
+    assert split_by_blocks(64, 32, 132) == 5
+    assert split_by_blocks(448, 32, 132) == 1
+    assert split_by_blocks(16, 112, 132) == 16
     # Too few blocks to share, and nothing to compute.
-    assert split_for(1, 5, 132) == 1
-    assert split_for(0, 32, 132) == 5
+    assert split_by_blocks(1, 5, 132) == 1
+    assert split_by_blocks(0, 32, 132) == 5
 
 
 def test_the_configuration_follows_the_rows():

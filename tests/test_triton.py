@@ -360,7 +360,7 @@ def test_operands_that_do_not_fit_are_errors_before_a_launch():
     with pytest.raises(RuntimeError, match="block scales take no a_zero_point"):
         scaled_operands(a, b, None, torch.rand(9, 2), None, 9, F32, block=[1, 10], a_zero_point=zero_point)
     with pytest.raises(RuntimeError, match="b must have n = 9 columns"):
-        plan_weight_only_mm(x, b[:, :8], torch.rand(9), None, 9, F32, on=architecture("sm90"))
+        plan_weight_only_mm(x, b[:, :8], torch.rand(9), None, 9, F32, architecture=architecture("sm90"))
 
 
 @needs_triton
@@ -407,18 +407,18 @@ def _int8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
 
 def _weight_int8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     x, b, zero_point = meta(m, K, dtype=BF16), meta(N, K, dtype=I8).t(), meta(N, dtype=I8)
-    return plan_weight_only_mm(x, b, meta(N), None, N, BF16, b_zero_point=zero_point, on=on)
+    return plan_weight_only_mm(x, b, meta(N), None, N, BF16, b_zero_point=zero_point, architecture=on)
 
 
 def _weight_float8(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     x, b = meta(m, K, dtype=F16), meta(N, K, dtype=dtype).t()
-    return plan_weight_only_mm(x, b, meta(32, 32), None, N, F16, block=[128, 128], on=on)
+    return plan_weight_only_mm(x, b, meta(32, 32), None, N, F16, block=[128, 128], architecture=on)
 
 
 def _weight_int4(m: int, dtype: torch.dtype, on: Architecture) -> Launch:
     x, b, zero_point = meta(m, K, dtype=BF16), meta(N, K // 2, dtype=U8).t(), meta(N, 32, dtype=I8)
     options = {"b_zero_point": zero_point, "block": [1, 128]}
-    return plan_weight_only_mm(x, b, meta(N, 32), None, N, BF16, **options, on=on)
+    return plan_weight_only_mm(x, b, meta(N, 32), None, N, BF16, **options, architecture=on)
 
 
 VARIANTS = {f.__name__[1:]: f for f in (_float8, _float8_block, _int8, _weight_int8, _weight_float8, _weight_int4)}

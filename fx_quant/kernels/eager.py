@@ -97,12 +97,12 @@ def run_kernel(
     problem = selection.problem
     if 0 in (a.shape[0], problem.n, problem.k):
         return empty_product(a, problem.n, bias, problem.out_dtype)
-    of = Operands(a, weight.t(), a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block)
-    parts = kept_parts(selection, of, constant)
+    operands = Operands(a, weight.t(), a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block)
+    parts = kept_parts(selection, operands, constant)
     kept: dict[str, Tensor] = {}
     if parts:
         sources = {"b": weight, "b_scale": b_scale, "b_zero_point": b_zero_point}
         layouts = [layout for _, layout in parts.values()]
         packed = torch.ops.fx_quant.prepack([sources[name] for name, _ in parts.values()], layouts)
         kept = dict(zip(parts, packed, strict=True))
-    return realise(_AtOnce, selection, of, kept)
+    return realise(_AtOnce, selection, operands, kept)

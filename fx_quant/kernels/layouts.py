@@ -278,12 +278,12 @@ def _check_weight(weight: Tensor, layout: Layout) -> None:
 
 def pack_weight(weight: Tensor, layout: str) -> Tensor:
     """``weight [n, k]`` in ``layout``, as a new tensor; nothing is remembered."""
-    found = packed_layout(layout)
-    _check_weight(weight, found)
+    packing = packed_layout(layout)
+    _check_weight(weight, packing)
     if weight.numel() == 0:
-        return weight.new_zeros(found.shape(*weight.shape), dtype=found.dtype or weight.dtype)
+        return weight.new_zeros(packing.shape(*weight.shape), dtype=packing.dtype or weight.dtype)
     with torch.no_grad():
-        return in_huge_pages(found.pack(weight.detach()))
+        return in_huge_pages(packing.pack(weight.detach()))
 
 
 # --- what was packed --------------------------------------------------------------------------------------------
@@ -317,9 +317,9 @@ def forget_storages(storages: Collection[int]) -> None:
 def _packed_once(weight: Tensor, name: str, mark: Mark) -> Tensor:
     storage = weight.untyped_storage()
     key = (storage._cdata, weight.storage_offset(), view_of(weight), name)
-    found = _packed.get(key)
-    if found is not None and not found.mark.storage.expired() and found.mark.same_content(mark):
-        return found.tensor
+    kept = _packed.get(key)
+    if kept is not None and not kept.mark.storage.expired() and kept.mark.same_content(mark):
+        return kept.tensor
     tensor = pack_weight(weight, name)
     _packed[key] = _Packed(mark, weakref.ref(storage, lambda _: _packed.pop(key, None)), tensor)
     return tensor
@@ -336,7 +336,8 @@ def prepack(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
     """
 
     def pack(marks: Sequence[Mark]) -> list[Tensor]:
-        return [_packed_once(*each) for each in zip(weights, layouts, marks, strict=True)]
+        given = zip(weights, layouts, marks, strict=True)
+        return [_packed_once(weight, layout, mark) for weight, layout, mark in given]
 
     return remembered(weights, tuple(layouts), pack)
 

@@ -21,10 +21,6 @@ class Padding:
     k: int
     rows: int = 0
 
-    def changes(self, problem: Problem) -> bool:
-        """Whether anything is padded at all."""
-        return (self.n, self.k) != (problem.n, problem.k) or problem.m.low < self.rows
-
     def describe(self, problem: Problem) -> str:
         """``none``, or ``m <17->17, n 30->32, k 60->64``."""
         parts = [f"m <{self.rows}->{self.rows}"] if problem.m.low < self.rows else []

@@ -13,7 +13,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.lowering import to_dtype
 
-from fx_quant.kernels.cpu.decode import Decode, factor_kind
+from fx_quant.kernels.cpu.decode import DECODED_LOOP, Decode, factor_kind
 from fx_quant.lowerings.cpu_template import N_START, SHARE, STORE, TileTemplate, contiguous, with_contiguous_rows
 
 _TEMPLATE = (
@@ -48,21 +48,13 @@ extern "C" {{export_declaration}}
 {%- endif %}
 """
     + SHARE
-    + r"""        {{kernel.define_stack_allocated_buffer("acc", [384, 64], decode.dot.acc_dtype)}}
-        static_assert(FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);
-        for (int64_t m_start = share.row_begin; m_start < share.row_end; m_start += FXQ_CHUNK_ROWS) {
-            const int64_t m_end = std::min(m_start + FXQ_CHUNK_ROWS, share.row_end);
-            const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, weight, !Decode::SUBTRACTS);
-            for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
-"""
-    + N_START
-    + r"""                fxq_panel<Dot, Decode>(
-                    plan, m_start, m_end - m_start, rows, weight, panel, acc);
-"""
-    + STORE
-    + r"""            }
-        }
-    }
+    + DECODED_LOOP.substitute(
+        sums="""{{kernel.define_stack_allocated_buffer("acc", [384, 64], decode.dot.acc_dtype)}}
+        static_assert(FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);""",
+        panel=N_START.rstrip("\n"),
+        store=STORE.rstrip("\n"),
+    )
+    + r"""    }
 }
 """
 )

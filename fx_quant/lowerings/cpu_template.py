@@ -32,7 +32,7 @@ from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from fx_quant.compat import templates_take_unbacked_sizes
-from fx_quant.kernels.cpu.native import PLAN, Dot
+from fx_quant.kernels.cpu.native import PLAN, TILE_LOOP, Dot
 from fx_quant.kernels.cpu.plans import table
 from fx_quant.kernels.layouts import PANEL
 
@@ -102,50 +102,22 @@ extern "C" {{export_declaration}}
     const auto b = reinterpret_cast<const {{dot.struct}}::B*>(&{{kernel.index(B, [0] * B.get_size()|length)}});
 """
     + SHARE
-    + r"""        [[maybe_unused]] {{dot.struct}}::State state;
-        alignas(64) {{dot.struct}}::Acc start[FXQ_CHUNK_ROWS];
-        {{kernel.define_stack_allocated_buffer("acc", [384, 64], dot.acc_dtype)}}
-        static_assert({{dot.struct}}::ROWS == {{dot.rows}} && FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);
-        const auto sums = acc;
-        for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
-            const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
-            for (int64_t r = 0; r < rows; r++) {
-                start[r] = {{dot.struct}}::row_start(a + (chunk + r) * lda, K);
-            }
-            // Blocks of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
-            const int64_t blocks = (rows + {{dot.rows}} - 1) / {{dot.rows}};
-            const FxqParts parts(plan, blocks, K);
-            for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
-"""
-    + N_START
-    + r"""                // Nothing else asks for what is read after the panel: it would be waited for.
+    + TILE_LOOP.substitute(
+        dot="{{dot.struct}}",
+        rows="{{dot.rows}}",
+        sums="""{{kernel.define_stack_allocated_buffer("acc", [384, 64], dot.acc_dtype)}}
+        static_assert({{dot.struct}}::ROWS == {{dot.rows}} && FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);""",
+        panel=N_START
+        + r"""                // Nothing else asks for what is read after the panel: it would be waited for.
                 if (blocks == 1) {
                     fxq_expect(b + (panel + 1) * panel_size, plan.ahead);
 {%- for name, size in template.columns(kernel, epilogue_nodes) %}
                     fxq_expect({{name}} + n_start, 64 * {{size}});
 {%- endfor %}
-                }
-                for (int64_t i = 0; i < parts.count; i++) {
-                    const FxqPart part = parts[i];
-                    for (int64_t block = 0; block < blocks; block++) {
-                        const int64_t m_start = chunk + rows * block / blocks;
-                        const int64_t m_end = chunk + rows * (block + 1) / blocks;
-                        const auto columns = b + panel * panel_size;
-                        const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, part);
-                        const auto acc = parts.count == 1 ? sums : sums + (m_start - chunk) * FXQ_PANEL;
-                        fxq_tile<{{dot.struct}}>(
-                            state, m_end - m_start, std::min(FXQ_PANEL, N - panel * FXQ_PANEL), a + m_start * lda, lda,
-                            columns, part, start + (m_start - chunk), ahead, acc);
-                        if (part.to < K) {
-                            continue;
-                        }
-"""
-    + STORE
-    + r"""                    }
-                }
-            }
-        }
-    }
+                }""",
+        store=STORE.rstrip("\n"),
+    )
+    + r"""    }
 }
 """
 )

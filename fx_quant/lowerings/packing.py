@@ -33,12 +33,12 @@ class _Call(ir.FallbackKernel):
 
 def _lower(op: torch._ops.OpOverload) -> None:
     @register_lowering(op, type_promotion_kind=None)
-    def kept(several: list, what: Any) -> list[TensorBox]:
+    def kept(tensors: list, recipe: Any) -> list[TensorBox]:
         """Call the op, and keep Inductor from reusing the memory of its results: the next call hands it out again."""
         called, count = op, None
         if V.graph.cpp_wrapper:
-            called, what, count = _for_cpp_wrapper(op, what)
-        outputs: Any = _Call.create(called, several, what)
+            called, recipe, count = _for_cpp_wrapper(op, recipe)
+        outputs: Any = _Call.create(called, tensors, recipe)
         results = [TensorBox.create(output) for output in outputs[:count]]
         for result in results:
             result.realize()
@@ -46,17 +46,18 @@ def _lower(op: torch._ops.OpOverload) -> None:
         return results
 
 
-def _for_cpp_wrapper(op: torch._ops.OpOverload, what: Any) -> tuple[torch._ops.OpOverload, Any, int | None]:
-    """An op, its last argument and how many of its results are those of ``op`` with ``what``; None is all.
+def _for_cpp_wrapper(op: torch._ops.OpOverload, recipe: Any) -> tuple[torch._ops.OpOverload, Any, int | None]:
+    """An op, its last argument and how many of its results are those of ``op`` by ``recipe``; None is all.
 
-    Inductor's C++ wrapper takes a list of one tensor for a tensor, and crashes.
+    Layouts or a program, the recipe is what is made of the tensors. Inductor's C++ wrapper takes a list of one tensor
+    for a tensor, and crashes.
     """
     fold_op = torch.ops.fx_quant.fold.default
-    if op is not fold_op and len(what) > 1:
-        return op, what, None
-    program = what if op is fold_op else packing_program(*what)
-    several = with_several_results(program)
-    return fold_op, several, None if several == program else 1
+    if op is not fold_op and len(recipe) > 1:
+        return op, recipe, None
+    program = recipe if op is fold_op else packing_program(*recipe)
+    called = with_several_results(program)
+    return fold_op, called, None if called == program else 1
 
 
 for _op in _BODIES:

@@ -66,13 +66,13 @@ _keys: dict[tuple, tuple] = {}
 
 
 def remembered(
-    tensors: Sequence[Tensor], what: tuple, compute: Callable[[Sequence[Mark]], Sequence[Tensor]]
+    tensors: Sequence[Tensor], recipe: tuple, compute: Callable[[Sequence[Mark]], Sequence[Tensor]]
 ) -> list[Tensor]:
-    """``compute(marks)``, which depends on ``tensors`` and ``what`` alone.
+    """``compute(marks)``, which depends on ``tensors`` and ``recipe`` alone.
 
     The results are shared: do not write to them.
     """
-    key = (*[tensor.data_ptr() for tensor in tensors], *what)
+    key = (*[tensor.data_ptr() for tensor in tensors], *recipe)
     group = _groups.get(key)
     if group is not None and _is_current(group, tensors):
         return list(group.results)
@@ -87,7 +87,7 @@ def remembered(
     looks = [(*version, mark.dtype, mark.stride, mark.shape) for mark in marks for version in mark.versions.items()]
     place = (
         *[(mark.storage.cdata, t.storage_offset(), *view_of(t)) for mark, t in zip(marks, tensors, strict=True)],
-        *what,
+        *recipe,
     )
     _drop(_keys.get(place, key))
     _keys[place] = key
@@ -152,8 +152,8 @@ def _is_as_marked(tensor: Tensor, mark: Mark) -> bool:
     counter, version = _counter(tensor), _version(tensor)
     if counter in mark.versions:
         return mark.versions[counter] == version
-    found = fingerprint(tensor)
-    if found is None or mark.fingerprint is None or not found.same_bytes(mark.fingerprint):
+    bytes_now = fingerprint(tensor)
+    if bytes_now is None or mark.fingerprint is None or not bytes_now.same_bytes(mark.fingerprint):
         return False
     if len(mark.versions) >= _COUNTERS:
         mark.versions.clear()

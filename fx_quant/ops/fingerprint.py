@@ -93,10 +93,10 @@ class Watches:
         # Memory that the native code is given addresses of.
         self._fingerprints = [fingerprint for _, fingerprint in looked_at]
         self._watches = (_Watch * len(looked_at))()
-        for i, (address, found) in enumerate(looked_at):
-            watch = _watch(address, found.geometry)
-            watch.digests = found.digests
-            watch.expected, watch.fixed_digest = found.digests[0], found.digests[watch.shares]
+        for i, (address, known) in enumerate(looked_at):
+            watch = _watch(address, known.geometry)
+            watch.digests = known.digests
+            watch.expected, watch.fixed_digest = known.digests[0], known.digests[watch.shares]
             watch.wait = i % watch.every  # not all in the same call
             self._watches[i] = watch
         self.changed: Callable[[], bool] = _changed()(self._watches, len(looked_at)) if looked_at else bool

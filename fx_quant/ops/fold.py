@@ -52,11 +52,11 @@ def program_of(inputs: Sequence[Node], steps: Sequence[Node], results: Sequence[
 
 def with_several_results(program: str) -> str:
     """``program``; where it has one result, with another, which is a single zero."""
-    found = _read(program)
-    if len(found["results"]) > 1:
+    parts = _read(program)
+    if len(parts["results"]) > 1:
         return program
-    steps = [*found["steps"], ["aten.zeros.default", [[1]], {"dict": {}}]]
-    return _written({**found, "steps": steps, "results": [*found["results"], found["inputs"] + len(steps) - 1]})
+    steps = [*parts["steps"], ["aten.zeros.default", [[1]], {"dict": {}}]]
+    return _written({**parts, "steps": steps, "results": [*parts["results"], parts["inputs"] + len(steps) - 1]})
 
 
 def packing_program(layout: str) -> str:
@@ -112,8 +112,8 @@ def _decoded(argument: Any, values: Sequence[Any]) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _parsed(program: str) -> tuple[tuple[tuple[Callable[..., Any], Any, Any], ...], tuple[int, ...]]:
-    found = _read(program)
-    return tuple((_op(name), args, kwargs) for name, args, kwargs in found["steps"]), tuple(found["results"])
+    parts = _read(program)
+    return tuple((_op(name), args, kwargs) for name, args, kwargs in parts["steps"]), tuple(parts["results"])
 
 
 def _op(name: str) -> Callable[..., Any]:

@@ -235,16 +235,16 @@ def _is_there(path: Path) -> bool:
 
 def _obstacle(path: Path) -> str | None:
     """What stands where ``path`` or a folder above it should be; None where there is nothing yet."""
-    for each in (path, *path.parents):
+    for place in (path, *path.parents):
         try:
-            mode = each.stat().st_mode
+            mode = place.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
-            if each.is_symlink():
-                return f"{_short(each)} is a link to nothing"
+            if place.is_symlink():
+                return f"{_short(place)} is a link to nothing"
             continue
         except (OSError, ValueError) as error:
-            return f"{_short(each)} cannot be read ({_reason(error)})"
-        return None if each == path or stat.S_ISDIR(mode) else f"{_short(each)} is no folder"
+            return f"{_short(place)} cannot be read ({_reason(error)})"
+        return None if place == path or stat.S_ISDIR(mode) else f"{_short(place)} is no folder"
     return None
 
 
@@ -252,9 +252,9 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def _short(what: object) -> str:
-    """``what`` in at most 200 characters of one line."""
-    text = str(what) if isinstance(what, Path) and str(what).isprintable() else repr(what)
+def _short(value: object) -> str:
+    """``value`` in at most 200 characters of one line."""
+    text = str(value) if isinstance(value, Path) and str(value).isprintable() else repr(value)
     return text if len(text) <= 200 else f"{text[:100]}...{text[-97:]}"
 
 

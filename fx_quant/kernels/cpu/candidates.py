@@ -75,9 +75,9 @@ def supported_kernels() -> tuple[TunedKernel, ...]:
     """The kinds of native kernel that this machine has the instructions for; nothing is compiled."""
     int8 = [level.dot for level in LEVELS if level.dot.packed and level.dot.exists_here()]
     # Of several the first is preferred.
-    found = [TunedKernel(dot.kind, "vnni", torch.int8, torch.int8, dot) for dot in int8[:1]]
+    kernels = [TunedKernel(dot.kind, "vnni", torch.int8, torch.int8, dot) for dot in int8[:1]]
     if BFLOAT16.exists_here():
-        found.append(TunedKernel(BFLOAT16.kind, "bf16_pairs", torch.bfloat16, torch.bfloat16, BFLOAT16))
+        kernels.append(TunedKernel(BFLOAT16.kind, "bf16_pairs", torch.bfloat16, torch.bfloat16, BFLOAT16))
     for a_dtype, bytes_layout in ((torch.bfloat16, "pairs"), (torch.float32, "columns")):
         for code_dtype, layout, block in (
             (torch.int8, bytes_layout, None),
@@ -86,8 +86,8 @@ def supported_kernels() -> tuple[TunedKernel, ...]:
         ):
             decode = decode_of(a_dtype, code_dtype, layout == "int4_words")
             if decode.takes(block):
-                found.append(TunedKernel(decode.kind, layout, a_dtype, code_dtype, block=block))
-    return tuple(found)
+                kernels.append(TunedKernel(decode.kind, layout, a_dtype, code_dtype, block=block))
+    return tuple(kernels)
 
 
 def _runs(kernel: TunedKernel) -> bool:
@@ -122,19 +122,19 @@ class Timer:
         """
         weights = itertools.cycle(self._weights(kernel, shape))
         run = _call(kernel, rows, shape)
-        _verify(kernel, shape, [run(next(iter(self._weights(kernel, shape))), each) for each in tables], tables)
+        _verify(kernel, shape, [run(next(iter(self._weights(kernel, shape))), plans) for plans in tables], tables)
         times: list[list[float]] = [[] for _ in tables]
         begin, allowed = time.perf_counter(), _SECONDS_EACH * len(tables)
         for i in range(_MOST_ROUNDS):
             if i >= _LEAST_ROUNDS and time.perf_counter() - begin > allowed:
                 break
             for at in range(len(tables)):
-                of = (i + at) % len(tables)
+                turn = (i + at) % len(tables)
                 weight = next(weights)
                 before = time.perf_counter()
-                run(weight, tables[of])
-                times[of].append(time.perf_counter() - before)
-        return [statistics.median(of) for of in times]
+                run(weight, tables[turn])
+                times[turn].append(time.perf_counter() - before)
+        return [statistics.median(seconds) for seconds in times]
 
     def _weights(self, kernel: TunedKernel, shape: Shape) -> list[Tensor]:
         dtype, packed = kernel.weight(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -94,6 +95,23 @@ def _table(dtype: torch.dtype) -> str:
     return f"#define FXQ_TABLE {', '.join(map(str, bits[:128]))}\n#define FXQ_MINUS_ZERO {bits[128]}\n"
 
 
+# What one thread does of a decoded matmul, in eager calls and in compiled graphs (``lowerings``).
+# ``$sums`` declares ``acc``, ``$panel`` says where a panel starts, and ``$store`` takes ``acc``, which is the panel for
+# rows ``m_start`` to ``m_end``, to where it belongs.
+DECODED_LOOP = string.Template(r"""        $sums
+        for (int64_t m_start = share.row_begin; m_start < share.row_end; m_start += FXQ_CHUNK_ROWS) {
+            const int64_t m_end = std::min(m_start + FXQ_CHUNK_ROWS, share.row_end);
+            const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, weight, !Decode::SUBTRACTS);
+            for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
+$panel
+                fxq_panel<Dot, Decode>(
+                    plan, m_start, m_end - m_start, rows, weight, panel, acc);
+$store
+            }
+        }
+""")
+
+
 # --- eager calls ------------------------------------------------------------------------------------------------
 
 _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
@@ -142,10 +160,39 @@ class _Epilogue(ctypes.Structure):
     )
 
 
+_EAGER = string.Template(r"""
+#include <omp.h>
+$plan
+$source
+extern "C" __attribute__((visibility("default")))
+void fxq_decoded(
+    const void* a_, int64_t lda, int64_t M, const FxqWeight* weight_, const FxqEpilogue* epilogue,
+    const FxqPlan* plans, int64_t threads)
+{
+    using Dot = $dot;
+    using Decode = FxqDecode<$codes>;
+    const auto a = static_cast<const Dot::A*>(a_);
+    const FxqWeight& weight = *weight_;
+    const int64_t panels = (weight.n + FXQ_PANEL - 1) / FXQ_PANEL;
+    const FxqPlan& plan = fxq_plan(plans, M);
+    #pragma omp parallel num_threads(fxq_threads(plan, M, weight.n, weight.k, threads))
+    {
+        const FxqShare share = fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num(), Dot::ROWS);
+$loop    }
+}
+""")
+_EAGER_LOOP = DECODED_LOOP.substitute(
+    sums="alignas(64) float acc[FXQ_CHUNK_ROWS * FXQ_PANEL];",
+    panel="                const int64_t n_start = panel * FXQ_PANEL, width = std::min(FXQ_PANEL, weight.n - n_start);",
+    store="                fxq_finish(*epilogue, acc, m_start, m_end - m_start, n_start, width, weight.n);",
+)
+
+
 @functools.cache
 def _compiled(decode: Decode) -> Callable[..., None] | None:
-    defines = f"#define FXQ_DOT {decode.dot.struct}\n#define FXQ_CODES {decode.codes}\n"
-    library = load(decode.dot.name, f"{PLAN}{defines}{decode.source}\n{source('eager_decoded.h')}")
+    native = f"{decode.source}\n{source('eager_decoded.h')}"
+    code = _EAGER.substitute(plan=PLAN, source=native, dot=decode.dot.struct, codes=decode.codes, loop=_EAGER_LOOP)
+    library = load(decode.dot.name, code)
     if library is None:
         return None
     function = library.fxq_decoded

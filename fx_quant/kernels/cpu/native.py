@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import string
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,56 +147,76 @@ FLOAT32 = Dot(
 # Goes before the source of every kernel.
 PLAN = source("plan.h")
 
-_EAGER = r"""
+# What one thread does of a matmul by ``fxq_tile``, in eager calls and in compiled graphs (``lowerings``).
+# ``$sums`` declares ``acc``, ``$panel`` says where a panel starts, and ``$store`` takes the tile ``acc`` of rows
+# ``m_start`` to ``m_end`` to where it belongs.
+TILE_LOOP = string.Template(r"""        [[maybe_unused]] $dot::State state;
+        alignas(64) $dot::Acc start[FXQ_CHUNK_ROWS];
+        $sums
+        const auto sums = acc;
+        for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
+            const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
+            for (int64_t r = 0; r < rows; r++) {
+                start[r] = $dot::row_start(a + (chunk + r) * lda, K);
+            }
+            // Blocks of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
+            const int64_t blocks = (rows + $rows - 1) / $rows;
+            const FxqParts parts(plan, blocks, K);
+            for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
+$panel
+                for (int64_t i = 0; i < parts.count; i++) {
+                    const FxqPart part = parts[i];
+                    for (int64_t block = 0; block < blocks; block++) {
+                        const int64_t m_start = chunk + rows * block / blocks;
+                        const int64_t m_end = chunk + rows * (block + 1) / blocks;
+                        const auto columns = b + panel * panel_size;
+                        const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, part);
+                        const auto acc = parts.count == 1 ? sums : sums + (m_start - chunk) * FXQ_PANEL;
+                        fxq_tile<$dot>(
+                            state, m_end - m_start, std::min(FXQ_PANEL, N - panel * FXQ_PANEL), a + m_start * lda, lda,
+                            columns, part, start + (m_start - chunk), ahead, acc);
+                        if (part.to < K) {
+                            continue;
+                        }
+$store
+                    }
+                }
+            }
+        }
+""")
+
+_EAGER = string.Template(r"""
 #include <omp.h>
-%(plan)s
-%(source)s
+$plan
+$source
 extern "C" __attribute__((visibility("default")))
 void fxq_matmul(
-    const void* a_, int64_t lda, const void* b_, int64_t m, int64_t n, int64_t k, void* out_,
+    const void* a_, int64_t lda, const void* b_, int64_t M, int64_t N, int64_t K, void* out_,
     const FxqPlan* plans, int64_t threads)
 {
-  using Dot = %(struct)s;
-  const auto a = static_cast<const Dot::A*>(a_);
-  const auto b = static_cast<const Dot::B*>(b_);
-  const auto out = static_cast<Dot::Acc*>(out_);
-  const int64_t panels = (n + FXQ_PANEL - 1) / FXQ_PANEL;
-  const int64_t panel_size = (k + Dot::GROUP - 1) / Dot::GROUP * FXQ_PANEL * Dot::GROUP;
-  const FxqPlan& plan = fxq_plan(plans, m);
-#pragma omp parallel num_threads(fxq_threads(plan, m, n, k, threads))
-  {
-    const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num(), Dot::ROWS);
-    [[maybe_unused]] Dot::State state;
-    alignas(64) Dot::Acc start[FXQ_CHUNK_ROWS];
-    alignas(64) Dot::Acc acc[FXQ_CHUNK_ROWS * FXQ_PANEL];
-    for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
-      const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
-      for (int64_t r = 0; r < rows; r++) {
-        start[r] = Dot::row_start(a + (chunk + r) * lda, k);
-      }
-      const int64_t blocks = (rows + Dot::ROWS - 1) / Dot::ROWS;
-      const FxqParts parts(plan, blocks, k);
-      for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
-        const int64_t width = std::min(FXQ_PANEL, n - panel * FXQ_PANEL);
-        for (int64_t i = 0; i < parts.count; i++) {
-          const FxqPart part = parts[i];
-          for (int64_t block = 0; block < blocks; block++) {
-            const int64_t first = chunk + rows * block / blocks, end = chunk + rows * (block + 1) / blocks;
-            const auto columns = b + panel * panel_size;
-            const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, part);
-            const auto sums = parts.count == 1 ? acc : acc + (first - chunk) * FXQ_PANEL;
-            fxq_tile<Dot>(
-                state, end - first, width, a + first * lda, lda, columns, part, start + (first - chunk), ahead, sums);
-            for (int64_t r = first; part.to == k && r < end; r++) {
-              std::memcpy(out + r * n + panel * FXQ_PANEL, sums + (r - first) * FXQ_PANEL, width * sizeof(Dot::Acc));
-            }
-          }
-        }
-      }
-    }
-  }
+    using Dot = $dot;
+    const auto a = static_cast<const Dot::A*>(a_);
+    const auto b = static_cast<const Dot::B*>(b_);
+    const auto out = static_cast<Dot::Acc*>(out_);
+    const int64_t panels = (N + FXQ_PANEL - 1) / FXQ_PANEL;
+    const int64_t panel_size = (K + Dot::GROUP - 1) / Dot::GROUP * FXQ_PANEL * Dot::GROUP;
+    const FxqPlan& plan = fxq_plan(plans, M);
+    #pragma omp parallel num_threads(fxq_threads(plan, M, N, K, threads))
+    {
+        const FxqShare share = fxq_share(M, panels, omp_get_num_threads(), omp_get_thread_num(), Dot::ROWS);
+$loop    }
 }
-"""
+""")
+_EAGER_LOOP = TILE_LOOP.substitute(
+    dot="Dot",
+    rows="Dot::ROWS",
+    sums="alignas(64) Dot::Acc acc[FXQ_CHUNK_ROWS * FXQ_PANEL];",
+    panel="                const int64_t n_start = panel * FXQ_PANEL, width = std::min(FXQ_PANEL, N - n_start);",
+    store="""                        for (int64_t r = m_start; r < m_end; r++) {
+                            const auto row = acc + (r - m_start) * FXQ_PANEL;
+                            std::memcpy(out + r * N + n_start, row, width * sizeof(Dot::Acc));
+                        }""",
+)
 
 
 def load(name: str, code: str) -> Any | None:
@@ -222,7 +243,7 @@ def compiled(dot: Dot) -> Callable[..., None] | None:
 
 def eager_source(dot: Dot) -> str:
     """The native code of ``dot`` with the entry point of eager calls."""
-    return _EAGER % {"plan": PLAN, "source": dot.source, "struct": dot.struct}
+    return _EAGER.substitute(plan=PLAN, source=dot.source, dot=dot.struct, loop=_EAGER_LOOP)
 
 
 def entry_point(library: Any) -> Callable[..., None]:

@@ -194,9 +194,9 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except (OSError, UnicodeDecodeError):
         lines = []
-    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if "model name" in found:
-        return " ".join(found[name] for name in ("model name", "cpu family", "model", "stepping") if name in found)
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" in facts:
+        return " ".join(facts[name] for name in ("model name", "cpu family", "model", "stepping") if name in facts)
     return platform.processor() or platform.machine()
 
 

@@ -46,11 +46,6 @@ class Architecture:
         """Compute capability of an NVIDIA GPU (``90`` for ``sm90``), else None."""
         return int(self.name[2:]) if self.platform == "cuda" else None
 
-    @property
-    def lanes(self) -> int:
-        """Threads of a warp."""
-        return 64 if self.platform == "rocm" else 32
-
     def rate(self, dtype: torch.dtype) -> float:
         """Operations a second of products of this dtype; that of half precision where it has to be widened."""
         if dtype in (torch.int8, torch.uint8):
@@ -94,8 +89,8 @@ def _architecture(
 
 _ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        found.name: found
-        for found in (
+        gpu.name: gpu
+        for gpu in (
             _architecture("sm80", "A100 SXM", 108, 163, 1.41, (0, 499, 250), 1.83),
             _architecture("sm89", "L40S", 142, 99, 2.5, (586, 586, 290), 0.78),
             _architecture("sm90", "H100 SXM", 132, 227, 1.755, (1500, 1500, 798), 3.0, tma=True),
@@ -134,9 +129,9 @@ def architecture_of(device: torch.device) -> Architecture:
         return architecture("sm90")
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        found = architecture("gfx950" if properties.gcnArchName.startswith("gfx95") else "gfx942")
+        gpu = architecture("gfx950" if properties.gcnArchName.startswith("gfx95") else "gfx942")
     else:
         capability = properties.major * 10 + properties.minor
-        known = [found for found in architectures() if found.capability is not None and found.capability <= capability]
-        found = max(known or [architecture("sm80")], key=lambda found: found.capability or 0)
-    return replace(found, processors=properties.multi_processor_count)
+        known = [gpu for gpu in architectures() if gpu.capability is not None and gpu.capability <= capability]
+        gpu = max(known or [architecture("sm80")], key=lambda gpu: gpu.capability or 0)
+    return replace(gpu, processors=properties.multi_processor_count)

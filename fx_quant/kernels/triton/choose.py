@@ -82,31 +82,31 @@ def case_of(operands: ScaledOperands) -> Case:
     )
 
 
-def candidates(case: Case, on: Architecture) -> list[Configuration]:
+def candidates(case: Case, architecture: Architecture) -> list[Configuration]:
     """Everything that is shipped for the case; of the portable form only where tiles cannot be loaded by TMA."""
-    found = []
-    for each in swapped.CONFIGURATIONS[_SWAPPED[case.recipe]].get(on.name, ()):
-        if case.rows <= each.block_m:
-            splits = {1, swapped.best_split(each, case.n, case.k, on)}
-            found += [replace(each, split_k=parts) for parts in sorted(splits)]
+    split = []
+    for configuration in swapped.CONFIGURATIONS[_SWAPPED[case.recipe]].get(architecture.name, ()):
+        if case.rows <= configuration.block_m:
+            splits = {1, swapped.best_split(configuration, case.n, case.k, architecture)}
+            split += [replace(configuration, split_k=parts) for parts in sorted(splits)]
     many = (
-        *persistent.CONFIGURATIONS.get(on.name, {}).get(case.recipe, ()),
-        *tile.CONFIGURATIONS.get(on.name, {}).get(case.recipe, ()),
+        *persistent.CONFIGURATIONS.get(architecture.name, {}).get(case.recipe, ()),
+        *tile.CONFIGURATIONS.get(architecture.name, {}).get(case.recipe, ()),
     )
     # A tile of twice the rows that there are does nothing better than one of half its size.
-    return found + [each for each in many if each.block_m <= max(_LEAST_TILE, case.rows)]
+    return split + [configuration for configuration in many if configuration.block_m <= max(_LEAST_TILE, case.rows)]
 
 
 @functools.lru_cache(4096)
-def ranked(case: Case, on: Architecture) -> tuple[Cost, ...]:
+def ranked(case: Case, architecture: Architecture) -> tuple[Cost, ...]:
     """What the cost model says of the case's candidates, best first; the portable form, which always fits, is last."""
-    portable = estimate(tile.configuration("codes", case.rows), case.matmul, on)
-    return (*rank(candidates(case, on), case.matmul, on), portable)
+    portable = estimate(tile.configuration("codes", case.rows), case.matmul, architecture)
+    return (*rank(candidates(case, architecture), case.matmul, architecture), portable)
 
 
-def configurations(operands: ScaledOperands, on: Architecture) -> Sequence[Configuration]:
+def configurations(operands: ScaledOperands, architecture: Architecture) -> Sequence[Configuration]:
     """What to try for these operands, in order."""
     case = case_of(operands)
-    found = measured(operands.a.device).get(str(case))
-    rest = tuple(cost.configuration for cost in ranked(case, on))
-    return rest if found is None else (found, *rest)
+    fastest = measured(operands.a.device).get(str(case))
+    rest = tuple(cost.configuration for cost in ranked(case, architecture))
+    return rest if fastest is None else (fastest, *rest)

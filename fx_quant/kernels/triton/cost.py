@@ -87,11 +87,11 @@ class Floor:
     bound: str
 
 
-def floor(matmul: Matmul, on: Architecture) -> Floor:
+def floor(matmul: Matmul, architecture: Architecture) -> Floor:
     """The roofline: all products at the architecture's rate, all bytes at its bandwidth; nothing for no result."""
     if not matmul.m * matmul.n:
         return Floor(0.0, "memory")
-    compute, memory = matmul.operations / on.rate(matmul.a_dtype), matmul.bytes / on.bandwidth
+    compute, memory = matmul.operations / architecture.rate(matmul.a_dtype), matmul.bytes / architecture.bandwidth
     return Floor(max(compute, memory), "compute" if compute >= memory else "memory")
 
 
@@ -114,68 +114,76 @@ class Cost:
     limit: str
 
 
-def estimate(found: Configuration, matmul: Matmul, on: Architecture) -> Cost:
-    """What ``matmul`` should take by the configuration ``found``."""
-    programs = _ceil(matmul.m, found.block_m) * _ceil(matmul.n, found.block_n) * found.split_k
+def estimate(configuration: Configuration, matmul: Matmul, architecture: Architecture) -> Cost:
+    """What ``matmul`` should take by a configuration."""
+    programs = _ceil(matmul.m, configuration.block_m) * _ceil(matmul.n, configuration.block_n) * configuration.split_k
     if not programs:
-        return Cost(found, 0.0, 0, 0, "memory")
-    waves = _ceil(programs, on.processors)
-    steps = _ceil(_ceil(matmul.k, found.block_k), found.split_k)
+        return Cost(configuration, 0.0, 0, 0, "memory")
+    processors = architecture.processors
+    waves = _ceil(programs, processors)
+    steps = _ceil(_ceil(matmul.k, configuration.block_k), configuration.split_k)
     a_bytes, b_bytes = matmul.a_dtype.itemsize, matmul.b_bits / 8
     # In the tensor cores both operands have the wider dtype.
     element = max(a_bytes, 1.0)
-    rows, columns = found.block_m, found.block_n
+    rows, columns = configuration.block_m, configuration.block_n
     # The operand whose rows the tensor cores take 64 at a time; the other one is read for each 64 of them.
-    outer, inner = (columns, rows) if found.form == "swapped" else (rows, columns)
-    work = 2.0 * outer * inner * found.block_k
-    products = work / (_rate(found, matmul, on) / on.processors)
+    outer, inner = (columns, rows) if configuration.form == "swapped" else (rows, columns)
+    work = 2.0 * outer * inner * configuration.block_k
+    products = work / (_rate(configuration, matmul, architecture) / processors)
     groups = _ceil(outer, _SHARED_ROWS)
-    shared = groups * (_SHARED_ROWS + inner) * found.block_k * element / (on.shared_bandwidth / on.processors)
+    shared = (
+        groups * (_SHARED_ROWS + inner) * configuration.block_k * element / (architecture.shared_bandwidth / processors)
+    )
     # Rows of a tile that are not there are not loaded.
-    loaded = (min(rows, matmul.m) * a_bytes + min(columns, matmul.n) * b_bytes) * found.block_k
-    cache = loaded / (on.cache_bandwidth / on.processors)
+    loaded = (min(rows, matmul.m) * a_bytes + min(columns, matmul.n) * b_bytes) * configuration.block_k
+    cache = loaded / (architecture.cache_bandwidth / processors)
     step = max(products, shared, cache)
-    epilogue = rows * columns * matmul.out_dtype.itemsize * 4 / (on.cache_bandwidth / on.processors)
-    overlapped = found.warp_specialized or found.flattened
+    epilogue = rows * columns * matmul.out_dtype.itemsize * 4 / (architecture.cache_bandwidth / processors)
+    overlapped = configuration.warp_specialized or configuration.flattened
     fill = 0.0 if overlapped else _FILL
     tile = steps * step + epilogue
     computed = waves * (tile + fill)
     # Memory gives all of its bandwidth only to enough processors, which together wait for enough bytes.
-    together = _programs_a_processor(found, matmul, on)
-    resident = min(programs, on.processors * together)
-    flying = resident * max(found.stages - 1, 1) * loaded
-    few = max(1.0, on.processors / (_PROCESSOR_SHARE * min(programs, on.processors)))
+    resident_each = _programs_a_processor(configuration, matmul, architecture)
+    resident = min(programs, processors * resident_each)
+    flying = resident * max(configuration.stages - 1, 1) * loaded
+    idle = max(1.0, processors / (_PROCESSOR_SHARE * min(programs, processors)))
     # A program's first loads and its results are waited for, unless another is there to go on.
-    memory = matmul.bytes / on.bandwidth * max(few, _LATENCY * on.bandwidth / flying) + (fill + epilogue) / together
+    transfer = matmul.bytes / architecture.bandwidth * max(idle, _LATENCY * architecture.bandwidth / flying)
+    memory = transfer + (fill + epilogue) / resident_each
     reduction = 0.0
-    if found.split_k > 1:
-        reduction = _REDUCTION + 8.0 * found.split_k * matmul.m * matmul.n / on.cache_bandwidth
+    if configuration.split_k > 1:
+        reduction = _REDUCTION + 8.0 * configuration.split_k * matmul.m * matmul.n / architecture.cache_bandwidth
     parts = {"products": steps * products, "shared memory": steps * shared, "cache": steps * cache}
     limit = max(parts, key=parts.__getitem__)
     if memory > computed:
         limit = "memory"
     elif epilogue > steps * step:
         limit = "epilogue"
-    return Cost(found, max(computed, memory) + _START + reduction, programs, waves, limit)
+    return Cost(configuration, max(computed, memory) + _START + reduction, programs, waves, limit)
 
 
-def _rate(found: Configuration, matmul: Matmul, on: Architecture) -> float:
+def _rate(configuration: Configuration, matmul: Matmul, architecture: Architecture) -> float:
     """Operations a second of the products as this configuration does them."""
-    rate = on.rate(matmul.a_dtype)
+    rate = architecture.rate(matmul.a_dtype)
     # Tensor cores of sm90 take float8 from 64 rows on; fewer are widened to half precision by the old instructions.
-    if on.capability == 90 and found.form == "tile" and found.block_m < 64:
-        return min(rate, on.half) / 2
+    if architecture.capability == 90 and configuration.form == "tile" and configuration.block_m < 64:
+        return min(rate, architecture.half) / 2
     return rate
 
 
-def _programs_a_processor(found: Configuration, matmul: Matmul, on: Architecture) -> int:
+def _programs_a_processor(configuration: Configuration, matmul: Matmul, architecture: Architecture) -> int:
     """Programs that a processor holds at once, by shared memory; a persistent one has it alone."""
-    if found.form == "persistent":
+    if configuration.form == "persistent":
         return 1
-    stage = (found.block_m * matmul.a_dtype.itemsize + found.block_n * matmul.b_bits / 8) * found.block_k
-    return max(1, min(8, int(on.shared_bytes // max(stage * found.stages, 1))))
+    a_bytes, b_bytes = configuration.block_m * matmul.a_dtype.itemsize, configuration.block_n * matmul.b_bits / 8
+    stage = (a_bytes + b_bytes) * configuration.block_k
+    return max(1, min(8, int(architecture.shared_bytes // max(stage * configuration.stages, 1))))
 
 
-def rank(candidates: Iterable[Configuration], matmul: Matmul, on: Architecture, most: int = MOST) -> list[Cost]:
+def rank(
+    candidates: Iterable[Configuration], matmul: Matmul, architecture: Architecture, most: int = MOST
+) -> list[Cost]:
     """The ``most`` configurations that should be fastest, best first."""
-    return sorted((estimate(found, matmul, on) for found in candidates), key=lambda cost: cost.seconds)[:most]
+    costs = (estimate(configuration, matmul, architecture) for configuration in candidates)
+    return sorted(costs, key=lambda cost: cost.seconds)[:most]

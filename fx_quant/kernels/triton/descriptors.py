@@ -13,10 +13,10 @@ from fx_quant.kernels.triton.architectures import Architecture
 _ALIGNED_BYTES = 16
 
 
-def undescribed(matrices: Mapping[str, Tensor], on: Architecture) -> str | None:
+def undescribed(matrices: Mapping[str, Tensor], architecture: Architecture) -> str | None:
     """Why no descriptors describe these matrices ``[rows, k]`` of bytes there, in a line, or None."""
-    if not on.tma:
-        return f"needs tensor descriptors (TMA), which {on.name} does not have; use the tile form"
+    if not architecture.tma:
+        return f"needs tensor descriptors (TMA), which {architecture.name} does not have; use the tile form"
     for name, codes in matrices.items():
         if not codes.shape[1]:
             return "needs k >= 1, got 0; use the tile form"

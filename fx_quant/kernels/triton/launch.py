@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Tiles that share their operands through the L2 cache, counted along m.
+TILES_M = 8
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -39,6 +42,21 @@ class Configuration:
     split_k: int = 1
     warp_specialized: bool = False
     flattened: bool = False
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of a result ``[m, n]``."""
+        return -(-m // self.block_m) * -(-n // self.block_n)
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The sizes of a tile as every kernel takes them."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the compiler."""
+        # Fused, the epilogue's product and sum would be rounded once, where the canonical op rounds twice.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
     def __str__(self) -> str:
         """Such as ``persistent 128x256x128 w4 s3 WS``."""

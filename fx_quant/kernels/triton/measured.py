@@ -63,18 +63,18 @@ def _sources() -> str:
 
 def _configuration(values: Mapping[str, Any]) -> Configuration:
     """That of ``values``, where a kernel could be launched with it; that it fits an operand is asked of its form."""
-    found = Configuration(**values)
-    sizes = (found.block_m, found.block_n, found.block_k, found.warps, found.stages, found.split_k)
+    read = Configuration(**values)
+    sizes = (read.block_m, read.block_n, read.block_k, read.warps, read.stages, read.split_k)
     powers = (*zip(sizes, (1024, 1024, 4096, 32), strict=False),)
     holds = (
-        found.form in _FORMS
+        read.form in _FORMS
         and all(type(size) is int and 1 <= size <= 4096 for size in sizes)
         and all(size & (size - 1) == 0 and size <= most for size, most in powers)
-        and all(type(flag) is bool for flag in (found.warp_specialized, found.flattened))
+        and all(type(flag) is bool for flag in (read.warp_specialized, read.flattened))
     )
     if not holds:
-        raise ValueError(f"no kernel can take {found!r}")
-    return found
+        raise ValueError(f"no kernel can take {read!r}")
+    return read
 
 
 CONFIGURATIONS = Store(

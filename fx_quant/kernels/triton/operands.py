@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,57 @@ def vector_stride(x: Tensor | None, dim: int) -> int:
 
 
 def grouped_strides(x: Tensor | None, grouped: bool) -> tuple[int, int]:
-    """Strides of a weight's scale or zero point along n and k."""
+    """Strides of a scale or zero point along rows and k; ``grouped``: where both vary."""
     if x is None:
         return 0, 0
     return (x.stride(0), x.stride(1)) if grouped else (vector_stride(x, -1), 0)
+
+
+def scale_arguments(operands: ScaledOperands) -> dict[str, Any]:
+    """What tile and swapped kernels take of scales and bias, and of zero point and sums unless blocks share scales."""
+    a_scale, b_scale = operands.a_scale, operands.b_scale
+    scales: dict[str, Any] = {
+        "a_scale_ptr": a_scale,
+        "b_scale_ptr": b_scale,
+        "bias_ptr": operands.bias,
+        "stride_bias": vector_stride(operands.bias, 0),
+    }
+    if operands.block is None:
+        return scales | {
+            "a_zero_point_ptr": operands.a_zero_point,
+            "b_sum_ptr": operands.b_sum,
+            "stride_a_scale": vector_stride(a_scale, 0),
+            "stride_b_scale": vector_stride(b_scale, -1),
+            "stride_a_zero_point": vector_stride(operands.a_zero_point, 0),
+            "stride_b_sum": vector_stride(operands.b_sum, 0),
+        }
+    (a_scale_m, a_scale_k), (b_scale_n, b_scale_k) = grouped_strides(a_scale, True), grouped_strides(b_scale, True)
+    return scales | {
+        "stride_a_scale_m": a_scale_m,
+        "stride_a_scale_k": a_scale_k,
+        "stride_b_scale_n": b_scale_n,
+        "stride_b_scale_k": b_scale_k,
+        "GROUP_N": operands.block[0],
+        "GROUP_K": operands.block[1],
+    }
+
+
+def weight_only_arguments(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, block: Sequence[int] | None
+) -> dict[str, Any]:
+    """What both kernels of a weight-only matmul take of ``x``, of the weight's factors and of the bias."""
+    scale_n, scale_k = grouped_strides(scale, block is not None)
+    zero_point_n, zero_point_k = grouped_strides(zero_point, block is not None)
+    return {
+        "x_ptr": x,
+        "bias_ptr": bias,
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "stride_scale_n": scale_n,
+        "stride_scale_k": scale_k,
+        "stride_zero_point_n": zero_point_n,
+        "stride_zero_point_k": zero_point_k,
+        "stride_bias": vector_stride(bias, 0),
+        "GROUP_N": 1 if block is None else block[0],
+        "GROUP_K": 0 if block is None else block[1],
+    }

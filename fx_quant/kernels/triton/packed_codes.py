@@ -81,8 +81,8 @@ class PackedCodes:
 
 
 PACKED_CODES = {
-    found.name: found
-    for found in (
+    codes.name: codes
+    for codes in (
         PackedCodes("int4", frozenset({torch.uint8}), torch.int32, 128),
         PackedCodes("int8", frozenset({torch.int8}), torch.int32, 64),
         PackedCodes("uint8", frozenset({torch.uint8}), torch.int32, 64),

@@ -6,17 +6,16 @@ The source is ``kernels/triton/source/persistent.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from fx_quant.kernels.triton.architectures import Architecture
 from fx_quant.kernels.triton.descriptors import described, undescribed
-from fx_quant.kernels.triton.launch import Configuration, Launch
+from fx_quant.kernels.triton.launch import TILES_M, Configuration, Launch
 from fx_quant.kernels.triton.operands import ScaledOperands, grouped_strides, vector_stride
 
-# Tiles that share their operands through the L2 cache, counted along m.
-_TILES_M = 8
 # More bytes of a result's tile, for each of the warps that hold it, spill or leave no shared memory for the stages.
 _TILE_BYTES = 8 * 1024
 _CODES = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2})
@@ -26,27 +25,25 @@ _IMPRECISE = frozenset({"sm90"})
 _IMPRECISE_K = 128
 
 
-def _found(m: int, n: int, k: int, warps: int, stages: int, kind: str = "") -> Configuration:
-    return Configuration(
-        "persistent", m, n, k, warps, stages, warp_specialized=kind == "specialized", flattened=kind == "flattened"
-    )
+_persistent = partial(Configuration, "persistent")
+_specialized = partial(_persistent, warp_specialized=True)
+_flattened = partial(_persistent, flattened=True)
 
-
-_SPECIALIZED = _found(128, 128, 128, 4, 5, "specialized")
-_LARGEST = (_found(128, 256, 128, 4, 4, "specialized"), _found(256, 128, 128, 4, 4, "specialized"), _SPECIALIZED)
+_SPECIALIZED = _specialized(128, 128, 128, 4, 5)
+_LARGEST = (_specialized(128, 256, 128, 4, 4), _specialized(256, 128, 128, 4, 4), _SPECIALIZED)
 _BLOCKS = (
     _SPECIALIZED,
-    _found(128, 128, 128, 8, 4),
-    _found(64, 128, 128, 4, 5),
-    _found(128, 64, 128, 4, 5),
+    _persistent(128, 128, 128, 8, 4),
+    _persistent(64, 128, 128, 4, 5),
+    _persistent(128, 64, 128, 4, 5),
 )
 # Larger tiles spill when they leave the tensor memory; Triton 3.6 compiles no warp specialization here.
-_SM100 = (_found(128, 128, 128, 8, 4, "flattened"), _found(128, 64, 128, 8, 6), _found(64, 128, 128, 8, 6))
+_SM100 = (_flattened(128, 128, 128, 8, 4), _persistent(128, 64, 128, 8, 6), _persistent(64, 128, 128, 8, 6))
 _SM120 = (
-    _found(128, 128, 128, 8, 3),
-    _found(128, 128, 64, 8, 4),
-    _found(64, 128, 128, 4, 3),
-    _found(128, 64, 128, 4, 3),
+    _persistent(128, 128, 128, 8, 3),
+    _persistent(128, 128, 64, 8, 4),
+    _persistent(64, 128, 128, 4, 3),
+    _persistent(128, 64, 128, 4, 3),
 )
 _RECIPES = ("float8", "float8_block", "float8_group", "int8")
 
@@ -56,18 +53,18 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = {
         # A sum that leaves the tensor cores takes twice its registers: larger tiles spill.
         "float8": (
             _SPECIALIZED,
-            _found(128, 128, 128, 8, 5, "flattened"),
-            _found(128, 128, 128, 8, 5),
-            _found(64, 256, 128, 8, 4),
-            _found(64, 128, 128, 4, 6),
+            _flattened(128, 128, 128, 8, 5),
+            _persistent(128, 128, 128, 8, 5),
+            _persistent(64, 256, 128, 8, 4),
+            _persistent(64, 128, 128, 4, 6),
         ),
         "float8_block": _BLOCKS,
         "float8_group": _BLOCKS,
         "int8": (
             *_LARGEST,
-            _found(128, 256, 128, 8, 3),
-            _found(128, 128, 128, 8, 5),
-            _found(64, 128, 128, 4, 6),
+            _persistent(128, 256, 128, 8, 3),
+            _persistent(128, 128, 128, 8, 5),
+            _persistent(64, 128, 128, 4, 6),
         ),
     },
     # Scales of each column take registers too.
@@ -76,11 +73,11 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = {
 }
 
 
-def unfit(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> str | None:
+def unfit(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> str | None:
     """Why this form cannot compute these operands there, in a line, or None."""
-    if not {operands.a.dtype, operands.b.dtype} <= _CODES and on.tma:
+    if not {operands.a.dtype, operands.b.dtype} <= _CODES and architecture.tma:
         return f"needs int8, float8_e4m3fn or float8_e5m2, got {operands.a.dtype} and {operands.b.dtype}"
-    reason = undescribed({"a": operands.a, "the weight": operands.b.t()}, on)
+    reason = undescribed({"a": operands.a, "the weight": operands.b.t()}, architecture)
     if reason is not None:
         return reason
     if operands.block is not None and (operands.a.dtype is torch.int8 or operands.block[1] % configuration.block_k):
@@ -90,13 +87,13 @@ def unfit(operands: ScaledOperands, configuration: Configuration, on: Architectu
         )
     # Warp specialization gives the tile to two groups of warps.
     most = _TILE_BYTES * configuration.warps * (2 if configuration.warp_specialized else 1)
-    found = configuration.block_m * configuration.block_n * operands.out_dtype.itemsize
+    size = configuration.block_m * configuration.block_n * operands.out_dtype.itemsize
     return (
-        None if found <= most else f"needs a tile of the result of at most {most} bytes, got {found}; use a smaller one"
+        None if size <= most else f"needs a tile of the result of at most {most} bytes, got {size}; use a smaller one"
     )
 
 
-def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> Launch:
+def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> Launch:
     """The launch of a scaled matmul by tiles of tensor descriptors.
 
     A float8 sum leaves tensor cores that add imprecisely every 128 products.
@@ -106,8 +103,8 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     """
     from fx_quant.kernels.triton.source import persistent as triton_persistent
 
-    found, (m, n, k) = configuration, (operands.m, operands.n, operands.k)
-    reason = unfit(operands, found, on)
+    m, n, k = operands.m, operands.n, operands.k
+    reason = unfit(operands, configuration, architecture)
     torch._check(reason is None, lambda: f"triton_scaled_mm: the persistent form {reason}")
 
     a, weight, a_scale, b_scale = operands.a, operands.b.t(), operands.a_scale, operands.b_scale
@@ -117,10 +114,10 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     else:
         group_n, group_k = operands.block
         a_scale_strides, b_scale_strides = grouped_strides(a_scale, True), grouped_strides(b_scale, True)
-    imprecise = operands.recipe == "float8" and on.name in _IMPRECISE
+    imprecise = operands.recipe == "float8" and architecture.name in _IMPRECISE
     arguments: dict[str, Any] = {
-        "a": a if found.warp_specialized else described(a, found.block_m, found.block_k),
-        "b": described(weight, found.block_n, found.block_k),
+        "a": a if configuration.warp_specialized else described(a, configuration.block_m, configuration.block_k),
+        "b": described(weight, configuration.block_n, configuration.block_k),
         "out_ptr": a.new_empty((m, n), dtype=operands.out_dtype),
         "a_scale_ptr": a_scale,
         "b_scale_ptr": b_scale,
@@ -140,16 +137,19 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
         "stride_b_sum": vector_stride(operands.b_sum, 0),
         "GROUP_N": group_n,
         "GROUP_K": group_k,
-        "IMPRECISE_K": min(_IMPRECISE_K, found.block_k) if imprecise else 0,
-        "BLOCK_M": found.block_m,
-        "BLOCK_N": found.block_n,
-        "BLOCK_K": found.block_k,
-        "TILES_M": _TILES_M,
-        "WARP_SPECIALIZED": found.warp_specialized,
-        "FLATTENED": found.flattened,
+        "IMPRECISE_K": min(_IMPRECISE_K, configuration.block_k) if imprecise else 0,
+        "TILES_M": TILES_M,
+        "WARP_SPECIALIZED": configuration.warp_specialized,
+        "FLATTENED": configuration.flattened,
+        **configuration.blocks,
     }
-    # Fused, the epilogue's product and sum would be rounded once, where the canonical op rounds twice.
-    options = {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": False}
-    tiles = -(-m // found.block_m) * -(-n // found.block_n)
-    programs, kernel = min(on.processors, tiles), triton_persistent.scaled_mm_kernel
-    return Launch(kernel, arguments, options, programs, arguments["out_ptr"], found, scratch=found.warp_specialized)
+    programs = min(architecture.processors, configuration.tiles(m, n))
+    return Launch(
+        triton_persistent.scaled_mm_kernel,
+        arguments,
+        configuration.options,
+        programs,
+        arguments["out_ptr"],
+        configuration,
+        scratch=configuration.warp_specialized,
+    )

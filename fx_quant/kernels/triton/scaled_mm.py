@@ -35,13 +35,19 @@ FORMS: Mapping[str, Form] = MappingProxyType(
 )
 
 
-def plan_scaled_mm(operands: ScaledOperands, on: Architecture, found: Configuration | None = None) -> Launch:
-    """The launch of ``triton_scaled_mm``: by ``found``, or by the first configuration in order that can compute it.
+def fits(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> bool:
+    """Whether the configuration's form can compute these operands there."""
+    return FORMS[configuration.form].unfit(operands, configuration, architecture) is None
+
+
+def plan_scaled_mm(
+    operands: ScaledOperands, architecture: Architecture, configuration: Configuration | None = None
+) -> Launch:
+    """The launch of ``triton_scaled_mm``: as given, or by the first configuration in order that can compute it.
 
     Raises:
-        RuntimeError: ``found`` cannot.
+        RuntimeError: the given one cannot.
     """
-    if found is None:
-        fitting = (each for each in configurations(operands, on) if FORMS[each.form].unfit(operands, each, on) is None)
-        found = next(fitting)
-    return FORMS[found.form].plan(operands, found, on)
+    if configuration is None:
+        configuration = next(c for c in configurations(operands, architecture) if fits(operands, c, architecture))
+    return FORMS[configuration.form].plan(operands, configuration, architecture)

@@ -63,8 +63,11 @@ def _weight_only_mm(
     )
     if not runs(a):
         return weight_only_mm(a, b, b_scale, b_zero_point, bias, out_dtype, block=block)
-    on = architecture_of(a.device)
-    return plan_weight_only_mm(a, b, b_scale, bias, n, out_dtype, b_zero_point=b_zero_point, block=block, on=on).run()
+    architecture = architecture_of(a.device)
+    launch = plan_weight_only_mm(
+        a, b, b_scale, bias, n, out_dtype, b_zero_point=b_zero_point, block=block, architecture=architecture
+    )
+    return launch.run()
 
 
 for _name, _body in (("triton_scaled_mm", _scaled_mm), ("triton_weight_only_mm", _weight_only_mm)):

@@ -7,8 +7,6 @@ import threading
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.triton.architectures import Architecture
-
 # 1 MiB on each device. A stream's own counters suffice for every split sum: there are fewer tiles than processors.
 _RESERVED = 1 << 18
 _OF_A_STREAM = 1 << 12
@@ -67,7 +65,7 @@ def semaphores(size: int, device: torch.device) -> Tensor:
     be replayed on any stream, but never beside itself. Where none are left, or none could be reserved before a capture
     began, fresh ones are zeroed, by a kernel that the graph then holds too.
     """
-    found = None
+    counters = None
     if device.type == "cuda":
         with torch.cuda.device(device):
             device = torch.device("cuda", torch.cuda.current_device())
@@ -77,16 +75,7 @@ def semaphores(size: int, device: torch.device) -> Tensor:
                     _RESERVES[device] = _Reserve(device)
             reserve = _RESERVES.get(device)
             if reserve is not None and capturing:
-                found = reserve.of_launch(size)
+                counters = reserve.of_launch(size)
             elif reserve is not None:
-                found = reserve.of_stream(torch.cuda.current_stream(device).cuda_stream, size)
-    return torch.zeros(size, dtype=torch.int32, device=device) if found is None else found
-
-
-def unfit_split(split: int, on: Architecture) -> str | None:
-    """Why k cannot be split among ``split`` programs there, in one line; None if it can."""
-    if split > 1 and on.platform == "rocm":
-        # Its code has no wait for the stores of other wavefronts before their barrier (seen in Triton 3.6 and 3.9):
-        # partial sums could arrive after the counter.
-        return f"cannot split k on {on.name}, whose barrier does not wait for stores; use split_k = 1"
-    return None
+                counters = reserve.of_stream(torch.cuda.current_stream(device).cuda_stream, size)
+    return torch.zeros(size, dtype=torch.int32, device=device) if counters is None else counters

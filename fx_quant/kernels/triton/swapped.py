@@ -16,29 +16,16 @@ from torch import Tensor
 
 from fx_quant.kernels.triton.architectures import Architecture
 from fx_quant.kernels.triton.launch import Configuration, Launch
-from fx_quant.kernels.triton.operands import ScaledOperands, grouped_strides, vector_stride
-from fx_quant.kernels.triton.semaphores import semaphores, unfit_split
+from fx_quant.kernels.triton.operands import ScaledOperands, scale_arguments
+from fx_quant.kernels.triton.split import split_arguments, split_by_steps, unfit_split
 from fx_quant.scheme import FLOAT8_DTYPES, dtype_name
-
-# More parts of a sum than this cost more to add up than they hide.
-_MAX_SPLIT = 16
-
-# Counted in steps, of some 0.7 microseconds on an H100, where nothing was timed yet: filling the pipeline of a program,
-# handing in and waiting for partial sums, and adding one of them.
-_FILL_STEPS = 1.0
-_SPLIT_STEPS = 3.0
-_PART_STEPS = 0.125
-
-# A split that gains less than this is not worth its memory.
-_WORTH = 1.1
 
 
 def _form(*sizes: tuple[int, int, int, int, int]) -> tuple[Configuration, ...]:
     return tuple(Configuration("swapped", *size) for size in sizes)
 
 
-# The first for so many rows is the one that is taken; the others are for a tuner. Up to 64 rows at block_n = 64 read as
-# many bytes of tokens as of weights, hence 128 there.
+# Up to 64 rows at block_n = 64 read as many bytes of tokens as of weights, hence 128 there.
 _HOPPER = _form(
     (16, 64, 256, 4, 4),
     (16, 128, 128, 4, 5),
@@ -62,7 +49,7 @@ _AMD = _form((16, 32, 256, 2, 2), (32, 32, 256, 2, 2), (64, 64, 128, 4, 2))
 _AMD_BLOCK = _form((16, 32, 128, 2, 2), (32, 32, 128, 2, 2), (64, 64, 128, 4, 2))
 
 # Recipe -> architecture -> configurations, by the rows of ``a`` that they take. Each keeps some 48 KB of weights in
-# flight where shared memory allows it. ``split_k`` follows from the sizes (``split_for``).
+# flight where shared memory allows it. ``split_k`` follows from the sizes (``split_by_steps``).
 CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = MappingProxyType(
     {
         "float8": {
@@ -95,135 +82,53 @@ CONFIGURATIONS: Mapping[str, Mapping[str, tuple[Configuration, ...]]] = MappingP
 )
 
 
-def split_for(n: int, k: int, block_n: int, block_k: int, processors: int) -> int:
-    """Programs that share a tile's sum along k: as few as keep about every processor busy.
-
-    A processor that runs ``w`` programs takes ``w`` times the steps of one, which are ``ceil(steps / split)`` of
-    ``block_k`` and those of filling its pipeline; partial sums cost some more. No part is empty.
-    """
-    tiles, steps = -(-n // block_n), -(-k // block_k)
-
-    def cost(split: int) -> float:
-        waves = -(-tiles * split // processors)
-        return waves * (-(-steps // split) + _FILL_STEPS) + (_SPLIT_STEPS + _PART_STEPS * split if split > 1 else 0.0)
-
-    # Other numbers would leave parts empty.
-    splits = sorted({-(-steps // -(-steps // split)) for split in range(1, min(_MAX_SPLIT, steps) + 1)}) or [1]
-    least = min(map(cost, splits))
-    return next(split for split in splits if cost(split) <= _WORTH * least)
-
-
-def best_split(found: Configuration, n: int, k: int, on: Architecture) -> int:
-    """``split_for`` the sizes of ``found``; 1 where k cannot be split."""
-    if unfit_split(2, on) is not None:
+def best_split(configuration: Configuration, n: int, k: int, architecture: Architecture) -> int:
+    """``split_by_steps`` of the sizes of ``configuration``; 1 where k cannot be split."""
+    if unfit_split(2, architecture) is not None:
         return 1
-    return split_for(n, k, found.block_n, found.block_k, on.processors)
+    return split_by_steps(n, k, configuration.block_n, configuration.block_k, architecture.processors)
 
 
-def configuration(recipe: str, m: int, n: int, k: int, on: Architecture) -> Configuration | None:
-    """The configuration for these sizes, or None where none is meant for so many rows or for that architecture.
-
-    Args:
-        recipe: a name in ``CONFIGURATIONS``.
-        m, n, k: sizes of the matmul.
-        on: where it will run.
-    """
-    for found in CONFIGURATIONS[recipe].get(on.name, ()):
-        if m <= found.block_m:
-            return replace(found, split_k=best_split(found, n, k, on))
-    return None
-
-
-def unfit(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> str | None:
+def unfit(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> str | None:
     """Why this form cannot compute these operands there, in one line; None if it can."""
-    reason = unfit_codes(operands.a.dtype, on) or unfit_codes(operands.b.dtype, on)
-    reason = reason or unfit_split(configuration.split_k, on)
+    reason = unfit_codes(operands.a.dtype, architecture) or unfit_codes(operands.b.dtype, architecture)
+    reason = reason or unfit_split(configuration.split_k, architecture)
     if reason is None and operands.block is not None and _block_k(operands.block[1], configuration) < 32:
         reason = f"swapped: needs groups of a multiple of 32 codes along k, got {operands.block[1]}"
     return reason
 
 
-def unfit_codes(dtype: torch.dtype, on: Architecture) -> str | None:
+def unfit_codes(dtype: torch.dtype, architecture: Architecture) -> str | None:
     """Why there are no products of codes of ``dtype`` there, in one line; None if there are."""
     if dtype not in FLOAT8_DTYPES:
         return None
-    if not on.float8:
-        return f"swapped: {on.name} has no products of float8; use int8 codes"
-    has_fnuz, is_fnuz = on.name == "gfx942", dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+    if not architecture.float8:
+        return f"swapped: {architecture.name} has no products of float8; use int8 codes"
+    has_fnuz, is_fnuz = architecture.name == "gfx942", dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
     if has_fnuz != is_fnuz:
         kinds = "only the" if has_fnuz else "no"
-        return f"swapped: {on.name} has {kinds} fnuz kinds of float8, got {dtype_name(dtype)}"
+        return f"swapped: {architecture.name} has {kinds} fnuz kinds of float8, got {dtype_name(dtype)}"
     return None
 
 
-def _block_k(group_k: int, found: Configuration) -> int:
+def _block_k(group_k: int, configuration: Configuration) -> int:
     """The largest step along k that divides a group."""
-    return min(found.block_k, group_k & -group_k)
+    return min(configuration.block_k, group_k & -group_k)
 
 
-def _descriptor(b: Tensor, block_n: int, block_k: int, on: Architecture) -> Any:
+def _descriptor(b: Tensor, block_n: int, block_k: int, architecture: Architecture) -> Any:
     """A tensor descriptor of the weight ``b.t()``, or None where its memory has no such form."""
     k, n = b.shape
     aligned = b.stride(0) == 1 and b.stride(1) % 16 == 0 and b.stride(1) >= k and b.data_ptr() % 16 == 0
     # On sm120, what Triton 3.6 makes of descriptors uses the stack.
-    if not (on.tma and on.name != "sm120" and aligned and n and k):
+    if not (architecture.tma and architecture.name != "sm120" and aligned and n and k):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor  # pyrefly: ignore[missing-import]
 
     return TensorDescriptor(b.t(), [n, k], [b.stride(1), 1], [block_n, block_k])
 
 
-def launch(
-    kernel: Any,
-    x: Tensor,
-    b: Tensor,
-    found: Configuration,
-    sums: torch.dtype,
-    arguments: dict[str, Any],
-    out: Tensor,
-    on: Architecture,
-) -> Launch:
-    """A launch of one of this form's kernels: what they all take is added to ``arguments``.
-
-    Args:
-        kernel: the ``@triton.jit`` function.
-        x: rows ``[m, k]``.
-        b: weight ``[k, n]``.
-        found: the configuration, whose ``block_k`` is final.
-        sums: dtype of partial sums.
-        arguments: what this kernel takes beside it.
-        out: ``[m, n]``, contiguous.
-        on: where it will run.
-    """
-    (m, k), n, split = x.shape, b.shape[1], found.split_k
-    descriptor = _descriptor(b, found.block_n, found.block_k, on)
-    tiles = -(-m // found.block_m) * -(-n // found.block_n)
-    partials = semaphore = None
-    if split > 1:
-        partials = x.new_empty((tiles, split, found.block_n, found.block_m), dtype=sums)
-        semaphore = semaphores(tiles, x.device)
-    arguments |= {
-        "b_ptr": b if descriptor is None else descriptor,
-        "out_ptr": out,
-        "partials_ptr": partials,
-        "semaphore_ptr": semaphore,
-        "m": m,
-        "n": n,
-        "k": k,
-        "stride_bk": b.stride(0),
-        "stride_bn": b.stride(1),
-        "BLOCK_M": found.block_m,
-        "BLOCK_N": found.block_n,
-        "BLOCK_K": found.block_k,
-        "SPLIT_K": split,
-        "DESCRIPTOR": descriptor is not None,
-    }
-    # Fused, the epilogue's product and sum would be rounded once, where the canonical op rounds twice.
-    options = {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": False}
-    return Launch(kernel, arguments, options, tiles * split, out, found)
-
-
-def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: Architecture) -> Launch:
+def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> Launch:
     """The launch of a scaled matmul.
 
     Raises:
@@ -231,40 +136,31 @@ def plan_scaled_mm(operands: ScaledOperands, configuration: Configuration, on: A
     """
     from fx_quant.kernels.triton.source import swapped as triton_swapped
 
-    reason = unfit(operands, configuration, on)
+    reason = unfit(operands, configuration, architecture)
     if reason is not None:
         raise ValueError(reason)
-    a, b, a_scale, b_scale, bias = operands.a, operands.b, operands.a_scale, operands.b_scale, operands.bias
-    out = a.new_empty((operands.m, operands.n), dtype=operands.out_dtype)
+    (a, b), (m, n, k) = (operands.a, operands.b), (operands.m, operands.n, operands.k)
+    kernel, launched = triton_swapped.scaled_mm_kernel, configuration
+    sums = torch.int32 if a.dtype is torch.int8 else torch.float32
+    if operands.block is not None:
+        kernel, sums = triton_swapped.block_scaled_mm_kernel, torch.float32
+        launched = replace(configuration, block_k=_block_k(operands.block[1], configuration))
+    descriptor = _descriptor(b, launched.block_n, launched.block_k, architecture)
+    tiles, out = launched.tiles(m, n), a.new_empty((m, n), dtype=operands.out_dtype)
     arguments: dict[str, Any] = {
         "a_ptr": a,
-        "a_scale_ptr": a_scale,
-        "b_scale_ptr": b_scale,
-        "bias_ptr": bias,
+        "b_ptr": b if descriptor is None else descriptor,
+        "out_ptr": out,
+        "m": m,
+        "n": n,
+        "k": k,
         "stride_am": a.stride(0),
         "stride_ak": a.stride(1),
-        "stride_bias": vector_stride(bias, 0),
+        "stride_bk": b.stride(0),
+        "stride_bn": b.stride(1),
+        "DESCRIPTOR": descriptor is not None,
+        **scale_arguments(operands),
+        **split_arguments(a, tiles, launched, sums),
+        **launched.blocks,
     }
-    if operands.block is not None:
-        rows, columns = operands.block
-        scale_n, scale_k = grouped_strides(b_scale, True)
-        arguments |= {
-            "stride_a_scale_m": 0 if a_scale is None else a_scale.stride(0),
-            "stride_a_scale_k": 0 if a_scale is None else a_scale.stride(1),
-            "stride_b_scale_n": scale_n,
-            "stride_b_scale_k": scale_k,
-            "GROUP_N": rows,
-            "GROUP_K": columns,
-        }
-        found = replace(configuration, block_k=_block_k(columns, configuration))
-        return launch(triton_swapped.block_scaled_mm_kernel, a, b, found, torch.float32, arguments, out, on)
-    arguments |= {
-        "a_zero_point_ptr": operands.a_zero_point,
-        "b_sum_ptr": operands.b_sum,
-        "stride_a_scale": vector_stride(a_scale, 0),
-        "stride_b_scale": vector_stride(b_scale, -1),
-        "stride_a_zero_point": vector_stride(operands.a_zero_point, 0),
-        "stride_b_sum": vector_stride(operands.b_sum, 0),
-    }
-    sums = torch.int32 if a.dtype is torch.int8 else torch.float32
-    return launch(triton_swapped.scaled_mm_kernel, a, b, configuration, sums, arguments, out, on)
+    return Launch(kernel, arguments, launched.options, tiles * launched.split_k, out, launched)

@@ -19,7 +19,7 @@ from fx_quant.kernels.triton.choose import case_of, ranked
 from fx_quant.kernels.triton.launch import Configuration
 from fx_quant.kernels.triton.measured import CONFIGURATIONS, this_gpu
 from fx_quant.kernels.triton.operands import ScaledOperands, scaled_operands
-from fx_quant.kernels.triton.scaled_mm import FORMS, plan_scaled_mm
+from fx_quant.kernels.triton.scaled_mm import fits, plan_scaled_mm
 from fx_quant.ops import scaled_mm
 from fx_quant.tuning.search import Budget, Report, choose, decide_all
 
@@ -180,7 +180,7 @@ def measure(
     together exceed the second-level cache, or a weight is read from there.
     """
     graphs = [
-        captured([plan_scaled_mm(each, architecture, configuration).run for each in operands])
+        captured([plan_scaled_mm(given, architecture, configuration).run for given in operands])
         for configuration in configurations
     ]
     times: list[list[float]] = [[] for _ in graphs]
@@ -216,12 +216,12 @@ def decide(operands: Sequence[ScaledOperands], architecture: Architecture, measu
     first = operands[0]
     case = case_of(first)
     ranking = [cost.configuration for cost in ranked(case, architecture)]
-    fitting = [found for found in ranking if FORMS[found.form].unfit(first, found, architecture) is None]
-    right = [found for found in fitting if is_right(first, found, architecture)]
+    fitting = [candidate for candidate in ranking if fits(first, candidate, architecture)]
+    right = [candidate for candidate in fitting if is_right(first, candidate, architecture)]
     if not right:
         raise FxQuantError(f"{case}: no configuration computes what the canonical op does; please report it")
     choice = choose(right, [lambda tried: measure(operands, tried, architecture)])
-    wrong = tuple(found for found in fitting if found not in right)
+    wrong = tuple(candidate for candidate in fitting if candidate not in right)
     return Decision(str(case), right[0], right[choice.index], *choice.seconds, len(right), wrong)
 
 

@@ -16,19 +16,12 @@ import torch
 from torch import Tensor
 
 from fx_quant.kernels.triton.architectures import Architecture
-from fx_quant.kernels.triton.launch import Configuration, Launch
-from fx_quant.kernels.triton.operands import grouped_strides, vector_stride
+from fx_quant.kernels.triton.launch import TILES_M, Configuration, Launch
+from fx_quant.kernels.triton.operands import weight_only_arguments
 from fx_quant.kernels.triton.packed_codes import PackedCodes
-from fx_quant.kernels.triton.semaphores import semaphores, unfit_split
+from fx_quant.kernels.triton.split import split_arguments, split_by_blocks, unfit_split
 from fx_quant.ops import check_weight_only_mm
 from fx_quant.scheme import HALF_DTYPES, dtype_name
-
-# Tiles that share their operands through the L2 cache, counted along m.
-_TILES_M = 8
-
-# Blocks that a program sums at least where k is split: fewer do not fill its pipeline.
-_LEAST_BLOCKS = 6
-_MAX_SPLIT = 16
 
 
 @dataclass(frozen=True)
@@ -118,89 +111,65 @@ CONFIGURATIONS: Mapping[str, Mapping[int, tuple[Configuration, ...]]] = MappingP
 )
 
 
-def family(on: Architecture) -> str:
+def family(architecture: Architecture) -> str:
     """Whose configurations an architecture has: those of ``sm90`` need its tensor cores and its shared memory."""
-    if on.platform == "rocm":
+    if architecture.platform == "rocm":
         return "rocm"
-    return "sm90" if 90 <= (on.capability or 0) < 120 else "sm80"
+    return "sm90" if 90 <= (architecture.capability or 0) < 120 else "sm80"
 
 
-def split_for(tiles: int, blocks: int, processors: int) -> int:
-    """Programs that share a tile: enough for two on each processor, while each has blocks to fill its pipeline."""
-    wanted = -(-2 * processors // max(tiles, 1))
-    return max(1, min(wanted, blocks // _LEAST_BLOCKS, _MAX_SPLIT))
-
-
-def configuration(operands: PackedOperands, on: Architecture) -> Configuration:
+def configuration(operands: PackedOperands, architecture: Architecture) -> Configuration:
     """The configuration for these operands on that architecture."""
     m, block = operands.x.shape[0], operands.codes.block
-    sizes = CONFIGURATIONS[family(on)][block]
-    found = next((each for each in sizes if m <= each.block_m), sizes[-1])
-    tiles = -(-m // found.block_m) * -(-operands.n // found.block_n)
-    if unfit_split(2, on) is not None:
-        return found
-    return replace(found, split_k=split_for(tiles, operands.packed.shape[0], on.processors))
+    sizes = CONFIGURATIONS[family(architecture)][block]
+    least = next((size for size in sizes if m <= size.block_m), sizes[-1])
+    if unfit_split(2, architecture) is not None:
+        return least
+    tiles = least.tiles(m, operands.n)
+    return replace(least, split_k=split_by_blocks(tiles, operands.packed.shape[0], architecture.processors))
 
 
-def unfit(operands: PackedOperands, found: Configuration, on: Architecture) -> str | None:
+def unfit(operands: PackedOperands, configuration: Configuration, architecture: Architecture) -> str | None:
     """Why this form cannot compute these operands on that architecture, or None."""
-    if unfit_split(found.split_k, on) is not None:
-        return unfit_split(found.split_k, on)
+    if unfit_split(configuration.split_k, architecture) is not None:
+        return unfit_split(configuration.split_k, architecture)
     group, block = (operands.block or (1, 0))[1], operands.codes.block
     least = 64 if operands.codes.name == "float8" else 32
     if group and (group % least or (group % block and block % group)):
         return f"groups along k must divide {block} or be multiples of it, and hold {least} codes or more, got {group}"
-    if operands.codes.name == "float8" and on.capability is not None and on.capability < 89:
-        return f"float8 codes are decoded from sm89 on, the architecture is {on.name}"
+    if operands.codes.name == "float8" and architecture.capability is not None and architecture.capability < 89:
+        return f"float8 codes are decoded from sm89 on, the architecture is {architecture.name}"
     return None
 
 
-def plan_weight_only_mm(operands: PackedOperands, found: Configuration, on: Architecture) -> Launch:
-    """The launch of a matmul with a packed weight, which ``unfit`` has no objection to."""
+def plan_weight_only_mm(operands: PackedOperands, configuration: Configuration, architecture: Architecture) -> Launch:
+    """The launch of a matmul with a packed weight.
+
+    Raises:
+        RuntimeError: the operands are ``unfit``.
+    """
     from fx_quant.kernels.triton.source import weight_only as triton_weight_only
 
-    x, packed, codes, n = operands.x, operands.packed, operands.codes, operands.n
-    (m, k), scale, zero_point = x.shape, operands.scale, operands.zero_point
-    grouped = operands.block is not None
-    rows, group = operands.block or (1, 0)
-    scale_n, scale_k = grouped_strides(scale, grouped)
-    zero_point_n, zero_point_k = grouped_strides(zero_point, grouped)
-    tiles = -(-m // found.block_m) * -(-n // found.block_n)
-    partials = semaphore = None
-    if found.split_k > 1:
-        sums = tiles * found.split_k * found.block_m * found.block_n
-        partials = x.new_empty(sums, dtype=torch.float32)
-        semaphore = semaphores(tiles, x.device)
+    reason = unfit(operands, configuration, architecture)
+    torch._check(reason is None, lambda: f"triton_weight_only_{operands.codes.name}_packed: {reason}")
+    x, codes, n = operands.x, operands.codes, operands.n
+    m, k = x.shape
+    group, tiles = (operands.block or (1, 0))[1], configuration.tiles(m, n)
+    out = x.new_empty((m, n), dtype=operands.out_dtype)
     arguments: dict[str, Any] = {
-        "x_ptr": x,
-        "packed_ptr": packed,
-        "out_ptr": x.new_empty((m, n), dtype=operands.out_dtype),
-        "partials_ptr": partials,
-        "semaphore_ptr": semaphore,
-        "scale_ptr": scale,
-        "zero_point_ptr": zero_point,
-        "bias_ptr": operands.bias,
+        "packed_ptr": operands.packed,
+        "out_ptr": out,
+        "scale_ptr": operands.scale,
+        "zero_point_ptr": operands.zero_point,
         "m": m,
         "n": n,
         "k": k,
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-        "stride_scale_n": scale_n,
-        "stride_scale_k": scale_k,
-        "stride_zero_point_n": zero_point_n,
-        "stride_zero_point_k": zero_point_k,
-        "stride_bias": vector_stride(operands.bias, 0),
-        "GROUP_N": rows,
-        "GROUP_K": group,
         "CODES": codes.name,
-        "BLOCK_M": found.block_m,
-        "BLOCK_N": found.block_n,
-        "BLOCK_K": codes.block,
         "PARTS": max(codes.block // group, 1) if group else 1,
-        "SPLIT_K": found.split_k,
-        "TILES_M": _TILES_M,
+        "TILES_M": TILES_M,
+        **weight_only_arguments(x, operands.scale, operands.zero_point, operands.bias, operands.block),
+        **split_arguments(x, tiles, configuration, torch.float32),
+        **configuration.blocks,
     }
-    # Fused, the epilogue's product and sum would be rounded once, where the canonical op rounds twice.
-    options = {"num_warps": found.warps, "num_stages": found.stages, "enable_fp_fusion": False}
-    out = arguments["out_ptr"]
-    return Launch(triton_weight_only.packed_weight_kernel, arguments, options, tiles * found.split_k, out, found)
+    kernel = triton_weight_only.packed_weight_kernel
+    return Launch(kernel, arguments, configuration.options, tiles * configuration.split_k, out, configuration)

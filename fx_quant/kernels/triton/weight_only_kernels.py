@@ -61,8 +61,8 @@ def _weight_only_mm(
     if not runs(a):
         weight = codes.unpack(b, n, a.shape[1] // codes.per_byte)
         return weight_only_mm(a, weight.t(), b_scale, b_zero_point, bias, out_dtype, block=block)
-    on = architecture_of(a.device)
-    return plan_weight_only_mm(operands, configuration(operands, on), on).run()
+    architecture = architecture_of(a.device)
+    return plan_weight_only_mm(operands, configuration(operands, architecture), architecture).run()
 
 
 def _op(name: str) -> str:

@@ -1,8 +1,6 @@
-// The eager entry point of a decoded matmul: all panels, all threads, and the epilogue.
+// The epilogue of an eager call of a decoded matmul.
 //
 // out = cast(acc * a_scale * b_scale + bias), each step in float32.
-
-#include <omp.h>
 
 namespace {
 
@@ -56,34 +54,3 @@ FXQ_TARGET inline void fxq_finish(
 }
 
 } // namespace
-
-extern "C" __attribute__((visibility("default")))
-void fxq_decoded(
-    const void* a_,
-    int64_t lda,
-    int64_t m,
-    const FxqWeight* weight,
-    const FxqEpilogue* epilogue,
-    const FxqPlan* plans,
-    int64_t threads) {
-  using Dot = FXQ_DOT;
-  using Decode = FxqDecode<FXQ_CODES>;
-  const auto a = static_cast<const Dot::A*>(a_);
-  const FxqWeight& w = *weight;
-  const FxqPlan& plan = fxq_plan(plans, m);
-  const int64_t panels = (w.n + FXQ_PANEL - 1) / FXQ_PANEL;
-#pragma omp parallel num_threads(fxq_threads(plan, m, w.n, w.k, threads))
-  {
-    const FxqShare share = fxq_share(m, panels, omp_get_num_threads(), omp_get_thread_num());
-    alignas(64) float acc[FXQ_CHUNK_ROWS * FXQ_PANEL];
-    for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
-      const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
-      const FxqRows<Dot::A> some(a + chunk * lda, lda, rows, w, !Decode::SUBTRACTS);
-      for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
-        fxq_panel<Dot, Decode>(plan, chunk, rows, some, w, panel, acc);
-        const int64_t column = panel * FXQ_PANEL;
-        fxq_finish(*epilogue, acc, chunk, rows, column, std::min(FXQ_PANEL, w.n - column), w.n);
-      }
-    }
-  }
-}
