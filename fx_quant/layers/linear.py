@@ -89,7 +89,6 @@ def apply_linear(
             bias,
             a_zero_point=a_zero_point,
             b_zero_point=weight_zero_point,
-            block=block,
             constant=constant,
         )
     elif scheme.weight_only:
