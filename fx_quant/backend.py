@@ -30,6 +30,7 @@ from fx_quant.compat import (
 )
 from fx_quant.config import Options, option_names
 from fx_quant.errors import FxQuantError, MissError, unknown_name
+from fx_quant.kernels.cpu.plans import tuned_tables
 from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import disabled_kernels
@@ -38,7 +39,6 @@ from fx_quant.passes.nodes import tensor
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.report import MissReport, Report
 from fx_quant.target import Target
-from fx_quant.tuning.plans import tuned_tables
 
 log = logging.getLogger("fx_quant")
 
@@ -117,7 +117,7 @@ def safely(passes: Callable[[], Report], target: Target | torch.device, options:
         if options.strict:
             raise MissError(f"strict=True and a pass of fx_quant failed: {error!r}") from error
         log.debug("pass failed", exc_info=True)
-        return Report(str(target), (), (MissReport("", "", "graph", "", f"a pass failed with {error!r}"),))
+        return Report(str(target), (), (MissReport.of_graph(f"a pass failed with {error!r}"),))
 
 
 def _device(graph: Graph) -> torch.device:
@@ -135,7 +135,7 @@ def _first_device() -> str:
 def warn_of_failures(report: Report) -> None:
     """Warn of each graph that is left because a pass failed."""
     for miss in report.misses:
-        if miss.op == "graph":
+        if miss.is_of_graph:
             warnings.warn(
                 f"fx_quant: {miss.reason}; the graph compiles as it was. "
                 "Set options={'strict': True} to get the traceback.",

@@ -1,31 +1,61 @@
-"""Why a kernel is no candidate at all, in words that are written and read here."""
+"""Why a kernel cannot run: each requirement that is not met, by kind and in words. Code decides by kind alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-_PLATFORM, _CODES = "needs platform ", " matmul"
-_COMPILER = "cpp_compiler"
-
-
-def other_platform(needed: str, found: str) -> str:
-    """The reason of a kernel that is for ``needed`` platforms, on a target of ``found``."""
-    return f"{_PLATFORM}{needed}, target is {found}"
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 
-def other_codes(activation: str, weight: str) -> str:
-    """The reason of a kernel that multiplies no codes of these dtypes."""
-    return f"has no {activation} x {weight}{_CODES}"
+class Kind(str, Enum):
+    """What a requirement is about."""
+
+    PLATFORM = "platform"
+    CAPABILITY = "capability"
+    FEATURE = "feature"
+    PACKAGE = "package"
+    CODES = "codes"
+    GRANULARITY = "granularity"
+    SCALE_DTYPE = "scale_dtype"
+    ZERO_POINT = "zero_point"
+    OUT_DTYPE = "out_dtype"
+    BIAS = "bias"
+    ALIGNMENT = "alignment"
+    MAX_K = "max_k"
+    CONSTANT_WEIGHT = "constant_weight"
+    DISABLED = "disabled"
+    UNKNOWN = "unknown"
+    """Read from a report that was saved before reasons had kinds."""
 
 
-def missing_feature(feature: str, arch: str) -> str:
-    """The reason of a kernel that needs ``feature``, on a target of ``arch`` without it."""
-    return f"needs {feature}, which {arch} has not"
+@dataclass(frozen=True)
+class Unmet:
+    """One requirement that is not met; prints as its text.
+
+    Args:
+        kind: what it is about.
+        text: why it is not met, in words.
+        name: the feature or the package that is missing; ``""`` of other kinds.
+    """
+
+    kind: Kind
+    text: str
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.text
 
 
-def lacks_only_compiler(reasons: Iterable[str]) -> bool:
+DISABLED = Unmet(Kind.DISABLED, "is disabled")
+COMPILER = "cpp_compiler"
+# What is not met of each of several kernels, by its name.
+Verdicts = Mapping[str, Sequence[Unmet]]
+
+
+def lacks_only_compiler(unmet: Iterable[Unmet]) -> bool:
     """Whether a kernel with these unmet requirements would run once there is a C++ compiler."""
-    return [reason.split(",")[0] for reason in reasons] == [f"needs {_COMPILER}"]
+    return [(each.kind, each.name) for each in unmet] == [(Kind.FEATURE, COMPILER)]
 
 
 def without_compiler(kernels: Iterable[str]) -> str:
@@ -34,15 +64,40 @@ def without_compiler(kernels: Iterable[str]) -> str:
     return f"No C++ compiler was found, so {names} cannot be used: install g++ or clang++, or set CXX to one."
 
 
-def for_platform(reasons: Iterable[str]) -> bool:
+def for_platform(unmet: Iterable[Unmet]) -> bool:
     """Whether a kernel with these unmet requirements is for the target's platform."""
-    return not any(reason.startswith(_PLATFORM) for reason in reasons)
+    return all(each.kind is not Kind.PLATFORM for each in unmet)
 
 
-def is_candidate(reasons: Iterable[str]) -> bool:
+def is_candidate(unmet: Iterable[Unmet]) -> bool:
     """Whether a kernel with these unmet requirements is for the target's platform and for the problem's codes.
 
     A reader asks of such a kernel why it was not chosen, and of no other.
     """
-    reasons = tuple(reasons)
-    return for_platform(reasons) and not any(reason.endswith(_CODES) for reason in reasons)
+    return all(each.kind not in (Kind.PLATFORM, Kind.CODES) for each in unmet)
+
+
+def in_words(verdicts: Verdicts, can_run: str = "can run, lower priority") -> dict[str, list[str]]:
+    """The texts of ``verdicts``; ``can_run`` for a kernel that meets all."""
+    return {kernel: list(map(str, unmet)) or [can_run] for kernel, unmet in verdicts.items()}
+
+
+def as_data(verdicts: Verdicts) -> dict[str, list[dict[str, str]]]:
+    """The kinds and names of ``verdicts`` as plain data, which ``from_data`` reads beside the texts."""
+    return {
+        kernel: [{"kind": each.kind.value} | ({"name": each.name} if each.name else {}) for each in unmet]
+        for kernel, unmet in verdicts.items()
+    }
+
+
+def from_data(texts: Mapping[str, Sequence[str]], kinds: Mapping[str, Any] | None) -> dict[str, tuple[Unmet, ...]]:
+    """The verdicts of which ``in_words`` made ``texts`` and ``as_data`` made ``kinds``; unknown ones without."""
+    if kinds is None:
+        return {kernel: tuple(Unmet(Kind.UNKNOWN, text) for text in said) for kernel, said in texts.items()}
+    return {
+        kernel: tuple(
+            Unmet(Kind(kind["kind"]), text, kind.get("name", ""))
+            for kind, text in zip(kinds[kernel], said, strict=False)
+        )
+        for kernel, said in texts.items()
+    }

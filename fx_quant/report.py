@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from fx_quant.kernels.registry import kernels
-from fx_quant.reasons import is_candidate, lacks_only_compiler, without_compiler
+from fx_quant.reasons import Unmet, as_data, from_data, in_words, is_candidate, lacks_only_compiler, without_compiler
+
+# Stands where a miss names its op; no op is called so.
+_WHOLE_GRAPH = "graph"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class SiteReport:
         padding: the padding plan, or ``none``.
         numerics: class of the rewrite.
         quantize: the recognised quantize formula, or why it was left as it is.
-        losers: kernels that were not chosen, each with its reasons (``lower priority`` when it could have run).
+        unmet: kernels that were not chosen, each with what it requires and is not met; nothing when it could have run.
     """
 
     module: str
@@ -45,7 +48,12 @@ class SiteReport:
     padding: str
     numerics: str
     quantize: str
-    losers: dict[str, list[str]]
+    unmet: dict[str, tuple[Unmet, ...]]
+
+    @property
+    def losers(self) -> dict[str, list[str]]:
+        """The kernels that were not chosen, each with its reasons in words."""
+        return in_words(self.unmet)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,16 @@ class MissReport:
     node: str
     reason: str
 
+    @classmethod
+    def of_graph(cls, reason: str) -> MissReport:
+        """That of a whole graph, which is left because a pass failed."""
+        return cls("", "", _WHOLE_GRAPH, "", reason)
+
+    @property
+    def is_of_graph(self) -> bool:
+        """Whether a whole graph is left."""
+        return self.op == _WHOLE_GRAPH
+
 
 @dataclass(frozen=True)
 class RecognisedReport:
@@ -73,7 +91,7 @@ class RecognisedReport:
         module, source, op: where it is, as in ``SiteReport``.
         scheme, m, n, k: what it is; ``""`` and None where a library's own kernel hides it.
         reason: why it is left.
-        losers: kernels that cannot run it, each with its reasons.
+        unmet: kernels that cannot run it, each with what it requires and is not met.
     """
 
     module: str
@@ -84,7 +102,12 @@ class RecognisedReport:
     n: int | None
     k: int | None
     reason: str
-    losers: dict[str, list[str]]
+    unmet: dict[str, tuple[Unmet, ...]]
+
+    @property
+    def losers(self) -> dict[str, list[str]]:
+        """The kernels that were not chosen, each with its reasons in words."""
+        return in_words(self.unmet)
 
 
 @dataclass(frozen=True)
@@ -146,13 +169,20 @@ class Report:
     uncaptured: str = ""
 
     def to_json(self) -> str:
-        """The whole report as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """The whole report as JSON: ``losers`` of a row are texts, and ``unmet`` the kinds of these."""
+        data = dataclasses.asdict(self)
+        for name in _JUDGED:
+            for fields, row in zip(data[name], getattr(self, name), strict=True):
+                fields |= {"losers": row.losers, "unmet": as_data(row.unmet)}
+        return json.dumps(data, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report of which ``to_json`` made ``text``."""
+        """The report of which ``to_json`` made ``text``; the kinds of one that was saved without are unknown."""
         data = json.loads(text)
+        for name in _JUDGED:
+            for fields in data[name]:
+                fields["unmet"] = from_data(fields.pop("losers"), fields.get("unmet"))
         for name, row in _ROWS.items():
             data[name] = tuple(row(**each) for each in data[name])
         return cls(**data)
@@ -197,10 +227,10 @@ class Report:
         """For each matmul the kernel that a C++ compiler would have given it, where the target has none."""
         order = [kernel.name for kernel in kernels()]
         lost: dict[str, None] = {}
-        rows = [(site.losers, site.kernel) for site in self.sites] + [(row.losers, "") for row in self.recognised]
-        for losers, chosen in rows:
+        rows = [(site.unmet, site.kernel) for site in self.sites] + [(row.unmet, "") for row in self.recognised]
+        for unmet, chosen in rows:
             better = order[: order.index(chosen)] if chosen in order else order
-            lost.update(dict.fromkeys([n for n in better if lacks_only_compiler(losers.get(n, ()))][:1]))
+            lost.update(dict.fromkeys([n for n in better if lacks_only_compiler(unmet.get(n, ()))][:1]))
         return list(lost)
 
     def _graphs(self) -> str:
@@ -240,7 +270,7 @@ class Report:
         seen: dict[str, list[str]] = {}
         for site in self.sites:
             for kernel, reasons in site.losers.items():
-                if not is_candidate(reasons):
+                if not is_candidate(site.unmet[kernel]):
                     continue
                 text = "; ".join(reasons)
                 seen.setdefault(kernel, [])
@@ -330,6 +360,7 @@ class Report:
 
 
 _BREAKS_SHOWN = 5
+_JUDGED = ("sites", "recognised")
 _ROWS = {
     "sites": SiteReport,
     "misses": MissReport,

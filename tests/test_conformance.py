@@ -22,6 +22,7 @@ from fx_quant.kernels.select import select
 from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.ops import dequantize_weight
 from fx_quant.problem import Problem, SizeRange
+from fx_quant.reasons import Unmet
 from fx_quant.scheme import INT4_DTYPES, Granularity, OperandSpec, Scheme
 from fx_quant.weights import pack_int4
 
@@ -172,7 +173,7 @@ def test_a_problem_that_a_kernel_rejects_has_its_reasons(kernel):
     target = HERE
     for scheme, (n, k), (out, bias) in itertools.product(ALL_SCHEMES, SIZES, EPILOGUES):
         reasons = kernel.requires.unmet(problem(scheme, n, k, out, bias, 5), target)
-        assert all(isinstance(reason, str) and len(reason) > 8 for reason in reasons)
+        assert all(isinstance(reason, Unmet) and len(reason.text) > 8 for reason in reasons)
         assert len(set(reasons)) == len(reasons)
 
 

@@ -8,8 +8,9 @@ from graphs import calls, rewrite, run, trace
 from torch import Tensor
 
 from fx_quant.ops.constants import forget_all
-from fx_quant.ops.fold import can_fold, program_lines, with_several_results
+from fx_quant.ops.fold import can_fold, with_several_results
 from fx_quant.passes.pipeline import to_kernels
+from tests.printer import program_lines
 
 ops = torch.ops.fx_quant
 M, K, N, GROUP = 4, 64, 32, 32

@@ -15,7 +15,6 @@ import fx_quant.kernels.triton.weight_only_kernels  # noqa: F401  (registers the
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.kernels.registry import kernel
 from fx_quant.kernels.triton.architectures import architecture
-from fx_quant.kernels.triton.cross_compile import compile_launch
 from fx_quant.kernels.triton.launch import Configuration
 from fx_quant.kernels.triton.packed_codes import PACKED_CODES, PackedCodes
 from fx_quant.kernels.triton.weight_only import (
@@ -28,6 +27,7 @@ from fx_quant.kernels.triton.weight_only import (
     unfit,
 )
 from fx_quant.scheme import Numerics
+from tests.cross_compile import compile_launch
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32

@@ -233,7 +233,7 @@ def test_is_supported_is_read_off_the_requirements(cls, name):
     assert ok == any(not each for each in unmet)
     assert (reason is None) == ok
     if not ok:
-        assert all(text in reason for each in unmet for text in each)
+        assert all(text in reason for each in unmet for text in map(str, each))
 
 
 def test_is_supported_takes_a_capability_or_this_machine():

@@ -11,7 +11,7 @@ from models import build, inputs
 from torch._functorch.compile_utils import fx_graph_cse
 
 from fx_quant.passes.merge import call_key, common_subexpressions_merged
-from fx_quant.passes.printer import print_graph
+from tests.printer import print_graph
 
 aten = torch.ops.aten
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

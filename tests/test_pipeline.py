@@ -19,7 +19,6 @@ from fx_quant.kernels import registry
 from fx_quant.passes import assign as assign_module
 from fx_quant.passes import pipeline
 from fx_quant.passes.pipeline import PASSES, rewrite_graph, to_kernels
-from fx_quant.passes.printer import print_graph
 from fx_quant.passes.reporting import report_on
 from fx_quant.passes.rewriting import Rewriting
 from fx_quant.passes.rulebook import is_matmul
@@ -27,6 +26,7 @@ from fx_quant.passes.verify import VerificationError, verify
 from fx_quant.report import Report
 from fx_quant.scheme import Numerics
 from fx_quant.target import named_target
+from tests.printer import print_graph
 
 ops = torch.ops.fx_quant
 X86 = named_target("x86_vnni")

@@ -34,6 +34,7 @@ from fx_quant.kernels.registry import Kernel, kernel, kernels, register_kernel
 from fx_quant.kernels.select import DISABLED_VARIABLE, select
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.problem import Problem, SizeRange
+from fx_quant.reasons import Kind, Unmet
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import Target, named_target
 
@@ -359,7 +360,7 @@ def dtype_of(chosen: Kernel) -> torch.dtype:
 def takes_bias(chosen: Kernel) -> bool:
     some = OperandSpec(E4M3)
     biased = Problem(Scheme(some, some), SizeRange(1, 1), 16, 16, BF16, BF16, True)
-    return "adds no bias" not in chosen.requires.unmet_by_problem(biased)
+    return all(unmet.kind is not Kind.BIAS for unmet in chosen.requires.unmet_by_problem(biased))
 
 
 ROWS = (1, 2, 3, 4, 5, 33)
@@ -780,9 +781,10 @@ def test_a_missing_or_old_library_is_the_only_reason(name):
         if not requires.unmet_by_target(named_target(each, packages=ALL))
     )
     missing = replace(target, packages={k: v for k, v in ALL.items() if k != package})
-    assert requires.unmet_by_target(missing) == [f"needs {package}>={least}, which is not installed"]
+    lacks = f"needs {package}>={least}, which is not installed"
+    assert requires.unmet_by_target(missing) == [Unmet(Kind.PACKAGE, lacks, package)]
     old = replace(target, packages={**ALL, package: "0.0.9"})
-    assert requires.unmet_by_target(old) == [f"needs {package}>={least}, found 0.0.9"]
+    assert requires.unmet_by_target(old) == [Unmet(Kind.PACKAGE, f"needs {package}>={least}, found 0.0.9", package)]
     assert not requires.unmet_by_target(replace(target, packages={**ALL, package: least}))
 
 
@@ -825,7 +827,8 @@ def test_a_missing_or_old_library_is_the_only_reason(name):
     ],
 )
 def test_a_requirement_that_is_not_met_is_named(name, target, asked, reasons):
-    assert MINE[name].requires.unmet(PROBLEMS[asked], named_target(target, packages=ALL)) == reasons
+    unmet = MINE[name].requires.unmet(PROBLEMS[asked], named_target(target, packages=ALL))
+    assert list(map(str, unmet)) == reasons
 
 
 # --- through the passes -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from fx_quant.kernels import registry as base
 from fx_quant.kernels.registry import kernel, kernels, register_kernel
 from fx_quant.kernels.select import DISABLED_VARIABLE, Selection, select
 from fx_quant.problem import Problem, SizeRange
+from fx_quant.reasons import COMPILER, Kind, Unmet, for_platform, is_candidate, lacks_only_compiler
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
 from fx_quant.target import Target, named_target, named_targets
 
@@ -139,7 +140,7 @@ def outcome(name: str, asked: Problem, target: Target) -> str:
         chosen, better = "no kernel", kernels()
     codes = (asked.scheme.activation.dtype, asked.scheme.weight.dtype)
     passed_over = [
-        f"    not {candidate.name}: {'; '.join(candidate.requires.unmet_by_problem(asked))}"
+        f"    not {candidate.name}: {'; '.join(map(str, candidate.requires.unmet_by_problem(asked)))}"
         for candidate in better
         if codes in candidate.requires.codes and not candidate.requires.unmet_by_target(target)
     ]
@@ -149,7 +150,7 @@ def outcome(name: str, asked: Problem, target: Target) -> str:
 def table(target: Target) -> str:
     """What runs on ``target``: kernels that never do, then each problem's outcome."""
     unmet = {candidate.name: candidate.requires.unmet_by_target(target) for candidate in kernels()}
-    never = [f"    {name}: {'; '.join(reasons)}" for name, reasons in unmet.items() if reasons]
+    never = [f"    {name}: {'; '.join(map(str, reasons))}" for name, reasons in unmet.items() if reasons]
     blocks = ["\n".join(["never here:", *never]), *(outcome(name, asked, target) for name, asked in PROBLEMS.items())]
     return "\n\n".join(blocks) + "\n"
 
@@ -188,10 +189,40 @@ def test_a_selection_keeps_the_verdict_of_every_kernel():
 def test_all_unmet_requirements_are_named_not_the_first():
     asked = replace(FP8_ROW, out_dtype=F16, bias=F32)
     reasons = kernel("pytorch_scaled_mm_rowwise").requires.unmet(asked, named_target("sm80"))
-    assert reasons == [
+    assert list(map(str, reasons)) == [
         "needs sm89 or newer, target is sm80",
         "returns bfloat16, asked for float16",
         "adds a bias of bfloat16, got float32",
+    ]
+
+
+def test_what_a_kernel_is_a_candidate_by_is_no_text():
+    """Another text of the same kind decides the same, and the same text of another kind does not."""
+    platform, codes, compiler = Unmet(Kind.PLATFORM, "p"), Unmet(Kind.CODES, "c"), Unmet(Kind.FEATURE, "f", COMPILER)
+    assert [for_platform([each]) for each in (platform, codes, compiler)] == [False, True, True]
+    assert [is_candidate([each]) for each in (platform, codes, compiler)] == [False, False, True]
+    assert is_candidate([Unmet(Kind.BIAS, "needs platform cpu, has no int8 x int8 matmul")])
+    assert lacks_only_compiler([compiler])
+    assert not lacks_only_compiler([])
+    assert not lacks_only_compiler([compiler, codes])
+    assert not lacks_only_compiler([Unmet(Kind.FEATURE, f"needs {COMPILER}, which x86 has not", "avx2")])
+
+
+def test_every_kind_is_that_of_a_requirement():
+    """Each requirement says its own kind, and a feature and a package are named."""
+    problem = replace(INT8, scheme=Scheme(OperandSpec(I8, TOKEN, symmetric=False), OperandSpec(I8, CHANNEL)), bias=F32)
+    lists = [
+        base.Requires(platforms=base.CPU, min_capability=99, features=frozenset({"f"}), packages={"p": "1"}),
+        base.Requires(max_capability=1, codes=base.E4M3_PAIRS, granularities=base.TENSOR_SCALES, bias=False),
+        base.Requires(out_dtypes=frozenset({F16}), align_n=4095, max_k=1, constant_weight=True),
+    ]
+    asked = replace(problem, constant_weight=False)
+    found = [[(each.kind.value, each.name) for each in one.unmet(asked, named_target("sm90"))] for one in lists]
+    zero_point = ("zero_point", "")
+    assert found == [
+        [("platform", ""), ("capability", ""), ("feature", "f"), ("package", "p"), zero_point],
+        [("capability", ""), ("codes", ""), ("granularity", ""), zero_point, ("bias", "")],
+        [zero_point, ("out_dtype", ""), ("alignment", ""), ("max_k", ""), ("constant_weight", "")],
     ]
 
 
@@ -199,8 +230,8 @@ def test_a_package_that_is_missing_or_old_is_a_reason():
     requires = base.Requires(packages={"triton": "3.5", "vllm": "0.11"})
     target = named_target("sm90", packages={"triton": "3.4.1"})
     assert requires.unmet_by_target(target) == [
-        "needs triton>=3.5, found 3.4.1",
-        "needs vllm>=0.11, which is not installed",
+        Unmet(Kind.PACKAGE, "needs triton>=3.5, found 3.4.1", "triton"),
+        Unmet(Kind.PACKAGE, "needs vllm>=0.11, which is not installed", "vllm"),
     ]
 
 

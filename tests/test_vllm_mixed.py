@@ -392,16 +392,17 @@ def test_it_is_chosen_before_triton(target, asked, chosen):
     ],
 )
 def test_what_it_has_not_is_declined(name, asked, reason):
-    assert kernel(name).requires.unmet(asked, named_target("sm90", packages=PACKAGES)) == [reason]
+    (unmet,) = kernel(name).requires.unmet(asked, named_target("sm90", packages=PACKAGES))
+    assert str(unmet) == reason
 
 
 @pytest.mark.parametrize("name", ["marlin_int4", "marlin_int8"])
 def test_a_vllm_that_calls_the_op_otherwise_is_declined(name):
     old = named_target("sm90", packages={**PACKAGES, "vllm": "0.13"})
-    assert kernel(name).requires.unmet_by_target(old) == ["needs vllm>=0.33, found 0.13"]
-    assert kernel(name).requires.unmet_by_target(named_target("gfx942", packages=PACKAGES)) == [
-        "needs platform cuda, target is rocm"
-    ]
+    (unmet,) = kernel(name).requires.unmet_by_target(old)
+    assert str(unmet) == "needs vllm>=0.33, found 0.13"
+    (unmet,) = kernel(name).requires.unmet_by_target(named_target("gfx942", packages=PACKAGES))
+    assert str(unmet) == "needs platform cuda, target is rocm"
 
 
 # --- through the passes -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fx_quant.kernels.triton.choose import Case, ranked, rows_up_to
 from fx_quant.kernels.triton.cost import Cost, Floor, Matmul, floor
 from fx_quant.kernels.triton.operands import recipe_of
 from fx_quant.problem import Problem, SizeRange
-from fx_quant.reasons import is_candidate
+from fx_quant.reasons import in_words, is_candidate
 from fx_quant.scheme import Scheme
 from fx_quant.target import Target
 
@@ -165,11 +165,12 @@ def table(dispatched: Sequence[Dispatched], target: Target) -> str:
     by_choice: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], list[int]] = {}
     for row in dispatched:
         chosen = row.selection.kernel.name
-        losers = tuple(
-            (verdict.kernel, verdict.reasons or ("can run, lower priority",))
+        candidates = {
+            verdict.kernel: verdict.unmet
             for verdict in row.selection.verdicts
-            if verdict.kernel != chosen and is_candidate(list(verdict.reasons))
-        )
+            if verdict.kernel != chosen and is_candidate(verdict.unmet)
+        }
+        losers = tuple((name, tuple(reasons)) for name, reasons in in_words(candidates).items())
         by_choice.setdefault((chosen, losers), []).append(row.m)
     for (chosen, losers), rows_run in by_choice.items():
         lines.append(f"{chosen} runs m = {', '.join(map(str, sorted(set(rows_run))))}:")

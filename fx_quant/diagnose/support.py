@@ -11,7 +11,7 @@ from fx_quant.errors import NoKernelError
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import select
 from fx_quant.problem import Problem, SizeRange
-from fx_quant.reasons import is_candidate
+from fx_quant.reasons import Unmet, as_data, in_words, is_candidate
 from fx_quant.scheme import Scheme
 from fx_quant.target import Target
 
@@ -49,24 +49,29 @@ class Support:
         kernel: what runs it, or None.
         padding: the padding plan, or ``none``.
         numerics: class of the kernel.
-        losers: every other kernel with its reasons; ``lower priority`` when it could have run.
+        unmet: every other kernel with what it requires and is not met; nothing when it could have run.
     """
 
     scheme: str
     kernel: str | None
     padding: str
     numerics: str
-    losers: dict[str, list[str]]
+    unmet: dict[str, tuple[Unmet, ...]]
+
+    @property
+    def losers(self) -> dict[str, list[str]]:
+        """Every other kernel with its reasons in words."""
+        return in_words(self.unmet, "lower priority")
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as plain data."""
-        return dataclasses.asdict(self)
+        """Everything as plain data: ``losers``, texts, and ``unmet``, their kinds."""
+        return dataclasses.asdict(self) | {"losers": self.losers, "unmet": as_data(self.unmet)}
 
     def __str__(self) -> str:
         """The choice, then each other kernel of the platform that has the codes."""
         lines = [f"{self.scheme} -> {self.kernel or 'no kernel'}"]
         for name, reasons in self.losers.items():
-            if is_candidate(reasons):
+            if is_candidate(self.unmet[name]):
                 lines.append(f"    not {name}: {'; '.join(reasons)}")
         return "\n".join(lines)
 
@@ -88,12 +93,8 @@ def _support(scheme: Scheme, target: Target, n: int, k: int, out_dtype: torch.dt
     try:
         selection = select(problem, target)
     except NoKernelError:
-        losers = {each.name: each.requires.unmet(problem, target) for each in kernels()}
-        return Support(str(scheme), None, "none", "", losers)
-    losers = {
-        verdict.kernel: list(verdict.reasons) or ["lower priority"]
-        for verdict in selection.verdicts
-        if verdict.kernel != selection.kernel.name
-    }
+        unmet = {each.name: tuple(each.requires.unmet(problem, target)) for each in kernels()}
+        return Support(str(scheme), None, "none", "", unmet)
     chosen = selection.kernel
-    return Support(str(scheme), chosen.name, selection.padding.describe(problem), str(chosen.numerics), losers)
+    unmet = {verdict.kernel: verdict.unmet for verdict in selection.verdicts if verdict.kernel != chosen.name}
+    return Support(str(scheme), chosen.name, selection.padding.describe(problem), str(chosen.numerics), unmet)

@@ -17,7 +17,7 @@ from packaging.version import Version
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
 from fx_quant.problem import Problem
-from fx_quant.reasons import missing_feature, other_codes, other_platform
+from fx_quant.reasons import Kind, Unmet
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, Numerics, dtype_name
 from fx_quant.target import Target
 
@@ -72,80 +72,87 @@ class Requires:
     asymmetric: frozenset[str] = frozenset()
     constant_weight: bool = False
 
-    def unmet_by_target(self, target: Target) -> list[str]:
-        """Reasons why ``target`` cannot run the kernel at all; empty when it can."""
-        reasons = []
+    def unmet_by_target(self, target: Target) -> list[Unmet]:
+        """Why ``target`` cannot run the kernel at all; empty when it can."""
+        unmet = []
         if self.platforms and target.platform not in self.platforms:
-            reasons.append(other_platform(_one_of(self.platforms), target.platform))
-        capability = target.capability
-        if capability is not None and self.min_capability is not None and capability < self.min_capability:
-            reasons.append(f"needs sm{self.min_capability} or newer, target is {target.arch}")
-        if capability is not None and self.max_capability is not None and capability > self.max_capability:
-            reasons.append(f"needs sm{self.max_capability} or older, target is {target.arch}")
-        reasons += [missing_feature(feature, target.arch) for feature in sorted(self.features - target.features)]
-        for package, least in self.packages.items():
-            found = target.version(package)
-            if found is None:
-                reasons.append(f"needs {package}>={least}, which is not installed")
-            elif found < Version(least):
-                reasons.append(f"needs {package}>={least}, found {found}")
-        return reasons
+            needed = f"needs platform {_one_of(self.platforms)}, target is {target.platform}"
+            unmet.append(Unmet(Kind.PLATFORM, needed))
+        capability, least, most = target.capability, self.min_capability, self.max_capability
+        if capability is not None and least is not None and capability < least:
+            unmet.append(Unmet(Kind.CAPABILITY, f"needs sm{least} or newer, target is {target.arch}"))
+        if capability is not None and most is not None and capability > most:
+            unmet.append(Unmet(Kind.CAPABILITY, f"needs sm{most} or older, target is {target.arch}"))
+        unmet += [
+            Unmet(Kind.FEATURE, f"needs {feature}, which {target.arch} has not", feature)
+            for feature in sorted(self.features - target.features)
+        ]
+        for package, needed in self.packages.items():
+            version = target.version(package)
+            if version is None:
+                unmet.append(Unmet(Kind.PACKAGE, f"needs {package}>={needed}, which is not installed", package))
+            elif version < Version(needed):
+                unmet.append(Unmet(Kind.PACKAGE, f"needs {package}>={needed}, found {version}", package))
+        return unmet
 
-    def unmet_by_problem(self, problem: Problem) -> list[str]:
-        """Reasons why the kernel cannot run ``problem`` on any target; empty when it can."""
+    def unmet_by_problem(self, problem: Problem) -> list[Unmet]:
+        """Why the kernel cannot run ``problem`` on any target; empty when it can."""
         activation, weight = problem.scheme.activation, problem.scheme.weight
-        reasons = []
+        unmet = []
         if self.codes and (activation.dtype, weight.dtype) not in self.codes:
-            reasons.append(other_codes(dtype_name(activation.dtype), dtype_name(weight.dtype)))
+            codes = f"{dtype_name(activation.dtype)} x {dtype_name(weight.dtype)}"
+            unmet.append(Unmet(Kind.CODES, f"has no {codes} matmul"))
         pair = (activation.granularity, weight.granularity)
         if self.granularities and not any(
             mine_a.covers(pair[0]) and mine_b.covers(pair[1]) for mine_a, mine_b in self.granularities
         ):
-            reasons.append(f"has no {pair[0]} x {pair[1]} scales")
-        reasons += [
-            f"takes scales of {_one_of(map(dtype_name, self.scale_dtypes))}, got {dtype_name(operand.scale_dtype)}"
+            unmet.append(Unmet(Kind.GRANULARITY, f"has no {pair[0]} x {pair[1]} scales"))
+        dtypes = _one_of(map(dtype_name, self.scale_dtypes))
+        unmet += [
+            Unmet(Kind.SCALE_DTYPE, f"takes scales of {dtypes}, got {dtype_name(operand.scale_dtype)}")
             for operand in (activation, weight)
             if operand.granularity != Granularity.UNSCALED and operand.scale_dtype not in self.scale_dtypes
         ]
-        reasons += [
-            f"has no zero point of the {name}"
+        unmet += [
+            Unmet(Kind.ZERO_POINT, f"has no zero point of the {name}")
             for name, operand in (("activation", activation), ("weight", weight))
             if not operand.symmetric and name not in self.asymmetric
         ]
+        asked = f"asked for {dtype_name(problem.out_dtype)}"
         if self.out_dtypes and problem.out_dtype not in self.out_dtypes:
-            reasons.append(
-                f"returns {_one_of(map(dtype_name, self.out_dtypes))}, asked for {dtype_name(problem.out_dtype)}"
-            )
+            unmet.append(Unmet(Kind.OUT_DTYPE, f"returns {_one_of(map(dtype_name, self.out_dtypes))}, {asked}"))
         if self.out_as_activation and problem.out_dtype != activation.dtype:
-            reasons.append(
-                f"returns the activation's {dtype_name(activation.dtype)}, asked for {dtype_name(problem.out_dtype)}"
-            )
-        reasons += self.unmet_by_bias(problem.bias, problem.out_dtype)
+            unmet.append(Unmet(Kind.OUT_DTYPE, f"returns the activation's {dtype_name(activation.dtype)}, {asked}"))
+        unmet += self.unmet_by_bias(problem.bias, problem.out_dtype)
         if not self.paddable and (problem.n % self.align or problem.k % self.align):
-            reasons.append(f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}")
+            sizes = f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}"
+            unmet.append(Unmet(Kind.ALIGNMENT, sizes))
         if problem.n % self.align_n:
-            reasons.append(f"needs n in multiples of {self.align_n}, got n={problem.n}")
+            unmet.append(Unmet(Kind.ALIGNMENT, f"needs n in multiples of {self.align_n}, got n={problem.n}"))
         if self.whole_groups and weight.group is not None and problem.k % weight.group:
-            reasons.append(f"needs k in whole groups of {weight.group}, got k={problem.k}")
+            unmet.append(Unmet(Kind.ALIGNMENT, f"needs k in whole groups of {weight.group}, got k={problem.k}"))
         if self.max_k is not None and problem.k > self.max_k:
-            reasons.append(f"needs k <= {self.max_k}, got k={problem.k}")
+            unmet.append(Unmet(Kind.MAX_K, f"needs k <= {self.max_k}, got k={problem.k}"))
         if self.constant_weight and not problem.constant_weight:
-            reasons.append("packs its weight once, so the weight must be a parameter, buffer or constant")
-        return reasons
+            constant = "packs its weight once, so the weight must be a parameter, buffer or constant"
+            unmet.append(Unmet(Kind.CONSTANT_WEIGHT, constant))
+        return unmet
 
-    def unmet_by_bias(self, bias: torch.dtype | None, out_dtype: torch.dtype) -> list[str]:
-        """Reasons why the kernel cannot add a ``bias`` of that dtype to a result of ``out_dtype``; empty if it can."""
+    def unmet_by_bias(self, bias: torch.dtype | None, out_dtype: torch.dtype) -> list[Unmet]:
+        """Why the kernel cannot add a ``bias`` of that dtype to a result of ``out_dtype``; empty if it can."""
         if bias is None:
             return []
         if not self.bias:
-            return ["adds no bias"]
+            return [Unmet(Kind.BIAS, "adds no bias")]
         if self.bias_dtypes and bias not in self.bias_dtypes:
-            return [f"adds a bias of {_one_of(map(dtype_name, self.bias_dtypes))}, got {dtype_name(bias)}"]
+            known = _one_of(map(dtype_name, self.bias_dtypes))
+            return [Unmet(Kind.BIAS, f"adds a bias of {known}, got {dtype_name(bias)}")]
         if self.bias_as_out and bias != out_dtype:
-            return [f"adds a bias of the result's dtype, got {dtype_name(bias)} for {dtype_name(out_dtype)}"]
+            text = f"adds a bias of the result's dtype, got {dtype_name(bias)} for {dtype_name(out_dtype)}"
+            return [Unmet(Kind.BIAS, text)]
         return []
 
-    def unmet(self, problem: Problem, target: Target) -> list[str]:
+    def unmet(self, problem: Problem, target: Target) -> list[Unmet]:
         """All unmet requirements, those of the target first."""
         return self.unmet_by_target(target) + self.unmet_by_problem(problem)
 

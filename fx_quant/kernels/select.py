@@ -10,7 +10,7 @@ from fx_quant.errors import NoKernelError, unknown_name
 from fx_quant.kernels.padding import Padding, plan_padding
 from fx_quant.kernels.registry import Kernel, kernel, kernels
 from fx_quant.problem import Problem
-from fx_quant.reasons import for_platform, lacks_only_compiler
+from fx_quant.reasons import DISABLED, Unmet, for_platform, lacks_only_compiler
 from fx_quant.target import Target
 
 DISABLED_VARIABLE = "FX_QUANT_DISABLED_KERNELS"
@@ -18,20 +18,25 @@ DISABLED_VARIABLE = "FX_QUANT_DISABLED_KERNELS"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What selection found of one kernel: no reasons means that it can run."""
+    """What selection found of one kernel: it can run where no requirement is unmet."""
 
     kernel: str
-    reasons: tuple[str, ...]
+    unmet: tuple[Unmet, ...]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What stands against the kernel, in words."""
+        return tuple(map(str, self.unmet))
 
     @property
     def can_run(self) -> bool:
         """Whether nothing stands against the kernel."""
-        return not self.reasons
+        return not self.unmet
 
     @property
     def for_platform(self) -> bool:
         """Whether the kernel is for the target's platform at all."""
-        return for_platform(self.reasons)
+        return for_platform(self.unmet)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Selection:
         """Kernels that would have been chosen before this one, had the target a C++ compiler."""
         names = [verdict.kernel for verdict in self.verdicts]
         better = self.verdicts[: names.index(self.kernel.name)]
-        return tuple(verdict.kernel for verdict in better if lacks_only_compiler(verdict.reasons))
+        return tuple(verdict.kernel for verdict in better if lacks_only_compiler(verdict.unmet))
 
 
 _CLASS_NAMES: set[str] = set()
@@ -100,7 +105,7 @@ def verdicts(problem: Problem, target: Target, disabled: Collection[str] = ()) -
     """
     check_kernel_names(disabled)
     off = frozenset(disabled) | disabled_kernels()
-    return tuple(Verdict(each.name, _reasons(each, problem, target, off)) for each in kernels())
+    return tuple(Verdict(each.name, _unmet(each, problem, target, off)) for each in kernels())
 
 
 def select(
@@ -142,8 +147,6 @@ def select(
     raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}", judged)
 
 
-def _reasons(candidate: Kernel, problem: Problem, target: Target, off: frozenset[str]) -> tuple[str, ...]:
-    reasons = candidate.requires.unmet(problem, target)
-    if off and off & _names(candidate):
-        reasons.insert(0, "is disabled")
-    return tuple(reasons)
+def _unmet(candidate: Kernel, problem: Problem, target: Target, off: frozenset[str]) -> tuple[Unmet, ...]:
+    disabled = [DISABLED] if off and off & _names(candidate) else []
+    return (*disabled, *candidate.requires.unmet(problem, target))

@@ -34,6 +34,7 @@ from fx_quant.linear_kernels.params import (
     set_buffer,
 )
 from fx_quant.problem import Problem
+from fx_quant.reasons import DISABLED, Unmet
 from fx_quant.scheme import Granularity, Scheme
 from fx_quant.target import Target, named_target
 from fx_quant.weights import azp_adjoint, convert_to_channelwise, merge_input_scales, requantize_with_max_scale
@@ -79,7 +80,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
         names = cls.KERNELS
         mine = [verdict for verdict in verdicts(problem, target) if verdict.kernel in names]
         if cls.__name__ in disabled_kernels():
-            mine = [replace(each, reasons=tuple(dict.fromkeys(("is disabled", *each.reasons)))) for each in mine]
+            mine = [replace(each, unmet=tuple(dict.fromkeys((DISABLED, *each.unmet)))) for each in mine]
         return mine
 
     @classmethod
@@ -115,24 +116,24 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
             return []
         implements, why = cls._implements(config)
         if implements:
-            implements, why = cls._answer(_reasons(cls.verdicts(problem_of(config), target)))
+            implements, why = cls._answer(_unmet(cls.verdicts(problem_of(config), target)))
         return [] if implements else [str(why)]
 
     @classmethod
-    def _answer(cls, reasons: Mapping[str, Sequence[str]]) -> Answer:
-        if not reasons:
+    def _answer(cls, unmet: Mapping[str, Sequence[Unmet]]) -> Answer:
+        if not unmet:
             missing = " and ".join(filter(cls.inherits, ASKED)) or "process_weights_after_loading"
             return False, f"has no kernels; name them in KERNELS, or implement {missing}"
-        if any(not each for each in reasons.values()):
+        if not all(unmet.values()):
             return True, None
-        return False, "; ".join(f"{name}: {', '.join(each)}" for name, each in reasons.items())
+        return False, "; ".join(f"{name}: {', '.join(map(str, each))}" for name, each in unmet.items())
 
     def _chosen(self, problem: Problem, target: Target) -> Kernel:
         mine = self.verdicts(problem, target)
         for verdict in mine:
             if verdict.can_run:
                 return kernel(verdict.kernel)
-        why = self._answer(_reasons(mine))[1]
+        why = self._answer(_unmet(mine))[1]
         raise NoKernelError(f"{type(self).__name__} cannot run {problem} on {target}: {why}", tuple(mine))
 
     def get_output_padding(self) -> int | None:
@@ -282,8 +283,8 @@ class MPLinearKernel(RegistryLinearKernel[MPLinearLayerConfig, MPParams]):
     PARAMS = MPParams
 
 
-def _reasons(mine: Iterable[Verdict]) -> dict[str, tuple[str, ...]]:
-    return {verdict.kernel: verdict.reasons for verdict in mine}
+def _unmet(mine: Iterable[Verdict]) -> dict[str, tuple[Unmet, ...]]:
+    return {verdict.kernel: verdict.unmet for verdict in mine}
 
 
 def _adds(name: str, bias: Tensor, out_dtype: torch.dtype) -> bool:

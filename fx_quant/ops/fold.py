@@ -116,27 +116,6 @@ def _parsed(program: str) -> tuple[tuple[tuple[Callable[..., Any], Any, Any], ..
     return tuple((_op(name), args, kwargs) for name, args, kwargs in found["steps"]), tuple(found["results"])
 
 
-def program_lines(program: str) -> list[str]:
-    """``program`` for a reader: inputs and results are numbered in order."""
-    found = _read(program)
-    lines = []
-    for i, (name, args, kwargs) in enumerate(found["steps"]):
-        named = [f"{key}={_text(value)}" for key, value in kwargs["dict"].items()]
-        lines.append(
-            f"v{found['inputs'] + i} = {name.removesuffix('.default')}({', '.join([*map(_text, args), *named])})"
-        )
-    return [*lines, f"return [{', '.join(f'v{i}' for i in found['results'])}]"]
-
-
-def _text(argument: Any) -> str:
-    if isinstance(argument, list):
-        return f"[{', '.join(map(_text, argument))}]"
-    if isinstance(argument, dict):
-        ((kind, content),) = argument.items()
-        return f"v{content}" if kind == "value" else str(content)
-    return str(argument)
-
-
 def _op(name: str) -> Callable[..., Any]:
     if name == "getitem":
         return operator.getitem

@@ -19,9 +19,11 @@ from fx_quant.passes.nodes import (
     MULTIPLICATIONS,
     PERMUTES,
     RESHAPES,
+    RIGHT_SHIFTS,
     SUBTRACTIONS,
     aten,
     dtype,
+    qualified_name,
     tensor,
 )
 from fx_quant.passes.rulebook import is_matmul, rule_of
@@ -50,7 +52,7 @@ class Annotation:
             return value
         rule = rule_of(node)
         name = "annotate" if rule is None else f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
-        return Unknown(node, value.reason(f"the rule {name} of {_op_name(node)}"))
+        return Unknown(node, value.reason(f"the rule {name} of {qualified_name(node.target)}"))
 
     def _evaluate(self, node: Node) -> Value | None:
         if tensor(node) is None:
@@ -79,12 +81,8 @@ class Annotation:
             if isinstance(value, Unknown):
                 return value
             if isinstance(value, (Codes, Affine)):
-                return Unknown(node, f"no rule proves {_op_name(node)} of {_describe(value)}")
+                return Unknown(node, f"no rule proves {qualified_name(node.target)} of {_describe(value)}")
         return None
-
-
-def _op_name(node: Node) -> str:
-    return str(node.target).removesuffix(".default")
 
 
 def _describe(value: Value) -> str:
@@ -112,9 +110,7 @@ _CARRIERS = frozenset(
         aten.cat.default,
         aten.bitwise_and.Scalar,
         aten.bitwise_and.Tensor,
-        aten.bitwise_right_shift.Tensor_Scalar,
-        aten.bitwise_right_shift.Tensor,
-        aten.__rshift__.Scalar,
+        *RIGHT_SHIFTS,
         aten.where.self,
     }
 )

@@ -14,7 +14,6 @@ from fx_quant.scheme import CODE_DTYPES
 
 # Dtypes of an integer matmul's sum, which an epilogue in floating point follows.
 ACCUMULATORS = (torch.int32, torch.int64)
-EPILOGUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Largest integer n for which every integer of magnitude up to n is exact.
 _EXACT_INTEGERS = {

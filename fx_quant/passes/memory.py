@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.compat import mutates
-from fx_quant.passes.nodes import RESHAPES, is_op, tensor
+from fx_quant.passes.nodes import RESHAPES, is_op, returned, tensor
 
 # Results that an op keeps and hands out again, so that nobody may write to them. By name, as passes import no kernel.
 _KEEPING = ("fx_quant.fold.default", "fx_quant.prepack.default")
@@ -79,12 +79,10 @@ class Memory:
 
     def outputs(self) -> list[object]:
         """For each output whose memory it is: an input's, a kept result's, or the first output's with that memory."""
-        (output,) = self._graph.find_nodes(op="output")
-        flat = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
         inputs = {node: i for i, node in enumerate(self._graph.find_nodes(op="placeholder"))}
         first: dict[Node, int] = {}
         owners: list[object] = []
-        for i, node in enumerate(flat):
+        for i, node in enumerate(returned(self._graph)):
             if not isinstance(node, Node) or tensor(node) is None:
                 owners.append(None)
                 continue

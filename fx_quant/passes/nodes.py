@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_quant.problem import Size
+from fx_quant.scheme import FLOAT_DTYPES
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -39,6 +40,11 @@ MULTIPLICATIONS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 ADDITIONS = frozenset({aten.add.Tensor, aten.add.Scalar})
 SUBTRACTIONS = frozenset({aten.sub.Tensor, aten.sub.Scalar})
+ANDS = frozenset({aten.bitwise_and.Scalar, aten.bitwise_and.Tensor, aten.__and__.Scalar})
+RIGHT_SHIFTS = frozenset(
+    {aten.bitwise_right_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor, aten.__rshift__.Scalar}
+)
+JOINS = frozenset({aten.cat.default, aten.stack.default})
 
 
 def is_op(node: object, *targets: object) -> TypeGuard[Node]:
@@ -46,10 +52,22 @@ def is_op(node: object, *targets: object) -> TypeGuard[Node]:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def qualified_name(target: object) -> str:
+    """``aten.mm.default`` -> ``aten.mm``, as a report names an op."""
+    return str(target).removesuffix(".default")
+
+
 def tensor(node: object) -> torch.Tensor | None:
     """The fake tensor that ``node`` produces, or None when it is not one tensor."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def returned(graph: Graph) -> list[Any]:
+    """What ``graph`` returns, in order: nodes and numbers."""
+    (output,) = graph.find_nodes(op="output")
+    values = output.args[0]
+    return list(values) if isinstance(values, (list, tuple)) else [values]
 
 
 def args_of(node: Node) -> tuple[Any, ...]:
@@ -163,11 +181,7 @@ def is_widening(source: torch.dtype, to: torch.dtype) -> bool:
     """Whether every value of float dtype ``source`` is exact in float dtype ``to``."""
     if source == to:
         return True
-    return to in (torch.float32, torch.float64) and source in (
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-    )
+    return to in (torch.float32, torch.float64) and source in FLOAT_DTYPES
 
 
 def through(node: Node, targets: frozenset) -> Node:

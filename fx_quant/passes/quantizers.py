@@ -32,7 +32,7 @@ from fx_quant.passes.nodes import (
     uniform_value,
 )
 from fx_quant.passes.rules.steps import is_whole
-from fx_quant.scheme import CODE_DTYPES
+from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,7 @@ def _with_scale(node: Node, x: object, scale: object, *, reciprocal: bool) -> tu
     if not per_token and not is_single(scale):
         return None
     x = through_widening(x)
-    return (x, scale, reciprocal) if dtype(x) in _FLOATS else None
-
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+    return (x, scale, reciprocal) if dtype(x) in FLOAT_DTYPES else None
 
 
 def _scale_formula(scale: Node, x: Node) -> dict[str, Any] | None:
@@ -202,7 +199,7 @@ def _formula(steps: Iterable[tuple[str, Any]], current: torch.dtype, granularity
         if kind == "cast":
             if is_widening(current, argument):
                 current = argument
-            elif result["divisor"] is not None and result["scale_dtype"] is torch.float32 and argument in _FLOATS:
+            elif result["divisor"] is not None and result["scale_dtype"] is torch.float32 and argument in FLOAT_DTYPES:
                 result["scale_dtype"] = current = argument
             else:
                 return None

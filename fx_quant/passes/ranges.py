@@ -8,7 +8,22 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.nodes import CASTS, VIEWS, arguments, aten, dtype, is_op, rounded_number, uniform_value
+from fx_quant.passes.nodes import (
+    ADDITIONS,
+    ANDS,
+    CASTS,
+    JOINS,
+    MULTIPLICATIONS,
+    RIGHT_SHIFTS,
+    SUBTRACTIONS,
+    VIEWS,
+    arguments,
+    aten,
+    dtype,
+    is_op,
+    rounded_number,
+    uniform_value,
+)
 from fx_quant.passes.values import Factor, Tile
 
 Range = tuple[float, float]
@@ -91,7 +106,7 @@ def _clamp(node: Node, of: _Of) -> Range:
 
 
 def _add(node: Node, of: _Of) -> Range:
-    given, sign = arguments(node), -1 if node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1
+    given, sign = arguments(node), -1 if node.target in SUBTRACTIONS else 1
     if given["alpha"] != 1:
         return _ANY
     left, right = of(given["self"]), of(given["other"])
@@ -169,17 +184,15 @@ _FIRST = frozenset(
 _RULES: dict[object, Callable[[Node, _Of], Range]] = {
     **dict.fromkeys((aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_min.Tensor), _clamp),
     **dict.fromkeys((aten.clamp_max.default, aten.clamp_max.Tensor), _clamp),
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), _add),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _multiply),
+    **dict.fromkeys(ADDITIONS | SUBTRACTIONS, _add),
+    **dict.fromkeys(MULTIPLICATIONS, _multiply),
     aten.neg.default: _negate,
     aten.maximum.default: _larger,
     aten.minimum.default: _smaller,
     aten.where.self: _either,
-    **dict.fromkeys((aten.cat.default, aten.stack.default), _any_of),
-    **dict.fromkeys((aten.bitwise_and.Scalar, aten.bitwise_and.Tensor, aten.__and__.Scalar), _mask),
-    **dict.fromkeys(
-        (aten.bitwise_right_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor, aten.__rshift__.Scalar), _shift
-    ),
+    **dict.fromkeys(JOINS, _any_of),
+    **dict.fromkeys(ANDS, _mask),
+    **dict.fromkeys(RIGHT_SHIFTS, _shift),
     aten.round.default: _rounded(round),
     aten.floor.default: _rounded(math.floor),
     aten.ceil.default: _rounded(math.ceil),

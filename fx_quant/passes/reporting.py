@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch.fx import Node
-
 from fx_quant.kernels.select import Verdict
-from fx_quant.passes.nodes import module_path, source_line
+from fx_quant.passes.nodes import module_path, qualified_name, source_line
 from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.sites import Recognised
+from fx_quant.reasons import Unmet
 from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
 from fx_quant.scheme import dtype_name
 
@@ -21,7 +20,7 @@ def report_on(state: Rewriting) -> Report:
         MissReport(
             module=module_path(miss.gemm),
             source=source_line(miss.gemm),
-            op=_op_name(miss.gemm),
+            op=qualified_name(miss.gemm.target),
             node=miss.node.name,
             reason=miss.rule,
         )
@@ -35,27 +34,19 @@ def _recognised_report(found: Recognised) -> RecognisedReport:
     return RecognisedReport(
         module=module_path(found.gemm),
         source=source_line(found.gemm),
-        op=_op_name(found.gemm),
+        op=qualified_name(found.gemm.target),
         scheme="" if site is None else site.words,
         m="" if site is None else str(site.problem.m),
         n=None if site is None else site.problem.n,
         k=None if site is None else site.problem.k,
         reason=found.reason,
-        losers=_losers(found.verdicts),
+        unmet=_unmet(found.verdicts),
     )
 
 
-def _op_name(gemm: Node) -> str:
-    return str(gemm.target).removesuffix(".default")
-
-
-def _losers(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, list[str]]:
+def _unmet(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, tuple[Unmet, ...]]:
     """Why each other kernel was not chosen."""
-    return {
-        verdict.kernel: list(verdict.reasons) or ["can run, lower priority"]
-        for verdict in verdicts
-        if verdict.kernel != chosen
-    }
+    return {verdict.kernel: verdict.unmet for verdict in verdicts if verdict.kernel != chosen}
 
 
 def _site_report(row: Row) -> SiteReport:
@@ -64,7 +55,7 @@ def _site_report(row: Row) -> SiteReport:
     return SiteReport(
         module=module_path(site.gemm),
         source=source_line(site.gemm),
-        op=_op_name(site.gemm),
+        op=qualified_name(site.gemm.target),
         scheme=site.words,
         m=str(problem.m),
         n=problem.n,
@@ -74,5 +65,5 @@ def _site_report(row: Row) -> SiteReport:
         padding=selection.padding.describe(problem),
         numerics=str(max(site.numerics, selection.kernel.numerics)),
         quantize=str(row.quantizer or ""),
-        losers=_losers(selection.verdicts, selection.kernel.name),
+        unmet=_unmet(selection.verdicts, selection.kernel.name),
     )

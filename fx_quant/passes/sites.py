@@ -15,7 +15,7 @@ from fx_quant.passes.canonical import CANONICAL, operands_of
 from fx_quant.passes.contractions import operands_of_contraction
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.inputs import Inputs, classify_inputs
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, integer_range, matrix_base
+from fx_quant.passes.matrices import integer_range, matrix_base
 from fx_quant.passes.nodes import dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
 from fx_quant.passes.origins import Origin, Origins
 from fx_quant.passes.problems import corrects_outside, near_range, problem_of, scheme_of
@@ -26,7 +26,7 @@ from fx_quant.passes.unclaimed import unclaimed_contraction
 from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
 from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, Size, SizeRange
-from fx_quant.scheme import CODE_DTYPES, Granularity, Numerics, OperandSpec, Scheme, scale_dtype_of
+from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, Granularity, Numerics, OperandSpec, Scheme, scale_dtype_of
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ def _choose_root(candidates: list[tuple[Node, Product]]) -> tuple[Node, Product]
 def _can_end(product: Product) -> bool:
     if product.dtype is torch.int32:
         return not product.rows and not product.columns and product.bias is None and not corrects_outside(product)
-    return product.dtype in EPILOGUE_DTYPES
+    return product.dtype in FLOAT_DTYPES
 
 
 def _size_range(sizes: tuple[int | torch.SymInt, ...]) -> SizeRange:

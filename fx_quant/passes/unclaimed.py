@@ -14,7 +14,7 @@ from fx_quant.passes.contractions import (
     operands_of_contraction,
     outer_product,
 )
-from fx_quant.passes.nodes import CASTS, MULTIPLICATIONS, VIEWS, args_of, aten, is_op, through
+from fx_quant.passes.nodes import CASTS, MULTIPLICATIONS, VIEWS, args_of, aten, is_op, qualified_name, through
 from fx_quant.passes.origins import Kind, Origin, Origins, is_library_matmul
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.values import Unknown, Value
@@ -28,7 +28,7 @@ def unclaimed_contraction(
     Args:
         value: what is proven of ``gemm``, which is no product.
     """
-    name = str(called(gemm)).removesuffix(".default")
+    name = qualified_name(called(gemm))
     if is_op(gemm, *SUMS):
         return _multiplied_and_summed(gemm, origins)
     if is_library_matmul(gemm, origins):

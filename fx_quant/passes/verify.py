@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from fx_quant.passes.canonical import CANONICAL
 from fx_quant.passes.memory import Memory
-from fx_quant.passes.nodes import same_shape
+from fx_quant.passes.nodes import returned, same_shape
 
 
 class VerificationError(AssertionError):
@@ -32,8 +32,8 @@ def verify(graph: Graph, before: Graph, assigned: Collection[str] = ()) -> None:
     leftover = [node for node in _canonical_ops(graph) if node.name not in left]
     if leftover:
         raise VerificationError(f"canonical ops must all be assigned a kernel, found {leftover}")
-    for old, new in zip(_outputs(before), _outputs(graph), strict=True):
-        _same_metadata(old, new)
+    for old, new in zip(returned(before), returned(graph), strict=True):
+        _same_metadata(old if isinstance(old, Node) else None, new if isinstance(new, Node) else None)
     for i, (was, now) in enumerate(zip(Memory(before).outputs(), Memory(graph).outputs(), strict=True)):
         if was != now:
             raise VerificationError(f"output {i} must keep the memory of {was}, got that of {now}")
@@ -41,12 +41,6 @@ def verify(graph: Graph, before: Graph, assigned: Collection[str] = ()) -> None:
 
 def _canonical_ops(graph: Graph) -> list[Node]:
     return [node for op in CANONICAL for node in graph.find_nodes(op="call_function", target=op)]
-
-
-def _outputs(graph: Graph) -> list[Node | None]:
-    (output,) = graph.find_nodes(op="output")
-    flat = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
-    return [n if isinstance(n, Node) else None for n in flat]
 
 
 def _same_metadata(old: Node | None, new: Node | None) -> None:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.inputs import Inputs
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, stored_dtype
+from fx_quant.passes.matrices import stored_dtype
 from fx_quant.passes.nodes import (
     CASTS,
     DIVISIONS,
@@ -28,7 +28,7 @@ from fx_quant.passes.origins import Kind, Origins
 from fx_quant.passes.rules.matmuls import Operand, operand
 from fx_quant.passes.rules.steps import as_affine
 from fx_quant.passes.values import Axis, Codes, Factor, Product
-from fx_quant.scheme import Granularity, OperandSpec, Scheme, dtype_name
+from fx_quant.scheme import FLOAT_DTYPES, Granularity, OperandSpec, Scheme, dtype_name
 
 
 def source_scheme(product: Product, scheme: Scheme, inputs: Inputs) -> Scheme:
@@ -92,10 +92,9 @@ def scheme_in_words(
     Args:
         last: the last node of which anything is proven; what scales it is not in ``scheme``.
     """
-    activation, _, weight = str(scheme).partition(" x ")
     decoded = _decoded_activation(product, annotation, inputs, origins)
     if decoded:
-        return f"{activation} (decoded from {decoded}) x {weight}"
+        return f"{scheme.activation} (decoded from {decoded}) x {scheme.weight}"
     unscaled = {scheme.activation.granularity, scheme.weight.granularity} == {Granularity.UNSCALED}
     if unscaled and any(_scales(user, last) for user in last.users):
         codes = f"{dtype_name(scheme.activation.dtype)} x {dtype_name(scheme.weight.dtype)}"
@@ -106,7 +105,7 @@ def scheme_in_words(
 def _scales(user: Node, value: Node) -> bool:
     if not is_op(user, *MULTIPLICATIONS, *DIVISIONS, aten.addcmul.default):
         return False
-    return any(dtype(n) in EPILOGUE_DTYPES for n in user.all_input_nodes if n is not value)
+    return any(dtype(n) in FLOAT_DTYPES for n in user.all_input_nodes if n is not value)
 
 
 def _decoded_activation(product: Product, annotation: Annotation, inputs: Inputs, origins: Origins) -> str:

@@ -12,7 +12,6 @@ from torch.fx import Node
 from fx_quant.passes.axes import REPEAT, seen_through
 from fx_quant.passes.matrices import (
     ACCUMULATORS,
-    EPILOGUE_DTYPES,
     axis_of,
     holds_exactly,
     integer_range,
@@ -70,7 +69,7 @@ from fx_quant.passes.values import (
     Unknown,
     Value,
 )
-from fx_quant.scheme import Numerics
+from fx_quant.scheme import FLOAT_DTYPES, INT8_DTYPES, Numerics
 
 
 def _in_float32(product: Product, node: Node, other: object) -> bool:
@@ -117,7 +116,7 @@ def _scale(env: Environment, node: Node) -> Value | None:
     if isinstance(value, Product):
         return _scale_product(value, node, other, axis_of(other, node), divides)
     to = dtype(node)
-    if to is None or to not in EPILOGUE_DTYPES:
+    if to is None or to not in FLOAT_DTYPES:
         return Unknown(node, f"the codes are scaled in {to}, which has no rule")
     if isinstance(env.value(other), Unknown):
         return None
@@ -140,9 +139,9 @@ def _unexpanded(other: object) -> object:
 
 def _scale_product(product: Product, node: Node, other: object, axis: Axis | None, divides: bool) -> Product | None:
     to = dtype(node)
-    if to not in EPILOGUE_DTYPES or product.bias is not None:
+    if to not in FLOAT_DTYPES or product.bias is not None:
         return None
-    if isinstance(other, Node) and dtype(other) not in EPILOGUE_DTYPES:
+    if isinstance(other, Node) and dtype(other) not in FLOAT_DTYPES:
         return None
     number = uniform_value(other)
     if number is not None and not _is_scale(number, divides):
@@ -183,7 +182,7 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
     factors: dict[Axis, Factor] = {}
     for operand in args_of(other)[:2]:
         axis = axis_of(operand, other)
-        if axis is None or axis is Axis.SCALAR or dtype(operand) not in EPILOGUE_DTYPES:
+        if axis is None or axis is Axis.SCALAR or dtype(operand) not in FLOAT_DTYPES:
             return None
         factors[axis] = Factor(factor_source(operand), axis, other, divides)
     if len(factors) != 2:
@@ -212,7 +211,7 @@ def _scaled_and_shifted(env: Environment, node: Node) -> Value | None:
 
 def _scaled_sum(env: Environment, node: Node) -> Value | None:
     """A column sum times an integer, or times an integer zero point."""
-    if node.target not in MULTIPLICATIONS or dtype(node) not in (torch.int32, torch.int64):
+    if node.target not in MULTIPLICATIONS or dtype(node) not in ACCUMULATORS:
         return None
     for operand, other in ((args_of(node)[0], args_of(node)[1]), (args_of(node)[1], args_of(node)[0])):
         value = env.value(operand)
@@ -285,7 +284,7 @@ def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Val
     to = dtype(node)
     assert to is not None
     if not to.is_floating_point:
-        if to not in (torch.int32, torch.int64):
+        if to not in ACCUMULATORS:
             return Unknown(node, f"a zero point is subtracted in {to}, where the difference may wrap around")
         return moved if difference_fits(moved, to) else dataclasses.replace(moved, wraps=node)
     kind = dtype(zero_point.source)
@@ -312,9 +311,9 @@ def _shift_product(env: Environment, product: Product, node: Node, other: object
     if (
         subtracts
         or product.bias is not None
-        or to not in EPILOGUE_DTYPES
+        or to not in FLOAT_DTYPES
         or axis not in (Axis.COLUMN, Axis.SCALAR)
-        or (isinstance(other, Node) and dtype(other) not in EPILOGUE_DTYPES)
+        or (isinstance(other, Node) and dtype(other) not in FLOAT_DTYPES)
     ):
         return None
     bias = Factor(factor_source(other), axis, node)
@@ -363,10 +362,10 @@ def _sum(env: Environment, node: Node) -> Value | None:
     base, dims = matrix_base(value.node, value.dims), args_of(node)[1]
     if base is None or not isinstance(dims, (list, tuple)) or len(dims) != 1:
         return None
-    if dtype(node) not in (torch.int32, torch.int64):
+    if dtype(node) not in ACCUMULATORS:
         return None
     source, transposed = base
-    if dtype(source) not in (torch.int8, torch.uint8):
+    if dtype(source) not in INT8_DTYPES:
         return None
     dim = int(dims[0]) % 2
     return ColumnSum(source, 1 - dim if transposed else dim, 1)

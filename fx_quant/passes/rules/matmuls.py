@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, cut, flat, segments
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of, integer_range, stored_dtype
+from fx_quant.passes.matrices import axis_of, integer_range, stored_dtype
 from fx_quant.passes.nodes import (
     CASTS,
     args_of,
@@ -152,7 +152,7 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
     integer = dtype(a.codes.node) not in FLOAT8_DTYPES
     if to is torch.int32 and integer:
         numerics = Numerics.EXACT
-    elif to in EPILOGUE_DTYPES:
+    elif to in FLOAT_DTYPES:
         numerics = _float_sum_class(of_a, of_b, summed_size(node), to) if integer else Numerics.SAME_ACCUM
     else:
         return Unknown(node, f"a matmul of codes that returns {to} has no rule")
@@ -166,7 +166,7 @@ def _weight_only(node: Node, x: object, b: Affine) -> Product | Unknown:
     found, to = operand(b, "b", node), dtype(node)
     if isinstance(found, Unknown):
         return found
-    if to not in EPILOGUE_DTYPES or dtype(x) is not to or not isinstance(x, Node):
+    if to not in FLOAT_DTYPES or dtype(x) is not to or not isinstance(x, Node):
         return Unknown(node, f"a weight-only matmul of {dtype(x)} that returns {to} has no rule")
     numerics = _moved_out_class(found.epsilon, to) if found.scales or found.epsilon else Numerics.SAME_ACCUM
     return _started(node, x, None, found, numerics)
@@ -209,7 +209,7 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
     if arguments(node)["alpha"] != 1 or arguments(node)["beta"] != 1:
         return Unknown(node, "addmm with alpha or beta other than 1")
     axis = axis_of(args_of(node)[0], node)
-    if axis not in (Axis.COLUMN, Axis.SCALAR) or dtype(args_of(node)[0]) not in EPILOGUE_DTYPES:
+    if axis not in (Axis.COLUMN, Axis.SCALAR) or dtype(args_of(node)[0]) not in FLOAT_DTYPES:
         return Unknown(node, "addmm adds a matrix, not a bias along n")
     return dataclasses.replace(
         product,

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from fx_quant.passes.axes import seen_through
 from fx_quant.passes.matrices import integer_range, stored_dtype
-from fx_quant.passes.nodes import CASTS, args_of, aten, dtype, is_op, shape, uniform_value
+from fx_quant.passes.nodes import ANDS, CASTS, JOINS, RIGHT_SHIFTS, args_of, aten, dtype, is_op, shape, uniform_value
 from fx_quant.passes.rules.steps import is_integer
 from fx_quant.passes.values import Codes, Environment, Rule, Unknown, Value
 
@@ -74,9 +74,7 @@ GATHERED = (
 
 RULES: dict[object, Rule] = {
     aten.index.Tensor: _indexed,
-    **dict.fromkeys((aten.bitwise_and.Scalar, aten.bitwise_and.Tensor, aten.__and__.Scalar), _mask),
-    **dict.fromkeys(
-        (aten.bitwise_right_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor, aten.__rshift__.Scalar), _shift
-    ),
-    **dict.fromkeys((aten.cat.default, aten.stack.default), _joined),
+    **dict.fromkeys(ANDS, _mask),
+    **dict.fromkeys(RIGHT_SHIFTS, _shift),
+    **dict.fromkeys(JOINS, _joined),
 }

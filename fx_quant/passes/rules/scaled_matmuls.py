@@ -8,10 +8,10 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import Piece, Segment, extent
-from fx_quant.passes.matrices import EPILOGUE_DTYPES, axis_of
+from fx_quant.passes.matrices import axis_of
 from fx_quant.passes.nodes import args_of, arguments, aten, dtype, same_shape, shape, uniform_value
 from fx_quant.passes.values import Axis, Codes, Environment, Factor, Product, Rule, Stage, Tile, Unknown, Value
-from fx_quant.scheme import Numerics
+from fx_quant.scheme import FLOAT_DTYPES, Numerics
 
 
 def _scaled_mm(env: Environment, node: Node) -> Value | None:
@@ -46,7 +46,7 @@ def _product(env: Environment, node: Node, given: dict[str, Any], *, scale_b_by_
             node, f"_scaled_mm of {dtype(given['self'])} and {dtype(given['mat2'])}: only 8-bit codes have a rule"
         )
     to = dtype(node)
-    if to not in EPILOGUE_DTYPES or to is None:
+    if to not in FLOAT_DTYPES or to is None:
         return Unknown(node, f"_scaled_mm that returns {to} has no rule")
     scales = _rowwise(node, given["scale_a"], given["scale_b"])
     block = None
@@ -131,7 +131,7 @@ def _int8pack_mm(env: Environment, node: Node) -> Value | None:
     """``aten._weight_int8pack_mm(x [m, k], weight [n, k], scales [n])``."""
     x, weight, scales = args_of(node)[:3]
     codes, to = env.value(weight), dtype(node)
-    if not isinstance(codes, Codes) or to not in EPILOGUE_DTYPES or to is None or codes.offset != 0:
+    if not isinstance(codes, Codes) or to not in FLOAT_DTYPES or to is None or codes.offset != 0:
         return Unknown(node, "_weight_int8pack_mm of a weight that is not plain codes")
     b = Codes(codes.node, codes.dims[::-1], bounds=codes.bounds)
     return scaled_product(node, x, b, scales)

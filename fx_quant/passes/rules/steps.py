@@ -17,7 +17,7 @@ from fx_quant.passes.matrices import integer_range
 from fx_quant.passes.nodes import CASTS, args_of, constant, dtype, is_op, is_widening, shape, tensor, uniform_value
 from fx_quant.passes.ranges import bounds_of
 from fx_quant.passes.values import Affine, Codes, ColumnSum, Decode, Product, Stage, Value
-from fx_quant.scheme import Numerics
+from fx_quant.scheme import HALF_DTYPES, Numerics
 
 
 def as_affine(value: Value | None) -> Affine | None:
@@ -139,7 +139,7 @@ def stepped(product: Product, to: torch.dtype, stage: Stage, *, exact: bool, **c
     """
     in_order = stage.value > product.stage.value
     numerics = product.numerics if exact and in_order else max(product.numerics, Numerics.SAME_ACCUM)
-    skipped = product.skipped + (product.dtype in (torch.bfloat16, torch.float16))
+    skipped = product.skipped + (product.dtype in HALF_DTYPES)
     return dataclasses.replace(product, dtype=to, stage=stage, numerics=numerics, skipped=skipped, **changes)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import viewed
-from fx_quant.passes.matrices import ACCUMULATORS, EPILOGUE_DTYPES, holds_exactly
+from fx_quant.passes.matrices import ACCUMULATORS, holds_exactly
 from fx_quant.passes.nodes import (
     CASTS,
     COPIES,
@@ -25,7 +25,7 @@ from fx_quant.passes.nodes import (
 )
 from fx_quant.passes.rules.steps import may_wrap, rounded, stepped
 from fx_quant.passes.values import Affine, Codes, ColumnSum, Environment, Product, Rule, Stage, Unknown, Value
-from fx_quant.scheme import CODE_DTYPES
+from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES
 
 
 def _view(env: Environment, node: Node) -> Value | None:
@@ -76,13 +76,13 @@ def _cast(env: Environment, node: Node) -> Value | None:
             return None
         return Unknown(node, f"a cast of the codes to {to} is not exact")
     if isinstance(value, Affine):
-        return rounded(value, to) if to in EPILOGUE_DTYPES else None
+        return rounded(value, to) if to in FLOAT_DTYPES else None
     if isinstance(value, ColumnSum):
         source = dtype(args_of(node)[0])
         widened = source is torch.int32 and to is torch.int64
-        return value if to in (torch.int32, torch.int64) and not (widened and may_wrap(value, source)) else None
+        return value if to in ACCUMULATORS and not (widened and may_wrap(value, source)) else None
     if isinstance(value, Product):
-        if to not in EPILOGUE_DTYPES:
+        if to not in FLOAT_DTYPES:
             return value if to == value.dtype else None
         if value.dtype == to:
             return value

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 from collections.abc import Iterable
 
 import torch
 from torch.fx import Graph, Node
-
-from fx_quant.ops.fold import program_lines
 
 _FOLD = torch.ops.fx_quant.fold.default
 _SYMBOLS = "MNOPQRSTUVWXYZ"
@@ -22,6 +21,25 @@ def print_graph(graph: Graph) -> str:
     Inputs are ``a0, a1, ...`` and results ``%0, %1, ...`` in order; symbolic sizes are renamed in order of appearance.
     """
     return _Printer().text(graph)
+
+
+def program_lines(program: str) -> list[str]:
+    """The steps of a folded program, numbered in order."""
+    data = json.loads(program.replace("'", '"'))
+    lines = []
+    for i, (name, args, kwargs) in enumerate(data["steps"]):
+        arguments = [*map(_static, args), *(f"{key}={_static(value)}" for key, value in kwargs["dict"].items())]
+        lines.append(f"v{data['inputs'] + i} = {name.removesuffix('.default')}({', '.join(arguments)})")
+    return [*lines, f"return [{', '.join(f'v{i}' for i in data['results'])}]"]
+
+
+def _static(argument: object) -> str:
+    if isinstance(argument, list):
+        return f"[{', '.join(map(_static, argument))}]"
+    if isinstance(argument, dict):
+        ((kind, content),) = argument.items()
+        return f"v{content}" if kind == "value" else str(content)
+    return str(argument)
 
 
 class _Printer:
