@@ -145,9 +145,7 @@ def _kernel(given: Operands, name: str, *, quantizes: bool = False) -> Call:
     def call(i: int) -> Tensor:
         (weights,) = given.layers[i]
         a, scale, zero_point = quantize_activation(given.x, scheme.activation) if quantizes else once
-        return run_kernel(
-            selection, a, weights.codes, scale, weights.scale, None, a_zero_point=zero_point, block=weights.block
-        )
+        return run_kernel(selection, a, weights.codes, scale, weights.scale, None, a_zero_point=zero_point)
 
     return call
 
@@ -325,7 +323,7 @@ def _eager_chain(given: Operands) -> Call:
 
     def apply(found: Selection, x: Tensor, weights: Weights) -> Tensor:
         codes, scale, _ = quantize_activation(x, scheme.activation)
-        return run_kernel(found, codes, weights.codes, scale, weights.scale, None, block=weights.block)
+        return run_kernel(found, codes, weights.codes, scale, weights.scale, None)
 
     def call(i: int) -> Tensor:
         gate_up, down = given.layers[i]

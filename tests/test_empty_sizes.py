@@ -40,7 +40,7 @@ def test_a_kernel_multiplies_what_is_empty(kernel, sizes):
         given = operands(asked, m)
         selection = select(asked, HERE, force_kernel=kernel.name, mode="eager")
         there = {name: None if x is None else x.to(DEVICE) for name, x in given.items()}
-        found = run_kernel(selection, block=scheme.weight.block, **there)
+        found = run_kernel(selection, **there)
         assert_within(found.cpu(), reference(asked, given), Numerics.SAME_ACCUM)
 
 

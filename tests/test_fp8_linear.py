@@ -17,7 +17,7 @@ from fx_quant.kernels.registry import KERNEL_SCHEMA, Kernel, Requires, fake_kern
 from fx_quant.layers.activation import quantize_activation
 from fx_quant.linear_kernels.fp8_linear import Fp8LinearOp
 from fx_quant.ops import MATMUL_TAGS, dequantize, register
-from fx_quant.scheme import Granularity, Numerics, OperandSpec
+from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import named_target
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -285,8 +285,9 @@ def test_block_scales_grow_with_rows_and_columns(m):
     a_scale, b_scale = torch.rand(m, 3), torch.rand(3, 3)
     one = torch.ones(())
     selected = Fp8LinearOp().selection(codes, one, b, one, None, torch.float32)
-    selected = replace(selected, kernel=kernel, padding=Padding(32, 32, 17))
-    out = run_kernel(selected, codes, b.t(), a_scale, b_scale, None, block=(8, 8))
+    scheme = Scheme.parse("float8_e4m3fn per_group(8) x float8_e4m3fn per_block(8, 8)")
+    selected = replace(selected, problem=replace(selected.problem, scheme=scheme), kernel=kernel)
+    out = run_kernel(replace(selected, padding=Padding(32, 32, 17)), codes, b.t(), a_scale, b_scale, None)
     expected = torch.ops.fx_quant.scaled_mm(codes, b, a_scale, b_scale, None, torch.float32, block=[8, 8])
     assert_within(out, expected, Numerics.SAME_ACCUM)
     assert got["a_scale"].shape == (17, 4) and got["b_scale"].shape == (4, 4)

@@ -345,10 +345,10 @@ def test_an_eager_call_packs_once(calls, bits, group):
     given = operands(bits, 3, 256, 384, group)
     granularity = CHANNEL if group is None else GROUP
     asked = replace(problem(INT4 if bits == 4 else I8, granularity), n=256, k=384, bias=BF16)
-    selection, block = select(asked, HOPPER, mode="eager"), None if group is None else (1, group)
+    selection = select(asked, HOPPER, mode="eager")
     weight = given["b"].t()
     for m in (3, 1, 0):
-        got = run_kernel(selection, given["x"][:m], weight, None, given["b_scale"], given["bias"], block=block)
+        got = run_kernel(selection, given["x"][:m], weight, None, given["b_scale"], given["bias"])
         wanted = in_float64({**given, "x": given["x"][:m]}) + given["bias"].double()
         assert_within(got, wanted.to(BF16), Numerics.REASSOCIATED, given["bias"].abs().max().item())
     assert calls == [("prepack", None), ("mm", group or -1), ("mm", group or -1)]

@@ -109,7 +109,7 @@ def steps(calls: list[tuple[str, tuple, dict]]) -> list[tuple]:
 def eager_steps(selection: Selection, given: dict[str, Any], constant: tuple[str, ...]) -> list[tuple]:
     with FakeTensorMode() as mode, Recorded() as recorded:
         there = {name: None if x is None else mode.from_tensor(x) for name, x in given.items()}
-        run_kernel(selection, block=selection.problem.scheme.weight.block, constant=constant, **there)
+        run_kernel(selection, constant=constant, **there)
     return steps(recorded.calls)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
+import fx_quant
 from fx_quant.ops import decode
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import CODE_DTYPES, WHOLE, Granularity, Numerics, OperandSpec, Scheme, dtype_name
@@ -110,6 +113,22 @@ def test_granularities_of_any_size_print_without_one():
 )
 def test_a_block_has_its_name_by_the_operand(block, of_weight, of_activation):
     assert [str(Granularity.of_block(*block, weight=weight)) for weight in (True, False)] == [of_weight, of_activation]
+
+
+def decodings(path):
+    """Where a file asks a spec's granularity for its kind or its sizes, or spells a kind that has some."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        of_spec = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute)
+        if of_spec and node.value.attr == "granularity" and node.attr in ("kind", "rows", "columns"):
+            yield f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.Constant) and node.value in ("per_channel", "per_group", "per_block"):
+            yield f"{path.name}:{node.lineno}"
+
+
+def test_only_the_scheme_tells_one_kind_of_granularity_from_another():
+    package = Path(fx_quant.__file__).parent
+    assert list(decodings(package / "scheme.py"))
+    assert [at for path in package.rglob("*.py") if path.name != "scheme.py" for at in decodings(path)] == []
 
 
 def test_4_bit_codes_lie_two_to_a_byte():

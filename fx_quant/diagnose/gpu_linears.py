@@ -58,7 +58,7 @@ class Dispatched:
 
     def to_dict(self) -> dict[str, object]:
         """Everything as plain data, times in microseconds."""
-        found: dict[str, object] = {
+        record: dict[str, object] = {
             "linear": self.linear,
             "m": self.m,
             "n": self.n,
@@ -68,14 +68,14 @@ class Dispatched:
             "bound": self.floor.bound,
         }
         if self.cost is not None:
-            found |= {
+            record |= {
                 "configuration": dataclasses.asdict(self.cost.configuration),
                 "estimate_us": round(self.cost.seconds * 1e6, 2),
                 "programs": self.cost.programs,
                 "waves": self.cost.waves,
                 "limit": self.cost.limit,
             }
-        return found
+        return record
 
 
 def default_scheme(target: Target) -> Scheme:
@@ -91,16 +91,16 @@ def linears(names: Sequence[str]) -> dict[str, tuple[int, int]]:
     Raises:
         FxQuantError: a name is neither.
     """
-    found: dict[str, tuple[int, int]] = {}
+    sizes_of: dict[str, tuple[int, int]] = {}
     for name in names:
         n, cross, k = name.partition("x")
         if name in MODELS:
-            found |= {f"{name} {linear}": sizes for linear, sizes in MODELS[name].items()}
+            sizes_of |= {f"{name} {linear}": sizes for linear, sizes in MODELS[name].items()}
         elif cross and n.isdecimal() and k.isdecimal() and int(n) and int(k):
-            found[name] = (int(n), int(k))
+            sizes_of[name] = (int(n), int(k))
         else:
             raise FxQuantError(f"a shape must be NxK or one of {', '.join(MODELS)}, got {name!r}")
-    return found
+    return sizes_of
 
 
 def dispatch(
@@ -114,65 +114,65 @@ def dispatch(
     """
     if target.platform == "cpu":
         raise FxQuantError(f"--shapes needs the target of a GPU, such as sm90, got {target}")
-    on, scheme = architecture(target.arch), scheme or default_scheme(target)
+    gpu, scheme = architecture(target.arch), scheme or default_scheme(target)
     return [
-        _dispatched(linear, SizeRange.exactly(m), n, k, scheme, target, on)
+        _dispatched(linear, SizeRange.exactly(m), n, k, scheme, target, gpu)
         for linear, (n, k) in linears(names).items()
         for m in rows
     ]
 
 
 def _dispatched(
-    linear: str, m: SizeRange, n: int, k: int, scheme: Scheme, target: Target, on: Architecture
+    linear: str, m: SizeRange, n: int, k: int, scheme: Scheme, target: Target, gpu: Architecture
 ) -> Dispatched:
     selection = select(Problem(scheme, m, n, k, torch.bfloat16, None, constant_weight=True), target)
     weight, a_dtype = scheme.weight, scheme.activation.dtype
     bits = 8 // weight.codes_per_element
-    least = floor(Matmul(m.low, n, k, a_dtype, bits, torch.bfloat16, weight.group or 0), on)
+    least = floor(Matmul(m.low, n, k, a_dtype, bits, torch.bfloat16, weight.group or 0), gpu)
     if scheme.weight_only:
         return Dispatched(linear, m.low, n, k, selection, least, None)
     recipe = recipe_of(a_dtype, weight.block)
-    best = ranked(Case(recipe, a_dtype, torch.bfloat16, rows_up_to(m.low), n, k), on)[0]
+    best = ranked(Case(recipe, a_dtype, torch.bfloat16, rows_up_to(m.low), n, k), gpu)[0]
     return Dispatched(linear, m.low, n, k, selection, least, best)
 
 
-def table(found: Sequence[Dispatched], target: Target) -> str:
+def table(dispatched: Sequence[Dispatched], target: Target) -> str:
     """What ``dispatch`` found, with the reasons: what bounds each linear, and why other kernels do not run it."""
-    on = architecture(target.arch)
+    gpu = architecture(target.arch)
     rows = [
         (
-            each.linear,
-            each.m,
-            f"{each.floor.seconds * 1e6:.1f}",
-            each.floor.bound,
-            each.selection.kernel.name,
-            each.cost and str(each.cost.configuration),
-            each.cost and f"{each.cost.seconds * 1e6:.1f}",
-            each.cost and f"{each.cost.programs} in {each.cost.waves}",
-            each.cost and each.cost.limit,
+            row.linear,
+            row.m,
+            f"{row.floor.seconds * 1e6:.1f}",
+            row.floor.bound,
+            row.selection.kernel.name,
+            row.cost and str(row.cost.configuration),
+            row.cost and f"{row.cost.seconds * 1e6:.1f}",
+            row.cost and f"{row.cost.programs} in {row.cost.waves}",
+            row.cost and row.cost.limit,
         )
-        for each in found
+        for row in dispatched
     ]
     headers = ("linear", "m", "floor us", "bound by", "runs", "our Triton kernel", "us", "programs, waves", "limit")
-    scheme = found[0].selection.problem.scheme if found else ""
+    scheme = dispatched[0].selection.problem.scheme if dispatched else ""
     lines = [
-        f"{scheme} on {target} ({on.device}: {on.processors} processors, {on.bandwidth / 1e12:.1f} TB/s)",
+        f"{scheme} on {target} ({gpu.device}: {gpu.processors} processors, {gpu.bandwidth / 1e12:.1f} TB/s)",
         "floor: the least time by these rates. Times of our kernel are the cost model's, nothing was measured for it.",
         "",
         tabulate(rows, headers=headers, missingval="-", disable_numparse=True),
         "",
     ]
     by_choice: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], list[int]] = {}
-    for each in found:
-        chosen = each.selection.kernel.name
+    for row in dispatched:
+        chosen = row.selection.kernel.name
         candidates = {
             verdict.kernel: verdict.unmet
-            for verdict in each.selection.verdicts
+            for verdict in row.selection.verdicts
             if verdict.kernel != chosen and is_candidate(verdict.unmet)
         }
         losers = tuple((name, tuple(reasons)) for name, reasons in in_words(candidates).items())
-        by_choice.setdefault((chosen, losers), []).append(each.m)
-    for (chosen, losers), of in by_choice.items():
-        lines.append(f"{chosen} runs m = {', '.join(map(str, sorted(set(of))))}:")
+        by_choice.setdefault((chosen, losers), []).append(row.m)
+    for (chosen, losers), rows_run in by_choice.items():
+        lines.append(f"{chosen} runs m = {', '.join(map(str, sorted(set(rows_run))))}:")
         lines += [f"    not {name}: {'; '.join(reasons)}" for name, reasons in losers]
     return "\n".join(lines)

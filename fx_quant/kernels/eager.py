@@ -74,7 +74,6 @@ def run_kernel(
     *,
     a_zero_point: Tensor | None = None,
     b_zero_point: Tensor | None = None,
-    block: tuple[int, int] | None = None,
     constant: Collection[str] = ("b",),
 ) -> Tensor:
     """``out [m, n]`` of the selected kernel: pads, packs what is constant once, calls, unpads.
@@ -85,18 +84,18 @@ def run_kernel(
         selection: kernel and padding plan.
         a: codes ``[m, k]``, or a float activation for a weight-only kernel.
         weight: codes ``[n, k]`` (or packed int4 ``[n, k / 2]``), any strides.
-        a_scale: one element or ``[m, 1]``; with ``block = (r, c)`` ``[m, ceil(k / c)]``.
-        b_scale: one element or ``[n]``; with ``block`` ``[ceil(n / r), ceil(k / c)]``.
+        a_scale: one element or ``[m, 1]``; where the scheme's weight has a ``block = (r, c)`` ``[m, ceil(k / c)]``.
+        b_scale: one element or ``[n]``; with a ``block`` ``[ceil(n / r), ceil(k / c)]``.
         bias: ``[n]``.
         a_zero_point: int32 of the shape of ``a_scale``; beside integer codes only.
         b_zero_point: integers of the shape of ``b_scale``; for a weight-only kernel only.
-        block: rows and columns of the weight that share one scale, or None.
         constant: which of ``b`` (the weight), ``b_scale`` and ``b_zero_point`` are the same tensors in the next call,
             so that what is made of them is kept.
     """
     problem = selection.problem
     if 0 in (a.shape[0], problem.n, problem.k):
         return empty_product(a, problem.n, bias, problem.out_dtype)
+    block = problem.scheme.weight.block
     operands = Operands(a, weight.t(), a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block)
     parts = kept_parts(selection, operands, constant)
     kept: dict[str, Tensor] = {}

@@ -135,7 +135,7 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
             factors[f"a_{name}"] = more_rows(factors[f"a_{name}"], fill)
             factors[f"b_{name}"] = more_columns(factors[f"b_{name}"], fill)
     elif more or pad_n or pad_k:
-        down, across = -(-padding.n // operands.block[0]), -(-padding.k // operands.block[1])
+        down, across = problem.scheme.weight.scale_shape(padding.n, padding.k)
         factors["a_scale"] = to_shape(factors["a_scale"], (m + more, across), 1)
         for name, fill in (("b_scale", 1), ("b_zero_point", 0)):
             if name not in kept:

@@ -263,7 +263,7 @@ def kernel(name: str) -> Kernel:
 
 def required_packages() -> frozenset[str]:
     """Names of all libraries that the kernels require."""
-    return frozenset(package for each in kernels() for package in each.requires.packages)
+    return frozenset(package for kernel in kernels() for package in kernel.requires.packages)
 
 
 @functools.cache
@@ -275,10 +275,10 @@ def _load_providers() -> None:
     import fx_quant.kernels as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        found = importlib.import_module(f"{package.__name__}.{module.name}")
-        for part in pkgutil.iter_modules(found.__path__) if module.ispkg else ():
+        provider = importlib.import_module(f"{package.__name__}.{module.name}")
+        for part in pkgutil.iter_modules(provider.__path__) if module.ispkg else ():
             if part.name.endswith("_kernels"):
-                importlib.import_module(f"{found.__name__}.{part.name}")
+                importlib.import_module(f"{provider.__name__}.{part.name}")
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         entry_point.load()
 

@@ -67,8 +67,8 @@ def quantize_activation(
         assert scale is not None
         return _static(x, spec, scale.reshape(()).float(), None if zero_point is None else zero_point.reshape(()))
     if spec.granularity == Granularity.PER_TENSOR and _no_rows(x):
-        codes, found, offset = _dynamic(F.pad(x, (0, 0, 0, 1)), spec, None)
-        return codes[:0], found, offset
+        codes, dynamic_scale, dynamic_zero_point = _dynamic(F.pad(x, (0, 0, 0, 1)), spec, None)
+        return codes[:0], dynamic_scale, dynamic_zero_point
     return _dynamic(x, spec, scale_ub)
 
 
@@ -97,11 +97,11 @@ def quantize_by(
     rows = x.reshape(-1, x.shape[-1])
     if _no_rows(rows):
         return quantize_activation(rows, spec, scale, zero_point)
-    codes, found, offset = _checked(quantizer(x, scale, zero_point), x, spec)
+    codes, row_scale, row_zero_point = _checked(quantizer(x, scale, zero_point), x, spec)
     return (
         codes.reshape(rows.shape).contiguous(),
-        _by_row(found.float(), x, spec),
-        None if offset is None else _by_row(offset.to(torch.int32), x, spec),
+        _by_row(row_scale.float(), x, spec),
+        None if row_zero_point is None else _by_row(row_zero_point.to(torch.int32), x, spec),
     )
 
 
@@ -126,8 +126,8 @@ def _dynamic(x: Tensor, spec: OperandSpec, scale_ub: Tensor | None) -> Quantized
         return _bounded(x, spec, scale_ub)
     if spec.group is not None:
         return _grouped(x, spec, spec.group)
-    codes, found = torch.ops.fx_quant.quantize.dynamic(x, **_formula(spec))
-    return codes, found, None
+    codes, scale = torch.ops.fx_quant.quantize.dynamic(x, **_formula(spec))
+    return codes, scale, None
 
 
 def _formula(spec: OperandSpec) -> dict:

@@ -89,7 +89,6 @@ def apply_linear(
             bias,
             a_zero_point=a_zero_point,
             b_zero_point=weight_zero_point,
-            block=block,
             constant=constant,
         )
     elif scheme.weight_only:
@@ -204,13 +203,13 @@ class QuantizedLinear(nn.Module):
         """
         scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
         check_scheme(scheme)
-        found = quantize_weight(linear.weight, scheme.weight)
-        codes = pack_int4(found.codes) if scheme.weight.packed else found.codes
+        quantized = quantize_weight(linear.weight, scheme.weight)
+        codes = pack_int4(quantized.codes) if scheme.weight.packed else quantized.codes
         layer = cls(
             scheme,
             codes,
-            found.scale,
-            weight_zero_point=found.zero_point,
+            quantized.scale,
+            weight_zero_point=quantized.zero_point,
             bias=linear.bias,
             input_scale=input_scale,
             input_zero_point=input_zero_point,

@@ -120,13 +120,13 @@ def _quantization_config(directory: Path) -> Mapping[str, Any]:
     )
     config = read_json(directory, "config.json")
     # The name that llm-compressor gave it at first.
-    found = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(found, Mapping):
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(quantization, Mapping):
         raise CheckpointError(
             f"{directory / 'config.json'} must have a quantization_config, got none: the model is not quantized; load "
             "it with transformers and quantize it with fx_quant.quantize_"
         )
-    return found
+    return quantization
 
 
 # --- the plan -------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def path_of(directory: Path, name: str) -> Path:
         is_there = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links is a RuntimeError until Python 3.13
         raise CheckpointError(f"{path} must be a path that can be followed, got {error}; download it again") from error
-    blobs = [each.parent / "blobs" for each in home.parents if each.name == "snapshots"]
+    blobs = [folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots"]
     must(
         real.is_relative_to(home) or real.parent in blobs,
         f"{path} must be in the folder of the checkpoint, got a link to {real}; put a copy of that file there if you "
@@ -62,14 +62,14 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         must(size <= _MOST_BYTES, f"{path} must be JSON of at most {_MOST_BYTES} bytes, got {size}; download it again")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} must be JSON, got {error}; download it again") from error
-    must(isinstance(found, dict), f"{path} must be a JSON object, got {type(found).__name__}; download it again")
-    check_depth(found, str(path))
-    return found
+    must(isinstance(content, dict), f"{path} must be a JSON object, got {type(content).__name__}; download it again")
+    check_depth(content, str(path))
+    return content
 
 
 def _weight_map(directory: Path) -> Mapping[str, str] | None:

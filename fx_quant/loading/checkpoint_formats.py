@@ -93,8 +93,8 @@ def _plain(value: object) -> str:
 
 
 def _symmetric(args: Mapping[str, Any], what: str) -> bool:
-    found = field(args, "symmetric", bool, what)
-    return True if found is None else found
+    symmetric = field(args, "symmetric", bool, what)
+    return True if symmetric is None else symmetric
 
 
 def _codes(args: Mapping[str, Any], what: str) -> torch.dtype:
@@ -103,14 +103,14 @@ def _codes(args: Mapping[str, Any], what: str) -> torch.dtype:
         args.get("num_bits", 8),
         _symmetric(args, what),
     )
-    found = _CODES.get((kind, bits, symmetric)) if type(bits) is int else None
-    if found is None:
+    dtype = _CODES.get((kind, bits, symmetric)) if type(bits) is int else None
+    if dtype is None:
         name = " (nvfp4 or mxfp4)" if (kind, bits) == ("float", 4) else ""
         raise CheckpointError(
             f"{what} must be int8, int4 or symmetric float8, got {'' if symmetric else 'asymmetric '}"
             f"{said(bits)}-bit {kind}{name}; {_ELSEWHERE}"
         )
-    return found
+    return dtype
 
 
 def _strategy(args: Mapping[str, Any], what: str) -> str:
@@ -286,10 +286,10 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> CompressedTensors:
         "compression",
     )
     transforms = (field(config, "transform_config", Mapping, where) or {}).get("config_groups")
-    found = list(transforms) if isinstance(transforms, Mapping) else transforms
+    names = list(transforms) if isinstance(transforms, Mapping) else transforms
     must(
         not transforms,
-        f"transform_config must be empty, got {said(found)}: "
+        f"transform_config must be empty, got {said(names)}: "
         "fx_quant does not run transforms of activations; quantize the model without them",
     )
     groups = config.get("config_groups")
@@ -355,7 +355,7 @@ class _Targets:
 
     def __init__(self, targets: Iterable[str]) -> None:
         self._names = frozenset(targets)
-        self._regexes = Patterns(sorted(each.removeprefix("re:") for each in self._names if each.startswith("re:")))
+        self._regexes = Patterns(sorted(name.removeprefix("re:") for name in self._names if name.startswith("re:")))
 
     def best(self, name: str, module: nn.Module) -> str | None:
         """The target that stands for a module: its name, else a regex, else its class; None where none does."""

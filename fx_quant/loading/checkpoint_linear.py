@@ -38,12 +38,12 @@ def tensors_of(scheme: Scheme, prefix: str, files: Container[str], bias: bool) -
         bias: whether the linear has one.
     """
     static = not scheme.weight_only and not scheme.activation.dynamic
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for what, names in {**_ALIASES, **(_STATIC_ALIASES if static else {})}.items():
         key = next((prefix + name for name in names if prefix + name in files), None)
         if key is not None and (bias or what != "bias"):
-            found[what] = key
-    return found
+            keys[what] = key
+    return keys
 
 
 def decode_linear(linear: nn.Linear, scheme: Scheme, tensors: Mapping[str, Tensor]) -> QuantizedLinear:

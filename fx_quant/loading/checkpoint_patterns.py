@@ -54,10 +54,10 @@ class Patterns:
         Raises:
             CheckpointError: it takes too long.
         """
-        return next((each.pattern for each in self._parsed if self._matches(each, name)), None)
+        return next((regex.pattern for regex in self._parsed if self._matches(regex, name)), None)
 
-    def _matches(self, each: _Parsed, name: str) -> bool:
-        pattern, quick, repeats, parsed = each
+    def _matches(self, regex: _Parsed, name: str) -> bool:
+        pattern, quick, repeats, parsed = regex
         if repeats is not None:
             self._take(1 + (len(name) ** repeats >> 4), pattern)
             return quick.match(name) is not None
@@ -134,9 +134,9 @@ class _Match:
         if op is ops.SUBPATTERN:
             _, added, removed, body = args
             before, self.flags = self.flags, (self.flags | added) & ~removed
-            found = self.run(body, at)
+            after = self.run(body, at)
             self.flags = before
-            return found
+            return after
         if op is ops.AT:
             return _union(1 << i for i in self._positions(at) if self._stands(args, i))
         if op in (ops.ASSERT, ops.ASSERT_NOT):
@@ -164,13 +164,13 @@ class _Match:
             at = once(at)
         if is_character and most >= rounds:
             return self._along(mask, at)
-        found = at
+        reached = at
         for _ in range(min(most - least, rounds)):
             at = once(at)
-            if not at & ~found:
+            if not at & ~reached:
                 break
-            found |= at
-        return found
+            reached |= at
+        return reached
 
     def _along(self, mask: int, at: int) -> int:
         """Where a run of any length of ``mask`` leads: steps of 1, 2, 4 ... positions, all of which it takes."""
@@ -215,23 +215,23 @@ class _Match:
         choices = args if op is ops.IN else ((ops.LITERAL, args),)
         negated = op is ops.NOT_LITERAL or choices[0][0] is ops.NEGATE
         cases = {c, c.lower(), c.upper()} if self.flags & _IGNORECASE else {c}
-        return negated != any(_is_in(choices, each) for each in cases if len(each) == 1)
+        return negated != any(_is_in(choices, case) for case in cases if len(case) == 1)
 
 
 @functools.lru_cache(16)
 def _places(name: str) -> tuple[tuple[str, int], ...]:
     """Each character of ``name`` and the positions it is at."""
-    found: dict[str, int] = {}
+    places: dict[str, int] = {}
     for i, c in enumerate(name):
-        found[c] = found.get(c, 0) | 1 << i
-    return tuple(found.items())
+        places[c] = places.get(c, 0) | 1 << i
+    return tuple(places.items())
 
 
 def _union(bits: Iterable[int]) -> int:
-    found = 0
-    for each in bits:
-        found |= each
-    return found
+    union = 0
+    for positions in bits:
+        union |= positions
+    return union
 
 
 def _is_word(c: str) -> bool:
@@ -245,12 +245,12 @@ def _is_in(choices: Items, c: str) -> bool:
     """Whether one of ``choices`` is ``c``, whether or not they are negated."""
     for op, args in choices:
         if op is ops.LITERAL:
-            found = ord(c) == args
+            matches = ord(c) == args
         elif op is ops.RANGE:
-            found = args[0] <= ord(c) <= args[1]
+            matches = args[0] <= ord(c) <= args[1]
         else:
             name = str(args).removeprefix("CATEGORY_")
-            found = op is ops.CATEGORY and _CATEGORIES[name.removeprefix("NOT_")](c) != name.startswith("NOT_")
-        if found:
+            matches = op is ops.CATEGORY and _CATEGORIES[name.removeprefix("NOT_")](c) != name.startswith("NOT_")
+        if matches:
             return True
     return False

@@ -62,7 +62,7 @@ def texts(holder: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     """
     value = holder.get(name)
     value = () if value is None else value
-    is_list = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
     must(is_list, f"{name} of {where} must be a list of names, got {said(value)}; {_CHECK}")
     return tuple(value)
 
@@ -82,9 +82,9 @@ def check_depth(value: object, what: str, most: int = 64) -> None:
     for _ in range(most):
         level = [
             inner
-            for each in level
-            if isinstance(each, (dict, list))
-            for inner in (each.values() if isinstance(each, dict) else each)
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
         ]
         if not level:
             return

@@ -65,7 +65,7 @@ def _scaled(emitter: Emitter, site: Site, product: Product) -> Node:
         b_scale = combined(emitter, vectors(emitter, product.columns, root, b_to, [-1]), root)
     else:
         extras["block"] = list(product.block)
-        groups = -(-k // product.block[1])
+        groups = scheme.weight.scales_along(k)
         product = _scalars_to_weight(product)
         a_scale = combined(emitter, blocks(emitter, product.rows, 1, groups, root, a_to), root)
         if a_scale is not None:
@@ -101,10 +101,10 @@ def _widened(emitter: Emitter, scale: Node, a: Node, groups: int, like: Node) ->
 def _weight_blocks(emitter: Emitter, product: Product, site: Site, to: torch.dtype) -> Node:
     """Scales ``[ceil(n / r), ceil(k / c)]`` of the weight, 1 where it has none."""
     assert product.block is not None
-    root, (high, wide) = site.root, product.block
-    sizes = [-(-site.problem.n // high), -(-site.problem.k // wide)]
-    scale = combined(emitter, blocks(emitter, product.columns, high, sizes[1], root, to), root)
-    return _full(emitter, number(emitter, 1.0, root, to) if scale is None else scale, sizes, root)
+    root, problem = site.root, site.problem
+    sizes = problem.scheme.weight.scale_shape(problem.n, problem.k)
+    scale = combined(emitter, blocks(emitter, product.columns, product.block[0], sizes[1], root, to), root)
+    return _full(emitter, number(emitter, 1.0, root, to) if scale is None else scale, list(sizes), root)
 
 
 def _full(emitter: Emitter, node: Node, sizes: list[int], like: Node) -> Node:
@@ -247,11 +247,11 @@ def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:
         points = vectors(emitter, product.b_zero_points, root, kind, [-1])
     else:
         b_scale = _weight_blocks(emitter, product, site, to)
-        high, groups = product.block[0], -(-problem.k // product.block[1])
+        high, groups = product.block[0], problem.scheme.weight.scales_along(problem.k)
         points = blocks(emitter, product.b_zero_points, high, groups, root, kind)
     if b_scale is None:
         b_scale = number(emitter, 1.0, root, to)
-    points = [_with_room(emitter, *of, shift, root) for of in zip(points, every, strict=True)]
+    points = [_with_room(emitter, *pair, shift, root) for pair in zip(points, every, strict=True)]
     if shift:
         points.append(number(emitter, shift, root, kind))
     point = combined(emitter, points, root, aten.add.Tensor)

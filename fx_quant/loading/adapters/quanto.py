@@ -134,13 +134,13 @@ def _scale_and_shift(weight: Any) -> tuple[Tensor, Tensor]:
 def _zero_point(scale: Tensor, shift: Tensor) -> Tensor:
     if not shift.is_floating_point():
         return shift.int()
-    found = (shift.float() / scale.float()).round()
+    zero_point = (shift.float() / scale.float()).round()
     must(
-        torch.equal((found * scale.float()).to(shift.dtype), shift),
+        torch.equal((zero_point * scale.float()).to(shift.dtype), shift),
         "the shifts of its 4-bit weight must be whole multiples of their scales, as zero points are integers, got "
         f"floats; {_ELSEWHERE}",
     )
-    return found.int()
+    return zero_point.int()
 
 
 def _own_hooks(module: Any) -> frozenset[int]:

@@ -84,7 +84,7 @@ def _convert(module: Any) -> Conversion:
         scale.float(),
         bias=None if bias is None else bias.detach(),
     )
-    formula = next((each for each in _ENGINES if _is_formula_of(module, linear, **each)), None)
+    formula = next((engine for engine in _ENGINES if _is_formula_of(module, linear, **engine)), None)
     if formula is None:
         note = "activations are quantized by a formula that fx_quant does not know"
         return Conversion(linear, weight.dequantize(), Numerics.APPROXIMATE, note)
