@@ -24,7 +24,7 @@ from fx_quant.passes.nodes import (
     rounded_number,
     uniform_value,
 )
-from fx_quant.passes.values import Factor, Tile
+from fx_quant.passes.values import Tile
 
 Range = tuple[float, float]
 _ANY: Range = (-math.inf, math.inf)
@@ -41,7 +41,7 @@ def bounds_of(source: object) -> tuple[int, int] | None:
     return (int(low), int(high)) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def is_near(point: Factor | Tile) -> bool:
+def is_near(point: Tile) -> bool:
     """Whether a zero point is proven to lie about where codes of a byte do, so that integer sums have room for it."""
     bounds = bounds_of(point.source)
     return bounds is not None and bounds[0] >= -_NEAR and bounds[1] <= _NEAR

@@ -27,7 +27,7 @@ from fx_quant.passes.nodes import (
 from fx_quant.passes.origins import Kind, Origins
 from fx_quant.passes.rules.matmuls import Operand, operand
 from fx_quant.passes.rules.steps import as_affine
-from fx_quant.passes.values import Axis, Codes, Factor, Product
+from fx_quant.passes.values import Codes, Product
 from fx_quant.scheme import FLOAT_DTYPES, Granularity, OperandSpec, Scheme, dtype_name
 
 
@@ -41,7 +41,7 @@ def source_scheme(product: Product, scheme: Scheme, inputs: Inputs) -> Scheme:
         return scheme
     rows = [factor.source for factor in product.rows if isinstance(factor.source, Node)]
     for factor in product.columns:
-        if isinstance(factor, Factor) and factor.axis is Axis.COLUMN and isinstance(factor.source, Node):
+        if factor.row_block is not None and isinstance(factor.source, Node):
             rows += _single_factors(factor.source)
     rows = [source for source in rows if source in inputs.runtime]
     if scheme.activation.granularity not in (Granularity.UNSCALED, Granularity.PER_TENSOR) or not rows:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, cut, flat, segments
-from fx_quant.passes.matrices import axis_of, integer_range, stored_dtype
+from fx_quant.passes.matrices import axis_of, integer_range, stored_dtype, tile_along
 from fx_quant.passes.nodes import (
     CASTS,
     args_of,
@@ -30,7 +30,6 @@ from fx_quant.passes.values import (
     Codes,
     Decode,
     Environment,
-    Factor,
     Product,
     Rule,
     Stage,
@@ -213,7 +212,7 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
         return Unknown(node, "addmm adds a matrix, not a bias along n")
     return dataclasses.replace(
         product,
-        bias=Factor(args_of(node)[0], axis, node),
+        bias=tile_along(axis, args_of(node)[0], node),
         stage=Stage.BIAS if stage is Stage.ACCUMULATOR else stage,
         numerics=max(product.numerics, Numerics.SAME_ACCUM),
     )

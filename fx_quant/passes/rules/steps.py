@@ -27,15 +27,6 @@ def as_affine(value: Value | None) -> Affine | None:
     return value if isinstance(value, Affine) else None
 
 
-def factor_source(operand: object) -> Node | float:
-    """``operand`` as a factor's source: a node, or a Python float."""
-    number = constant(operand)
-    if number is not None:
-        return float(number)
-    assert isinstance(operand, Node)
-    return operand
-
-
 def scale_of(codes: Codes, node: Node, operand: object, *, inverse: bool = False) -> Decode | None:
     """``operand`` as a scale of the codes at ``node``, where it broadcasts; None where it does not.
 
