@@ -101,8 +101,8 @@ class Fp8LinearOp:
             assert scale is not None
             return x, scale.float() if scale.numel() != 1 else scale.float().reshape(())
         spec = _SPECS[dtype, "static" if scale is not None else "per_token" if per_token else "per_tensor"]
-        codes, found, _ = quantize_activation(x, spec, scale, scale_ub=scale_ub)
-        return codes, found
+        codes, x_scale, _ = quantize_activation(x, spec, scale, scale_ub=scale_ub)
+        return codes, x_scale
 
     def _compiled(
         self, codes: Tensor, weight: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype

@@ -174,11 +174,11 @@ def torch_per_token_w8a8_scaled_mm(
 ) -> Tensor:
     """The product for a scale of each row and of each column; arguments and errors as for the other functions."""
     sizes = (("scale_a", scale_a, qinput.shape[0], "row"), ("scale_b", scale_b, weight.shape[-1], "column"))
-    for name, scale, size, each in sizes:
+    for name, scale, size, side in sizes:
         must(
             scale.numel() == size,
-            lambda name=name, scale=scale, size=size, each=each: (
-                f"{name} must have an element for each of the {size} {each}s, got {describe(scale)}; {_ANY_SCALES}"
+            lambda name=name, scale=scale, size=size, side=side: (
+                f"{name} must have an element for each of the {size} {side}s, got {describe(scale)}; {_ANY_SCALES}"
             ),
         )
     return _scaled_mm(qinput, weight, out_dtype, scale_a, scale_b, bias, input_2d, output_shape)
@@ -291,6 +291,6 @@ def _supported(name: str, target: Target) -> bool:
     """Whether a kernel of the class ``name`` runs on ``target``."""
     off = disabled_kernels()
     return name not in off and any(
-        not off & {each.name, each.provider} and not each.requires.unmet_by_target(target)
-        for each in derived_classes()[name].kernels()
+        not off & {kernel.name, kernel.provider} and not kernel.requires.unmet_by_target(target)
+        for kernel in derived_classes()[name].kernels()
     )

@@ -243,7 +243,7 @@ def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:
         points = blocks(emitter, product.b_zero_points, high, groups, root, kind)
     if b_scale is None:
         b_scale = number(emitter, 1.0, root, FLOAT32)
-    points = [_with_room(emitter, *of, shift, root) for of in zip(points, every, strict=True)]
+    points = [_with_room(emitter, point, bounds, shift, root) for point, bounds in zip(points, every, strict=True)]
     if shift:
         points.append(number(emitter, shift, root, kind))
     point = combined(emitter, points, root, aten.add.Tensor)

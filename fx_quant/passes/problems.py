@@ -85,9 +85,9 @@ def _code_dtype(codes: Codes) -> torch.dtype:
 
 
 def _stored(codes: Codes) -> torch.dtype:
-    found = stored_dtype(codes)
-    assert found is not None
-    return found
+    kind = stored_dtype(codes)
+    assert kind is not None
+    return kind
 
 
 def _granularity(factors: tuple[Tile, ...], named: Granularity) -> Granularity:

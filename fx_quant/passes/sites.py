@@ -116,30 +116,30 @@ def _find_sites(
     graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics, given: Mapping[Node, Origin]
 ) -> Found:
     origins = Origins(graph, annotation, inputs, given)
-    found = _found(graph, annotation, inputs, cap, origins)
+    matmuls = _found(graph, annotation, inputs, cap, origins)
 
     def in_region(graph: Graph, static: frozenset[int], given: Mapping[Node, Origin]) -> Findings:
         inside = _find_sites(graph, Annotation(graph), classify_inputs(graph, static), cap, given)
-        sites, recognised = [site.gemm for site in inside.sites], [each.gemm for each in inside.recognised]
+        sites, recognised = [site.gemm for site in inside.sites], [left.gemm for left in inside.recognised]
         return sites, recognised, [(miss.gemm, miss.node, miss.rule) for miss in inside.misses]
 
-    found.misses += [Miss(*reason) for reason in reasons_in_regions(graph, origins, inputs, in_region)]
-    return found
+    matmuls.misses += [Miss(*reason) for reason in reasons_in_regions(graph, origins, inputs, in_region)]
+    return matmuls
 
 
 def _found(graph: Graph, annotation: Annotation, inputs: Inputs, cap: Numerics, origins: Origins) -> Found:
-    found = Found()
+    matmuls = Found()
     for gemm in graph.nodes:
         one = attempt(_find, gemm, annotation, inputs, cap, origins)
         if isinstance(one, Failure):
             one = Miss(gemm, gemm, one.reason(f"finding what {gemm.target} multiplies"))
         if isinstance(one, Site):
-            found.sites.append(one)
+            matmuls.sites.append(one)
         elif isinstance(one, Miss):
-            found.misses.append(one)
+            matmuls.misses.append(one)
         elif isinstance(one, Recognised):
-            found.recognised.append(one)
-    return found
+            matmuls.recognised.append(one)
+    return matmuls
 
 
 def _find(
@@ -234,32 +234,32 @@ _EMPTY = "a size of the matmul is 0, so there is nothing to multiply"
 
 def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
     """The site of a canonical op that stands in the source graph, as ``QuantizedLinear`` puts it there."""
-    of = operands_of(node)
-    n, k = shape(of.b)[1], shape(of.a)[1]
+    operands = operands_of(node)
+    n, k = shape(operands.b)[1], shape(operands.a)[1]
     if not isinstance(n, int) or not isinstance(k, int):
         return SizeMiss(node, node, _dynamic(n, k))
     if 0 in (n, k):
         return Recognised(node, _EMPTY)
     activation = OperandSpec(
-        dtype_of(of.a),
-        _scale_granularity(of.a_scale, of.block and (1, of.block[1]), Granularity.PER_TOKEN),
-        dynamic=of.a_scale in inputs.runtime,
-        symmetric=of.a_zero_point is None,
+        dtype_of(operands.a),
+        _scale_granularity(operands.a_scale, operands.block and (1, operands.block[1]), Granularity.PER_TOKEN),
+        dynamic=operands.a_scale in inputs.runtime,
+        symmetric=operands.a_zero_point is None,
     )
-    packed = not same_size(shape(of.b)[0], k)
+    packed = not same_size(shape(operands.b)[0], k)
     weight = OperandSpec(
-        torch.int4 if packed else dtype_of(of.b),  # pyrefly: ignore[missing-attribute]
-        _scale_granularity(of.b_scale, of.block, Granularity.PER_CHANNEL),
-        symmetric=of.b_zero_point is None,
+        torch.int4 if packed else dtype_of(operands.b),  # pyrefly: ignore[missing-attribute]
+        _scale_granularity(operands.b_scale, operands.block, Granularity.PER_CHANNEL),
+        symmetric=operands.b_zero_point is None,
     )
     problem = Problem(
         scheme=Scheme(activation, weight),
-        m=_size_range(shape(of.a)[:1]),
+        m=_size_range(shape(operands.a)[:1]),
         n=n,
         k=k,
-        out_dtype=of.out_dtype,
-        bias=dtype(of.bias),
-        constant_weight=_is_constant_matrix(of.b, None, inputs),
+        out_dtype=operands.out_dtype,
+        bias=dtype(operands.bias),
+        constant_weight=_is_constant_matrix(operands.b, None, inputs),
     )
     return Site(node, node, None, problem, problem.scheme, str(problem.scheme))
 

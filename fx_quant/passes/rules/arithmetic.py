@@ -87,13 +87,13 @@ def _operands(env: Environment, node: Node, kinds: tuple[type, ...]) -> tuple[Va
     left, right = args_of(node)[0], args_of(node)[1]
     if left is right:
         return None  # one row times itself would fit as a scale, and be computed twice
-    found = []
+    fitting = []
     for operand, other, on_left in ((left, right, True), (right, left, False)):
         value = env.value(operand)
         if isinstance(value, kinds) and same_shape(shape(operand), shape(node)):
-            found.append((value, other, on_left))
+            fitting.append((value, other, on_left))
     # Of two dequantized tensors, one that was repeated to the full shape is a scale that is itself quantized.
-    return min(found, key=lambda operands: _repeats(operands[0]), default=None)
+    return min(fitting, key=lambda operands: _repeats(operands[0]), default=None)
 
 
 def _repeats(value: Value) -> bool:
@@ -104,12 +104,12 @@ def _repeats(value: Value) -> bool:
 def _scale(env: Environment, node: Node) -> Value | None:
     """Multiplication or division by a factor."""
     divides = node.target in DIVISIONS
-    found = _operands(env, node, (Product,))
-    if found is None:
-        found = _operands(env, node, (Codes, Affine))
-    if found is None:
+    operands = _operands(env, node, (Product,))
+    if operands is None:
+        operands = _operands(env, node, (Codes, Affine))
+    if operands is None:
         return _scaled_sum(env, node)
-    value, other, on_left = found
+    value, other, on_left = operands
     if divides and not on_left:
         return None
     other = _unexpanded(other)
@@ -234,15 +234,15 @@ def _shift(env: Environment, node: Node) -> Value | None:
     if arguments(node)["alpha"] != 1:
         return None
     subtracts = node.target in SUBTRACTIONS
-    found = _operands(env, node, (Product,))
-    if found is not None:
-        value, other, on_left = found
+    operands = _operands(env, node, (Product,))
+    if operands is not None:
+        value, other, on_left = operands
         assert isinstance(value, Product)
         return None if subtracts and not on_left else _shift_product(env, value, node, other, subtracts)
-    found = _operands(env, node, (Codes, Affine))
-    if found is None:
+    operands = _operands(env, node, (Codes, Affine))
+    if operands is None:
         return None
-    value, other, on_left = found
+    value, other, on_left = operands
     if subtracts and not on_left:
         return None
     number = uniform_value(other)

@@ -51,14 +51,14 @@ def _product(env: Environment, node: Node, given: dict[str, Any], *, scale_b_by_
     scales = _rowwise(node, given["scale_a"], given["scale_b"])
     block = None
     if scales is None:
-        found = _blockwise(given, scale_b_by_column)
-        if found is None:
+        blocks = _blockwise(given, scale_b_by_column)
+        if blocks is None:
             return Unknown(
                 node,
                 "_scaled_mm with scales that are neither float32 per tensor, row-wise nor of blocks of 128 "
                 f"(scale_a {list(shape(given['scale_a']))}, scale_b {list(shape(given['scale_b']))})",
             )
-        scales, block = found
+        scales, block = blocks
     bias = given.get("bias")
     stage = Stage.B_SCALE if bias is None else Stage.BIAS
     return Product(
