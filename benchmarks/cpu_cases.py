@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fx_quant.layers.linear import QuantizedLinear
-from fx_quant.layers.linear_operands import weight_block
 from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.ops import dequantize_weight
 from fx_quant.scheme import INT4_DTYPES, Scheme
@@ -133,7 +132,7 @@ def operands_of(kind: Kind, dtype: str, weight: Tensor, bias: Tensor | None) -> 
     """The linear of a float ``weight [n, k]``, quantized in the scheme of ``kind`` for activations of ``dtype``."""
     scheme, k = kind.parse(dtype), weight.shape[1]
     found = quantize_weight(weight, scheme.weight)
-    codes, zero_point, scale, block = found.codes, found.zero_point, found.scale, weight_block(scheme)
+    codes, zero_point, scale, block = found.codes, found.zero_point, found.scale, scheme.weight.block
     if scheme.weight.dtype in INT4_DTYPES:
         codes = pack_int4(codes)
         zero_point = None if zero_point is None else (zero_point - 8).to(torch.int8)

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fx_quant.kernels.triton.architectures import Architecture
 from fx_quant.layers.activation import quantize_activation
-from fx_quant.layers.linear_operands import weight_block
 from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.ops import dequantize_weight
-from fx_quant.scheme import INT4_DTYPES, Scheme
+from fx_quant.scheme import Scheme
 from fx_quant.weights import pack_int4
 
 BF16 = torch.bfloat16
@@ -207,8 +206,8 @@ def layers_needed(nbytes: float, cache: int) -> int:
 
 def _weights(found: Scheme, n: int, k: int, generator: torch.Generator) -> Weights:
     weight = torch.randn(n, k, generator=generator, device=generator.device) / k**0.5
-    quantized, block = quantize_weight(weight, found.weight), weight_block(found)
-    codes = pack_int4(quantized.codes) if found.weight.dtype in INT4_DTYPES else quantized.codes
+    quantized, block = quantize_weight(weight, found.weight), found.weight.block
+    codes = pack_int4(quantized.codes) if found.weight.packed else quantized.codes
     scale = quantized.scale.flatten() if block is None and quantized.scale.numel() > 1 else quantized.scale
     return Weights(found, codes, scale, block, quantized.dequantize().to(BF16))
 
@@ -242,8 +241,8 @@ def decoded(x: Tensor, found: Scheme) -> Tensor:
         return x.double()
     codes, scale, zero_point = quantize_activation(x, found.activation)
     values = codes.double() if zero_point is None else codes.double() - zero_point
-    if found.activation.granularity.size:
-        scale = scale.repeat_interleave(found.activation.granularity.size[0], 1)[:, : x.shape[1]]
+    if found.activation.group:
+        scale = scale.repeat_interleave(found.activation.group, 1)[:, : x.shape[1]]
     return values * scale.double()
 
 

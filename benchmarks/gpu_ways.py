@@ -83,7 +83,7 @@ def quantizer(given: Operands, producer: Callable[..., Tensor] = lambda x: x) ->
     def run(*inputs: Tensor) -> Quantized:
         codes, scale, zero_point = quantize_activation(producer(*inputs), spec)
         # Scales of groups as matmuls read them: column by column.
-        return codes, scale.t().contiguous().t() if spec.granularity.size else scale, zero_point
+        return codes, scale.t().contiguous().t() if spec.group else scale, zero_point
 
     return _compiled(run, tuned=False) if given.x.is_cuda else run
 

@@ -185,14 +185,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from fx_quant.tuning import plans as tuning
+    from fx_quant.kernels.cpu import plans as tuning
 
     if arguments.device == "cuda":
         return _tune_gpu(arguments)
     if arguments.show:
         return _show_plans(arguments.json)
     if arguments.reset:
-        path = tuning.reset(tuning.this_machine())
+        path = tuning.PLANS.reset(tuning.this_machine())
         text = "nothing was saved for this machine" if path is None else f"deleted {path}"
         print(json.dumps({"deleted": path and str(path)}) if arguments.json else text)
         return 0
@@ -204,7 +204,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _tune_gpu(arguments: argparse.Namespace) -> int:
-    from fx_quant.kernels.triton.measured import measured, reset, this_gpu
+    from fx_quant.kernels.triton.measured import CONFIGURATIONS, measured, this_gpu
     from fx_quant.kernels.triton.tuner import SHAPES, tune
 
     if not torch.cuda.is_available():
@@ -215,7 +215,7 @@ def _tune_gpu(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2) if arguments.json else tabulate(found.items(), headers=("case", "measured")))
         return 0
     if arguments.reset:
-        path = reset(this_gpu(device))
+        path = CONFIGURATIONS.reset(this_gpu(device))
         text = "nothing was saved for this GPU" if path is None else f"deleted {path}"
         print(json.dumps({"deleted": path and str(path)}) if arguments.json else text)
         return 0
@@ -232,11 +232,11 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _show_plans(as_json: bool) -> int:
-    from fx_quant.tuning import plans as tuning
+    from fx_quant.kernels.cpu import plans as tuning
 
     machine, measured = tuning.this_machine(), tuning.tuned_tables()
     tables = {"any other": tuning.DEFAULT, **tuning.DEFAULTS, **measured}
-    path = str(machine.path()) if measured else None
+    path = str(tuning.PLANS.path(machine)) if measured else None
     if as_json:
         data = {kind: {"measured": kind in measured, "plans": each.to_data()} for kind, each in tables.items()}
         print(json.dumps({"path": path, "kernels": data}, indent=2))

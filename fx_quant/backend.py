@@ -30,6 +30,7 @@ from fx_quant.compat import (
 )
 from fx_quant.config import Options, option_names
 from fx_quant.errors import FxQuantError, MissError, unknown_name
+from fx_quant.kernels.cpu.plans import tuned_tables
 from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import disabled_kernels
@@ -38,7 +39,6 @@ from fx_quant.passes.nodes import tensor
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.report import MissReport, Report
 from fx_quant.target import Target
-from fx_quant.tuning.plans import tuned_tables
 
 log = logging.getLogger("fx_quant")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class FxQuantError(Exception):
@@ -33,6 +33,12 @@ class NoKernelError(FxQuantError, ValueError):
 
 class ToleranceError(FxQuantError, AssertionError):
     """``check()`` found a site whose error is larger than the caller allows."""
+
+
+def must(holds: bool, message: str | Callable[[], str], error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` with ``message``, which is asked for only then where it is a function, unless it ``holds``."""
+    if not holds:
+        raise error(message if isinstance(message, str) else message())
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownNameError:

@@ -17,6 +17,7 @@ class Kind(str, Enum):
     PACKAGE = "package"
     CODES = "codes"
     GRANULARITY = "granularity"
+    SCALE_DTYPE = "scale_dtype"
     ZERO_POINT = "zero_point"
     OUT_DTYPE = "out_dtype"
     BIAS = "bias"

@@ -25,6 +25,7 @@ STORED_DTYPES: frozenset[torch.dtype] = CODE_DTYPES | {torch.int32, torch.int64,
 INT4_DTYPES: frozenset[torch.dtype] = frozenset({torch.int4, torch.uint4})
 HALF_DTYPES: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float16})
 FLOAT_DTYPES: frozenset[torch.dtype] = HALF_DTYPES | {torch.float32}
+SCALE_DTYPES: frozenset[torch.dtype] = FLOAT_DTYPES | FLOAT8_DTYPES | {torch.float8_e8m0fnu}
 
 
 def float8_max(dtype: torch.dtype) -> float:
@@ -36,26 +37,41 @@ def float8_max(dtype: torch.dtype) -> float:
     return 224.0 if dtype is torch.float8_e4m3fnuz else torch.finfo(dtype).max
 
 
+def scale_dtype_of(stored: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a kernel is given scales of dtype ``stored``, None where there are none: float32.
+
+    Those of a byte, float8_e8m0fnu among them, stay as they are: they have no arithmetic, so no kernel widens them.
+    """
+    return torch.float32 if stored is None or stored.itemsize > 1 else stored
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float8_e4m3fn`` -> ``float8_e4m3fn``."""
     return str(dtype).removeprefix("torch.")
 
 
+# In the shape of a block: all of the operand, as in vLLM's ``GroupShape``; and any size, in what a kernel requires.
+WHOLE, ANY = -1, -2
+# How many sizes each kind prints.
+_SIZES = {"per_tensor": 0, "per_token": 0, "per_channel": 0, "per_group": 1, "per_block": 2, "unscaled": 0}
+
+
 @dataclass(frozen=True)
 class Granularity:
-    """Over what one scale is shared.
+    """The shape of the block that shares one scale, of an activation ``[m, k]`` or a weight ``[n, k]``.
 
-    ``PER_TOKEN`` is one scale for each row of the activation ``a[m, k]``; ``PER_CHANNEL`` one for each output column of
-    ``b[k, n]`` (a row of the weight ``[n, k]``); ``per_group(g)`` one for each ``g`` neighbours along k of a row, and
-    ``per_block(r, c)`` one for each ``r`` rows x ``c`` neighbours along k of the weight. ``UNSCALED`` is no scale.
+    ``PER_TENSOR`` is the whole operand; ``PER_TOKEN`` one row of the activation and ``PER_CHANNEL`` one of the weight
+    (a column of ``b[k, n]``); ``per_group(g)`` ``g`` neighbours along k of a row, and ``per_block(r, c)`` ``r`` rows x
+    ``c`` neighbours along k of the weight. ``UNSCALED`` is no scale, which is one scale of 1.
 
     Args:
-        kind: one of the names above, in lower case.
-        size: ``(g,)`` or ``(r, c)``; empty for the other kinds, and for "of any size" in a requirement.
+        kind: one of the names above, in lower case: rows are called tokens in one operand and channels in the other.
+        rows, columns: of the block. ``WHOLE`` is all there are, ``ANY`` a size that a requirement leaves open.
     """
 
     kind: str
-    size: tuple[int, ...] = ()
+    rows: int
+    columns: int
 
     PER_TENSOR: ClassVar[Granularity]
     PER_TOKEN: ClassVar[Granularity]
@@ -67,32 +83,71 @@ class Granularity:
     @classmethod
     def per_group(cls, size: int) -> Granularity:
         """One scale for each ``size`` neighbours along k."""
-        return cls("per_group", (size,))
+        return cls("per_group", 1, size)
 
     @classmethod
     def per_block(cls, rows: int, columns: int) -> Granularity:
         """One scale for each ``rows`` x ``columns`` of the weight ``[n, k]``."""
-        return cls("per_block", (rows, columns))
+        return cls("per_block", rows, columns)
 
     @classmethod
-    def of_block(cls, rows: int, columns: int) -> Granularity:
-        """That of a weight ``[n, k]`` with one scale for ``rows`` x ``columns``: groups are blocks of one row."""
+    def of_block(cls, rows: int, columns: int, *, weight: bool = True) -> Granularity:
+        """That of an operand, a ``weight`` or an activation, with one scale for ``rows`` x ``columns``.
+
+        Groups are blocks of one row.
+        """
+        if columns == WHOLE and rows in (1, WHOLE):
+            return cls.PER_TENSOR if rows == WHOLE else cls.PER_CHANNEL if weight else cls.PER_TOKEN
         return cls.per_group(columns) if rows == 1 else cls.per_block(rows, columns)
 
+    @property
+    def of_weight(self) -> bool:
+        """Whether a weight can have it, of whatever size."""
+        return self.kind in ("per_tensor", "per_channel", "per_group", "per_block")
+
+    @property
+    def of_activation(self) -> bool:
+        """Whether an activation can have it, of whatever size."""
+        return self.kind in ("per_tensor", "per_token", "per_group")
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether each of its sizes is one that a block can have."""
+        return all(isinstance(size, int) and size > 0 for size in self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return (self.rows, self.columns)[2 - _SIZES[self.kind] :]
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """``(rows, columns)`` where scales vary along k; None where whole rows share one."""
+        return None if self.columns == WHOLE else (self.rows, self.columns)
+
+    def block_within(self, rows: int, k: int) -> tuple[int, int]:
+        """Rows and columns of the block in an operand ``[rows, k]``, at least 1: the whole of it in numbers."""
+        return max(rows, 1) if self.rows == WHOLE else self.rows, max(k, 1) if self.columns == WHOLE else self.columns
+
     def covers(self, other: Granularity) -> bool:
-        """Whether a requirement of this granularity is met by ``other``: equal, or of any size of the same kind."""
-        return self.kind == other.kind and self.size in ((), other.size)
+        """Whether a requirement of this granularity is met by ``other``: equal, or of any size of the same kind.
+
+        No scale is the scalar 1, which a kernel with one scale can take.
+        """
+        if self.kind != other.kind and (self, other) != (Granularity.PER_TENSOR, Granularity.UNSCALED):
+            return False
+        return self.rows in (ANY, other.rows) and self.columns in (ANY, other.columns)
 
     def __str__(self) -> str:
-        return f"{self.kind}({', '.join(map(str, self.size))})" if self.size else self.kind
+        sizes = self._sizes
+        return self.kind if not sizes or ANY in sizes else f"{self.kind}({', '.join(map(str, sizes))})"
 
 
-Granularity.PER_TENSOR = Granularity("per_tensor")
-Granularity.PER_TOKEN = Granularity("per_token")
-Granularity.PER_CHANNEL = Granularity("per_channel")
-Granularity.UNSCALED = Granularity("unscaled")
-Granularity.ANY_GROUP = Granularity("per_group")
-Granularity.ANY_BLOCK = Granularity("per_block")
+Granularity.PER_TENSOR = Granularity("per_tensor", WHOLE, WHOLE)
+Granularity.PER_TOKEN = Granularity("per_token", 1, WHOLE)
+Granularity.PER_CHANNEL = Granularity("per_channel", 1, WHOLE)
+Granularity.UNSCALED = Granularity("unscaled", WHOLE, WHOLE)
+Granularity.ANY_GROUP = Granularity.per_group(ANY)
+Granularity.ANY_BLOCK = Granularity.per_block(ANY, ANY)
 
 
 class Numerics(IntEnum):
@@ -121,12 +176,14 @@ class OperandSpec:
         granularity: over what a scale is shared.
         dynamic: the scale is computed from the tensor at run time (activations only).
         symmetric: the codes stand for ``codes * scale``, without a zero point.
+        scale_dtype: the dtype of the scales as the kernel is given them.
     """
 
     dtype: torch.dtype
     granularity: Granularity = Granularity.UNSCALED
     dynamic: bool = False
     symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float32
 
     @property
     def quantized(self) -> bool:
@@ -134,14 +191,46 @@ class OperandSpec:
         return self.dtype not in FLOAT_DTYPES
 
     @property
+    def packed(self) -> bool:
+        """Whether codes have 4 bits, and lie two to a byte along k."""
+        return self.dtype in INT4_DTYPES
+
+    @property
     def codes_per_element(self) -> int:
-        """How many codes one element of the tensor that holds them has: two of 4-bit codes."""
-        return 2 if self.dtype in INT4_DTYPES else 1
+        """How many codes one element of the tensor that holds them has."""
+        return 2 if self.packed else 1
+
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype of the tensor that holds the codes."""
+        return torch.uint8 if self.packed else self.dtype
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Rows and columns of ``[rows, k]`` that share a scale, as the canonical ops take them; None for whole rows."""
+        return self.granularity.block
+
+    @property
+    def group(self) -> int | None:
+        """How many neighbours along k share a scale; None where all do."""
+        return None if self.block is None else self.block[1]
+
+    def scales_along(self, k: int) -> int:
+        """How many scales a row of ``k`` codes has."""
+        return 1 if self.group is None else -(-k // self.group)
+
+    def scale_shape(self, rows: int, k: int) -> tuple[int, ...]:
+        """Shape of the scales of ``[rows, k]``: one of two dims, ``()`` where one scale is for all."""
+        if self.granularity.rows == WHOLE:
+            return ()
+        return -(-rows // self.granularity.rows), self.scales_along(k)
 
     def __str__(self) -> str:
         if not self.quantized:
             return dtype_name(self.dtype)
-        return f"{dtype_name(self.dtype)} {self.granularity}{'' if self.symmetric else ' asymmetric'}"
+        asymmetric = "" if self.symmetric else " asymmetric"
+        scales = "" if self.scale_dtype is torch.float32 else f" {dtype_name(self.scale_dtype)} scales"
+        return f"{dtype_name(self.dtype)} {self.granularity}{asymmetric}{scales}"
 
 
 @dataclass(frozen=True)
@@ -178,25 +267,26 @@ class Scheme:
 
 _EXAMPLE = "for example 'int8 per_token (dynamic) x int8 per_channel'"
 _OPERAND = re.compile(
-    r"(?P<dtype>\w+)(?: (?P<kind>per_\w+|unscaled)(?:\((?P<size>[\d, ]+)\))?)?(?P<asymmetric> asymmetric)?"
-    r"(?: \((?P<when>dynamic|static)\))?"
+    r"(?P<dtype>\w+)(?: (?P<kind>per_\w+|unscaled)(?:\((?P<sizes>[\d, ]+)\))?)?(?P<asymmetric> asymmetric)?"
+    r"(?: (?P<scale_dtype>\w+) scales)?(?: \((?P<when>dynamic|static)\))?"
 )
 
 
 def _parse_operand(part: str, text: str, *, dynamic: bool) -> OperandSpec:
-    found = _OPERAND.fullmatch(part.strip())
-    dtype = None if found is None else getattr(torch, found["dtype"], None)
-    if found is None or dtype not in CODE_DTYPES | INT4_DTYPES | FLOAT_DTYPES:
+    words = _OPERAND.fullmatch(part.strip())
+    dtype = words and getattr(torch, words["dtype"], None)
+    scale_dtype = words and getattr(torch, words["scale_dtype"] or "float32", None)
+    if words is None or dtype not in CODE_DTYPES | INT4_DTYPES | FLOAT_DTYPES or scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"cannot read {part.strip()!r} in the scheme {text!r}; {_EXAMPLE}")
-    kind, size = found["kind"] or "unscaled", found["size"]
-    sizes = {"per_group": 1, "per_block": 2}.get(kind, 0)
-    granularity = Granularity(kind, tuple(map(int, size.split(","))) if size else ())
-    if kind not in _KINDS or len(granularity.size) != sizes:
+    granularity = _parse_granularity(words["kind"] or "unscaled", words["sizes"], text)
+    is_dynamic = dynamic and dtype not in FLOAT_DTYPES and words["when"] != "static"
+    return OperandSpec(dtype, granularity, is_dynamic, not words["asymmetric"], scale_dtype)
+
+
+def _parse_granularity(kind: str, sizes: str | None, text: str) -> Granularity:
+    numbers = tuple(map(int, sizes.split(","))) if sizes else ()
+    if _SIZES.get(kind) != len(numbers):
         raise ValueError(
-            f"a granularity must be one of {', '.join(_KINDS)}, got {kind}{f'({size})' if size else ''} in {text!r}"
+            f"a granularity must be one of {', '.join(_SIZES)}, got {kind}{f'({sizes})' if sizes else ''} in {text!r}"
         )
-    is_dynamic = dynamic and dtype not in FLOAT_DTYPES and found["when"] != "static"
-    return OperandSpec(dtype, granularity, dynamic=is_dynamic, symmetric=not found["asymmetric"])
-
-
-_KINDS = ("per_tensor", "per_token", "per_channel", "per_group", "per_block", "unscaled")
+    return getattr(Granularity, kind)(*numbers) if numbers else getattr(Granularity, kind.upper())

@@ -21,8 +21,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from fx_quant.kernels.triton.architectures import Architecture, architecture
-from fx_quant.kernels.triton.cross_compile import Compiled, compile_launch
 from fx_quant.kernels.triton.launch import Launch
+from tests.cross_compile import Compiled, compile_launch
 from tests.gpu_shipped import shipped
 
 GOLDENS = Path(__file__).parent / "goldens" / "gpu"

@@ -459,6 +459,11 @@ def roundings(
     magnitude = interpreter.magnitudes[site.root.name]
     dtypes = _rounded_to(site, proven.before)
     epsilon, tiny = max(torch.finfo(each).eps for each in dtypes), max(TINY[each] for each in dtypes)
+    if torch.float16 in dtypes:
+        # An operand below the least normal number loses half a step, times what it is multiplied by.
+        gemm = next(node for node in proven.before.nodes if node.name == site.gemm.name)
+        operands = [interpreter.magnitudes[node.name] for node in gemm.all_input_nodes]
+        tiny += 2.0**-25 * site.problem.k * max((x.abs().max().item() for x in operands if x.numel()), default=0.0)
     allowed = (ROUNDINGS * epsilon / 2 + site.problem.k * 2.0**-24) * magnitude + tiny
     if product.numerics is Numerics.EXACT:
         allowed = torch.zeros_like(allowed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,13 +38,12 @@ def over(x: Tensor, granularity: Granularity, reduce) -> Tensor:
         return reduce(x.flatten(), -1)
     if granularity == TOKEN:
         return reduce(x, -1).unsqueeze(-1)
-    (size,) = granularity.size
-    return torch.stack([reduce(part, -1) for part in x.split(size, 1)], 1)
+    return torch.stack([reduce(part, -1) for part in x.split(granularity.columns, 1)], 1)
 
 
 def spread(scale: Tensor, granularity: Granularity, k: int) -> Tensor:
     """The scale of each code."""
-    return scale.repeat_interleave(granularity.size[0], 1)[:, :k] if granularity.size else scale
+    return scale.repeat_interleave(granularity.columns, 1)[:, :k] if granularity.block else scale
 
 
 def amax(x: Tensor, dim: int) -> Tensor:
@@ -287,7 +288,8 @@ X, ONE, ZERO = torch.randn(2, 32), torch.tensor(1.0), torch.tensor(0)
         (X, OperandSpec(torch.float32), {}, "must be quantized to int8 or float8, got float32"),
         (X, dynamic(E4M3, symmetric=False), {}, "an asymmetric activation must be int8"),
         (X, dynamic(granularity=GROUP), {}, r"must be float8 per_group\(g\)"),
-        (X, dynamic(E4M3, Granularity("per_group")), {}, r"must be float8 per_group\(g\)"),
+        (X, dynamic(E4M3, Granularity.ANY_GROUP), {}, r"must be float8 per_group\(g\)"),
+        (X, replace(dynamic(E4M3, GROUP), scale_dtype=torch.float8_e8m0fnu), {}, r"must have float32 scales, got"),
         (X, dynamic(granularity=Granularity.PER_CHANNEL), {}, "must be per_tensor, per_token or per_group"),
         (X, OperandSpec(torch.int8, TOKEN), {"scale": ONE}, "a static activation must be per_tensor, got int8 per_tok"),
     ],

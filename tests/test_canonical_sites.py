@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graphs import rewrite, trace
 from tolerances import assert_within
 from torch import Tensor, nn
 
@@ -82,6 +83,19 @@ def test_it_is_what_the_canonical_op_says(build):
     compiled = torch.compile(model, backend="fx_quant")
     with torch.no_grad():
         assert_within(compiled(x), model(x), Numerics.REASSOCIATED)
+
+
+def test_scales_of_a_byte_that_no_kernel_reads_are_a_miss_and_the_op_decodes_them():
+    a, w = torch.randn(M, 64).to(torch.float8_e4m3fn), torch.randn(N, 64).to(torch.float8_e4m3fn)
+    a_scale, b_scale = torch.rand(M, 2) + 0.5, (torch.rand(N, 2) + 0.5).to(torch.float8_e8m0fnu)
+
+    def product(a: Tensor, w: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+        return fxq.scaled_mm(a, w.t(), a_scale, b_scale, None, torch.float32, block=[1, 32])
+
+    assert torch.equal(product(a, w, a_scale, b_scale), product(a, w, a_scale, b_scale.float()))
+    state = rewrite(trace(product, a, w, a_scale, b_scale))
+    (miss,) = state.misses
+    assert not state.rows and "takes scales of float32, got float8_e8m0fnu" in miss.rule
 
 
 def test_check_takes_a_canonical_op_for_its_own_source():

@@ -320,11 +320,9 @@ class Reference(nn.Module):
 
 
 def decoded(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: OperandSpec) -> Tensor:
-    kind, size = spec.granularity.kind, spec.granularity.size
-    block = {"per_group": (1, *size), "per_block": size}.get(kind)
     points = torch.zeros_like(scale) if zero_point is None else zero_point
-    if block is not None:
-        scale, points = (repeat_blocks(x, block, codes.shape) for x in (scale, points))
+    if spec.block is not None:
+        scale, points = (repeat_blocks(x, spec.block, codes.shape) for x in (scale, points))
     elif scale.numel() == 1:
         scale, points = scale.reshape(()), points.reshape(())
     return (codes.double() - points.double()) * scale.double()

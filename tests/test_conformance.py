@@ -19,7 +19,6 @@ from fx_quant.kernels.layouts import clear_packed_weights
 from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.registry import Kernel, kernels
 from fx_quant.kernels.select import select
-from fx_quant.layers.linear import scale_shape, weight_block
 from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.ops import dequantize_weight
 from fx_quant.problem import Problem, SizeRange
@@ -84,7 +83,7 @@ def activation_codes(spec: OperandSpec, m: int, k: int) -> Tensor:
 
 
 def activation_scale(scheme: Scheme, m: int, k: int) -> Tensor | None:
-    spec, block = scheme.activation, weight_block(scheme)
+    spec, block = scheme.activation, scheme.weight.block
     if not spec.quantized:
         return None
     if block is not None:
@@ -98,8 +97,8 @@ def operands(asked: Problem, m: int) -> dict[str, Tensor | None]:
     codes, zero_point = weight.codes, weight.zero_point
     if scheme.weight.dtype in INT4_DTYPES:
         codes, zero_point = pack_int4(codes), None if zero_point is None else zero_point - 8
-    flat = weight_block(scheme) is None
-    assert weight.scale.shape == scale_shape(scheme.weight, asked.n, asked.k)
+    flat = scheme.weight.block is None
+    assert weight.scale.shape == scheme.weight.scale_shape(asked.n, asked.k)
     return {
         "a": activation_codes(scheme.activation, m, asked.k),
         "weight": codes,
@@ -117,7 +116,7 @@ def _zero_points(spec: OperandSpec, m: int) -> Tensor:
 
 
 def reference(asked: Problem, given: dict[str, Tensor | None]) -> Tensor:
-    a, weight, block = given["a"], given["weight"], weight_block(asked.scheme)
+    a, weight, block = given["a"], given["weight"], asked.scheme.weight.block
     if asked.scheme.weight_only:
         return fxq.weight_only_mm(
             a, weight.t(), given["b_scale"], given["b_zero_point"], given["bias"], asked.out_dtype, block=block
@@ -138,7 +137,7 @@ def largest_term(asked: Problem, given: dict[str, Tensor | None]) -> float:
     """The largest term of the float sums that make a result: its bias, and the products of a float activation."""
     terms = [0.0 if given["bias"] is None else given["bias"].float().abs().max().item()]
     if asked.scheme.weight_only and given["a"].numel():
-        factors = (given["b_scale"], given["b_zero_point"], weight_block(asked.scheme))
+        factors = (given["b_scale"], given["b_zero_point"], asked.scheme.weight.block)
         weight = dequantize_weight(given["weight"].t(), asked.k, *factors)
         terms.append((given["a"].float().abs().max() * weight.abs().max()).item())
     return max(terms)
@@ -160,7 +159,7 @@ def test_a_kernel_is_the_canonical_op_on_all_that_it_accepts(kernel):
         given = operands(asked, m)
         selection = select(asked, HERE, force_kernel=kernel.name, mode="eager")
         there = {name: None if x is None else x.to(DEVICE) for name, x in given.items()}
-        out = run_kernel(selection, block=weight_block(asked.scheme), **there)
+        out = run_kernel(selection, block=asked.scheme.weight.block, **there)
         try:
             assert_within(out.cpu(), reference(asked, given), kernel.numerics, largest_term(asked, given))
         except AssertionError as error:

@@ -16,9 +16,9 @@ from torch import Tensor
 from fx_quant import compat
 from fx_quant.kernels.cpu import native
 from fx_quant.kernels.cpu.int8_kernels import LEVELS
+from fx_quant.kernels.cpu.plans import default_table
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.kernels.registry import INT8_MAX_K
-from fx_quant.tuning.plans import default_table
 
 HERE = [level for level in LEVELS if level.dot.exists_here()]
 every_level = pytest.mark.parametrize("dot", [pytest.param(level.dot, id=level.kernel) for level in HERE])
@@ -149,7 +149,7 @@ from torch._inductor.utils import run_and_get_code
 from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.lowerings import cpu_template
-from fx_quant.tuning.plans import DEFAULT
+from fx_quant.kernels.cpu.plans import DEFAULT
 
 # Two blocks of rows go over k in three parts.
 cpu_template.table = lambda kind: DEFAULT.replaced(7, chunk_k=64)

@@ -116,6 +116,17 @@ def straight_through(x: Tensor) -> Tensor:
 
 FORMS = {
     "mv": Form(lambda x, w, s: torch.mv(decoded(w, s), x), (floats(K), W, S), "without a matmul"),
+    "mv_of_int8": Form(
+        lambda x, w, s: torch.mv(decoded(w, s), x.round().to(INT8).float()), (floats(K), W, S), "without a matmul"
+    ),
+    "mv_of_fake_quantized": Form(
+        lambda x, w: torch.mv(w.float(), x.round().clamp(-8, 7)), (floats(K), W), "without a matmul"
+    ),
+    "mv_of_uint8_scaled_by_the_call": Form(
+        lambda x, w: torch.mv(w.float() * x.amax(), x.to(UINT8).float()),
+        (floats(K).abs(), ints(N, K, dtype=UINT8)),
+        "without a matmul",
+    ),
     "addmv": Form(
         lambda x, w, s, b: torch.addmv(b, decoded(w, s), x), (floats(K), W, S, floats(N)), "without a matmul"
     ),

@@ -15,7 +15,6 @@ from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.layouts import clear_packed_weights, layouts
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import select
-from fx_quant.layers.linear import weight_block
 from fx_quant.scheme import INT4_DTYPES, Numerics
 
 fxq = torch.ops.fx_quant
@@ -41,7 +40,7 @@ def test_a_kernel_multiplies_what_is_empty(kernel, sizes):
         given = operands(asked, m)
         selection = select(asked, HERE, force_kernel=kernel.name, mode="eager")
         there = {name: None if x is None else x.to(DEVICE) for name, x in given.items()}
-        found = run_kernel(selection, block=weight_block(scheme), **there)
+        found = run_kernel(selection, block=scheme.weight.block, **there)
         assert_within(found.cpu(), reference(asked, given), Numerics.SAME_ACCUM)
 
 

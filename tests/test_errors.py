@@ -10,8 +10,12 @@ from fx_quant.errors import (
     NoKernelError,
     ToleranceError,
     UnknownNameError,
+    must,
     unknown_name,
 )
+from fx_quant.loading.adapters.base import NotSwappableError
+from fx_quant.loading.checkpoint_values import CheckpointError
+from fx_quant.weights import WeightError
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,11 @@ def test_an_error_is_also_the_builtin_that_callers_expect(error, builtin):
 @pytest.mark.parametrize("error", [UnknownNameError, MissError, NoKernelError, ToleranceError])
 def test_every_error_can_be_caught_as_one(error):
     assert issubclass(error, FxQuantError)
+
+
+@pytest.mark.parametrize("message", ["x must be 1, got 2", lambda: "x must be 1, got 2"], ids=["text", "function"])
+@pytest.mark.parametrize("error", [ValueError, CheckpointError, WeightError, NotSwappableError])
+def test_what_must_hold_raises_the_error_that_is_asked_for(error, message):
+    must(True, lambda: pytest.fail("asked for a message that nobody reads"), error)
+    with pytest.raises(error, match="^x must be 1, got 2$"):
+        must(False, message, error)

@@ -15,24 +15,23 @@ from triton_interpreter import needs_triton
 from fx_quant.__main__ import main
 from fx_quant.diagnose.gpu_linears import default_scheme, dispatch, linears
 from fx_quant.errors import FxQuantError
-from fx_quant.kernels.triton import measured as saved
 from fx_quant.kernels.triton.architectures import architecture
 from fx_quant.kernels.triton.choose import Case, candidates, case_of, configurations, ranked, rows_up_to
 from fx_quant.kernels.triton.launch import Configuration
-from fx_quant.kernels.triton.measured import Gpu, load, reset, save
+from fx_quant.kernels.triton.measured import CONFIGURATIONS, Gpu, measured
 from fx_quant.kernels.triton.operands import scaled_operands
 from fx_quant.kernels.triton.scaled_mm import FORMS, plan_scaled_mm
 from fx_quant.kernels.triton.tuner import (
     Asked,
-    Report,
+    GpuReport,
     decide,
-    decide_all,
     is_right,
     random_operands,
     tune,
     weights_in_turn,
 )
 from fx_quant.target import named_target
+from fx_quant.tuning.search import Budget, decide_all
 
 E4M3, BF16, I8 = torch.float8_e4m3fn, torch.bfloat16, torch.int8
 H100 = architecture("sm90")
@@ -124,32 +123,32 @@ FOUND = {"int8": Configuration("swapped", 16, 64, 256, 4, 4, split_k=3), "x": Co
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FX_QUANT_CACHE_DIR", str(tmp_path))
-    saved.forget()
+    CONFIGURATIONS.forget()
     yield tmp_path
-    saved.forget()
+    CONFIGURATIONS.forget()
 
 
 def test_what_is_saved_is_loaded_again(folder):
-    assert load(GPU) == {}
-    path = save(FOUND, GPU)
+    assert CONFIGURATIONS.load(GPU) == {}
+    path = CONFIGURATIONS.save(FOUND, GPU)
     assert path.parent == folder
-    assert load(GPU) == FOUND
-    assert reset(GPU) == path
-    assert load(GPU) == {} and reset(GPU) is None
+    assert CONFIGURATIONS.load(GPU) == FOUND
+    assert CONFIGURATIONS.reset(GPU) == path
+    assert CONFIGURATIONS.load(GPU) == {} and CONFIGURATIONS.reset(GPU) is None
 
 
 def test_other_drivers_have_files_of_their_own_and_other_sources_are_stale(folder):
-    save(FOUND, GPU)
-    assert load(replace(GPU, driver=13010)) == {}
+    CONFIGURATIONS.save(FOUND, GPU)
+    assert CONFIGURATIONS.load(replace(GPU, driver=13010)) == {}
     with pytest.warns(UserWarning, match="measured with other sources of Triton kernels"):
-        assert load(replace(GPU, sources="other")) == {}
+        assert CONFIGURATIONS.load(replace(GPU, sources="other")) == {}
 
 
 def test_a_file_of_another_form_is_said_and_ignored(folder):
-    path = save(FOUND, GPU)
+    path = CONFIGURATIONS.save(FOUND, GPU)
     path.write_text(json.dumps({**json.loads(path.read_text()), "tables": {"int8": {"form": "swapped"}}}))
     with pytest.warns(UserWarning, match=r"tune --device cuda --reset"):
-        assert load(GPU) == {}
+        assert CONFIGURATIONS.load(GPU) == {}
 
 
 # --- the tuner ----------------------------------------------------------------------------------------------------
@@ -158,7 +157,7 @@ def test_a_file_of_another_form_is_said_and_ignored(folder):
 def times(**seconds: float):
     """A clockwork ``measure``: so many microseconds by form and block, 10 for any other."""
 
-    def measure(operands, found, on):
+    def measure(operands, found, architecture):
         return [seconds.get(f"m{each.block_m}n{each.block_n}", 10.0) * 1e-6 for each in found]
 
     return measure
@@ -196,7 +195,7 @@ def test_what_computes_something_else_is_never_chosen(monkeypatch):
     decision = decide([operands(4096, 4096, 4096)], H100, times(m64n128=1.0))
     assert decision.chosen.block_m != 64
     assert {each.block_m for each in decision.wrong} == {64}
-    assert "wrong, and never used" in str(Report((decision,), (), 1.0, None))
+    assert "wrong, and never used" in str(GpuReport((decision,), (), 1.0, None))
     monkeypatch.setattr("fx_quant.kernels.triton.tuner.is_right", lambda *_: False)
     with pytest.raises(FxQuantError, match="no configuration computes what the canonical op does"):
         decide([operands(4096, 4096, 4096)], H100, times())
@@ -206,10 +205,10 @@ def test_what_computes_something_else_is_never_chosen(monkeypatch):
 def test_the_budget_ends_between_cases(always_right):
     asked = [Asked("int8", m, 512, 512) for m in (16, 64, 256)]
     clock = iter([0.0, 1.0, 4.0, 9.0])
-    make = lambda each: iter([operands(each.m, each.n, each.k)])  # noqa: E731
-    found = list(decide_all(asked, H100, make, times(), 5.0, lambda: next(clock)))
+    decided = lambda case: decide([operands(case.m, case.n, case.k)], H100, times())  # noqa: E731
+    found = list(decide_all(asked, decided, Budget(5.0, lambda: next(clock))))
     assert len(found) == 2
-    text = str(Report(tuple(found), tuple(asked[2:]), 9.0, None))
+    text = str(GpuReport(tuple(found), tuple(asked[2:]), 9.0, None))
     assert "2 cases in 9.0 s" in text and "not reached within the budget, so as before: 1 cases" in text
 
 
@@ -256,7 +255,7 @@ def test_the_tuner_on_the_gpu(folder):
     assert len(report.decisions) == 2 and report.path is not None
     assert not any(each.wrong for each in report.decisions)
     device = torch.device("cuda", torch.cuda.current_device())
-    assert set(saved.measured(device)) == {each.case for each in report.decisions}
+    assert set(measured(device)) == {each.case for each in report.decisions}
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 from triton_interpreter import needs_triton
 
 from fx_quant.kernels.triton.architectures import architecture
-from fx_quant.kernels.triton.cross_compile import Compiled
 from fx_quant.kernels.triton.launch import Configuration, Launch
+from tests.cross_compile import Compiled
 from tests.gpu_gates import TARGETS, broken_gates, gated, golden
 from tests.gpu_shipped import shipped
 

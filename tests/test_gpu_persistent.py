@@ -12,12 +12,12 @@ from torch import Tensor
 from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 from fx_quant.kernels.triton.architectures import architecture, architecture_of
-from fx_quant.kernels.triton.cross_compile import compile_launch
 from fx_quant.kernels.triton.launch import Configuration
 from fx_quant.kernels.triton.operands import ScaledOperands, scaled_operands
 from fx_quant.kernels.triton.persistent import CONFIGURATIONS, plan_scaled_mm, unfit
 from fx_quant.kernels.triton.scaled_mm import FORMS
 from fx_quant.scheme import Numerics
+from tests.cross_compile import compile_launch
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int8

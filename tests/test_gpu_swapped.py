@@ -16,13 +16,13 @@ from triton_interpreter import call, compiler_is_real, every_variant, needs_trit
 
 from fx_quant.kernels.triton import semaphores, swapped
 from fx_quant.kernels.triton.architectures import Architecture, architecture
-from fx_quant.kernels.triton.cross_compile import Compiled, compile_launch
 from fx_quant.kernels.triton.launch import Configuration, Launch
 from fx_quant.kernels.triton.operands import scaled_operands
 from fx_quant.kernels.triton.scaled_mm import plan_scaled_mm
 from fx_quant.kernels.triton.semaphores import _OF_A_STREAM, _Reserve
 from fx_quant.kernels.triton.swapped import CONFIGURATIONS, configuration, split_for, unfit_split
 from fx_quant.scheme import Numerics
+from tests.cross_compile import Compiled, compile_launch
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32

@@ -15,7 +15,6 @@ import fx_quant.kernels.triton.weight_only_kernels  # noqa: F401  (registers the
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.kernels.registry import kernel
 from fx_quant.kernels.triton.architectures import architecture
-from fx_quant.kernels.triton.cross_compile import compile_launch
 from fx_quant.kernels.triton.launch import Configuration
 from fx_quant.kernels.triton.packed_codes import PACKED_CODES, PackedCodes
 from fx_quant.kernels.triton.weight_only import (
@@ -28,6 +27,7 @@ from fx_quant.kernels.triton.weight_only import (
     unfit,
 )
 from fx_quant.scheme import Numerics
+from tests.cross_compile import compile_launch
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32
@@ -275,8 +275,7 @@ def test_groups_that_blocks_do_not_hold_are_declined():
 def test_what_kernels_require_is_what_fits(name):
     requires, codes = kernel(name).requires, PACKED_CODES[kernel(name).layout.removeprefix("triton_")]
     for _, granularity in requires.granularities:
-        rows_and_columns = (1, *granularity.size)[-2:] if granularity.size else None
-        assert unfit(planned(codes.name, 16, rows_and_columns), small(codes.name), SM90) is None
+        assert unfit(planned(codes.name, 16, granularity.block), small(codes.name), SM90) is None
 
 
 def test_a_sum_is_split_where_tiles_are_few():

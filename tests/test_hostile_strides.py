@@ -25,7 +25,6 @@ from torch import Tensor
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.layouts import clear_packed_weights
 from fx_quant.kernels.select import select
-from fx_quant.layers.linear import weight_block
 from fx_quant.scheme import INT4_DTYPES
 
 
@@ -94,7 +93,7 @@ def test_a_kernel_computes_what_its_operands_hold(kernel, layout):
         clear_packed_weights()
         selection = select(asked, HERE, force_kernel=kernel.name, mode="eager")
         there = {name: None if x is None else x.to(DEVICE) for name, x in hostile.items()}
-        found = run_kernel(selection, block=weight_block(scheme), **there)
+        found = run_kernel(selection, block=scheme.weight.block, **there)
         try:
             assert_within(found.cpu(), reference(asked, plain), kernel.numerics, largest_term(asked, plain))
         except AssertionError as error:

@@ -21,7 +21,7 @@ ADAPTERS = [
     for path in sorted((PACKAGE / "loading" / "adapters").glob("*.py"))
     if path.stem not in ("__init__", "base")
 ]
-LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons", "tuning.measurements", "tuning.plans")
+LEAVES = ("config", "errors", "scheme", "target", "problem", "reasons", "tuning.saved", "kernels.cpu.plans")
 # Private Inductor API changes with every release: these rooms hold all of it.
 MAY_USE_INDUCTOR = ("fx_quant.lowerings", "fx_quant.backend", "fx_quant.compat")
 SAYS_NOTHING = {"utils", "common", "helpers", "misc", "manager"}

@@ -20,7 +20,6 @@ import fx_quant
 from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
 from fx_quant.layers.activation import quantize_activation
 from fx_quant.layers.linear import QuantizedLinear, apply_linear
-from fx_quant.layers.linear_operands import weight_block
 from fx_quant.layers.quantize_model import LeftWeight, quantize_
 from fx_quant.scheme import (
     CODE_DTYPES,
@@ -93,7 +92,7 @@ def spread(values: Tensor, block: tuple[int, int] | None, shape) -> Tensor:
 
 def decoded_weight(layer: QuantizedLinear) -> Tensor:
     """The weight ``[n, k]`` in float64, from the buffers alone."""
-    spec, block = layer.scheme.weight, weight_block(layer.scheme)
+    spec, block = layer.scheme.weight, layer.scheme.weight.block
     codes = unpack_int4(layer.weight, spec.dtype) if spec.dtype in INT4_DTYPES else layer.weight
     codes = codes.double()
     if layer.weight_zero_point is not None:
@@ -108,8 +107,8 @@ def decoded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
     spec = layer.scheme.activation
     codes, scale, zero_point = quantize_activation(x, spec, layer.input_scale, layer.input_zero_point)
     centred = codes.double() - (0 if zero_point is None else zero_point)
-    groups = spec.granularity.size
-    return centred * (scale.double().repeat_interleave(groups[0], 1)[:, : x.shape[1]] if groups else scale.double())
+    group = spec.group
+    return centred * (scale.double().repeat_interleave(group, 1)[:, : x.shape[1]] if group else scale.double())
 
 
 def assert_right(layer: QuantizedLinear, x: Tensor, out: Tensor) -> None:
@@ -476,6 +475,17 @@ def test_no_kernel_says_every_reason(monkeypatch):
     monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", "cpu,pytorch")
     with pytest.raises(NoKernelError, match=r"no kernel can run int8 per_token.*on x86.*pytorch_int_mm: is disabled"):
         build(INT8[0])(torch.randn(4, K))
+
+
+def test_scales_are_kept_in_the_dtype_that_the_scheme_says():
+    scheme = Scheme.parse("bfloat16 x float8_e4m3fn per_group(32) float8_e8m0fnu scales")
+    scale = torch.tensor([[0.5, 2.0]] * N).to(torch.float8_e8m0fnu)
+    layer = QuantizedLinear(scheme, torch.randn(N, K).to(E4M3), scale)
+    assert layer.weight_scale.dtype is torch.float8_e8m0fnu
+    with pytest.raises(NoKernelError, match="takes scales of float32, got float8_e8m0fnu"):
+        layer(torch.randn(3, K))
+    with pytest.raises(ValueError, match=r"weight_scale of .* must be float8_e8m0fnu, got float32 \[40, 2\]"):
+        QuantizedLinear(scheme, layer.weight, scale.float())
 
 
 # --- compiled -----------------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels.cpu import candidates
+from fx_quant.kernels.cpu import plans as tuning
+from fx_quant.kernels.cpu.plans import DEFAULT
 from fx_quant.kernels.triton import measured
 from fx_quant.kernels.triton.launch import Configuration
 from fx_quant.kernels.triton.measured import Gpu
 from fx_quant.target import named_target
-from fx_quant.tuning import measurements
-from fx_quant.tuning import plans as tuning
-from fx_quant.tuning.plans import DEFAULT
+from fx_quant.tuning import saved as measurements
 
 GPU = Gpu("NVIDIA H100", 13000, "2.11.0", "3.6.0", "abc")
 needs_fifo = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
@@ -42,20 +42,20 @@ def _nothing_waits() -> Iterator[None]:
     def late(*_: object) -> None:
         raise TimeoutError("something waits")
 
-    tuning.forget()
+    tuning.PLANS.forget()
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, 240)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
-    tuning.forget()
+    tuning.PLANS.forget()
 
 
 def reads() -> tuple[list[object], list[str]]:
     """What is in force for plans and configurations, and the warnings that said so."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = [tuning.table("another"), tuning.table("another"), dict(measured.load(GPU))]
+        found = [tuning.table("another"), tuning.table("another"), dict(measured.CONFIGURATIONS.load(GPU))]
     return found, [str(each.message) for each in caught]
 
 
@@ -100,7 +100,7 @@ def test_a_folder_that_is_none_means_the_defaults_and_one_warning(name, below, t
     assert found == [DEFAULT, DEFAULT, {}]
     assert len(set(said)) == 1 and len(said) == 2  # one of plans and one of configurations, in the same words
     assert why.format(at=at) in said[0] and "set FX_QUANT_CACHE_DIR to a folder" in said[0] and "\n" not in said[0]
-    for write in (tuning.check_writable, lambda machine: tuning.save({}, machine)):
+    for write in (tuning.PLANS.check_writable, lambda machine: tuning.PLANS.save({}, machine)):
         with pytest.raises(FxQuantError, match="plans must be written to .* set FX_QUANT_CACHE_DIR") as error:
             write(tuning.this_machine())
         assert "\n" not in str(error.value)
@@ -125,7 +125,7 @@ def test_a_name_that_is_no_folder_means_the_defaults_and_one_warning(name, varia
     assert found == [DEFAULT, DEFAULT, {}]
     assert len(set(said)) == 1 and "set FX_QUANT_CACHE_DIR to a folder" in said[0]
     assert len(said[0]) < 1000
-    for write in (tuning.check_writable, lambda machine: tuning.save({}, machine), tuning.reset):
+    for write in (tuning.PLANS.check_writable, lambda machine: tuning.PLANS.save({}, machine), tuning.PLANS.reset):
         with pytest.raises(FxQuantError):
             write(tuning.this_machine())
 
@@ -134,7 +134,7 @@ def test_a_name_with_a_null_in_it_means_the_defaults_and_one_warning(monkeypatch
     monkeypatch.setattr(measurements, "cache_folder", lambda: Path("/a\0b"))
     found, said = reads()
     assert found == [DEFAULT, DEFAULT, {}] and len(set(said)) == 1
-    for write in (tuning.check_writable, lambda machine: tuning.save({}, machine), tuning.reset):
+    for write in (tuning.PLANS.check_writable, lambda machine: tuning.PLANS.save({}, machine), tuning.PLANS.reset):
         with pytest.raises(FxQuantError):
             write(tuning.this_machine())
 
@@ -146,7 +146,7 @@ def test_a_folder_that_is_not_there_yet_is_no_reason_to_warn(given, tmp_path, mo
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert reads() == ([DEFAULT, DEFAULT, {}], [])
-    tuning.check_writable(tuning.this_machine())
+    tuning.PLANS.check_writable(tuning.this_machine())
 
 
 def test_a_working_folder_that_is_gone_is_no_reason_to_warn(tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_working_folder_that_is_gone_is_no_reason_to_warn(tmp_path, monkeypatc
     monkeypatch.setenv("FX_QUANT_CACHE_DIR", "cache")
     assert reads() == ([DEFAULT, DEFAULT, {}], [])
     with pytest.raises(FxQuantError, match="plans must be written to cache, which failed: No such file or directory"):
-        tuning.save({}, tuning.this_machine())
+        tuning.PLANS.save({}, tuning.this_machine())
 
 
 # Another user's: after these imports, since this user may not be able to read any.
@@ -164,7 +164,7 @@ AS_NOBODY = """
 import json, os, resource, sys, warnings
 from pathlib import Path
 import torch, fx_quant
-from fx_quant.tuning import plans as tuning
+from fx_quant.kernels.cpu import plans as tuning
 from fx_quant.backend import RewritePass
 from fx_quant.config import Options
 from fx_quant.errors import FxQuantError
@@ -181,11 +181,11 @@ model = Two()
 fx_quant.quantize_(model, "int8 per_token (dynamic) x int8 per_channel")
 text = str(fx_quant.explain(model, torch.randn(4, 64)))  # imports what is imported late
 RewritePass(Options(), detect_target()).uuid()
-file = tuning.this_machine().path().name
-tuning.save({}, tuning.this_machine())
+file = tuning.PLANS.path(tuning.this_machine()).name
+tuning.PLANS.save({}, tuning.this_machine())
 os.environ["FX_QUANT_CACHE_DIR"] = str(base / "unreadable file")
-tuning.save({}, tuning.this_machine())
-tuning.this_machine().path().chmod(0)
+tuning.PLANS.save({}, tuning.this_machine())
+tuning.PLANS.path(tuning.this_machine()).chmod(0)
 for name, mode in (("unreadable", 0o000), ("not writable", 0o555), ("not searchable", 0o600)):
     (base / name).mkdir()
     (base / name).chmod(mode)
@@ -202,14 +202,14 @@ for name in (None, "unreadable", "not writable", "not searchable", "unreadable f
     if name is not None:
         os.environ["FX_QUANT_CACHE_DIR"] = str(base / ("good" if name == "full" else name))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 if name == "full" else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    tuning.forget()
+    tuning.PLANS.forget()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         table = tuning.table("another")
         RewritePass(Options(), detect_target()).uuid()
         same = str(fx_quant.explain(model, torch.randn(4, 64))) == text
     try:
-        saved = "saved to " + str(tuning.save({}, tuning.this_machine()).parent.name)
+        saved = "saved to " + str(tuning.PLANS.save({}, tuning.this_machine()).parent.name)
     except FxQuantError as error:
         saved = str(error)
     found[str(name)] = [table == tuning.DEFAULT, same, [str(each.message) for each in caught], saved]
@@ -296,7 +296,7 @@ CONTENTS: Mapping[str, Callable[[], str]] = {
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_file_of_anything_means_the_defaults_and_one_warning(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FX_QUANT_CACHE_DIR", str(tmp_path))
-    tuning.this_machine().path().write_text(CONTENTS[name]())
+    tuning.PLANS.path(tuning.this_machine()).write_text(CONTENTS[name]())
     found, said = reads()
     assert found == [DEFAULT, DEFAULT, {}]
     assert len(said) == 1 and "\n" not in said[0] and len(said[0]) < 1000
@@ -317,7 +317,7 @@ FILES: Mapping[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_none_means_the_defaults_and_one_warning(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FX_QUANT_CACHE_DIR", str(tmp_path))
-    FILES[name](tuning.this_machine().path())
+    FILES[name](tuning.PLANS.path(tuning.this_machine()))
     found, said = reads()
     assert found == [DEFAULT, DEFAULT, {}]
     assert len(said) == 1 and "the defaults used, because" in said[0]
@@ -348,12 +348,12 @@ def test_a_file_that_is_none_means_the_defaults_and_one_warning(name, tmp_path, 
 )
 def test_a_configuration_that_no_kernel_can_take_is_ignored_with_one_warning(changes, tmp_path, monkeypatch):
     monkeypatch.setenv("FX_QUANT_CACHE_DIR", str(tmp_path))
-    path = measured.save({"int8": Configuration("swapped", 16, 64, 256, 4, 4, split_k=3)}, GPU)
+    path = measured.CONFIGURATIONS.save({"int8": Configuration("swapped", 16, 64, 256, 4, 4, split_k=3)}, GPU)
     data = json.loads(path.read_text())
     data["tables"]["int8"] |= changes
     path.write_text(json.dumps(data))
     with pytest.warns(UserWarning, match="the configurations in .* are ignored") as caught:
-        assert measured.load(GPU) == {}
+        assert measured.CONFIGURATIONS.load(GPU) == {}
     assert len(caught) == 1
 
 

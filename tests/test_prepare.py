@@ -378,7 +378,7 @@ def test_a_swapped_linear_multiplies_what_its_codes_stand_for(name, dtype):
     a = x.reshape(-1, K)
     if not model.fc.scheme.weight_only:
         qa, sa, za = quantize_by(model.fc.quantizer, x, spec, model.fc.input_scale, model.fc.input_zero_point)
-        sa = sa.double().repeat_interleave(128, 1) if spec.granularity.kind == "per_group" else sa.double()
+        sa = sa.double().repeat_interleave(128, 1) if spec.group else sa.double()
         a = (qa.double() - (0 if za is None else za.double())) * sa
     expected = (a.double() @ weight.t() + bias).reshape(3, 11, N)
     terms = (a.double().abs() @ weight.abs().t()).max().item()

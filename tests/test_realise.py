@@ -18,7 +18,6 @@ from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.padding import Padding, plan_padding
 from fx_quant.kernels.registry import Kernel, kernels
 from fx_quant.kernels.select import Selection
-from fx_quant.layers.linear import scale_shape, weight_block
 from fx_quant.passes.assign import assign
 from fx_quant.passes.canonical import CANONICAL
 from fx_quant.problem import Problem
@@ -41,9 +40,9 @@ M = 5
 
 def fake_operands(asked: Problem) -> dict[str, Any]:
     """Tensors of the shapes that ``asked`` has, without values."""
-    activation, weight, block = asked.scheme.activation, asked.scheme.weight, weight_block(asked.scheme)
+    activation, weight, block = asked.scheme.activation, asked.scheme.weight, asked.scheme.weight.block
     packed = weight.dtype in INT4_DTYPES
-    shape = scale_shape(weight, asked.n, asked.k)
+    shape = weight.scale_shape(asked.n, asked.k)
     if block is None:
         shape = (asked.n,) if len(shape) else ()
     scale = activation_scale(asked.scheme, M, asked.k)
@@ -61,7 +60,7 @@ def fake_operands(asked: Problem) -> dict[str, Any]:
 
 
 def canonical(asked: Problem, a, weight, a_scale, b_scale, bias, a_zero_point, b_zero_point) -> Tensor:
-    ops, block = torch.ops.fx_quant, weight_block(asked.scheme)
+    ops, block = torch.ops.fx_quant, asked.scheme.weight.block
     if asked.scheme.weight_only:
         return ops.weight_only_mm(a, weight.t(), b_scale, b_zero_point, bias, asked.out_dtype, block=block)
     more = {"a_zero_point": a_zero_point, "block": block}
@@ -110,7 +109,7 @@ def steps(calls: list[tuple[str, tuple, dict]]) -> list[tuple]:
 def eager_steps(selection: Selection, given: dict[str, Any], constant: tuple[str, ...]) -> list[tuple]:
     with FakeTensorMode() as mode, Recorded() as recorded:
         there = {name: None if x is None else mode.from_tensor(x) for name, x in given.items()}
-        run_kernel(selection, block=weight_block(selection.problem.scheme), constant=constant, **there)
+        run_kernel(selection, block=selection.problem.scheme.weight.block, constant=constant, **there)
     return steps(recorded.calls)
 
 

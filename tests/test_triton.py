@@ -20,7 +20,6 @@ from fx_quant.errors import NoKernelError
 from fx_quant.kernels.registry import kernel, kernels
 from fx_quant.kernels.select import select
 from fx_quant.kernels.triton.architectures import Architecture, architecture
-from fx_quant.kernels.triton.cross_compile import Compiled, compile_launch
 from fx_quant.kernels.triton.launch import Launch
 from fx_quant.kernels.triton.operands import scaled_operands
 from fx_quant.kernels.triton.scaled_mm import plan_scaled_mm
@@ -28,6 +27,7 @@ from fx_quant.kernels.triton.tile import configuration, plan_weight_only_mm
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import named_target
+from tests.cross_compile import Compiled, compile_launch
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32

@@ -12,16 +12,23 @@ import fx_quant
 from fx_quant.__main__ import main
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels.cpu import candidates, tuner
+from fx_quant.kernels.cpu import plans as tuning
 from fx_quant.kernels.cpu.candidates import Timer, TunedKernel
 from fx_quant.kernels.cpu.native import INT8_VNNI
-from fx_quant.kernels.cpu.tuner import Step, decide, decide_all, steps
-from fx_quant.tuning import plans as tuning
-from fx_quant.tuning.plans import DEFAULT, Plan
+from fx_quant.kernels.cpu.plans import DEFAULT, Plan
+from fx_quant.kernels.cpu.tuner import Step, decide_all, steps
+from fx_quant.tuning.search import Budget, choose
 
 KERNEL = TunedKernel("kind", "vnni", torch.int8, torch.int8, INT8_VNNI)
 SHAPES = ((64, 64), (128, 128))
 CANDIDATES = (0, 4096, 8192, 16384)
 STEP = Step(KERNEL, 4, "ahead", CANDIDATES, SHAPES)
+
+
+def decide(times):
+    """``(value, gain)`` of ``STEP`` under the default plans."""
+    ((decision,), _) = decide_all([STEP], times, Budget(1e6, times.clock))
+    return decision.chosen, decision.gain
 
 
 class Times:
@@ -54,9 +61,9 @@ def by_ahead(seconds):
 def folder(tmp_path, monkeypatch):
     """An empty folder for plans."""
     monkeypatch.setenv("FX_QUANT_CACHE_DIR", str(tmp_path / "plans"))
-    tuning.forget()
+    tuning.PLANS.forget()
     yield tmp_path / "plans"
-    tuning.forget()
+    tuning.PLANS.forget()
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def given_times(folder, monkeypatch):
 
 def test_the_fastest_candidate_is_chosen_after_a_second_round():
     times = Times(by_ahead({0: 0.95, 4096: 0.8, 16384: 1.2}))
-    chosen, gain = decide(STEP, DEFAULT, 8192, times)
+    chosen, gain = decide(times)
     assert (chosen, pytest.approx(gain)) == (4096, 0.25)
     assert [[plan.ahead for plan in plans] for *_, plans in times.calls] == [
         *[[8192, 0, 4096, 16384, 8192]] * 2,
@@ -83,18 +90,18 @@ def test_the_fastest_candidate_is_chosen_after_a_second_round():
 
 @pytest.mark.parametrize(("seconds", "chosen"), [(1 / 1.031, 4096), (1 / 1.029, 8192), (1.0, 8192), (1.5, 8192)])
 def test_three_percent_is_what_it_takes(seconds, chosen):
-    assert decide(STEP, DEFAULT, 8192, Times(by_ahead({4096: seconds})))[0] == chosen
+    assert decide(Times(by_ahead({4096: seconds})))[0] == chosen
 
 
 def test_a_gain_that_is_not_confirmed_is_none():
     times = Times(lambda call, shape, plan: 0.7 if plan.ahead == 4096 and call < 2 else 1.0)
-    assert decide(STEP, DEFAULT, 8192, times) == (8192, 0.0)
+    assert decide(times) == (8192, 0.0)
     assert len(times.calls) == 4
 
 
 def test_a_candidate_that_slows_one_shape_is_not_chosen():
     times = Times(lambda call, shape, plan: {64: 0.5, 128: 1.05}[shape[0]] if plan.ahead == 4096 else 1.0)
-    assert decide(STEP, DEFAULT, 8192, times) == (8192, 0.0)
+    assert decide(times) == (8192, 0.0)
 
 
 def test_what_the_default_differs_from_itself_is_no_gain():
@@ -105,7 +112,7 @@ def test_what_the_default_differs_from_itself_is_no_gain():
             first, *rest = super().__call__(*arguments)
             return [first * 1.3, *rest]
 
-    assert decide(STEP, DEFAULT, 8192, Burst(by_ahead({}))) == (8192, 0.0)
+    assert decide(Burst(by_ahead({}))) == (8192, 0.0)
 
 
 def test_a_candidate_that_is_only_sometimes_faster_is_not_chosen():
@@ -116,12 +123,17 @@ def test_a_candidate_that_is_only_sometimes_faster_is_not_chosen():
             *others, last = super().__call__(*arguments)
             return [*others, last * 1.2 if len(self.calls) > 2 else last]
 
-    assert decide(STEP, DEFAULT, 8192, Unsteady(by_ahead({4096: 0.9}))) == (8192, 0.0)
+    assert decide(Unsteady(by_ahead({4096: 0.9}))) == (8192, 0.0)
+
+
+def test_where_nothing_else_can_be_tried_the_default_stays():
+    choice = choose(["default"], [lambda values: [2.0 for _ in values]])
+    assert (choice.index, choice.gain, choice.seconds) == (0, 0.0, (2.0, 2.0))
 
 
 def test_only_the_range_of_the_step_changes():
     times = Times(by_ahead({4096: 0.8}))
-    decisions, tables = decide_all([STEP], times, 100.0, times.clock, 0.0)
+    decisions, tables = decide_all([STEP], times, Budget(100.0, times.clock))
     assert tables["kind"] == DEFAULT.replaced(4, ahead=4096)
     (decision,) = decisions
     assert (decision.rows, decision.default, decision.chosen) == ("3..6", 8192, 4096)
@@ -130,7 +142,7 @@ def test_only_the_range_of_the_step_changes():
 def test_a_later_parameter_is_tried_under_what_was_chosen_before():
     times = Times(by_ahead({4096: 0.8}))
     second = Step(KERNEL, 4, "alone", (0, 2**15), SHAPES)
-    decide_all([STEP, second], times, 100.0, times.clock, 0.0)
+    decide_all([STEP, second], times, Budget(100.0, times.clock))
     assert all(plan.ahead == 4096 for *_, plans in times.calls[4:] for plan in plans)
 
 
@@ -141,14 +153,16 @@ def test_a_later_parameter_is_tried_under_what_was_chosen_before():
 def test_no_measurement_begins_after_the_budget(budget, calls, decided):
     times = Times(by_ahead({4096: 0.9}))
     steps_ = [Step(KERNEL, rows, "ahead", CANDIDATES, SHAPES) for rows in (4, 16, 64)]
-    decisions, tables = decide_all(steps_, times, budget, times.clock, 0.0)
+    decisions, tables = decide_all(steps_, times, Budget(budget, times.clock))
     assert (len(times.calls), len(decisions)) == (calls, decided)
     assert [plan.ahead for _, plan in tables["kind"].ranges] == [8192] + [4096] * decided + [8192] * (4 - decided)
 
 
 def test_time_spent_before_the_first_step_counts():
     times = Times(by_ahead({}))
-    assert decide_all([STEP], times, 5.0, times.clock, -6.0)[0] == []
+    budget = Budget(5.0, times.clock)
+    times.now = 6.0
+    assert decide_all([STEP], times, budget)[0] == []
 
 
 def test_steps_go_from_few_rows_to_many_and_ask_what_matters():
@@ -192,10 +206,10 @@ def test_measuring_again_takes_back_what_is_no_longer_faster(given_times, folder
 
 
 def test_what_is_not_reached_stays_as_it_was(given_times, monkeypatch):
-    path = tuning.save({"kind": DEFAULT.replaced(256, next_panel=False)}, tuning.this_machine())
+    path = tuning.PLANS.save({"kind": DEFAULT.replaced(256, next_panel=False)}, tuning.this_machine())
     real = decide_all
     monkeypatch.setattr(
-        tuner, "decide_all", lambda plan, measure, *_: real(plan, measure, 18.5, given_times.clock, 0.0)
+        tuner, "decide_all", lambda plan, measure, _: real(plan, measure, Budget(18.5, given_times.clock))
     )
     report = fx_quant.tune(SHAPES, budget_seconds=18.5)
     assert report.unreached and "kind 256 next_panel" in report.unreached
@@ -311,7 +325,7 @@ def test_tune_command_prints_json(given_times, capsys):
 def test_show_and_reset(given_times, folder, capsys):
     assert main(["tune", "--show"]) == 0
     assert "nothing was measured, the defaults are in force" in capsys.readouterr().out
-    path = tuning.save({"kind": DEFAULT.replaced(4, ahead=4096)}, tuning.this_machine())
+    path = tuning.PLANS.save({"kind": DEFAULT.replaced(4, ahead=4096)}, tuning.this_machine())
     assert main(["tune", "--show"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"kind +measured +6 +4096", out) and str(path) in out

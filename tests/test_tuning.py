@@ -20,12 +20,12 @@ from fx_quant.compat import load_cpp
 from fx_quant.config import Options
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels.cpu import decode, native
+from fx_quant.kernels.cpu import plans as tuning
+from fx_quant.kernels.cpu.plans import ANY_ROWS, DEFAULT, Plan, PlanTable
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.scheme import Numerics
 from fx_quant.target import named_target
-from fx_quant.tuning import measurements
-from fx_quant.tuning import plans as tuning
-from fx_quant.tuning.plans import ANY_ROWS, DEFAULT, Plan, PlanTable
+from fx_quant.tuning import saved as measurements
 
 fxq = torch.ops.fx_quant
 
@@ -48,9 +48,9 @@ needs_vnni = pytest.mark.skipif(not native.INT8_VNNI.exists_here(), reason="need
 def folder(tmp_path, monkeypatch):
     """An empty folder for plans."""
     monkeypatch.setenv("FX_QUANT_CACHE_DIR", str(tmp_path / "plans"))
-    tuning.forget()
+    tuning.PLANS.forget()
     yield tmp_path / "plans"
-    tuning.forget()
+    tuning.PLANS.forget()
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -117,16 +117,16 @@ def test_ranges_rise_to_any_number_of_rows(limits):
 
 def test_what_is_saved_is_in_force_for_its_kernel_only(folder):
     assert tuning.table("int8_vnni") is tuning.default_table("int8_vnni")
-    path = tuning.save({"int8_vnni": WILD}, tuning.this_machine())
+    path = tuning.PLANS.save({"int8_vnni": WILD}, tuning.this_machine())
     assert path.parent == folder
     assert [each.name for each in folder.iterdir()] == [path.name]
     assert tuning.table("int8_vnni") == WILD
-    assert tuning.plan_for("int8_vnni", 7) == WILD.ranges[3][1]
+    assert tuning.table("int8_vnni").plan_for(7) == WILD.ranges[3][1]
     assert tuning.table("bf16") is tuning.default_table("bf16")
-    assert tuning.load(dataclasses.replace(tuning.this_machine(), threads=1000)) == {}
-    assert tuning.reset(tuning.this_machine()) == path
+    assert tuning.PLANS.load(dataclasses.replace(tuning.this_machine(), threads=1000)) == {}
+    assert tuning.PLANS.reset(tuning.this_machine()) == path
     assert tuning.table("int8_vnni") is tuning.default_table("int8_vnni")
-    assert tuning.reset(tuning.this_machine()) is None
+    assert tuning.PLANS.reset(tuning.this_machine()) is None
 
 
 def saved(**changes):
@@ -158,34 +158,34 @@ HOSTILE = {
 def test_a_file_that_does_not_hold_is_ignored_with_one_warning(name, folder):
     folder.mkdir()
     content = HOSTILE[name]()
-    path = tuning.this_machine().path()
+    path = tuning.PLANS.path(tuning.this_machine())
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.warns(UserWarning, match=r"are ignored and the defaults used, because .*fx_quant tune") as caught:
         found = [tuning.table(kind) for kind in ("int8_vnni", "another")]
     assert found == [tuning.DEFAULTS["int8_vnni"], DEFAULT]
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
-    tuning.save({"bf16": WILD}, tuning.this_machine())
+    tuning.PLANS.save({"bf16": WILD}, tuning.this_machine())
     assert tuning.table("bf16") == WILD
 
 
 def test_a_stale_file_says_so(folder):
     folder.mkdir()
-    tuning.this_machine().path().write_text(saved(sources="0" * 64))
+    tuning.PLANS.path(tuning.this_machine()).write_text(saved(sources="0" * 64))
     with pytest.warns(UserWarning, match="measured with other native sources"):
         tuning.tuned_tables()
 
 
 def test_the_file_of_this_machine_needs_no_warning(folder):
     folder.mkdir()
-    tuning.this_machine().path().write_text(saved())
+    tuning.PLANS.path(tuning.this_machine()).write_text(saved())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuning.table("int8_vnni") == WILD
 
 
 def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
-    path = tuning.save({"bf16": WILD}, tuning.this_machine())
+    path = tuning.PLANS.save({"bf16": WILD}, tuning.this_machine())
     before = path.read_bytes()
 
     def fail(*_):
@@ -193,7 +193,7 @@ def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
 
     monkeypatch.setattr(type(path), "replace", fail)
     with pytest.raises(FxQuantError, match="the disk is full; set FX_QUANT_CACHE_DIR"):
-        tuning.save({"bf16": DEFAULT}, tuning.this_machine())
+        tuning.PLANS.save({"bf16": DEFAULT}, tuning.this_machine())
     assert [each.name for each in folder.iterdir()] == [path.name]
     assert path.read_bytes() == before
 
@@ -202,8 +202,8 @@ def test_a_folder_that_is_a_file_is_an_error_when_saved_and_none_when_read(tmp_p
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FX_QUANT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="file is no folder; set FX_QUANT_CACHE_DIR"):
-        assert tuning.load(tuning.this_machine()) == {}
-    for write in (tuning.check_writable, lambda machine: tuning.save({}, machine)):
+        assert tuning.PLANS.load(tuning.this_machine()) == {}
+    for write in (tuning.PLANS.check_writable, lambda machine: tuning.PLANS.save({}, machine)):
         with pytest.raises(FxQuantError, match="plans must be written to"):
             write(tuning.this_machine())
 
@@ -229,12 +229,12 @@ def test_where_the_file_is(environment, expected, monkeypatch):
 def test_the_key_of_compiled_graphs_knows_the_plans(folder):
     uuid = RewritePass(Options(), named_target("x86_vnni")).uuid
     before = uuid()
-    tuning.save({"int8_vnni": WILD}, tuning.this_machine())
+    tuning.PLANS.save({"int8_vnni": WILD}, tuning.this_machine())
     after = uuid()
     assert after != before
-    tuning.save({"int8_vnni": WILD.replaced(1, ahead=128)}, tuning.this_machine())
+    tuning.PLANS.save({"int8_vnni": WILD.replaced(1, ahead=128)}, tuning.this_machine())
     assert uuid() not in (before, after)
-    tuning.reset(tuning.this_machine())
+    tuning.PLANS.reset(tuning.this_machine())
     assert uuid() == before
 
 
@@ -267,7 +267,7 @@ def test_decoded_sums_are_within_their_class_under_every_plan(float_dtype, dtype
 @pytest.mark.usefixtures("uncached")
 def test_one_graph_serves_every_range_of_rows(folder):
     n, k = 200, 258
-    tuning.save({"int8_vnni": WILD}, tuning.this_machine())
+    tuning.PLANS.save({"int8_vnni": WILD}, tuning.this_machine())
     w = weight(n, k, INT8)
 
     def run(a):
@@ -294,7 +294,7 @@ def test_one_graph_of_a_decoded_weight_serves_every_range_of_rows(float_dtype, f
     n, k, block = 200, 258, (1, 32)
     w, scale = weight(n, k, INT8), torch.rand(factors(n, k, block))
     b = packed(w, INT8, float_dtype)
-    tuning.save({decode.decode_of(float_dtype, INT8, False).kind: WILD}, tuning.this_machine())
+    tuning.PLANS.save({decode.decode_of(float_dtype, INT8, False).kind: WILD}, tuning.this_machine())
 
     def run(a):
         return OPS[float_dtype](a, b, None, scale, None, n, torch.float32, block=list(block))

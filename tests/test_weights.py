@@ -389,9 +389,7 @@ def regions(granularity, n, k):
     """(index of the scale, rows, columns) of everything that shares a scale, spelled out."""
     if granularity == PER_TENSOR:
         return [((), slice(n), slice(k))]
-    rows, columns = {"per_channel": (1, max(k, 1)), "per_group": (1, *granularity.size)}.get(
-        granularity.kind, granularity.size
-    )
+    rows, columns = granularity.block or (1, max(k, 1))
     across = 1 if granularity == PER_CHANNEL else -(-k // columns)
     return [
         ((i, j), slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
@@ -623,6 +621,10 @@ def spec(dtype=torch.int8, granularity=PER_CHANNEL, **more):
         (lambda: quantize_weight(torch.ones(2, 2), spec(torch.uint4)), r"signed dtype, got uint4"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(dynamic=True)), r"dynamic is for activations"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.PER_TOKEN)), r"got per_token"),
+        (
+            lambda: quantize_weight(torch.ones(2, 2), spec(scale_dtype=torch.float8_e8m0fnu)),
+            r"spec.scale_dtype must be float32, got int8 per_channel float8_e8m0fnu scales",
+        ),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.UNSCALED)), r"got unscaled"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.ANY_GROUP)), r"got per_group"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.per_group(0))), r"per_group\(0\)"),

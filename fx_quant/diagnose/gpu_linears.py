@@ -18,7 +18,7 @@ from fx_quant.kernels.triton.cost import Cost, Floor, Matmul, floor
 from fx_quant.kernels.triton.operands import recipe_of
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import in_words, is_candidate
-from fx_quant.scheme import INT4_DTYPES, Scheme
+from fx_quant.scheme import Scheme
 from fx_quant.target import Target
 
 # Linears (n, k) of models by name, projections of one input in one.
@@ -127,13 +127,11 @@ def _dispatched(
 ) -> Dispatched:
     selection = select(Problem(scheme, m, n, k, torch.bfloat16, None, constant_weight=True), target)
     weight, a_dtype = scheme.weight, scheme.activation.dtype
-    group = weight.granularity.size[-1] if weight.granularity.size else 0
-    bits = 4 if weight.dtype in INT4_DTYPES else 8
-    least = floor(Matmul(m.low, n, k, a_dtype, bits, torch.bfloat16, group), on)
+    bits = 8 // weight.codes_per_element
+    least = floor(Matmul(m.low, n, k, a_dtype, bits, torch.bfloat16, weight.group or 0), on)
     if scheme.weight_only:
         return Dispatched(linear, m.low, n, k, selection, least, None)
-    sizes = weight.granularity.size
-    recipe = recipe_of(a_dtype, (sizes[0] if len(sizes) > 1 else 1, group) if group else None)
+    recipe = recipe_of(a_dtype, weight.block)
     best = ranked(Case(recipe, a_dtype, torch.bfloat16, rows_up_to(m.low), n, k), on)[0]
     return Dispatched(linear, m.low, n, k, selection, least, best)
 

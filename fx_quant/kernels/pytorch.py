@@ -27,7 +27,7 @@ from fx_quant.kernels.registry import (
     register_kernel,
     register_op,
 )
-from fx_quant.ops import correct, dequantize, dequantize_weight
+from fx_quant.ops import correct, decode, dequantize, dequantize_weight
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _MIXED_E5M2 = frozenset(
@@ -109,10 +109,7 @@ def _scaled_mm_blocks(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor
 
 def _dequantized_blocks(a, b, a_scale, b_scale, bias, n, out_dtype, *, block=None, **_) -> Tensor:
     """Both operands dequantized in float32, and a float matmul."""
-    columns = 1 if block is None else block[1]
-    wide = a.float()
-    if a_scale is not None:
-        wide = wide * a_scale.repeat_interleave(columns, 1)[:, : a.shape[1]]
+    wide = a.float() if a_scale is None else decode(a, a_scale, block=block and (1, block[1]))
     return dequantize(wide @ dequantize_weight(b, a.shape[1], b_scale, None, block), None, None, bias, out_dtype)
 
 

@@ -37,6 +37,7 @@ class Requires:
         packages: least version of each package that must be installed.
         codes: ``(activation dtype, weight dtype)`` pairs of codes.
         granularities: ``(activation, weight)`` granularity pairs.
+        scale_dtypes: dtypes of the scales it reads; not empty.
         out_dtypes: dtypes it can return.
         out_as_activation: it returns the dtype of a float activation (weight-only kernels).
         bias: it can add a bias.
@@ -57,6 +58,7 @@ class Requires:
     packages: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     codes: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
     granularities: frozenset[tuple[Granularity, Granularity]] = frozenset()
+    scale_dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
     out_dtypes: frozenset[torch.dtype] = frozenset()
     out_as_activation: bool = False
     bias: bool = True
@@ -101,12 +103,16 @@ class Requires:
             codes = f"{dtype_name(activation.dtype)} x {dtype_name(weight.dtype)}"
             unmet.append(Unmet(Kind.CODES, f"has no {codes} matmul"))
         pair = (activation.granularity, weight.granularity)
-        # A missing scale is the scalar 1, so a kernel with per-tensor scales can take it.
-        as_scaled = [Granularity.PER_TENSOR if g == Granularity.UNSCALED else g for g in pair]
         if self.granularities and not any(
-            mine_a.covers(as_scaled[0]) and mine_b.covers(as_scaled[1]) for mine_a, mine_b in self.granularities
+            mine_a.covers(pair[0]) and mine_b.covers(pair[1]) for mine_a, mine_b in self.granularities
         ):
             unmet.append(Unmet(Kind.GRANULARITY, f"has no {pair[0]} x {pair[1]} scales"))
+        dtypes = _one_of(map(dtype_name, self.scale_dtypes))
+        unmet += [
+            Unmet(Kind.SCALE_DTYPE, f"takes scales of {dtypes}, got {dtype_name(operand.scale_dtype)}")
+            for operand in (activation, weight)
+            if operand.granularity != Granularity.UNSCALED and operand.scale_dtype not in self.scale_dtypes
+        ]
         unmet += [
             Unmet(Kind.ZERO_POINT, f"has no zero point of the {name}")
             for name, operand in (("activation", activation), ("weight", weight))
@@ -123,9 +129,8 @@ class Requires:
             unmet.append(Unmet(Kind.ALIGNMENT, sizes))
         if problem.n % self.align_n:
             unmet.append(Unmet(Kind.ALIGNMENT, f"needs n in multiples of {self.align_n}, got n={problem.n}"))
-        group = weight.granularity.size[-1:]
-        if self.whole_groups and group and problem.k % group[0]:
-            unmet.append(Unmet(Kind.ALIGNMENT, f"needs k in whole groups of {group[0]}, got k={problem.k}"))
+        if self.whole_groups and weight.group is not None and problem.k % weight.group:
+            unmet.append(Unmet(Kind.ALIGNMENT, f"needs k in whole groups of {weight.group}, got k={problem.k}"))
         if self.max_k is not None and problem.k > self.max_k:
             unmet.append(Unmet(Kind.MAX_K, f"needs k <= {self.max_k}, got k={problem.k}"))
         if self.constant_weight and not problem.constant_weight:

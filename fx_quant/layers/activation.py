@@ -109,12 +109,8 @@ def _by_row(scale: Tensor, x: Tensor, spec: OperandSpec) -> Tensor:
     """``scale``, which broadcasts over the leading dims of ``x``, with a row for each of ``x``'s."""
     if spec.granularity == Granularity.PER_TENSOR:
         return scale.reshape(())
-    columns = _scale_columns(x, spec)
+    columns = spec.scales_along(x.shape[-1])
     return scale.expand(*x.shape[:-1], columns).reshape(-1, columns).contiguous()
-
-
-def _scale_columns(x: Tensor, spec: OperandSpec) -> int:
-    return -(-x.shape[-1] // spec.granularity.size[0]) if spec.granularity.size else 1
 
 
 def _no_rows(x: Tensor) -> bool:
@@ -128,8 +124,8 @@ def _dynamic(x: Tensor, spec: OperandSpec, scale_ub: Tensor | None) -> Quantized
         return _dynamic_asymmetric(x, spec)
     if scale_ub is not None:
         return _bounded(x, spec, scale_ub)
-    if spec.granularity.kind == "per_group":
-        return _grouped(x, spec)
+    if spec.group is not None:
+        return _grouped(x, spec, spec.group)
     codes, found = torch.ops.fx_quant.quantize.dynamic(x, **_formula(spec))
     return codes, found, None
 
@@ -199,10 +195,9 @@ def _bounded(x: Tensor, spec: OperandSpec, scale_ub: Tensor) -> Quantized:
     return _float8_codes(x, spec.dtype, scale), scale, None
 
 
-def _grouped(x: Tensor, spec: OperandSpec) -> Quantized:
-    (size,) = spec.granularity.size
+def _grouped(x: Tensor, spec: OperandSpec, size: int) -> Quantized:
     k = x.shape[1]
-    groups = -(-k // size)
+    groups = spec.scales_along(k)
     # A group is a row of its own; zeros beyond k change no amax.
     rows = F.pad(x, (0, groups * size - k)).unflatten(-1, (groups, size))
     codes, scale = torch.ops.fx_quant.quantize.dynamic(rows, **_formula(spec))
@@ -214,16 +209,18 @@ def _grouped(x: Tensor, spec: OperandSpec) -> Quantized:
 
 def check_activation(spec: OperandSpec) -> None:
     """Raise ``ValueError`` unless ``quantize_activation`` can quantize to ``spec``."""
-    kind, size = spec.granularity.kind, spec.granularity.size
+    granularity = spec.granularity
     if spec.dtype not in FLOAT8_DTYPES and spec.dtype is not torch.int8:
         raise ValueError(f"an activation must be quantized to int8 or float8, got {spec}")
     if not spec.symmetric and spec.dtype is not torch.int8:
         raise ValueError(f"an asymmetric activation must be int8, got {spec}; say symmetric=True")
-    if not spec.dynamic and kind != "per_tensor":
+    if not spec.dynamic and granularity != Granularity.PER_TENSOR:
         raise ValueError(f"a static activation must be per_tensor, got {spec}; say dynamic=True")
-    if kind not in ("per_tensor", "per_token", "per_group"):
+    if not granularity.of_activation:
         raise ValueError(f"an activation must be per_tensor, per_token or per_group(g), got {spec}")
-    if kind == "per_group" and (spec.dtype not in FLOAT8_DTYPES or len(size) != 1 or size[0] < 1):
+    if spec.scale_dtype is not torch.float32:
+        raise ValueError(f"an activation must have float32 scales, got {spec}")
+    if spec.group is not None and (spec.dtype not in FLOAT8_DTYPES or not granularity.is_sized):
         raise ValueError(f"an activation in groups must be float8 per_group(g) with g > 0, got {spec}")
 
 
@@ -291,7 +288,7 @@ def _checked(result: object, x: Tensor, spec: OperandSpec) -> Quantized:
 def _is_scale_of(scale: Tensor, x: Tensor, spec: OperandSpec) -> bool:
     if spec.granularity == Granularity.PER_TENSOR:
         return scale.numel() == 1
-    whole = (*x.shape[:-1], _scale_columns(x, spec))
+    whole = (*x.shape[:-1], spec.scales_along(x.shape[-1]))
     # A size of 1 is asked of Python integers only: no guard on a symbolic one.
     return scale.dim() <= x.dim() and all(
         (isinstance(size, int) and size == 1) or size == wanted
@@ -302,7 +299,7 @@ def _is_scale_of(scale: Tensor, x: Tensor, spec: OperandSpec) -> bool:
 def _scale_text(x: Tensor, spec: OperandSpec) -> str:
     if spec.granularity == Granularity.PER_TENSOR:
         return "of one element"
-    return f"that broadcasts to {[*x.shape[:-1], _scale_columns(x, spec)]}"
+    return f"that broadcasts to {[*x.shape[:-1], spec.scales_along(x.shape[-1])]}"
 
 
 def _is_not_integer(x: Tensor) -> bool:

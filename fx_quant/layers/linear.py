@@ -23,13 +23,11 @@ from fx_quant.layers.linear_operands import (
     check_scheme,
     describe,
     linear_problem,
-    scale_shape,
-    weight_block,
     wrong_input_zero_point,
     zero_point_dtype,
 )
 from fx_quant.layers.quantize_weight import quantize_weight
-from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Scheme
+from fx_quant.scheme import FLOAT_DTYPES, Scheme
 from fx_quant.weights import UINT4, pack_int4
 
 
@@ -61,7 +59,7 @@ def apply_linear(
     if x.dim() == 0 or x.shape[-1] != k or x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be [..., {k}] of float32, bfloat16 or float16, got {describe(x)}")
     out_dtype = out_dtype or x.dtype
-    block = weight_block(scheme)
+    block = scheme.weight.block
     if block is None:
         weight_scale = weight_scale.flatten()
         weight_zero_point = None if weight_zero_point is None else weight_zero_point.flatten()
@@ -173,9 +171,9 @@ class QuantizedLinear(nn.Module):
             input_zero_point=input_zero_point,
         )
         self.out_features, self.in_features = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
-        shape = scale_shape(scheme.weight, self.out_features, self.in_features)
+        shape = scheme.weight.scale_shape(self.out_features, self.in_features)
         self.register_buffer("weight", weight.detach())
-        self.register_buffer("weight_scale", weight_scale.detach().float().reshape(shape))
+        self.register_buffer("weight_scale", weight_scale.detach().to(scheme.weight.scale_dtype).reshape(shape))
         if weight_zero_point is not None:
             weight_zero_point = weight_zero_point.to(zero_point_dtype(weight_zero_point, scheme.weight)).reshape(shape)
         self.register_buffer("weight_zero_point", weight_zero_point)
@@ -207,7 +205,7 @@ class QuantizedLinear(nn.Module):
         scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
         check_scheme(scheme)
         found = quantize_weight(linear.weight, scheme.weight)
-        codes = pack_int4(found.codes) if scheme.weight.dtype in INT4_DTYPES else found.codes
+        codes = pack_int4(found.codes) if scheme.weight.packed else found.codes
         layer = cls(
             scheme,
             codes,

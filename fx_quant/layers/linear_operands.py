@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fx_quant.errors import must
 from fx_quant.layers.activation import check_activation
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import (
@@ -15,32 +15,12 @@ from fx_quant.scheme import (
     FLOAT8_DTYPES,
     FLOAT_DTYPES,
     INT4_DTYPES,
-    Granularity,
     OperandSpec,
     Scheme,
     dtype_name,
 )
 
 _ANY_ROWS = SizeRange(0, None)
-
-
-def weight_block(scheme: Scheme) -> tuple[int, int] | None:
-    """``(rows, columns)`` of the weight that share one scale where scales vary along k; else None."""
-    granularity = scheme.weight.granularity
-    if granularity.kind == "per_group":
-        return 1, granularity.size[0]
-    return (granularity.size[0], granularity.size[1]) if granularity.kind == "per_block" else None
-
-
-def scale_shape(spec: OperandSpec, n: int, k: int) -> tuple[int, ...]:
-    """Shape of the scales of a weight ``[n, k]``."""
-    granularity = spec.granularity
-    if granularity == Granularity.PER_CHANNEL:
-        return (n, 1)
-    if granularity.size:
-        rows, columns = (1, *granularity.size) if granularity.kind == "per_group" else granularity.size
-        return -(-n // rows), -(-k // columns)
-    return ()
 
 
 def linear_problem(
@@ -53,23 +33,15 @@ def linear_problem(
     return Problem(scheme, _ANY_ROWS, *shape, out_dtype, bias_dtype, constant_weight=True)
 
 
-def must(holds: bool, message: Callable[[], str]) -> None:
-    """Raise ``ValueError`` with ``message()`` unless it ``holds``."""
-    if not holds:
-        raise ValueError(message())
-
-
 def check_scheme(scheme: Scheme) -> None:
     """Raise ``ValueError`` unless a linear can have ``scheme``."""
     activation, spec = scheme.activation, scheme.weight
-    kind, size = spec.granularity.kind, spec.granularity.size
     must(
         spec.dtype in CODE_DTYPES | INT4_DTYPES,
         lambda: f"the weight of a scheme must be quantized, got {scheme}; use nn.Linear for float weights",
     )
-    sizes = {"per_tensor": 0, "per_channel": 0, "per_group": 1, "per_block": 2}
     must(
-        sizes.get(kind) == len(size) and all(step > 0 for step in size),
+        spec.granularity.of_weight and spec.granularity.is_sized,
         lambda: f"a weight must be per_tensor, per_channel, per_group(g) or per_block(r, c), got {scheme}",
     )
     must(not spec.dynamic, lambda: f"a weight is quantized once, got a dynamic one in {scheme}; say dynamic=False")
@@ -84,13 +56,11 @@ def check_scheme(scheme: Scheme) -> None:
     if scheme.weight_only:
         return
     check_activation(activation)
-    block = weight_block(scheme)
-    groups = activation.granularity if activation.granularity.kind == "per_group" else None
     must(
-        groups == (None if block is None else Granularity.per_group(block[1])),
+        activation.group == spec.group,
         lambda: (
             f"scales vary along k in groups of one size or not at all, got {scheme}"
-            + ("" if block is None else f"; the activation must be per_group({block[1]})")
+            + ("" if spec.group is None else f"; the activation must be per_group({spec.group})")
         ),
     )
 
@@ -111,16 +81,19 @@ def check_operands(
     """
     check_scheme(scheme)
     spec = scheme.weight
-    storage = torch.uint8 if spec.dtype in INT4_DTYPES else spec.dtype
     must(
-        weight.dim() == 2 and weight.dtype == storage and weight.shape[1] > 0,
-        lambda: f"weight must be {dtype_name(storage)} [n, k] with k > 0, got {describe(weight)}",
+        weight.dim() == 2 and weight.dtype == spec.storage and weight.shape[1] > 0,
+        lambda: f"weight must be {dtype_name(spec.storage)} [n, k] with k > 0, got {describe(weight)}",
     )
     n, k = weight.shape[0], weight.shape[1] * spec.codes_per_element
-    shape = scale_shape(spec, n, k)
+    shape = spec.scale_shape(n, k)
     must(
         weight_scale.is_floating_point() and _is_shape(weight_scale, shape),
         lambda: f"weight_scale of {spec} must be float of shape {list(shape)}, got {describe(weight_scale)}",
+    )
+    must(
+        spec.scale_dtype in (torch.float32, weight_scale.dtype),
+        lambda: f"weight_scale of {spec} must be {dtype_name(spec.scale_dtype)}, got {describe(weight_scale)}",
     )
     _check_positive(weight_scale, "weight_scale")
     must(
@@ -145,7 +118,7 @@ def zero_point_dtype(zero_point: Tensor, spec: OperandSpec) -> torch.dtype:
         return torch.int32
     low, high = int(zero_point.min()), int(zero_point.max())
     # Less 8, as packed uint4 is read, they must fit too.
-    if spec.dtype in INT4_DTYPES and low >= -120 and high <= 127:
+    if spec.packed and low >= -120 and high <= 127:
         return torch.int8
     return torch.int32 if low >= 8 - 2**31 and high < 2**31 else torch.int64
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fx_quant.ops import decode, repeat_blocks
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, OperandSpec, dtype_name, float8_max
-from fx_quant.weights import INT4, UINT4, repeat_blocks, require
+from fx_quant.weights import INT4, UINT4
+from fx_quant.weights.checks import must
 
 # The dtype that holds the codes, and their range.
 _INTEGERS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
@@ -40,10 +42,7 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """``(codes - zero_point) * scale``, ``[n, k]`` in float32."""
-        codes = self.codes.float()
-        if self.zero_point is not None:
-            codes = codes - _per_code(self.zero_point, self.spec, self.codes.shape)
-        return codes * _per_code(self.scale, self.spec, self.codes.shape)
+        return decode(self.codes, self.scale, self.zero_point, self.spec.block)
 
 
 def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
@@ -108,44 +107,31 @@ def _codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Opera
     return (codes + _per_code(zero_point, spec, weight.shape)).clamp(smallest, largest).to(storage)
 
 
-def _grid(spec: OperandSpec, n: int, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How many blocks share a scale each, down and across, and the block: every granularity is one of blocks."""
-    kind, size = spec.granularity.kind, spec.granularity.size
-    if kind == "per_tensor":
-        return (1, 1), (max(n, 1), max(k, 1))
-    if kind == "per_channel":
-        return (n, 1), (1, max(k, 1))
-    rows, columns = size if kind == "per_block" else (1, *size)
-    return (-(-n // rows), -(-k // columns)), (rows, columns)
-
-
 def _extremes(weight: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
     """``min(0, min w)`` and ``max(0, max w)`` over what shares a scale, in the shape of the scale."""
     n, k = weight.shape
-    (down, across), (rows, columns) = _grid(spec, n, k)
+    shape, (rows, columns) = spec.scale_shape(n, k), spec.granularity.block_within(n, k)
+    down, across = shape or (1, 1)
     # The range holds 0 anyway, so padding with it changes nothing.
     padded = torch.nn.functional.pad(weight, (0, across * columns - k, 0, down * rows - n))
     blocks = padded.reshape(down, rows, across, columns)
-    shape = () if spec.granularity.kind == "per_tensor" else (down, across)
     low, high = blocks.amin((1, 3)).clamp(max=0), blocks.amax((1, 3)).clamp(min=0)
     return low.reshape(shape), high.reshape(shape)
 
 
 def _per_code(values: Tensor, spec: OperandSpec, shape: torch.Size) -> Tensor:
     """``values``, of the shape of the scale, broadcastable to ``[n, k]``."""
-    if spec.granularity.kind in ("per_tensor", "per_channel"):
-        return values
-    return repeat_blocks(values, _grid(spec, *shape)[1], shape)
+    return values if spec.block is None else repeat_blocks(values, spec.block, shape)
 
 
 def _check_weight(weight: Tensor) -> None:
-    require(weight.dim() == 2, f"weight must be [n, k], got {list(weight.shape)}; flatten or split it first")
-    require(
+    must(weight.dim() == 2, f"weight must be [n, k], got {list(weight.shape)}; flatten or split it first")
+    must(
         weight.dtype in FLOAT_DTYPES,
         f"weight must be float32, bfloat16 or float16, got {dtype_name(weight.dtype)}; cast it, or dequantize codes",
     )
     nans, infinities = int(weight.isnan().sum()), int(weight.isinf().sum())
-    require(
+    must(
         nans + infinities == 0,
         f"weight must be finite, got {nans} NaN and {infinities} infinite of {weight.numel()} values; "
         "look for them in the checkpoint, or leave this weight in float",
@@ -153,22 +139,22 @@ def _check_weight(weight: Tensor) -> None:
 
 
 def _check_spec(spec: OperandSpec) -> None:
-    dtype, kind, size = spec.dtype, spec.granularity.kind, spec.granularity.size
+    dtype = spec.dtype
     known = sorted(map(dtype_name, (*_INTEGERS, *FLOAT8_DTYPES)))
-    require(
+    must(
         dtype in _INTEGERS or dtype in FLOAT8_DTYPES, f"spec.dtype must be {', '.join(known)}, got {dtype_name(dtype)}"
     )
-    require(not spec.dynamic, "spec.dynamic is for activations: a weight is quantized once; say dynamic=False")
-    require(
+    must(spec.scale_dtype is torch.float32, f"spec.scale_dtype must be float32, got {spec}; quantize to float32 scales")
+    must(not spec.dynamic, "spec.dynamic is for activations: a weight is quantized once; say dynamic=False")
+    must(
         spec.symmetric or dtype in _INTEGERS,
         f"an asymmetric weight must have an integer dtype, got {dtype_name(dtype)}; say symmetric=True",
     )
-    require(
+    must(
         not spec.symmetric or dtype not in (torch.uint8, UINT4),
         f"a symmetric weight must have a signed dtype, got {dtype_name(dtype)}; say symmetric=False, int8 or int4",
     )
-    sizes = {"per_tensor": 0, "per_channel": 0, "per_group": 1, "per_block": 2}
-    require(
-        sizes.get(kind) == len(size) and all(isinstance(step, int) and step > 0 for step in size),
+    must(
+        spec.granularity.of_weight and spec.granularity.is_sized,
         f"spec.granularity must be per_tensor, per_channel, per_group(g) or per_block(r, c), got {spec.granularity}",
     )

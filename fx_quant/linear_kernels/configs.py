@@ -7,13 +7,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from fx_quant.layers.linear_operands import linear_problem, must
+from fx_quant.errors import must
+from fx_quant.layers.linear_operands import linear_problem
 from fx_quant.problem import Problem
-from fx_quant.scheme import Granularity, OperandSpec, Scheme, dtype_name
+from fx_quant.scheme import WHOLE, Granularity, OperandSpec, Scheme, dtype_name
 
 # What stands for a weight whose shape is not known when a kernel is chosen: every alignment holds.
 _ALIGNED_SHAPE = (4096, 4096)
-_WHOLE = -1
 
 
 # --- how an operand is quantized ----------------------------------------------------------------------------------
@@ -35,10 +35,10 @@ class GroupShape(_Sizes):
     PER_CHANNEL: ClassVar[GroupShape]
 
 
-GroupShape.PER_TENSOR = GroupShape(_WHOLE, _WHOLE)
-GroupShape.PER_TOKEN = GroupShape(1, _WHOLE)
+GroupShape.PER_TENSOR = GroupShape(WHOLE, WHOLE)
+GroupShape.PER_TOKEN = GroupShape(1, WHOLE)
 # Of a weight ``[k, n]``, as it is multiplied: a scale for each column.
-GroupShape.PER_CHANNEL = GroupShape(_WHOLE, 1)
+GroupShape.PER_CHANNEL = GroupShape(WHOLE, 1)
 
 
 @dataclass(frozen=True)
@@ -104,29 +104,19 @@ def operand_spec(key: Any, *, weight: bool) -> OperandSpec:
         scale.static or not weight,
         lambda: f"a weight is quantized once, got a dynamic scale in {key}; say static=True",
     )
-    found = _granularity(*scale.group_shape, weight=weight)
+    shape = tuple(scale.group_shape)
+    # One for each column of [k, n] is one for each row of [n, k].
+    shape = GroupShape.PER_TOKEN if weight and shape == GroupShape.PER_CHANNEL else shape
+    granularity = Granularity.of_block(*shape, weight=weight)
     must(
-        found is not None,
+        granularity.is_sized and (granularity.of_weight if weight else granularity.of_activation),
         lambda: (
             f"scales of the {operand} must be shared by all of it, by a row, "
             f"{'by a column or a block' if weight else 'or by neighbours in a row'}, got {tuple(scale.group_shape)}; "
             "say (rows, columns), -1 for all"
         ),
     )
-    assert found is not None
-    return OperandSpec(key.dtype, found, dynamic=not scale.static, symmetric=key.symmetric)
-
-
-def _granularity(rows: int, columns: int, *, weight: bool) -> Granularity | None:
-    if (rows, columns) == GroupShape.PER_TENSOR:
-        return Granularity.PER_TENSOR
-    if (rows, columns) == GroupShape.PER_TOKEN:
-        return Granularity.PER_CHANNEL if weight else Granularity.PER_TOKEN
-    if (rows, columns) == GroupShape.PER_CHANNEL:
-        return Granularity.PER_CHANNEL if weight else None
-    if rows < 1 or columns < 1 or (rows > 1 and not weight):
-        return None
-    return Granularity.of_block(rows, columns)
+    return OperandSpec(key.dtype, granularity, dynamic=not scale.static, symmetric=key.symmetric)
 
 
 # --- what a kernel must implement ---------------------------------------------------------------------------------

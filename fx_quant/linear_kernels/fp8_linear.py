@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fx_quant.errors import must
 from fx_quant.kernels.eager import eager_selection, run_kernel, target_of
 from fx_quant.kernels.padding import SCALED_MM_ROWS
 from fx_quant.kernels.select import Selection
 from fx_quant.layers.activation import quantize_activation
 from fx_quant.layers.inference_only import without_gradient
-from fx_quant.layers.linear_operands import describe, linear_problem, must
+from fx_quant.layers.linear_operands import describe, linear_problem
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, OperandSpec, Scheme
 
 # Made here, because Dynamo of torch 2.11 breaks the graph where a spec is made.

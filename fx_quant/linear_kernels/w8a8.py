@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fx_quant.errors import NoKernelError
+from fx_quant.errors import NoKernelError, must
 from fx_quant.kernels.select import disabled_kernels
-from fx_quant.layers.linear_operands import check_bias, describe, must
+from fx_quant.layers.linear_operands import check_bias, describe
 from fx_quant.linear_kernels.classes import derived_classes
 from fx_quant.linear_kernels.fp8_linear import Fp8LinearOp, is_rocm
 from fx_quant.linear_kernels.registry import Capability, resolve_capability

@@ -17,7 +17,7 @@ from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.loading.checkpoint_files import Files, read_json
 from fx_quant.loading.checkpoint_formats import Config, read_config, scheme_of_group
 from fx_quant.loading.checkpoint_linear import decode_linear, tensors_of
-from fx_quant.loading.checkpoint_values import CheckpointError, require
+from fx_quant.loading.checkpoint_values import CheckpointError, must
 from fx_quant.scheme import Scheme
 
 __all__ = ["CheckpointError", "LoadReport", "load_quantized_", "scheme_of_group"]
@@ -81,9 +81,7 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
     Source: https://github.com/vllm-project/compressed-tensors (``compressors``) and transformers'
     ``integrations/finegrained_fp8.py``
     """
-    require(
-        not isinstance(model, nn.Linear), "model must hold the linears to replace, got a linear; wrap it in a module"
-    )
+    must(not isinstance(model, nn.Linear), "model must hold the linears to replace, got a linear; wrap it in a module")
     directory = Path(directory)
     config = read_config(_quantization_config(directory))
     files = Files(directory)
@@ -115,7 +113,7 @@ def _is_folder(directory: Path) -> bool:
 
 
 def _quantization_config(directory: Path) -> Mapping[str, Any]:
-    require(
+    must(
         _is_folder(directory),
         f"directory must be a folder on this machine, got {str(directory)!r}; download the model first "
         "(huggingface_hub.snapshot_download)",
@@ -186,18 +184,18 @@ def _plan_linear(module: nn.Linear, names: list[str], config: Config, files: Fil
         scheme = config.scheme_of(name, module) if there and not left_out else None
         if scheme is None:
             continue
-        require(
+        must(
             type(module).forward is nn.Linear.forward,
             f"{name} must compute as nn.Linear does to be replaced, got a {type(module).__name__} with a forward of "
             "its own; load it with transformers",
         )
         keys = tensors_of(scheme, f"{name}.", files, module.bias is not None)
-        require(
+        must(
             "weight_scale" in keys,
             f"{name}.weight_scale must be there for {scheme}, got none; look for it in the files, or add the module "
             "to ignore if its weight is float",
         )
-        require(
+        must(
             module.bias is None or "bias" in keys,
             f"{name}.bias must be there, as the linear has one, got none; build the model from the config.json",
         )
@@ -218,7 +216,7 @@ def _slots(modules: Mapping[nn.Module, list[str]], files: Files) -> Iterator[_Sl
         keys = [name for name in full[x] if name in files]
         for key in keys:
             _check_slot(x, key, files)
-        require(
+        must(
             all(torch.equal(files.tensor(keys[0]), files.tensor(key)) for key in keys[1:]),
             f"{' and '.join(keys)} must be equal, as they are one parameter of the model, got different values; build "
             "the model with tie_word_embeddings=False",
@@ -228,12 +226,12 @@ def _slots(modules: Mapping[nn.Module, list[str]], files: Files) -> Iterator[_Sl
 
 def _check_slot(x: Tensor, key: str, files: Files) -> None:
     kind = _kind(x)
-    require(
+    must(
         kind == files.kind(key),
         f"{key} must be {kind} as in the model, got another kind: fx_quant loads codes only into linears that the "
         "config quantizes; load it with transformers",
     )
-    require(
+    must(
         files.shape(key) == list(x.shape),
         f"{key} must be {list(x.shape)} as in the model, got {files.shape(key)}; build the model from the "
         "checkpoint's config.json",
@@ -285,7 +283,7 @@ def _decoded(model: nn.Module, planned: _Linear, files: Files) -> QuantizedLinea
     n, k = linear.weight.shape
     for key in planned.keys.values():
         # Before it is read: a file of no size can say that it holds more than any memory.
-        require(
+        must(
             math.prod(files.shape(key)) <= max(n * k, n, k, 2),
             f"{key} must have at most the {n * k} elements of a {[n, k]} weight, got {files.shape(key)}; build the "
             "model from the checkpoint's config.json",
@@ -342,7 +340,7 @@ def _make(model: nn.Module, name: str, module: nn.Module, wanted: Mapping[str, T
     if owner is not None and not module._parameters:
         owner._init_weights(module)
     lost = [key for key in wanted if _is_unwritten(getattr(module, key))]
-    require(
+    must(
         not lost,
         f"{name}.{', '.join(lost)} must be made by the model, as no checkpoint holds it; build the model on a real "
         "device rather than meta",

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fx_quant.loading.checkpoint_values import CheckpointError, check_depth, require, said
+from fx_quant.loading.checkpoint_values import CheckpointError, check_depth, must, said
 
 _INDEX = "model.safetensors.index.json"
 _MOST_BYTES = 1 << 28
@@ -32,7 +32,7 @@ def path_of(directory: Path, name: str) -> Path:
     Raises:
         CheckpointError: it is not below the folder, by its name or by a link.
     """
-    require(
+    must(
         all(part not in ("", ".", "..") and part.isprintable() and not {*part} & {*"\\:"} for part in name.split("/")),
         f"a file of a checkpoint must be named by a path below its folder, got {said(name)}; download it again",
     )
@@ -43,7 +43,7 @@ def path_of(directory: Path, name: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links is a RuntimeError until Python 3.13
         raise CheckpointError(f"{path} must be a path that can be followed, got {error}; download it again") from error
     blobs = [each.parent / "blobs" for each in home.parents if each.name == "snapshots"]
-    require(
+    must(
         real.is_relative_to(home) or real.parent in blobs,
         f"{path} must be in the folder of the checkpoint, got a link to {real}; put a copy of that file there if you "
         f"trust it{'' if is_there else ' (it does not exist)'}",
@@ -58,18 +58,16 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
         CheckpointError: there is no such file, or it is not that.
     """
     path = path_of(directory, name)
-    require(path.is_file(), f"{path} must be a file of a Hugging Face checkpoint, got none; download the whole model")
+    must(path.is_file(), f"{path} must be a file of a Hugging Face checkpoint, got none; download the whole model")
     try:
         size = path.stat().st_size
-        require(
-            size <= _MOST_BYTES, f"{path} must be JSON of at most {_MOST_BYTES} bytes, got {size}; download it again"
-        )
+        must(size <= _MOST_BYTES, f"{path} must be JSON of at most {_MOST_BYTES} bytes, got {size}; download it again")
         found = json.loads(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} must be JSON, got {error}; download it again") from error
-    require(isinstance(found, dict), f"{path} must be a JSON object, got {type(found).__name__}; download it again")
+    must(isinstance(found, dict), f"{path} must be a JSON object, got {type(found).__name__}; download it again")
     check_depth(found, str(path))
     return found
 
@@ -81,7 +79,7 @@ def _weight_map(directory: Path) -> Mapping[str, str] | None:
         return None
     names = read_json(directory, _INDEX).get("weight_map")
     is_map = isinstance(names, dict) and bool(names) and all(isinstance(file, str) for file in names.values())
-    require(is_map, f"{path} must have a weight_map from names to files, got {said(names)}; download it again")
+    must(is_map, f"{path} must have a weight_map from names to files, got {said(names)}; download it again")
     return names
 
 
@@ -105,14 +103,14 @@ class Files:
         for file in sorted(set(names.values())) or ["model.safetensors"]:
             opened = _opened(path_of(directory, file))
             for key in opened.keys():  # noqa: SIM118  (no dict)
-                require(
+                must(
                     key in names or key not in self._file_of,
                     f"{directory / _INDEX} must say which file {said(key)} is in, as several hold it; download again",
                 )
                 if names.get(key, file) == file:
                     self._file_of[key] = opened
         lost = [name for name in names if name not in self._file_of]
-        require(
+        must(
             not lost,
             f"{directory / _INDEX} must name tensors that its files hold, got {', '.join(lost[:4])}; download it again",
         )
@@ -150,7 +148,7 @@ def _opened(path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
         raise CheckpointError("reading a checkpoint needs safetensors, got none; pip install safetensors") from error
-    require(
+    must(
         path.is_file(),
         f"{path} must be there, got no such file (only safetensors are read); download the whole model",
     )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fx_quant.loading.checkpoint_patterns import Patterns
-from fx_quant.loading.checkpoint_values import CheckpointError, field, is_size, require, said, texts
+from fx_quant.loading.checkpoint_values import CheckpointError, field, is_size, must, said, texts
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
 from fx_quant.weights import INT4, UINT4
 
@@ -51,18 +51,18 @@ def scheme_of_group(group: Mapping[str, Any]) -> Scheme:
 
     Source: https://github.com/vllm-project/compressed-tensors, quantization/quant_args.py
     """
-    require(isinstance(group, Mapping), f"a config group must be an object, got {said(group)}; {_ELSEWHERE}")
+    must(isinstance(group, Mapping), f"a config group must be an object, got {said(group)}; {_ELSEWHERE}")
     weights, activations = group.get("weights"), field(group, "input_activations", Mapping, "a config group")
     if not isinstance(weights, Mapping):
         raise CheckpointError(
             f"a config group that targets linears must quantize their weights, got weights={said(weights)}; "
             f"{_ELSEWHERE}"
         )
-    require(
+    must(
         group.get("output_activations") is None,
         f"output_activations must be null: fx_quant does not quantize the output of a linear; {_ELSEWHERE}",
     )
-    require(
+    must(
         not weights.get("dynamic"), f"weights must be static, got dynamic={said(weights.get('dynamic'))}; {_ELSEWHERE}"
     )
     _check_args(weights, "weights")
@@ -76,12 +76,12 @@ def scheme_of_group(group: Mapping[str, Any]) -> Scheme:
 
 
 def _check_args(args: Mapping[str, Any], what: str) -> None:
-    require(
+    must(
         args.get("scale_dtype") in _SCALE_DTYPES,
         f"{what} must have plain float scales, got scale_dtype={_plain(args.get('scale_dtype'))} (mxfp4, mxfp8 or "
         f"nvfp4), which fx_quant does not run; {_ELSEWHERE}",
     )
-    require(
+    must(
         args.get("actorder") in (None, False, "weight", "static"),
         f"{what} must have actorder null, 'weight' or 'static', got {said(args.get('actorder'))}, which permutes k; "
         "quantize the model again without it",
@@ -122,13 +122,13 @@ def _strategy(args: Mapping[str, Any], what: str) -> str:
 
 def _group_size(args: Mapping[str, Any], what: str) -> int:
     size = args.get("group_size")
-    require(is_size(size), f"{what} per group must have a positive group_size, got {said(size)}; check its config.json")
+    must(is_size(size), f"{what} per group must have a positive group_size, got {said(size)}; check its config.json")
     return size  # type: ignore[return-value]
 
 
 def _block(size: Any, what: str) -> tuple[int, int]:
     fits = isinstance(size, (list, tuple)) and len(size) == 2 and all(map(is_size, size))
-    require(fits, f"{what} must be [rows, columns], both positive, got {said(size)}; check its config.json")
+    must(fits, f"{what} must be [rows, columns], both positive, got {said(size)}; check its config.json")
     return size[0], size[1]
 
 
@@ -139,7 +139,7 @@ def _weight_granularity(args: Mapping[str, Any]) -> Granularity:
     if strategy == "block":
         return Granularity.per_block(*_block(args.get("block_structure"), "block_structure"))
     known = {"tensor": Granularity.PER_TENSOR, "channel": Granularity.PER_CHANNEL}
-    require(
+    must(
         strategy in known,
         f"the strategy of weights must be block, channel, group or tensor, got {strategy!r}; {_ELSEWHERE}",
     )
@@ -149,7 +149,7 @@ def _weight_granularity(args: Mapping[str, Any]) -> Granularity:
 def _activation(args: Mapping[str, Any]) -> OperandSpec:
     what = "input_activations"
     strategy, dynamic = _strategy(args, what), args.get("dynamic", False)
-    require(
+    must(
         isinstance(dynamic, bool) and strategy in ("tensor", "token", "group") and (dynamic or strategy == "tensor"),
         "input_activations must be dynamic per group, tensor or token, or static per tensor, "
         f"got strategy {strategy!r} with dynamic={said(dynamic)}; {_ELSEWHERE}",
@@ -163,16 +163,14 @@ def _activation(args: Mapping[str, Any]) -> OperandSpec:
 def _checked(scheme: Scheme) -> Scheme:
     """``scheme`` if a quantized product of it exists: codes of one kind, and scales that can leave the sum."""
     a, b = scheme.activation, scheme.weight
-    require(
+    must(
         a.dtype == b.dtype and a.dtype in (torch.int8, _FLOAT8),
         f"quantized activations and their weight must both be int8 or both float8, got {scheme}; {_ELSEWHERE}",
     )
-    require(b.symmetric, f"the weight beside a quantized activation must be symmetric, got {scheme}; {_ELSEWHERE}")
-    blocks = b.granularity.kind == "per_block"
-    fits = blocks and a.dtype is _FLOAT8 and a.granularity == Granularity.per_group(b.granularity.size[1])
-    plain = a.granularity.kind != "per_group" and b.granularity.kind in ("per_tensor", "per_channel")
-    require(
-        fits or plain,
+    must(b.symmetric, f"the weight beside a quantized activation must be symmetric, got {scheme}; {_ELSEWHERE}")
+    blocks = Granularity.ANY_BLOCK.covers(b.granularity) and a.dtype is _FLOAT8 and a.group == b.group
+    must(
+        blocks or (a.group is None and b.group is None),
         "quantized activations must be per tensor or token with a weight per channel or tensor, or float8 per group "
         f"with a weight in blocks of as many columns, got {scheme}; {_ELSEWHERE}",
     )
@@ -268,7 +266,7 @@ def read_config(config: Mapping[str, Any]) -> Config:
     """
     method = config.get("quant_method")
     readers = {"compressed-tensors": _read_compressed_tensors, "fp8": _read_fp8}
-    require(
+    must(
         isinstance(method, str) and method in readers,
         f"quant_method must be {' or '.join(map(repr, sorted(readers)))}, got {said(method)}; load it with "
         "transformers or, for another method, quantize the float model with fx_quant.quantize_",
@@ -282,14 +280,14 @@ _FORMATS = ("float-quantized", "int-quantized", "mixed-precision", "naive-quanti
 def _read_compressed_tensors(config: Mapping[str, Any]) -> CompressedTensors:
     where = "quantization_config"
     sparsity = field(config, "sparsity_config", Mapping, where) or {}
-    require(
+    must(
         sparsity.get("format", "dense") == "dense" and not config.get("moe_sparsity_config"),
         f"a checkpoint must not be sparse, got sparsity_config={said(dict(sparsity))}; save it without sparse "
         "compression",
     )
     transforms = (field(config, "transform_config", Mapping, where) or {}).get("config_groups")
     found = list(transforms) if isinstance(transforms, Mapping) else transforms
-    require(
+    must(
         not transforms,
         f"transform_config must be empty, got {said(found)}: "
         "fx_quant does not run transforms of activations; quantize the model without them",
@@ -300,11 +298,11 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> CompressedTensors:
             f"a compressed-tensors config must have config_groups, got {said(groups)}; check its config.json"
         )
     for holder, name in ((config, where), *((group, name) for name, group in groups.items())):
-        require(
+        must(
             isinstance(holder, Mapping) and (holder is config or "targets" in holder),
             f"{name} must be an object with targets, weights and input_activations, got {said(holder)}",
         )
-        require(
+        must(
             holder.get("format") is None or holder["format"] in _FORMATS,
             f"the format of {name} must be {', '.join(_FORMATS)}, got {said(holder.get('format'))}; {_ELSEWHERE}",
         )
@@ -320,16 +318,14 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> CompressedTensors:
 def _read_fp8(config: Mapping[str, Any]) -> FineGrainedFP8:
     where = "quantization_config"
     size, when = config.get("weight_block_size"), (field(config, "activation_scheme", str, where) or "dynamic").lower()
-    require(
+    must(
         when in ("dynamic", "static"),
         f"activation_scheme must be 'dynamic' or 'static', got {when!r}; check its config.json",
     )
     fmt, scale_fmt = config.get("fmt", "e4m3"), config.get("scale_fmt") or "float"
-    require(fmt in ("e4m3", "float8_e4m3fn"), f"fmt must be 'e4m3', got {said(fmt)}; {_ELSEWHERE}")
-    require(
-        scale_fmt in ("float", "ue8m0"), f"scale_fmt must be 'float' or 'ue8m0', got {said(scale_fmt)}; {_ELSEWHERE}"
-    )
-    require(
+    must(fmt in ("e4m3", "float8_e4m3fn"), f"fmt must be 'e4m3', got {said(fmt)}; {_ELSEWHERE}")
+    must(scale_fmt in ("float", "ue8m0"), f"scale_fmt must be 'float' or 'ue8m0', got {said(scale_fmt)}; {_ELSEWHERE}")
+    must(
         size is None or when == "dynamic",
         f"a weight in blocks must have activation_scheme 'dynamic', got {when!r}; quantize the model with 'dynamic'",
     )
@@ -338,7 +334,7 @@ def _read_fp8(config: Mapping[str, Any]) -> FineGrainedFP8:
         blocks = Granularity.PER_TENSOR
     else:
         blocks = Granularity.per_block(*_block(size, "weight_block_size"))
-        tokens = Granularity.per_group(blocks.size[1])
+        tokens = Granularity.per_group(blocks.columns)
     notes = _kv_cache_notes(config)
     kv_cache = bool(notes)
     if scale_fmt == "ue8m0":

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from fx_quant.loading.checkpoint_values import CheckpointError, require, said
+from fx_quant.loading.checkpoint_values import CheckpointError, must, said
 
 if sys.version_info >= (3, 11):
     from re import _constants as ops
@@ -84,7 +84,7 @@ class _Parsed(NamedTuple):
 
 
 def _parsed(pattern: str, tail: str) -> _Parsed:
-    require(
+    must(
         len(pattern) <= _MOST_CHARACTERS,
         f"a regular expression must have at most {_MOST_CHARACTERS} characters, got {said(pattern)}; {_CHECK}",
     )

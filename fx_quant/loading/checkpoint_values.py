@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from fx_quant.errors import FxQuantError
+from fx_quant.errors import must as _must
 
 Value = TypeVar("Value")
 
@@ -25,10 +27,7 @@ class CheckpointError(FxQuantError, ValueError):
         super().__init__(text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}")
 
 
-def require(holds: bool, message: str) -> None:
-    """Raise ``CheckpointError(message)`` unless ``holds``."""
-    if not holds:
-        raise CheckpointError(message)
+must = partial(_must, error=CheckpointError)
 
 
 _repr = reprlib.Repr()
@@ -48,7 +47,7 @@ def field(holder: Mapping[str, Any], name: str, kind: type[Value], where: str) -
         CheckpointError: it is of another.
     """
     value = holder.get(name)
-    require(
+    must(
         value is None or isinstance(value, kind),
         f"{name} of {where} must be {_WORDS[kind]}, got {said(value)}; {_CHECK}",
     )
@@ -64,7 +63,7 @@ def texts(holder: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     value = holder.get(name)
     value = () if value is None else value
     is_list = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
-    require(is_list, f"{name} of {where} must be a list of names, got {said(value)}; {_CHECK}")
+    must(is_list, f"{name} of {where} must be a list of names, got {said(value)}; {_CHECK}")
     return tuple(value)
 
 

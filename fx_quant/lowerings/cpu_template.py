@@ -33,8 +33,8 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from fx_quant.compat import templates_take_unbacked_sizes
 from fx_quant.kernels.cpu.native import PLAN, Dot
+from fx_quant.kernels.cpu.plans import table
 from fx_quant.kernels.layouts import PANEL
-from fx_quant.tuning.plans import table
 
 aten = torch.ops.aten
 

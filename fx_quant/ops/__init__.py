@@ -7,6 +7,7 @@ stays opaque to AOTAutograd, runs eagerly on every device, and Inductor may stil
 from __future__ import annotations
 
 from fx_quant.ops import fold
+from fx_quant.ops.decode import decode, repeat_blocks, unpack_nibbles
 from fx_quant.ops.library import KEEPING_TAGS, LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
 from fx_quant.ops.quantize import (
     check_quantize,
@@ -41,14 +42,17 @@ __all__ = [
     "choose_scale",
     "column_sums",
     "correct",
+    "decode",
     "dequantize",
     "dequantize_weight",
     "fold",
     "quantize",
     "quantize_dynamic",
     "register",
+    "repeat_blocks",
     "scaled_mm",
     "split_zero_point",
     "unpack_codes",
+    "unpack_nibbles",
     "weight_only_mm",
 ]

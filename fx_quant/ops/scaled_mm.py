@@ -194,8 +194,8 @@ def accumulate_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Ten
     for j in range(_blocks(a.shape[1], columns)):
         along = slice(j * columns, (j + 1) * columns)
         part = accumulate(a[:, along], b[along]).float()
-        scale = b_scale[:, j].repeat_interleave(rows)[: b.shape[1]]
-        out += (part if a_scale is None else part * a_scale[:, j : j + 1]) * scale
+        scale = b_scale[:, j].float().repeat_interleave(rows)[: b.shape[1]]
+        out += (part if a_scale is None else part * a_scale[:, j : j + 1].float()) * scale
     return out
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fx_quant.ops.decode import decode, unpack_nibbles
 from fx_quant.ops.library import MATMUL_TAGS, register
 from fx_quant.ops.scaled_mm import check_blocks, check_epilogue, dequantize, fits_columns
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, dtype_name
@@ -17,23 +18,17 @@ def unpack_codes(b: Tensor, k: int) -> Tensor:
     if b.shape[0] == k:
         return b
     weight = b.t()  # as it usually lies in memory
-    nibbles = torch.stack((weight & 0xF, weight >> 4), -1).flatten(1)
-    return (nibbles.to(torch.int8) - 8).t()
+    return (unpack_nibbles(weight).to(torch.int8) - 8).t()
 
 
 def dequantize_weight(
     b: Tensor, k: int, b_scale: Tensor, b_zero_point: Tensor | None, block: Sequence[int] | None
 ) -> Tensor:
     """``(b - b_zero_point) * b_scale`` in float32, ``[k, n]``; arguments as for ``weight_only_mm``."""
-    codes = unpack_codes(b, k).float()
+    codes = unpack_codes(b, k)
     if block is None:
-        return (codes if b_zero_point is None else codes - b_zero_point.float()) * b_scale
-
-    def spread(x: Tensor) -> Tensor:
-        whole = x.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-        return whole[: codes.shape[1], :k].t()
-
-    return (codes if b_zero_point is None else codes - spread(b_zero_point.float())) * spread(b_scale)
+        return decode(codes, b_scale, b_zero_point)
+    return decode(codes.t(), b_scale, b_zero_point, block).t()
 
 
 def weight_only_mm(

@@ -21,7 +21,6 @@ from fx_quant.passes.problems import corrects_outside, is_unsigned, near_range
 from fx_quant.passes.ranges import bounds_of, is_near
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Codes, Product, Tile
-from fx_quant.scheme import INT4_DTYPES
 
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
 _TWO_POINTS = "two zero points of one operand whose values are not known, and whose sum may wrap around"
@@ -55,22 +54,23 @@ def canonicalize(emitter: Emitter, site: Site) -> tuple[Node, Node]:
 
 def _scaled(emitter: Emitter, site: Site, product: Product) -> Node:
     """``fx_quant::scaled_mm`` with everything in it."""
-    root, k = site.root, site.problem.k
+    root, k, scheme = site.root, site.problem.k, site.problem.scheme
+    a_to, b_to = scheme.activation.scale_dtype, scheme.weight.scale_dtype
     a, zero_point = _activation(emitter, product, root)
     assert zero_point.rest is None
     b = _stored(emitter, product.b, root)
     extras: dict[str, Any] = {} if zero_point.near is None else {"a_zero_point": zero_point.near}
     if product.block is None:
-        a_scale = combined(emitter, vectors(emitter, product.rows, root, FLOAT32, [-1, 1]), root)
-        b_scale = combined(emitter, vectors(emitter, product.columns, root, FLOAT32, [-1]), root)
+        a_scale = combined(emitter, vectors(emitter, product.rows, root, a_to, [-1, 1]), root)
+        b_scale = combined(emitter, vectors(emitter, product.columns, root, b_to, [-1]), root)
     else:
         extras["block"] = list(product.block)
         groups = -(-k // product.block[1])
         product = _scalars_to_weight(product)
-        a_scale = combined(emitter, blocks(emitter, product.rows, 1, groups, root, FLOAT32), root)
+        a_scale = combined(emitter, blocks(emitter, product.rows, 1, groups, root, a_to), root)
         if a_scale is not None:
             a_scale = _widened(emitter, a_scale, a, groups, root)
-        b_scale = _weight_blocks(emitter, product, site, FLOAT32)
+        b_scale = _weight_blocks(emitter, product, site, b_to)
     bias = _bias(emitter, product, site)
     return emitter.call(SCALED_MM, a, b, a_scale, b_scale, bias, product.dtype, like=root, **extras)
 
@@ -221,7 +221,7 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
 
 def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:
     """``fx_quant::weight_only_mm`` with everything in it."""
-    root, problem = site.root, site.problem
+    root, problem, to = site.root, site.problem, site.problem.scheme.weight.scale_dtype
     assert isinstance(product.a, Node)
     x = emitter.reshape(product.a, [-1, problem.k], like=root)
     b, lowest = _weight(emitter, site, product)
@@ -235,14 +235,14 @@ def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:
     # Read in each call, so in 64 bits only where they are stored so and not known to be small.
     kind = INT32 if all(low >= -(2**31) and high < 2**31 for low, high in every) else INT64
     if product.block is None:
-        b_scale = combined(emitter, vectors(emitter, product.columns, root, FLOAT32, [-1]), root)
+        b_scale = combined(emitter, vectors(emitter, product.columns, root, to, [-1]), root)
         points = vectors(emitter, product.b_zero_points, root, kind, [-1])
     else:
-        b_scale = _weight_blocks(emitter, product, site, FLOAT32)
+        b_scale = _weight_blocks(emitter, product, site, to)
         high, groups = product.block[0], -(-problem.k // product.block[1])
         points = blocks(emitter, product.b_zero_points, high, groups, root, kind)
     if b_scale is None:
-        b_scale = number(emitter, 1.0, root, FLOAT32)
+        b_scale = number(emitter, 1.0, root, to)
     points = [_with_room(emitter, point, bounds, shift, root) for point, bounds in zip(points, every, strict=True)]
     if shift:
         points.append(number(emitter, shift, root, kind))
@@ -277,7 +277,7 @@ def _weight(emitter: Emitter, site: Site, product: Product) -> tuple[Node, int]:
     Codes of 16 values are packed two to a byte along k, as ``code + 8``, the even k in the low nibble.
     """
     root = site.root
-    if site.problem.scheme.weight.dtype not in INT4_DTYPES:
+    if not site.problem.scheme.weight.packed:
         return _stored(emitter, product.b, root), 0
     b = matrix(emitter, product.b, root)
     bounds = integer_range(dataclasses.replace(product.b, offset=0))

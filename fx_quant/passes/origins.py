@@ -308,21 +308,21 @@ class Origins:
         if not full:
             weights = [origin for _, origin in made if _is_weight(origin)]
             return replace(weights[0], kind=Kind.WEIGHTED, weighted=True) if multiplies and weights else None
-        source, origin = max(full, key=lambda pair: pair[1].kind)
+        scales = multiplies or is_op(node, *DIVISIONS)
+        source, origin = max(full, key=lambda pair: (scales and _is_weight(pair[1]), pair[1].kind))
         others = [n for n in node.all_input_nodes if n is not source and dtype(n) is not torch.bool]
+        if scales and _is_weight(origin) and any(n in self._inputs.runtime for n in others):
+            origin = replace(origin, weighted=True)
         floats = [
             n for n in others if self.coded(n) is None and n in self._inputs.runtime and not self._undone(origin, n)
         ]
         met = [n for n in floats if _fills(n, node)]
-        scales = multiplies or is_op(node, *DIVISIONS)
         if origin.stored and floats:
             # A scale or a zero point that is written to is one that a call brings.
-            weight = _is_weight(origin)
             decodes = scales or all(_shifts(node, n) for n in floats)
-            if not origin.coded or not (scales and weight if met else decodes):
+            if not origin.coded or not (scales and _is_weight(origin) if met else decodes):
                 return None
-            weighted = origin.weighted or (scales and weight)
-            return replace(origin, kind=Kind.WEIGHTED if met else Kind.DECODED, weighted=weighted)
+            return replace(origin, kind=Kind.WEIGHTED if met else Kind.DECODED)
         if met:
             return None
         if origin.kind is Kind.INPUT:

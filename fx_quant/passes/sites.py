@@ -26,7 +26,7 @@ from fx_quant.passes.unclaimed import unclaimed_contraction
 from fx_quant.passes.values import Affine, Codes, Product, Tile
 from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, Size, SizeRange
-from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, Granularity, Numerics, OperandSpec, Scheme
+from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, Granularity, Numerics, OperandSpec, Scheme, scale_dtype_of
 
 
 @dataclass(frozen=True)
@@ -245,12 +245,14 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
         _scale_granularity(operands.a_scale, operands.block and (1, operands.block[1]), Granularity.PER_TOKEN),
         dynamic=operands.a_scale in inputs.runtime,
         symmetric=operands.a_zero_point is None,
+        scale_dtype=scale_dtype_of(dtype(operands.a_scale)),
     )
     packed = not same_size(shape(operands.b)[0], k)
     weight = OperandSpec(
         torch.int4 if packed else dtype_of(operands.b),  # pyrefly: ignore[missing-attribute]
         _scale_granularity(operands.b_scale, operands.block, Granularity.PER_CHANNEL),
         symmetric=operands.b_zero_point is None,
+        scale_dtype=scale_dtype_of(dtype(operands.b_scale)),
     )
     problem = Problem(
         scheme=Scheme(activation, weight),

@@ -1,1 +1,1 @@
-"""What was measured on this machine: how it is kept, and the plans that it chooses."""
+"""How a tuner decides, and the files that keep what it decided; what is tried, and how it is timed, is a provider's."""

@@ -7,12 +7,9 @@ channel, and int4 codes are unpacked (one per element) everywhere but in ``pack_
 
 from __future__ import annotations
 
-from fx_quant.weights.checks import INT4, UINT4, WeightError, require
-from fx_quant.weights.layouts import (
-    pack_int4,
-    repeat_blocks,
-    unpack_int4,
-)
+from fx_quant.ops import repeat_blocks
+from fx_quant.weights.checks import INT4, UINT4, WeightError
+from fx_quant.weights.layouts import pack_int4, unpack_int4
 from fx_quant.weights.shards import (
     all_close_1d,
     azp_adjoint,
@@ -36,6 +33,5 @@ __all__ = [
     "per_tensor_dequantize",
     "repeat_blocks",
     "requantize_with_max_scale",
-    "require",
     "unpack_int4",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fx_quant.errors import FxQuantError
+from fx_quant.errors import must as _must
 from fx_quant.scheme import CODE_DTYPES, dtype_name
 
 # pyrefly: ignore [missing-attribute]
@@ -20,24 +22,21 @@ class WeightError(FxQuantError, ValueError):
     """Codes, scales or shapes of a weight that do not fit together, or that a transform does not take."""
 
 
-def require(holds: bool, message: str) -> None:
-    """Raise ``WeightError(message)`` unless ``holds``."""
-    if not holds:
-        raise WeightError(message)
+must = partial(_must, error=WeightError)
 
 
 def require_codes(codes: Tensor, dtypes: Collection[torch.dtype] = CODE_DTYPES, what: str = "weight") -> None:
     """Raise unless ``codes`` are two-dimensional, of one of ``dtypes``."""
     known = ", ".join(sorted(map(dtype_name, dtypes)))
-    require(codes.dtype in dtypes, f"{what} must be codes of dtype {known}, got {dtype_name(codes.dtype)}")
-    require(codes.dim() == 2, f"{what} must be [n, k], got {list(codes.shape)}; flatten or split it first")
+    must(codes.dtype in dtypes, f"{what} must be codes of dtype {known}, got {dtype_name(codes.dtype)}")
+    must(codes.dim() == 2, f"{what} must be [n, k], got {list(codes.shape)}; flatten or split it first")
 
 
 def require_float(scale: Tensor, what: str) -> None:
     """Raise unless ``scale`` is of a float dtype that has arithmetic."""
     # Those of one byte, float8_e8m0fnu among them, have no arithmetic.
     floating = scale.dtype.is_floating_point and scale.dtype.itemsize > 1
-    require(floating, f"{what} must be a float tensor (float32), got {dtype_name(scale.dtype)}; decode it first")
+    must(floating, f"{what} must be a float tensor (float32), got {dtype_name(scale.dtype)}; decode it first")
 
 
 def checked_scale(scale: Tensor, what: str = "scale") -> Tensor:

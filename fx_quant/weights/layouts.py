@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from fx_quant.ops import unpack_nibbles
 from fx_quant.scheme import INT4_DTYPES, INT8_DTYPES, dtype_name
 from fx_quant.weights.checks import (
     INT4,
-    require,
+    must,
     require_codes,
 )
-
-
-def repeat_blocks(values: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
-    """``out[n, k] = values[n // r, k // c]`` for any dtype and sign, such as zero points; nothing is checked."""
-    rows, columns = (torch.arange(size, device=values.device) // step for size, step in zip(shape, block, strict=True))
-    return values.index_select(0, rows).index_select(1, columns)
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -35,10 +28,10 @@ def pack_int4(codes: Tensor) -> Tensor:
         WeightError: an odd k; a code that does not fit in four bits.
     """
     require_codes(codes, INT8_DTYPES, "codes")
-    require(codes.shape[1] % 2 == 0, f"codes must have an even k, got {codes.shape[1]}; pad it with codes of 0")
+    must(codes.shape[1] % 2 == 0, f"codes must have an even k, got {codes.shape[1]}; pad it with codes of 0")
     low = -8 if codes.dtype is torch.int8 else 0
     outside = int(((codes < low) | (codes > low + 15)).sum())
-    require(not outside, f"4-bit {dtype_name(codes.dtype)} codes must be in {low}..{low + 15}, got {outside} outside")
+    must(not outside, f"4-bit {dtype_name(codes.dtype)} codes must be in {low}..{low + 15}, got {outside} outside")
     nibbles = (codes - low).to(torch.uint8)
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4
 
@@ -53,6 +46,6 @@ def unpack_int4(packed: Tensor, dtype: torch.dtype) -> Tensor:
         WeightError: ``packed`` is not 2-D uint8, or another dtype.
     """
     require_codes(packed, (torch.uint8,), "packed")
-    require(dtype in INT4_DTYPES, f"dtype must be torch.int4 or torch.uint4, got {dtype_name(dtype)}")
-    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    must(dtype in INT4_DTYPES, f"dtype must be torch.int4 or torch.uint4, got {dtype_name(dtype)}")
+    codes = unpack_nibbles(packed)
     return codes.to(torch.int8) - 8 if dtype is INT4 else codes

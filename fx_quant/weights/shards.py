@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fx_quant.ops import decode
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, INT8_DTYPES, dtype_name
 from fx_quant.weights.checks import (
     checked_scale,
-    require,
+    must,
     require_codes,
     require_float,
 )
@@ -27,21 +28,21 @@ def _shards_with_rows(weight_scale: Tensor, logical_widths: Sequence[int]) -> li
     """``(rows, scale)`` of each shard that has rows; a scale that was never loaded is resolved or an error."""
     require_float(weight_scale, "weight_scale")
     widths = list(logical_widths)
-    require(
+    must(
         all(isinstance(width, int) and width >= 0 for width in widths),
         f"logical_widths must be the rows of each shard, got {widths}",
     )
     values: list[float] = weight_scale.detach().float().flatten().tolist()
     if len(values) == 1:
         values *= len(widths)
-    require(
+    must(
         len(values) == len(widths),
         f"weight_scale must hold one scale, or one for each of the {len(widths)} logical_widths, got {len(values)}",
     )
     shards = [(width, value) for width, value in zip(widths, values, strict=True) if width]
     if shards and shards[-1][1] <= _NEVER_LOADED:
         loaded = sorted({value for value in values if value > _NEVER_LOADED})
-        require(
+        must(
             len(loaded) == 1,
             "weight_scale must have one value if its last shard's was never loaded, as in a checkpoint that is already "
             f"fused, got {len(loaded)}; load the missing scales",
@@ -86,13 +87,13 @@ def per_tensor_dequantize(codes: Tensor, scale: Tensor | float) -> Tensor:
     Raises:
         WeightError: not codes; more than one scale, or one that is negative or not finite.
     """
-    require(codes.dtype in CODE_DTYPES, f"codes must be int8, uint8 or float8, got {dtype_name(codes.dtype)}")
+    must(codes.dtype in CODE_DTYPES, f"codes must be int8, uint8 or float8, got {dtype_name(codes.dtype)}")
     factor = checked_scale(torch.as_tensor(scale, dtype=None if isinstance(scale, Tensor) else torch.float32))
-    require(
+    must(
         factor.numel() == 1,
         f"scale must have one element, got {list(factor.shape)}; multiply by blocks as QuantizedWeight.dequantize does",
     )
-    return codes.detach().float() * factor.reshape(()).to(codes.device)
+    return decode(codes.detach(), factor.reshape(()).to(codes.device))
 
 
 def requantize_with_max_scale(
@@ -122,7 +123,7 @@ def requantize_with_max_scale(
     require_codes(weight, FLOAT8_DTYPES)
     shards = _shards_with_rows(weight_scale, logical_widths)
     rows = sum(width for width, _ in shards)
-    require(rows == weight.shape[0], f"logical_widths must sum to the n = {weight.shape[0]} of weight, got {rows}")
+    must(rows == weight.shape[0], f"logical_widths must sum to the n = {weight.shape[0]} of weight, got {rows}")
     max_scale = max((scale for _, scale in shards), default=1.0)
     weight = weight.detach().clone()
     for shard, (_, scale) in zip(weight.split([width for width, _ in shards]), shards, strict=True):
@@ -140,8 +141,8 @@ def all_close_1d(x: Tensor, rtol: float = 1e-5) -> bool:
     Raises:
         WeightError: ``x`` is not 1-D; ``rtol`` is negative or NaN.
     """
-    require(x.dim() == 1, f"x must be 1-D, got {list(x.shape)}")
-    require(rtol >= 0, f"rtol must not be negative, got {rtol}")
+    must(x.dim() == 1, f"x must be 1-D, got {list(x.shape)}")
+    must(rtol >= 0, f"rtol must not be negative, got {rtol}")
     if x.numel() == 0:
         return True
     low, high = (value.item() for value in x.detach().double().aminmax())
@@ -177,13 +178,13 @@ def merge_input_scales(scales: Tensor, azps: Tensor | None = None) -> tuple[Tens
     require_float(scales, "scales")
     scales = scales.detach().flatten()
     loaded = ~(scales <= _NEVER_LOADED)
-    require(bool(loaded.any()), f"merge_input_scales needs a loaded scale, got none of {scales.numel()}")
+    must(bool(loaded.any()), f"merge_input_scales needs a loaded scale, got none of {scales.numel()}")
     known = checked_scale(scales[loaded], "scales")
     if azps is None:
         largest = known.max()
         return torch.where(largest > 0, largest, 1.0), None
     _require_integer(azps, "azps")
-    require(
+    must(
         azps.numel() == scales.numel(),
         f"azps must hold one zero point for each of the {scales.numel()} scales, got {azps.numel()}",
     )
@@ -215,17 +216,15 @@ def azp_adjoint(weight: Tensor, azp: Tensor | int | None = None) -> Tensor:
     sums = weight.sum(dim=1, dtype=torch.int64)[None]
     if isinstance(azp, Tensor):
         _require_integer(azp, "azp")
-        require(
-            azp.numel() == 1, f"azp must have one element, got {list(azp.shape)}; give per-token ones to the kernel"
-        )
+        must(azp.numel() == 1, f"azp must have one element, got {list(azp.shape)}; give per-token ones to the kernel")
         azp = int(azp.item())
-    require(azp is None or isinstance(azp, int), f"azp must be an integer, got {azp}; zero points are not rounded here")
+    must(azp is None or isinstance(azp, int), f"azp must be an integer, got {azp}; zero points are not rounded here")
     return (sums if azp is None else sums * azp).to(torch.int32)
 
 
 def _require_integer(x: Tensor, what: str) -> None:
     integer = not x.dtype.is_floating_point and not x.dtype.is_complex and x.dtype is not torch.bool
-    require(integer, f"{what} must be an integer tensor (int32), got {dtype_name(x.dtype)}")
+    must(integer, f"{what} must be an integer tensor (int32), got {dtype_name(x.dtype)}")
 
 
 # --- float8 of other hardware ---------------------------------------------------------------------------------
@@ -252,7 +251,7 @@ def normalize_e4m3fn_to_e4m3fnuz(
 
     Source: https://onnx.ai/onnx/technical/float8.html
     """
-    require(
+    must(
         weight.dtype is torch.float8_e4m3fn,
         f"weight must be float8_e4m3fn, got {dtype_name(weight.dtype)}; only that one is stored with another bias",
     )

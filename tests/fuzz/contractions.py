@@ -4,6 +4,7 @@ The rule is that of ``fx_quant/passes/origins.py``, written down a second time f
 where they are stored. Where they change from call to call they may be a mask or an image, until a tensor smaller than
 they are scales or shifts them: any that is not computed from them for int8, one that comes with the call too for uint8,
 as constants and their own statistics normalise an image. int8 that the graph writes to is the state of a model, so codes.
+Stored uint8 that nothing scales may be a mask where it is multiplied and summed without a matmul.
 """
 
 from __future__ import annotations
@@ -80,10 +81,12 @@ class _Made:
     Args:
         of: the bytes.
         coded: they are codes for certain, not a mask or an image.
+        scaled: something scaled or shifted them.
     """
 
     of: Node
     coded: bool
+    scaled: bool = False
 
 
 def quantized_contractions(graph: Graph, static: Collection[int]) -> dict[str, str]:
@@ -139,8 +142,12 @@ class _Walk:
         product = node.args[0] if node.target is aten.sum.dim_IntList else None
         if not isinstance(product, Node) or product.target is not aten.mul.Tensor or product in self.made:
             return False
-        weights = [n for n in product.all_input_nodes if self.is_coded(n) and self.made[n].of in self.constant]
+        weights = [n for n in product.all_input_nodes if self.is_coded(n) and self.is_weight(self.made[n])]
         return len(weights) == 1 and any(n in self.changes for n in product.all_input_nodes if n not in weights)
+
+    def is_weight(self, made: _Made) -> bool:
+        """Whether stored bytes are codes of a weight, not a mask: what sums under one looks the same."""
+        return made.of in self.constant and (made.scaled or made.of.meta["val"].dtype is not torch.uint8)
 
     def of(self, node: Node, value: object) -> _Made | None:
         """What ``node`` was made of; None where that is no bytes, or nothing is certain."""
@@ -174,7 +181,7 @@ class _Walk:
             if known is None:
                 continue
             if not isinstance(by, Node):
-                return known
+                return replace(known, scaled=True)
             other = by.meta.get("val")
             if not isinstance(other, torch.Tensor) or other.numel() >= value.numel() or other.dtype is torch.bool:
                 continue
@@ -182,7 +189,7 @@ class _Walk:
                 continue  # broadcast itself
             if node.target in (aten.add.Tensor, aten.add.Scalar) and other.dtype.is_floating_point:
                 continue  # a bias
-            return replace(known, coded=known.coded or self.decodes(known.of, by))
+            return replace(known, coded=known.coded or self.decodes(known.of, by), scaled=True)
         return None
 
     def decodes(self, source: Node, by: Node) -> bool:

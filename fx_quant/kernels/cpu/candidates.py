@@ -21,8 +21,8 @@ from fx_quant.errors import FxQuantError
 from fx_quant.kernels.cpu.decode import decode_of, decoded_matmul
 from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.cpu.native import BFLOAT16, Dot, matmul
+from fx_quant.kernels.cpu.plans import PlanTable, default_table
 from fx_quant.kernels.layouts import packed_layout
-from fx_quant.tuning.plans import PlanTable, default_table
 
 Shape = tuple[int, int]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fx_quant.kernels.cpu.native import AVX512, BFLOAT16, FLOAT32, PLAN, TILE, Dot, for_target, load, source
+from fx_quant.kernels.cpu.plans import PlanTable, table
 from fx_quant.scheme import FLOAT8_DTYPES
-from fx_quant.tuning.plans import PlanTable, table
 
 # Bytes become bfloat16 by a table of 128 bytes.
 _DECODED_BFLOAT16 = replace(
@@ -59,7 +59,7 @@ class Decode:
 
     @property
     def kind(self) -> str:
-        """What its plans are called in ``fx_quant.tuning.plans``; signed and unsigned bytes share them."""
+        """What its plans are called in ``plans.py``; signed and unsigned bytes share them."""
         return f"{self.dot.kind}_decoded_{_KINDS[self.codes]}"
 
     def takes(self, block: Sequence[int] | None) -> bool:

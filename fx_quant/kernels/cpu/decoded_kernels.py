@@ -26,7 +26,7 @@ from fx_quant.kernels.registry import (
     register_op,
     weight_scales,
 )
-from fx_quant.ops import dequantize, dequantize_weight
+from fx_quant.ops import decode, dequantize, dequantize_weight
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _ANY_SCALES = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
@@ -41,7 +41,7 @@ def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, b
     k = a.shape[1]
     b_scale, b_zero_point = _by_rows(b_scale, n), _by_rows(b_zero_point, n)
     if a_scale is not None and block is not None:
-        a, a_scale = a * a_scale.repeat_interleave(block[1], 1)[:, :k], None
+        a, a_scale = decode(a, a_scale, block=(1, block[1])), None
     b_scale = torch.ones((), device=a.device) if b_scale is None else b_scale
     weight = dequantize_weight(unpacked(b, n, k), k, b_scale, b_zero_point, block)
     return dequantize(a.float() @ weight, a_scale, None, bias, out_dtype)

@@ -15,7 +15,7 @@ from fx_quant.kernels.registry import (
     register_op,
     weight_scales,
 )
-from fx_quant.ops import dequantize
+from fx_quant.ops import dequantize, unpack_nibbles
 from fx_quant.scheme import INT4_DTYPES, Granularity, Numerics
 
 _GROUPS = (32, 64, 128, 256)
@@ -23,7 +23,7 @@ _GROUPS = (32, 64, 128, 256)
 
 def _pack(weight: Tensor) -> Tensor:
     """Two codes to a byte along k (code + 8, even k low), ``[n, k / 2]``, in the order of ATen's kernel."""
-    nibbles = torch.stack((weight & 0xF, weight >> 4), -1).flatten(1)
+    nibbles = unpack_nibbles(weight)
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.to(torch.int32), 2)
 
 

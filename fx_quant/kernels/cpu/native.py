@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_quant.kernels.cpu.plans import PlanTable, table
 from fx_quant.target import cpu_features
-from fx_quant.tuning.plans import PlanTable, table
 
 
 def source(*names: str) -> str:
@@ -53,7 +53,7 @@ class Dot:
 
     @property
     def kind(self) -> str:
-        """What its plans are called in ``fx_quant.tuning.plans``."""
+        """What its plans are called in ``plans.py``."""
         return self.name.removeprefix("fxq_")
 
     def exists_here(self) -> bool:

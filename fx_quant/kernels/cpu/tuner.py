@@ -1,4 +1,4 @@
-"""Measures which plans (``fx_quant.tuning.plans``) suit this machine, within a budget of time.
+"""Measures which plans (``plans.py``) suit this machine, within a budget of time.
 
 One parameter of one range of rows at a time, few rows first: its candidates take turns on weights that are not in
 cache, each verified against the default before it is timed. A candidate must be at least 3 % faster over the shapes,
@@ -9,33 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels.cpu.candidates import Shape, Timer, TunedKernel, tuned_kernels
-from fx_quant.tuning.plans import (
-    ANY_ROWS,
-    Machine,
-    PlanTable,
-    check_writable,
-    default_table,
-    reset,
-    save,
-    table,
-    this_machine,
-)
+from fx_quant.kernels.cpu.plans import ANY_ROWS, PLANS, Machine, PlanTable, default_table, table, this_machine
+from fx_quant.tuning import search
+from fx_quant.tuning.search import Budget, Report, choose
 
 SHAPES = ((2048, 2048), (4096, 4096))
 ROWS = (1, 4, 16, 64, 256)
-GAIN = 1.03
 _AHEAD = (0, 2048, 4096, 8192, 16384)
 _CHUNK_K = (128, 256, 512, 1024, 2048, 4096)
 _ALONE = (0, 2**15, 2**17, 2**19)
@@ -80,64 +68,55 @@ class Decision:
     chosen: Any
     gain: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """The decision as JSON holds it."""
+        return dataclasses.asdict(self)
+
+    def row(self) -> tuple[object, ...]:
+        """The decision as cells of the report's table."""
+        gain = f"{self.gain:+.1%}" if self.chosen != self.default else ""
+        return self.kernel, self.rows, self.parameter, self.default, self.chosen, gain
+
 
 @dataclass(frozen=True)
-class TuneReport:
+class TuneReport(Report[Decision]):
     """What a tuning run decided.
 
     Args:
         decisions: in the order in which they were made.
         unreached: steps for which no time was left: kernel, rows and parameter.
         seconds: that the run took.
-        machine: what the decisions hold for.
         path: the file that holds them, or None where no plan differs from the defaults.
+        machine: what the decisions hold for.
     """
 
-    decisions: tuple[Decision, ...]
-    unreached: tuple[str, ...]
-    seconds: float
     machine: Machine
-    path: Path | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
-        return {
-            "decisions": [dataclasses.asdict(each) for each in self.decisions],
-            "unreached": list(self.unreached),
-            "seconds": round(self.seconds, 3),
-            "machine": dataclasses.asdict(self.machine),
-            "path": None if self.path is None else str(self.path),
-        }
+    headers = ("kernel", "rows", "parameter", "default", "chosen", "gain")
+    otherwise = "the defaults are"
 
-    def __str__(self) -> str:
-        rows = [
-            (d.kernel, d.rows, d.parameter, d.default, d.chosen, f"{d.gain:+.1%}" if d.chosen != d.default else "")
-            for d in self.decisions
-        ]
-        headers = ("kernel", "rows", "parameter", "default", "chosen", "gain")
-        lines = [tabulate(rows, headers=headers, disable_numparse=True)] if rows else ["nothing was decided"]
-        changed = sum(d.chosen != d.default for d in self.decisions)
-        lines.append(
-            f"\n{changed} of {len(rows)} parameters changed for {self.machine.cpu}, {self.machine.threads} threads, "
-            f"in {self.seconds:.1f} s"
+    def measured_on(self) -> dict[str, Any]:
+        """The machine as JSON holds it."""
+        return {"machine": dataclasses.asdict(self.machine)}
+
+    def summary(self) -> str:
+        """How many parameters changed, and for what."""
+        changed = sum(decision.chosen != decision.default for decision in self.decisions)
+        return (
+            f"{changed} of {len(self.decisions)} parameters changed for {self.machine.cpu}, "
+            f"{self.machine.threads} threads,"
         )
-        if self.unreached:
-            lines.append(f"not reached within the budget, so as before: {_summary(self.unreached)}")
-        lines.append(f"saved in {self.path}" if self.path else "nothing is saved: the defaults are in force")
-        return "\n".join(lines)
 
-
-def _summary(unreached: Sequence[str]) -> str:
-    """How many, and which kernels by rows."""
-    kernels: dict[str, list[str]] = {}
-    for step in unreached:
-        kind, rows, _ = step.split()
-        of = kernels.setdefault(rows, [])
-        if kind not in of:
-            of.append(kind)
-    return f"{len(unreached)} parameters, " + "; ".join(
-        f"{rows} rows of {', '.join(of)}" for rows, of in kernels.items()
-    )
+    def summary_of_unreached(self) -> str:
+        """How many parameters, and which kernels by rows."""
+        kernels: dict[str, list[str]] = {}
+        for step in self.unreached:
+            kind, rows, _ = step.split()
+            kinds = kernels.setdefault(rows, [])
+            if kind not in kinds:
+                kinds.append(kind)
+        words = (f"{rows} rows of {', '.join(kinds)}" for rows, kinds in kernels.items())
+        return f"{len(self.unreached)} parameters, " + "; ".join(words)
 
 
 def tune(
@@ -157,7 +136,7 @@ def tune(
         FxQuantError: a shape, the budget or the threads are not positive; no native kernel can run here; a plan
             changes a result; the plans cannot be written.
     """
-    start = time.perf_counter()
+    budget = Budget(budget_seconds)
     shapes = _checked(shapes, budget_seconds, threads)
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else threads)
@@ -168,10 +147,10 @@ def tune(
                 "tuning needs a native kernel that can run here, and there is none; see `python -m fx_quant doctor`"
             )
         machine = this_machine()
-        check_writable(machine)
-        plan = steps(kernels, shapes, machine.threads)
-        decided, tables = decide_all(plan, Timer(kernels, shapes), budget_seconds, time.perf_counter, start)
-        return _saved(decided, plan, tables, machine, time.perf_counter() - start)
+        PLANS.check_writable(machine)
+        all_steps = steps(kernels, shapes, machine.threads)
+        decided, tables = decide_all(all_steps, Timer(kernels, shapes), budget)
+        return _saved(decided, all_steps, tables, machine, budget.spent)
     finally:
         torch.set_num_threads(before)
 
@@ -189,21 +168,21 @@ def _checked(shapes: Sequence[Shape] | None, budget: float, threads: int | None)
 
 def _saved(
     decided: Sequence[Decision],
-    plan: Sequence[Step],
+    all_steps: Sequence[Step],
     tables: Mapping[str, PlanTable],
     machine: Machine,
     seconds: float,
 ) -> TuneReport:
-    unreached = tuple(map(str, plan[len(decided) :]))
-    tuned = {kind: each for kind, each in tables.items() if each != default_table(kind)}
+    unreached = tuple(map(str, all_steps[len(decided) :]))
+    tuned = {kind: plans for kind, plans in tables.items() if plans != default_table(kind)}
     if not decided:
-        path = machine.path() if tuned else None
+        path = PLANS.path(machine) if tuned else None
     elif tuned:
-        path = save(tuned, machine)
+        path = PLANS.save(tuned, machine)
     else:
-        reset(machine)
+        PLANS.reset(machine)
         path = None
-    return TuneReport(tuple(decided), unreached, seconds, machine, path)
+    return TuneReport(tuple(decided), unreached, seconds, path, machine)
 
 
 # --- what is tried ------------------------------------------------------------------------------------------------
@@ -211,13 +190,12 @@ def _saved(
 
 def steps(kernels: Sequence[TunedKernel], shapes: Sequence[Shape], threads: int) -> list[Step]:
     """Everything there is to decide, in order: few rows first, which take the least time and are run the most."""
-    found = []
-    for rows in ROWS:
-        for kernel in kernels:
-            for parameter, candidates in _parameters(kernel, rows, threads):
-                of = tuple(shapes) if parameter != "alone" else _small(rows)
-                found.append(Step(kernel, rows, parameter, candidates, of))
-    return found
+    return [
+        Step(kernel, rows, parameter, candidates, tuple(shapes) if parameter != "alone" else _small(rows))
+        for rows in ROWS
+        for kernel in kernels
+        for parameter, candidates in _parameters(kernel, rows, threads)
+    ]
 
 
 def _parameters(kernel: TunedKernel, rows: int, threads: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -240,64 +218,29 @@ def _small(rows: int) -> tuple[Shape, ...]:
 
 
 def decide_all(
-    plan: Sequence[Step], measure: Measure, budget: float, clock: Callable[[], float], start: float
+    all_steps: Sequence[Step], measure: Measure, budget: Budget
 ) -> tuple[list[Decision], dict[str, PlanTable]]:
-    """Decide step by step until ``budget`` seconds after ``start``; the decisions, and the tables with them.
+    """Decide step by step until the budget is spent; the decisions, and the tables with them.
 
-    A step that the budget ends is not decided.
+    No measurement begins after it, and a step that it ends is not decided.
     """
-    tables = {step.kernel.kind: table(step.kernel.kind) for step in plan}
-    decided: list[Decision] = []
+    tables = {step.kernel.kind: table(step.kernel.kind) for step in all_steps}
 
-    def timed(*arguments: Any) -> Sequence[float]:
-        if clock() - start >= budget:
-            raise _BudgetSpentError
-        return measure(*arguments)
+    def timed(step: Step, shape: Shape, tried: Sequence[PlanTable]) -> Sequence[float]:
+        budget.check()
+        return measure(step.kernel, step.rows, shape, tried)
 
-    for step in plan:
+    def decide(step: Step) -> Decision:
         kind = step.kernel.kind
         default = getattr(default_table(kind).plan_for(step.rows), step.parameter)
-        try:
-            chosen, gain = decide(step, tables[kind], default, timed)
-        except _BudgetSpentError:
-            break
-        tables[kind] = tables[kind].replaced(step.rows, **{step.parameter: chosen})
-        decided.append(Decision(kind, _range(tables[kind], step.rows), step.parameter, default, chosen, gain))
-    return decided, tables
+        values = [default, *(value for value in step.candidates if value != default)]
+        tried = [tables[kind].replaced(step.rows, **{step.parameter: value}) for value in values]
+        choice = choose(tried, [partial(timed, step, shape) for shape in step.shapes])
+        tables[kind] = tried[choice.index]
+        rows = _range(tables[kind], step.rows)
+        return Decision(kind, rows, step.parameter, default, values[choice.index], choice.gain)
 
-
-class _BudgetSpentError(Exception):
-    """No time is left."""
-
-
-def decide(step: Step, given: PlanTable, default: Any, measure: Measure) -> tuple[Any, float]:
-    """``(value, gain)`` of the step's parameter: the default, unless another is faster in both rounds."""
-    values = [default, *(value for value in step.candidates if value != default)]
-    tables = [given.replaced(step.rows, **{step.parameter: value}) for value in values]
-    best, gain, wins = _fastest(step, tables, (0,), measure)
-    if wins:
-        _, gain, wins = _fastest(step, (tables[0], tables[best]), (0, 1), measure)
-    return (values[best], gain) if wins else (default, 0.0)
-
-
-def _fastest(
-    step: Step, tables: Sequence[PlanTable], twice: Sequence[int], measure: Measure
-) -> tuple[int, float, bool]:
-    """``(index, gain, whether that is enough)`` of the fastest table but the first, against the first.
-
-    Those of ``twice`` take part twice, and what differs between the two is noise: the first table counts as the better
-    of its two, another as the worse.
-    """
-    ratios: list[list[float]] = [[] for _ in tables]
-    for shape in step.shapes:
-        times = list(measure(step.kernel, step.rows, shape, (*tables, *(tables[of] for of in twice))))
-        for of, again in zip(twice, times[len(tables) :], strict=True):
-            times[of] = (max if of else min)(times[of], again)
-        for of, seconds in zip(ratios, times[: len(tables)], strict=True):
-            of.append(times[0] / seconds)
-    means = [statistics.geometric_mean(of) for of in ratios]
-    best = max(range(1, len(tables)), key=means.__getitem__)
-    return best, means[best] - 1, means[best] >= GAIN and min(ratios[best]) > 1 / GAIN
+    return list(search.decide_all(all_steps, decide, budget)), tables
 
 
 def _range(plans: PlanTable, rows: int) -> str:

@@ -1,4 +1,4 @@
-"""How our Triton kernels are launched: architectures, configurations, what they cost, and how they are compiled.
+"""How our Triton kernels are launched: architectures, configurations, and what they cost.
 
 Nothing here imports Triton before a launch is planned.
 """

@@ -16,9 +16,7 @@ import torch
 
 from fx_quant.compat import cuda_driver
 from fx_quant.kernels.triton.launch import Configuration
-from fx_quant.tuning.measurements import Kind, delete, file_path, read, write
-
-CONFIGURATIONS = Kind("configurations", "sources of Triton kernels", "python -m fx_quant tune --device cuda")
+from fx_quant.tuning.saved import Store
 
 # Those that a case may have, as ``scaled_mm.py`` plans them.
 _FORMS = ("persistent", "swapped", "tile")
@@ -40,14 +38,6 @@ class Gpu:
     torch: str
     triton: str
     sources: str
-
-    def path(self) -> Path:
-        """Where its configurations are; other sources do not change the name, so that what is stale is found.
-
-        Raises:
-            FxQuantError: no folder is known, as ``cache_folder`` says.
-        """
-        return file_path("configurations", repr((self.device, self.driver, self.torch, self.triton)))
 
 
 def this_gpu(device: torch.device) -> Gpu:
@@ -71,30 +61,9 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def save(found: Mapping[str, Configuration], gpu: Gpu) -> Path:
-    """Write what was found for each case, all or nothing; it is in force from then on.
-
-    Raises:
-        FxQuantError: the folder cannot be written.
-    """
-    tables = {case: dataclasses.asdict(configuration) for case, configuration in sorted(found.items())}
-    path = write(gpu.path(), dataclasses.asdict(gpu), CONFIGURATIONS, tables)
-    forget()
-    return path
-
-
-def load(gpu: Gpu) -> Mapping[str, Configuration]:
-    """What was saved for ``gpu``; nothing, with a warning, where the file is unreadable, foreign or stale."""
-    found = read(gpu.path, dataclasses.asdict(gpu), CONFIGURATIONS, _from_data)
-    return MappingProxyType({} if found is None else found)
-
-
-def _from_data(tables: Mapping[str, Any]) -> dict[str, Configuration]:
-    return {case: _checked(Configuration(**values)) for case, values in tables.items()}
-
-
-def _checked(found: Configuration) -> Configuration:
-    """``found``, where a kernel could be launched with it; that it fits an operand is asked of its form."""
+def _configuration(values: Mapping[str, Any]) -> Configuration:
+    """That of ``values``, where a kernel could be launched with it; that it fits an operand is asked of its form."""
+    found = Configuration(**values)
     sizes = (found.block_m, found.block_n, found.block_k, found.warps, found.stages, found.split_k)
     powers = (*zip(sizes, (1024, 1024, 4096, 32), strict=False),)
     holds = (
@@ -108,22 +77,16 @@ def _checked(found: Configuration) -> Configuration:
     return found
 
 
-def reset(gpu: Gpu) -> Path | None:
-    """Delete what was saved for ``gpu``; the path, or None where there was nothing.
-
-    Raises:
-        FxQuantError: the file cannot be deleted.
-    """
-    forget()
-    return delete(gpu.path())
-
-
-def forget() -> None:
-    """Read what was saved anew when it is asked for next."""
-    measured.cache_clear()
+CONFIGURATIONS = Store(
+    "configurations",
+    "sources of Triton kernels",
+    "python -m fx_quant tune --device cuda",
+    this_gpu,
+    dataclasses.asdict,
+    _configuration,
+)
 
 
-@functools.cache
 def measured(device: torch.device) -> Mapping[str, Configuration]:
     """What was found for ``device``, by case; nothing for a device that is no GPU. Read once per process."""
-    return load(this_gpu(device)) if device.type == "cuda" else MappingProxyType({})
+    return CONFIGURATIONS.in_force(device) if device.type == "cuda" else MappingProxyType({})

@@ -6,32 +6,31 @@ turns; what is chosen must be at least 3 % faster than the model's own choice, i
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels.triton.architectures import Architecture, architecture_of
 from fx_quant.kernels.triton.choose import case_of, ranked
 from fx_quant.kernels.triton.launch import Configuration
-from fx_quant.kernels.triton.measured import CONFIGURATIONS, load, save, this_gpu
+from fx_quant.kernels.triton.measured import CONFIGURATIONS, this_gpu
 from fx_quant.kernels.triton.operands import ScaledOperands, scaled_operands
 from fx_quant.kernels.triton.scaled_mm import FORMS, plan_scaled_mm
 from fx_quant.ops import scaled_mm
-from fx_quant.tuning.measurements import check_path
+from fx_quant.tuning.search import Budget, Report, choose, decide_all
 
 # Linears (n, k) of Llama 3 8B: query, key and value in one, output, gate and up in one, down.
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 ROWS = (16, 64, 256, 1024, 4096)
 RECIPES = ("float8", "int8", "float8_block")
-GAIN = 1.03
 # Weights in turn, which together exceed the second-level cache of every GPU, unless one alone does.
 _CACHE = 512 * 2**20
+# Rounds of turns that count, and before them those that warm up clocks and caches.
+_ROUNDS, _WARM_UP = 15, 2
 
 # Median seconds of each candidate on operands that take turns.
 Measure = Callable[[Sequence[ScaledOperands], Sequence[Configuration], Architecture], Sequence[float]]
@@ -45,6 +44,9 @@ class Asked:
     m: int
     n: int
     k: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe} m {self.m}, n {self.n}, k {self.k}"
 
 
 @dataclass(frozen=True)
@@ -68,63 +70,46 @@ class Decision:
     tried: int
     wrong: tuple[Configuration, ...] = ()
 
-
-@dataclass(frozen=True)
-class Report:
-    """What a tuning run decided.
-
-    Args:
-        decisions: in the order in which they were made.
-        unreached: cases for which no time was left.
-        seconds: that the run took.
-        path: the file that holds them, or None where nothing was decided.
-    """
-
-    decisions: tuple[Decision, ...]
-    unreached: tuple[Asked, ...]
-    seconds: float
-    path: Path | None
-
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """The decision as JSON holds it."""
         return {
-            "decisions": [
-                {
-                    "case": each.case,
-                    "default": str(each.default),
-                    "chosen": str(each.chosen),
-                    "default_us": round(each.default_seconds * 1e6, 2),
-                    "chosen_us": round(each.chosen_seconds * 1e6, 2),
-                    "tried": each.tried,
-                    "wrong": list(map(str, each.wrong)),
-                }
-                for each in self.decisions
-            ],
-            "unreached": [f"{asked.recipe} m {asked.m}, n {asked.n}, k {asked.k}" for asked in self.unreached],
-            "seconds": round(self.seconds, 3),
-            "path": None if self.path is None else str(self.path),
+            "case": self.case,
+            "default": str(self.default),
+            "chosen": str(self.chosen),
+            "default_us": round(self.default_seconds * 1e6, 2),
+            "chosen_us": round(self.chosen_seconds * 1e6, 2),
+            "tried": self.tried,
+            "wrong": list(map(str, self.wrong)),
         }
 
-    def __str__(self) -> str:
-        rows = [
-            (
-                each.case,
-                each.default,
-                f"{each.default_seconds * 1e6:.1f}",
-                each.chosen if each.chosen != each.default else "the same",
-                f"{each.chosen_seconds * 1e6:.1f}",
-            )
-            for each in self.decisions
+    def row(self) -> tuple[object, ...]:
+        """The decision as cells of the report's table."""
+        chosen = self.chosen if self.chosen != self.default else "the same"
+        return self.case, self.default, f"{self.default_seconds * 1e6:.1f}", chosen, f"{self.chosen_seconds * 1e6:.1f}"
+
+
+@dataclass(frozen=True)
+class GpuReport(Report[Decision]):
+    """What a tuning run decided; ``unreached`` holds what was ``Asked``."""
+
+    headers = ("case", "the model's", "us", "chosen", "us")
+    otherwise = "the model's choices are"
+
+    def summary(self) -> str:
+        """How many cases were decided."""
+        return f"{len(self.decisions)} cases"
+
+    def summary_of_unreached(self) -> str:
+        """How many were not."""
+        return f"{len(self.unreached)} cases"
+
+    def remarks(self) -> list[str]:
+        """What computed something else."""
+        return [
+            f"wrong, and never used: {configuration} for {decision.case}"
+            for decision in self.decisions
+            for configuration in decision.wrong
         ]
-        headers = ("case", "the model's", "us", "chosen", "us")
-        lines = [tabulate(rows, headers=headers, disable_numparse=True)] if rows else ["nothing was decided"]
-        wrong = [f"{found} for {each.case}" for each in self.decisions for found in each.wrong]
-        lines += [f"wrong, and never used: {line}" for line in wrong]
-        lines.append(f"\n{len(rows)} cases in {self.seconds:.1f} s")
-        if self.unreached:
-            lines.append(f"not reached within the budget, so as before: {len(self.unreached)} cases")
-        lines.append(f"saved in {self.path}" if self.path else "nothing is saved: the model's choices are in force")
-        return "\n".join(lines)
 
 
 def tune(
@@ -133,7 +118,7 @@ def tune(
     rows: Sequence[int] = ROWS,
     recipes: Sequence[str] = RECIPES,
     budget_seconds: float = 300.0,
-) -> Report:
+) -> GpuReport:
     """Measure the Triton matmuls on this GPU and keep, for each case, what is faster than the model's choice.
 
     Args:
@@ -148,20 +133,22 @@ def tune(
     if not torch.cuda.is_available():
         raise FxQuantError("tuning Triton kernels needs a GPU, and PyTorch finds none; see `python -m fx_quant doctor`")
     device = torch.device("cuda", torch.cuda.current_device())
-    gpu, on = this_gpu(device), architecture_of(device)
-    check_path(gpu.path(), CONFIGURATIONS)
-    known = [recipe for recipe in recipes if recipe == "int8" or on.float8]
+    gpu, architecture = this_gpu(device), architecture_of(device)
+    CONFIGURATIONS.check_writable(gpu)
+    known = [recipe for recipe in recipes if recipe == "int8" or architecture.float8]
     asked = [Asked(recipe, m, n, k) for m in rows for recipe in known for n, k in shapes]
-    start = time.perf_counter()
+    budget = Budget(budget_seconds)
 
-    def make(each: Asked) -> Iterator[ScaledOperands]:
-        return (random_operands(each, on, device) for _ in range(weights_in_turn(each)))
+    def decided(case: Asked) -> Decision:
+        operands = [random_operands(case, architecture, device) for _ in range(weights_in_turn(case))]
+        return decide(operands, architecture, measure)
 
-    decisions = tuple(decide_all(asked, on, make, measure, budget_seconds, time.perf_counter))
+    decisions = tuple(decide_all(asked, decided, budget))
     path = None
     if decisions:
-        path = save({**load(gpu), **{each.case: each.chosen for each in decisions}}, gpu)
-    return Report(decisions, tuple(asked[len(decisions) :]), time.perf_counter() - start, path)
+        chosen = {decision.case: decision.chosen for decision in decisions}
+        path = CONFIGURATIONS.save({**CONFIGURATIONS.load(gpu), **chosen}, gpu)
+    return GpuReport(decisions, tuple(asked[len(decisions) :]), budget.spent, path)
 
 
 def weights_in_turn(asked: Asked) -> int:
@@ -169,13 +156,13 @@ def weights_in_turn(asked: Asked) -> int:
     return max(2, min(32, -(-_CACHE // (asked.n * asked.k))))
 
 
-def random_operands(asked: Asked, on: Architecture, device: torch.device) -> ScaledOperands:
+def random_operands(asked: Asked, architecture: Architecture, device: torch.device) -> ScaledOperands:
     """Operands of one case, none of them zeros, which take less power and so less time."""
     m, n, k = asked.m, asked.n, asked.k
     if asked.recipe == "int8":
         a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, device=device) for rows in (m, n))
     else:
-        dtype = torch.float8_e4m3fnuz if on.name == "gfx942" else torch.float8_e4m3fn
+        dtype = torch.float8_e4m3fnuz if architecture.name == "gfx942" else torch.float8_e4m3fn
         a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
     block = (128, 128) if asked.recipe == "float8_block" else None
     groups = -(-k // 128)
@@ -184,51 +171,63 @@ def random_operands(asked: Asked, on: Architecture, device: torch.device) -> Sca
     return scaled_operands(a, b.t(), a_scale, b_scale, None, n, torch.bfloat16, block=block)
 
 
-def measure(operands: Sequence[ScaledOperands], found: Sequence[Configuration], on: Architecture) -> list[float]:
-    """Median seconds of each configuration, on operands that take turns."""
-    from fx_quant.kernels.triton.timing import medians
+def measure(
+    operands: Sequence[ScaledOperands], configurations: Sequence[Configuration], architecture: Architecture
+) -> list[float]:
+    """Median seconds of each configuration, on operands that take turns.
 
-    return medians([[plan_scaled_mm(each, on, one).run for each in operands] for one in found])
+    They are those of replays of CUDA graphs, in turns, without the launch's own cost on the host. The operands should
+    together exceed the second-level cache, or a weight is read from there.
+    """
+    graphs = [
+        captured([plan_scaled_mm(each, architecture, configuration).run for each in operands])
+        for configuration in configurations
+    ]
+    times: list[list[float]] = [[] for _ in graphs]
+    for turn in range(_ROUNDS + _WARM_UP):
+        for graph, seconds in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn >= _WARM_UP:
+                seconds.append(start.elapsed_time(end) / 1e3 / len(operands))
+    return list(map(statistics.median, times))
 
 
-def decide_all(
-    asked: Sequence[Asked],
-    on: Architecture,
-    make: Callable[[Asked], Iterator[ScaledOperands]],
-    measure: Measure,
-    budget: float,
-    clock: Callable[[], float],
-) -> Iterator[Decision]:
-    """Decide case by case until ``budget`` seconds are over."""
-    start = clock()
-    for each in asked:
-        if clock() - start >= budget:
-            return
-        yield decide(list(make(each)), on, measure)
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One CUDA graph of all ``calls``, in order; each is run once before, so that it is compiled."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
 
 
-def decide(operands: Sequence[ScaledOperands], on: Architecture, measure: Measure) -> Decision:
+def decide(operands: Sequence[ScaledOperands], architecture: Architecture, measure: Measure) -> Decision:
     """What is fastest for a case, of which ``operands`` are some: the model's choice, unless another wins twice."""
     first = operands[0]
-    costs = ranked(case_of(first), on)
-    fitting = [c.configuration for c in costs if FORMS[c.configuration.form].unfit(first, c.configuration, on) is None]
-    right = [found for found in fitting if is_right(first, found, on)]
+    case = case_of(first)
+    ranking = [cost.configuration for cost in ranked(case, architecture)]
+    fitting = [found for found in ranking if FORMS[found.form].unfit(first, found, architecture) is None]
+    right = [found for found in fitting if is_right(first, found, architecture)]
     if not right:
-        raise FxQuantError(f"{case_of(first)}: no configuration computes what the canonical op does; please report it")
-    times = list(measure(operands, right, on))
-    best = min(range(len(right)), key=times.__getitem__)
-    chosen = 0
-    if times[0] >= GAIN * times[best]:
-        again = measure(operands, (right[0], right[best]), on)
-        chosen = best if again[0] >= GAIN * again[1] else 0
+        raise FxQuantError(f"{case}: no configuration computes what the canonical op does; please report it")
+    choice = choose(right, [lambda tried: measure(operands, tried, architecture)])
     wrong = tuple(found for found in fitting if found not in right)
-    case = str(case_of(first))
-    return Decision(case, right[0], right[chosen], times[0], times[chosen], len(right), wrong)
+    return Decision(str(case), right[0], right[choice.index], *choice.seconds, len(right), wrong)
 
 
-def is_right(operands: ScaledOperands, found: Configuration, on: Architecture) -> bool:
+def is_right(operands: ScaledOperands, configuration: Configuration, architecture: Architecture) -> bool:
     """Whether the configuration computes what the canonical op does: int8 exactly, float8 to the tensor cores' sums."""
-    actual = plan_scaled_mm(operands, on, found).run()
+    actual = plan_scaled_mm(operands, architecture, configuration).run()
     expected = scaled_mm(
         operands.a,
         operands.b,

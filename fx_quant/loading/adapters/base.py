@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fx_quant.errors import FxQuantError
+from fx_quant.errors import must as _must
 from fx_quant.layers.linear import QuantizedLinear
-from fx_quant.layers.linear_operands import weight_block
-from fx_quant.scheme import FLOAT_DTYPES, INT4_DTYPES, Numerics
-from fx_quant.weights import repeat_blocks, unpack_int4
+from fx_quant.ops import decode
+from fx_quant.scheme import FLOAT_DTYPES, Numerics
+from fx_quant.weights import unpack_int4
 
 ENTRY_POINT_GROUP = "fx_quant.adapters"
 
@@ -30,10 +31,7 @@ class NotSwappableError(FxQuantError, ValueError):
     """A module that cannot become a ``QuantizedLinear``: what must hold, what was found, what to do next."""
 
 
-def require(holds: bool, reason: str) -> None:
-    """Raise ``NotSwappableError(reason)`` unless it ``holds``."""
-    if not holds:
-        raise NotSwappableError(reason)
+must = functools.partial(_must, error=NotSwappableError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +126,9 @@ def is_of(module: nn.Module, *packages: str) -> bool:
 
 def decoded_weight(linear: QuantizedLinear) -> Tensor:
     """``(codes - zero_point) * scale`` of ``linear``, ``[n, k]`` in float32."""
-    spec, block = linear.scheme.weight, weight_block(linear.scheme)
-    codes = unpack_int4(linear.weight, spec.dtype) if spec.dtype in INT4_DTYPES else linear.weight
-    scale, zero_point = linear.weight_scale, linear.weight_zero_point
-    shape = codes.shape
-    if block is not None and block[0] == 1 and shape[1] % block[1] == 0:
-        # Groups as a dim of their own, rather than a scale for each code.
-        codes, scale = codes.unflatten(1, (-1, block[1])), scale.unsqueeze(-1)
-        zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
-    elif block is not None:
-        scale = repeat_blocks(scale, block, shape)
-        zero_point = None if zero_point is None else repeat_blocks(zero_point, block, shape)
-    decoded = codes.float()
-    return (decoded if zero_point is None else decoded.sub_(zero_point)).mul_(scale).reshape(shape)
+    spec = linear.scheme.weight
+    codes = unpack_int4(linear.weight, spec.dtype) if spec.packed else linear.weight
+    return decode(codes, linear.weight_scale, linear.weight_zero_point, spec.block)
 
 
 def difference(conversion: Conversion) -> str | None:

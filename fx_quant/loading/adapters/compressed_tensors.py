@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fx_quant.loading.adapters.base import Adapter, Conversion, float_codes, register_adapter, require
+from fx_quant.loading.adapters.base import Adapter, Conversion, float_codes, must, register_adapter
 from fx_quant.loading.checkpoint_formats import scheme_of_group
 from fx_quant.loading.checkpoint_linear import decode_linear, tensors_of
-from fx_quant.scheme import FLOAT8_DTYPES, Numerics, OperandSpec, Scheme
+from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 
 _LIBRARY = "compressed_tensors"
 _FROZEN, _COMPRESSED, _DECOMPRESSED = "frozen", "compressed", "decompressed"
@@ -48,24 +48,24 @@ def _describe(module: Any) -> str:
 
 def _check(module: Any) -> None:
     kind = type(module)
-    require(
+    must(
         isinstance(module, nn.Linear)
         and kind.forward is nn.Linear.forward
         and not isinstance(module, NonDynamicallyQuantizableLinear),
         f"it must compute as nn.Linear does, got {kind.__name__}; only linears have quantized kernels",
     )
     _scheme(module)
-    require(
+    must(
         not module._modules,
         f"it must hold no submodules, got {', '.join(module._modules)}; remove them, for example by ending calibration",
     )
     # Its value is a string, which is all that is needed of the library's enumeration.
     status = str(getattr(getattr(module, "quantization_status", None), "value", None))
-    require(
+    must(
         status in (_FROZEN, _COMPRESSED, _DECOMPRESSED),
         f"its quantization_status must be frozen, compressed or decompressed, got {status}; end calibration first",
     )
-    require(
+    must(
         getattr(module, "quantization_enabled", True),
         "its quantization must be on, got quantization_enabled=False; set it to True",
     )
@@ -78,7 +78,7 @@ def _check_forward(module: Any) -> None:
     forward = getattr(module.forward, "__func__", module.forward)
     if _home(forward).startswith(f"{_LIBRARY}.offload"):
         forward = getattr(module, "_original_forward_func", forward)
-    require(
+    must(
         _home(forward).startswith(f"{_LIBRARY}.quantization")
         and getattr(forward, "__wrapped__", None) is nn.Linear.forward,
         "its forward must be that of compressed-tensors around nn.Linear's, got "
@@ -94,13 +94,13 @@ def _home(function: Any) -> str:
 def _check_devices(module: Any) -> None:
     cache = module._parameters
     onload, offload = getattr(cache, "onload_device", None), getattr(cache, "offload_device", None)
-    require(
+    must(
         _device_name(onload) == _device_name(offload),
         f"its parameters must live where they are used, got them offloaded from {onload} to {offload}; load the model "
         "without offloading",
     )
     held = getattr(cache, "offloaded_values", cache)
-    require(
+    must(
         all(x is None or x.device.type != "meta" for x in held.values()),
         "its parameters must be loaded, got some on the meta device; load the checkpoint first",
     )
@@ -136,7 +136,7 @@ def _codes_and_weight(module: Any, tensors: dict[str, Tensor]) -> tuple[dict[str
     """The tensors of the module with codes for its weight, as a checkpoint has them, and its weight as it is used."""
     compressed = module.quantization_status.value == _COMPRESSED
     weights = ("weight", "weight_packed") if compressed else ("weight",)
-    require(
+    must(
         "weight_scale" in tensors and any(name in tensors for name in weights),
         f"it must have {' or '.join(weights)} and weight_scale, got {', '.join(sorted(tensors))}; load the whole "
         "checkpoint",
@@ -211,15 +211,15 @@ def quantize_activation(
     """
     if input_scale is not None:
         return float_codes(x, input_scale, spec.dtype, input_zero_point), input_scale, input_zero_point
-    if spec.granularity.size:
-        (size,), k = spec.granularity.size, x.shape[-1]
-        groups = -(-k // size)
+    if spec.group is not None:
+        size, k = spec.group, x.shape[-1]
+        groups = spec.scales_along(k)
         # The library wants whole groups; zeros beyond k change no scale.
         rows = F.pad(x, (0, groups * size - k)).unflatten(-1, (groups, size))
         scale = _symmetric_scale(rows.abs().amax(-1, keepdim=True), spec)
         return float_codes(rows, scale, spec.dtype).flatten(-2)[..., :k], scale.squeeze(-1), None
     # No dims are all dims, and keep none.
-    dims = list(range(2, x.dim())) if spec.granularity.kind == "per_token" else []
+    dims = list(range(2, x.dim())) if spec.granularity == Granularity.PER_TOKEN else []
     if spec.symmetric:
         scale = _symmetric_scale(x.abs().amax(dims, keepdim=bool(dims)), spec)
         return float_codes(x, scale, spec.dtype), scale, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_quant.layers.linear import QuantizedLinear
-from fx_quant.loading.adapters.base import Adapter, Conversion, float_codes, is_of, register_adapter, require
+from fx_quant.loading.adapters.base import Adapter, Conversion, float_codes, is_of, must, register_adapter
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.weights import UINT4, pack_int4
 
@@ -30,26 +30,26 @@ def _describe(module: Any) -> str:
 
 def _check(module: Any) -> None:
     kind = type(module)
-    require(
+    must(
         kind.__name__ == "QLinear" and kind.__module__.startswith("optimum.quanto."),
         f"it must be a QLinear, got {kind.__name__}; only linears have quantized kernels",
     )
-    require("forward" not in vars(module), "its forward must be its class's, got another; remove what replaced it")
+    must("forward" not in vars(module), "its forward must be its class's, got another; remove what replaced it")
     weights, activations = module.weight_qtype, module.activation_qtype
-    require(weights is not None, f"its weight must be quantized, got a float one; {_ELSEWHERE}")
-    require(module.frozen, "its weight must be frozen, got a float one; call optimum.quanto.freeze(model) first")
-    require(
+    must(weights is not None, f"its weight must be quantized, got a float one; {_ELSEWHERE}")
+    must(module.frozen, "its weight must be frozen, got a float one; call optimum.quanto.freeze(model) first")
+    must(
         weights.bits == 8 or (weights.bits == 4 and activations is None),
         f"its weight must have 8 bits, or 4 beside a float activation, got {_describe(module)}; {_ELSEWHERE}",
     )
-    require(
+    must(
         activations is None or activations.dtype == weights.dtype,
         f"a quantized activation must have the codes of the weight, got {_describe(module)}; {_ELSEWHERE}",
     )
     if weights.bits == 4:
         _zero_point(*_scale_and_shift(module.weight))
     output = module._quantize_hooks.get("output")
-    require(
+    must(
         output is None or output.id not in module._forward_hooks,
         "its result must be floats, but it hands codes on to the modules behind it; quantize the model without "
         "activations, or calibrate with streamline=True",
@@ -97,7 +97,7 @@ def _bytes(weight: Any) -> _Weight:
     scale = weight._scale
     per_row = scale.numel() == weight.shape[0] > 1
     granularity = Granularity.PER_CHANNEL if per_row else Granularity.PER_TENSOR
-    require(
+    must(
         per_row or scale.numel() == 1,
         f"its scale must be one a row or one for all, got {list(scale.shape)} for {list(weight.shape)}; {_ELSEWHERE}",
     )
@@ -135,7 +135,7 @@ def _zero_point(scale: Tensor, shift: Tensor) -> Tensor:
     if not shift.is_floating_point():
         return shift.int()
     found = (shift.float() / scale.float()).round()
-    require(
+    must(
         torch.equal((found * scale.float()).to(shift.dtype), shift),
         "the shifts of its 4-bit weight must be whole multiples of their scales, as zero points are integers, got "
         f"floats; {_ELSEWHERE}",

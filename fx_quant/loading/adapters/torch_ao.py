@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_quant.layers.linear import QuantizedLinear
-from fx_quant.loading.adapters.base import Adapter, Conversion, is_of, register_adapter, require
+from fx_quant.loading.adapters.base import Adapter, Conversion, is_of, must, register_adapter
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 
 _HOMES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
@@ -49,15 +49,15 @@ def _describe(module: Any) -> str:
 
 def _check(module: Any) -> None:
     path = _path(module)
-    require(
+    must(
         path != _STATIC,
         "it must take and return floats, but a static linear takes and returns quantized tensors, whose scales are "
         f"those of its neighbours; {_ELSEWHERE}",
     )
-    require(path == _DYNAMIC, f"it must be a dynamic Linear of torch.ao, got {path}; {_ELSEWHERE}")
-    require("forward" not in vars(module), "its forward must be its class's, got another; remove what replaced it")
+    must(path == _DYNAMIC, f"it must be a dynamic Linear of torch.ao, got {path}; {_ELSEWHERE}")
+    must("forward" not in vars(module), "its forward must be its class's, got another; remove what replaced it")
     dtype = module._packed_params.dtype
-    require(dtype is torch.qint8, f"its weight must be qint8 codes, got {dtype}; {_ELSEWHERE}")
+    must(dtype is torch.qint8, f"its weight must be qint8 codes, got {dtype}; {_ELSEWHERE}")
 
 
 def _convert(module: Any) -> Conversion:
@@ -67,13 +67,13 @@ def _convert(module: Any) -> Conversion:
         scale, zero_point = torch.tensor(weight.q_scale()), torch.tensor(weight.q_zero_point())
         granularity = Granularity.PER_TENSOR
     else:
-        require(
+        must(
             weight.qscheme() is torch.per_channel_affine and weight.q_per_channel_axis() == 0,
             f"its weight must be per tensor or per output channel, got {weight.qscheme()}; {_ELSEWHERE}",
         )
         scale, zero_point = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
         granularity = Granularity.PER_CHANNEL
-    require(
+    must(
         not bool(zero_point.any()),
         f"its weight must be symmetric beside a quantized activation, got zero points other than 0; {_ELSEWHERE}",
     )

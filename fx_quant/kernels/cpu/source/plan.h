@@ -1,4 +1,4 @@
-// What the native code does for a range of rows. The values come from fx_quant/tuning/plans.py: defaults, or measured here.
+// What the native code does for a range of rows. The values come from fx_quant/kernels/cpu/plans.py: defaults, or measured.
 
 #include <cstdint>
 

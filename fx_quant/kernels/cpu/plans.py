@@ -22,11 +22,10 @@ from typing import Any
 import torch
 
 from fx_quant.target import cpu_features
-from fx_quant.tuning.measurements import Kind, check_path, delete, file_path, read, write
+from fx_quant.tuning.saved import Store
 
 ANY_ROWS = 2**63 - 1
 _MOST = 2**40
-PLANS = Kind("plans", "native sources", "python -m fx_quant tune")
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,9 @@ def table(kind: str) -> PlanTable:
     return tuned_tables().get(kind) or default_table(kind)
 
 
-def plan_for(kind: str, m: int) -> Plan:
-    """The plan in force for ``m`` rows of kernels of ``kind``."""
-    return table(kind).plan_for(m)
-
-
 def tuned_tables() -> Mapping[str, PlanTable]:
     """What was measured here for PyTorch's present number of threads, by kind of kernel; read once per process."""
-    return _loaded(torch.get_num_threads())
+    return PLANS.in_force(torch.get_num_threads())
 
 
 # --- what persists ------------------------------------------------------------------------------------------------
@@ -186,71 +180,11 @@ class Machine:
     torch: str
     sources: str
 
-    def path(self) -> Path:
-        """Where its plans are; other sources do not change the name, so that what is stale is found and said.
-
-        Raises:
-            FxQuantError: no folder is known, as ``cache_folder`` says.
-        """
-        lasting = repr((self.cpu, self.features, self.threads, self.torch))
-        return file_path("plans", lasting)
-
 
 def this_machine(threads: int | None = None) -> Machine:
     """The machine that we run on, with ``threads`` in place of PyTorch's number."""
     threads = torch.get_num_threads() if threads is None else threads
     return Machine(_cpu_model(), tuple(sorted(cpu_features())), threads, torch.__version__, _native_sources())
-
-
-def load(machine: Machine) -> Mapping[str, PlanTable]:
-    """The plans saved for ``machine``; none, with a warning, where the file is unreadable, foreign or stale."""
-    found = read(machine.path, dataclasses.asdict(machine), PLANS, _from_data)
-    return MappingProxyType({} if found is None else found)
-
-
-def _from_data(tables: Mapping[str, Any]) -> dict[str, PlanTable]:
-    return {str(kind): PlanTable.from_data(rows) for kind, rows in tables.items()}
-
-
-def check_writable(machine: Machine) -> None:
-    """Nothing, where plans could be saved for ``machine``.
-
-    Raises:
-        FxQuantError: the folder, or the nearest one above it that exists, cannot be written.
-    """
-    check_path(machine.path(), PLANS)
-
-
-def save(tables: Mapping[str, PlanTable], machine: Machine) -> Path:
-    """Write ``tables`` for ``machine``, all or nothing; they are in force from then on.
-
-    Raises:
-        FxQuantError: the folder cannot be written.
-    """
-    data = {kind: each.to_data() for kind, each in sorted(tables.items())}
-    path = write(machine.path(), dataclasses.asdict(machine), PLANS, data)
-    forget()
-    return path
-
-
-def reset(machine: Machine) -> Path | None:
-    """Delete what was saved for ``machine``; the path, or None where there was nothing.
-
-    Raises:
-        FxQuantError: the file cannot be deleted.
-    """
-    forget()
-    return delete(machine.path())
-
-
-def forget() -> None:
-    """Read what was saved anew when it is asked for next. Graphs that are compiled keep their plans."""
-    _loaded.cache_clear()
-
-
-@functools.cache
-def _loaded(threads: int) -> Mapping[str, PlanTable]:
-    return load(this_machine(threads))
 
 
 @functools.cache
@@ -269,7 +203,12 @@ def _cpu_model() -> str:
 @functools.cache
 def _native_sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "kernels" / "cpu" / "source").glob("*.h")):
+    for path in sorted((Path(__file__).parent / "source").glob("*.h")):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+PLANS = Store(
+    "plans", "native sources", "python -m fx_quant tune", this_machine, PlanTable.to_data, PlanTable.from_data
+)

@@ -1,0 +1,42 @@
+"""What codes stand for: ``(codes - zero_point) * scale``, and one code from each nibble. The one place that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def decode(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, block: Sequence[int] | None = None
+) -> Tensor:
+    """``(codes - zero_point) * scale`` in float32, each step rounded, of the shape of ``codes``.
+
+    Args:
+        codes: of any shape, one code an element; ``[rows, k]`` with ``block``.
+        scale: broadcastable to ``codes``; with ``block = (r, c)`` ``[ceil(rows / r), ceil(k / c)]``, where blocks at
+            the ends may be cut short.
+        zero_point: integers of the shape of ``scale``; None is 0.
+        block: rows and columns of ``codes`` that share one scale, or None.
+    """
+    values, shape = codes.to(torch.float32, copy=True), codes.shape
+    if block is not None and block[0] == 1 and shape[1] % block[1] == 0:
+        # Groups as a dim of their own, rather than a scale for each code.
+        values, scale = values.unflatten(1, (-1, block[1])), scale.unsqueeze(-1)
+        zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
+    elif block is not None:
+        scale = repeat_blocks(scale, block, shape)
+        zero_point = None if zero_point is None else repeat_blocks(zero_point, block, shape)
+    return (values if zero_point is None else values.sub_(zero_point)).mul_(scale.float()).reshape(shape)
+
+
+def repeat_blocks(values: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """``out[n, k] = values[n // r, k // c]`` for any dtype and sign, such as zero points; nothing is checked."""
+    rows, columns = (torch.arange(size, device=values.device) // step for size, step in zip(shape, block, strict=True))
+    return values.index_select(0, rows).index_select(1, columns)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """``[..., 2 k]`` of 0..15 from bytes ``[..., k]``, the low nibble of each first."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
