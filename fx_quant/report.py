@@ -184,7 +184,7 @@ class Report:
             for fields in data[name]:
                 fields["unmet"] = from_data(fields.pop("losers"), fields.get("unmet"))
         for name, row in _ROWS.items():
-            data[name] = tuple(row(**each) for each in data[name])
+            data[name] = tuple(row(**fields) for fields in data[name])
         return cls(**data)
 
     def merged(self, other: Report) -> Report:
@@ -201,8 +201,8 @@ class Report:
     def renamed(self, name_of: Callable[[str], str]) -> Report:
         """The same with the name that ``name_of`` gives for that of each module."""
 
-        def rows(found: tuple) -> tuple:
-            return tuple(dataclasses.replace(row, module=name_of(row.module)) for row in found)
+        def rows(named: tuple) -> tuple:
+            return tuple(dataclasses.replace(row, module=name_of(row.module)) for row in named)
 
         return dataclasses.replace(
             self, sites=rows(self.sites), misses=rows(self.misses), recognised=rows(self.recognised)
@@ -214,10 +214,10 @@ class Report:
         if not total and not self.graphs:
             return f"nothing was captured: {self.uncaptured or 'the reason is not known'}"
         if not total:
-            found = f"no quantized matmul found ({self._graphs()})"
+            nothing = f"no quantized matmul found ({self._graphs()})"
             if self.unseen:
-                return f"{found}, though {_count(len(self.unseen), 'module holds', 'modules hold')} codes"
-            return f"{found}; the model compiles unchanged"
+                return f"{nothing}, though {_count(len(self.unseen), 'module holds', 'modules hold')} codes"
+            return f"{nothing}; the model compiles unchanged"
         kept = f"{len(self.recognised)} recognised and left, " if self.recognised else ""
         counts = f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}"
         outside = _count(len(self.unseen), "module that holds codes", "modules that hold codes") if self.unseen else ""
@@ -294,8 +294,8 @@ class Report:
         for (module, scheme, shape, op, reason), rows in alike.items():
             where = (rows[0].module if len(rows) == 1 else module) or rows[0].source or op
             times = f" x {len(rows)}" if len(rows) > 1 else ""
-            what = f"{op}, {scheme} {shape}" if scheme else op
-            text = f"{where}{times}: {what}: {reason}"
+            matmul = f"{op}, {scheme} {shape}" if scheme else op
+            text = f"{where}{times}: {matmul}: {reason}"
             lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
         return "\n".join(lines)
 

@@ -497,16 +497,16 @@ def scaled_mm(a: Tensor, w: Tensor, **arguments: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "rows", "columns", "biased"),
     [
-        ({}, [Axis.SCALAR], [Axis.SCALAR], False),
-        ({"scale_a": row, "scale_b": lambda: column()[None]}, [Axis.ROW], [Axis.COLUMN], False),
-        ({"bias": lambda: bias().to(BF16)}, [Axis.SCALAR], [Axis.SCALAR], True),
+        ({}, [None], [None], False),
+        ({"scale_a": row, "scale_b": lambda: column()[None]}, [1], [1], False),
+        ({"bias": lambda: bias().to(BF16)}, [None], [None], True),
     ],
 )
 def test_scaled_mm_holds_its_scales_and_bias(arguments, rows, columns, biased):
     value = value_of(lambda a, w: scaled_mm(a, w, **arguments), A8, W8)
     assert isinstance(value, Product)
-    assert [factor.axis for factor in value.rows] == rows
-    assert [factor.axis for factor in value.columns] == columns
+    assert [factor.row_block for factor in value.rows] == rows
+    assert [factor.row_block for factor in value.columns] == columns
     assert (value.bias is not None, value.numerics) == (biased, Numerics.SAME_ACCUM)
 
 
@@ -740,8 +740,8 @@ def test_one_row_is_neither_its_own_scale_nor_its_own_bias(function):
 
 def test_scales_that_met_each_other_first_are_told_apart():
     value = epilogue(lambda y: y.float() * (column() * row()))
-    assert [factor.axis for factor in value.rows] == [Axis.ROW]
-    assert [factor.axis for factor in value.columns] == [Axis.COLUMN]
+    assert [tuple(factor.source.meta["val"].shape) for factor in value.rows] == [(M, 1)]
+    assert [tuple(factor.source.meta["val"].shape) for factor in value.columns] == [(N,)]
 
 
 def test_a_product_of_two_scales_along_the_same_axis_is_one_factor():

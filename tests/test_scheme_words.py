@@ -98,6 +98,23 @@ def test_scales_of_rows_and_columns_are_read_however_they_leave_the_sum(spelling
     assert_same_meaning(state.before, state.graph, inputs)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 4, 1), (3, 1, 1), (1, 4, 1), (4, 1), (1, 1, 1)], ids=str)
+def test_a_scale_of_some_leading_dims_is_repeated_along_the_others(sizes, dynamic):
+    def scaled(a, w, scale, s):
+        acc = torch._int_mm(a.reshape(-1, a.shape[-1]), w.t())
+        return acc.view(a.shape[0], a.shape[1], N).float() * scale * s
+
+    a = torch.randint(-100, 100, (3, 4, 16), generator=torch.Generator().manual_seed(1)).to(INT8)
+    w = torch.randint(-100, 100, (N, 16), generator=torch.Generator().manual_seed(2)).to(INT8)
+    inputs = (a, w, torch.rand(sizes, generator=torch.Generator().manual_seed(3)) + 0.5, S)
+    state = rewrite(trace(scaled, *inputs, dynamic=dynamic), static=[1, 3])
+    (site,) = state.rows
+    kind = "per_tensor" if sizes == (1, 1, 1) else "per_token"
+    assert site.words == f"int8 {kind} (dynamic) x int8 per_channel"
+    assert_same_meaning(state.before, state.graph, inputs)
+
+
 @pytest.mark.parametrize("rows", [32, 1])
 def test_a_scale_of_the_whole_tensor_is_per_tensor_whatever_the_rows(rows):
     def per_tensor(x, w, s):

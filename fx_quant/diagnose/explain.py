@@ -62,16 +62,16 @@ def explain(
         (),
         (),
         graphs=0,
-        graph_breaks=sum(each.count for each in capture.breaks),
+        graph_breaks=sum(place.count for place in capture.breaks),
         note=" ".join(filter(None, map(first_steps, roots_of(innermost(model)).values()))),
         breaks=capture.breaks,
         uncaptured=capture.uncaptured,
     )
-    for each, called_for in zip(reports, capture.renamings, strict=True):
-        warn_of_failures(each)
-        report = replace(report, graphs=report.graphs + each.graphs)
+    for of_graph, called_for in zip(reports, capture.renamings, strict=True):
+        warn_of_failures(of_graph)
+        report = replace(report, graphs=report.graphs + of_graph.graphs)
         for renaming in called_for:
-            report = report.merged(replace(each.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
+            report = report.merged(replace(of_graph.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
     return replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
 
 

@@ -110,8 +110,8 @@ def _functions_with(compiled: set[int]) -> list[types.FunctionType]:
     """All functions whose code, or that of a function made in it, is among ``compiled``."""
     if not compiled:
         return []
-    functions = [each for each in gc.get_objects() if type(each) is types.FunctionType]
-    return [each for each in functions if _holds(each.__code__, compiled)]
+    functions = [function for function in gc.get_objects() if type(function) is types.FunctionType]
+    return [function for function in functions if _holds(function.__code__, compiled)]
 
 
 def _holds(code: types.CodeType, compiled: set[int]) -> bool:
@@ -119,11 +119,13 @@ def _holds(code: types.CodeType, compiled: set[int]) -> bool:
 
 
 def _inner(code: types.CodeType) -> list[types.CodeType]:
-    return [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
 def _copied(code: types.CodeType) -> types.CodeType:
-    constants = tuple(_copied(each) if isinstance(each, types.CodeType) else each for each in code.co_consts)
+    constants = tuple(
+        _copied(constant) if isinstance(constant, types.CodeType) else constant for constant in code.co_consts
+    )
     return code.replace(co_consts=constants)
 
 
@@ -162,21 +164,22 @@ def uncompiled(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def graph_breaks() -> tuple[BreakReport, ...]:
     """Where Dynamo ended a graph since isolation began."""
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     located: Counter[str] = Counter()
-    for each in graph_break_reasons:
+    for broken in graph_break_reasons:
         # Where PyTorch calls a module tells less than who called it.
-        stack = [frame for frame in each.user_stack if not frame.filename.startswith(_CALLS_MODULES)] or each.user_stack
+        frames = broken.user_stack
+        stack = [frame for frame in frames if not frame.filename.startswith(_CALLS_MODULES)] or frames
         at = stack[-1] if stack else None
-        reason = str(each.reason)
-        found[f"{at.filename}:{at.lineno}" if at else "", reason] += 1
+        reason = str(broken.reason)
+        counts[f"{at.filename}:{at.lineno}" if at else "", reason] += 1
         located[reason] += 1
     for reason, count in counters["graph_break"].items():
         # A frame of which nothing could be traced has no place.
-        found["", reason] += max(0, count - located[reason])
+        counts["", reason] += max(0, count - located[reason])
     return tuple(
         BreakReport(source, (reason.strip().splitlines() or ["no reason given"])[0], count)
-        for (source, reason), count in found.items()
+        for (source, reason), count in counts.items()
         if count
     )
 

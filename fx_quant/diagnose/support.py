@@ -93,7 +93,7 @@ def _support(scheme: Scheme, target: Target, n: int, k: int, out_dtype: torch.dt
     try:
         selection = select(problem, target)
     except NoKernelError:
-        unmet = {each.name: tuple(each.requires.unmet(problem, target)) for each in kernels()}
+        unmet = {kernel.name: tuple(kernel.requires.unmet(problem, target)) for kernel in kernels()}
         return Support(str(scheme), None, "none", "", unmet)
     chosen = selection.kernel
     unmet = {verdict.kernel: verdict.unmet for verdict in selection.verdicts if verdict.kernel != chosen.name}

@@ -100,10 +100,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The class of that name which stands for kernels, such as ``CutlassFP8ScaledMMLinearKernel``."""
-    found = None if name.startswith("_") else derived_classes().get(name)
-    if found is None:
+    derived = None if name.startswith("_") else derived_classes().get(name)
+    if derived is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__dir__())}")
-    return found
+    return derived
 
 
 def __dir__() -> list[str]:

@@ -105,14 +105,14 @@ def _as_selected(candidates: Sequence[type[KernelT]], config: Any, target: Targe
 
     A class may name kernels that ``select`` asks before another's, and kernels that it asks after them.
     """
-    naming = [each for each in candidates if _names_kernels(each)]
-    order = {each.name: i for i, each in enumerate(kernels())}
-    best = [_best(each, order) for each in naming]
+    naming = [cls for cls in candidates if _names_kernels(cls)]
+    order = {kernel.name: i for i, kernel in enumerate(kernels())}
+    best = [_best(cls, order) for cls in naming]
     if best != sorted(best) or not isinstance(config, (ScaledMMLinearLayerConfig, MPLinearLayerConfig)):
         return candidates
-    running = {each.kernel: i for i, each in enumerate(verdicts(config.problem(), target)) if each.can_run}
-    ordered = iter(sorted(naming, key=lambda each: _best(each, running)))
-    return [next(ordered) if _names_kernels(each) else each for each in candidates]
+    running = {verdict.kernel: i for i, verdict in enumerate(verdicts(config.problem(), target)) if verdict.can_run}
+    ordered = iter(sorted(naming, key=lambda cls: _best(cls, running)))
+    return [next(ordered) if _names_kernels(cls) else cls for cls in candidates]
 
 
 def _names_kernels(cls: type[MMLinearKernel]) -> bool:

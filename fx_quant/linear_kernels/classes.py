@@ -57,8 +57,8 @@ class _Registered:
 
 def derived_classes() -> dict[str, Family]:
     """The classes of all kernels, by name."""
-    found = (derived_class(each, family) for each in kernels() for family in families(each))
-    return {each.__name__: each for each in found}
+    derived = (derived_class(kernel, family) for kernel in kernels() for family in families(kernel))
+    return {cls.__name__: cls for cls in derived}
 
 
 def possible_kernels(family: Family) -> dict[str, list[Family]]:
@@ -67,21 +67,21 @@ def possible_kernels(family: Family) -> dict[str, list[Family]]:
     Beside those that are derived, each class of somebody else that names kernels: it stands for a kernel that says no
     class itself.
     """
-    order = {each.name: i for i, each in enumerate(kernels())}
-    theirs = [each for known in FAMILIES for each in _descendants(known) if each.KERNELS and not _is_derived(each)]
-    named = {name for each in theirs for name in each.KERNELS}
+    order = {kernel.name: i for i, kernel in enumerate(kernels())}
+    theirs = [cls for known in FAMILIES for cls in _descendants(known) if cls.KERNELS and not _is_derived(cls)]
+    named = {name for cls in theirs for name in cls.KERNELS}
     classes = [
-        derived_class(each, family)
-        for each in kernels()
-        if family in families(each) and (each.linear_kernel or each.name not in named)
+        derived_class(kernel, family)
+        for kernel in kernels()
+        if family in families(kernel) and (kernel.linear_kernel or kernel.name not in named)
     ]
-    classes += [each for each in theirs if issubclass(each, family) and order.keys() >= set(each.KERNELS)]
-    classes = sorted(dict.fromkeys(classes), key=lambda each: min(order[name] for name in each.KERNELS))
-    return {platform: [each for each in classes if _runs_on(each, platform)] for platform in PLATFORMS}
+    classes += [cls for cls in theirs if issubclass(cls, family) and order.keys() >= set(cls.KERNELS)]
+    classes = sorted(dict.fromkeys(classes), key=lambda cls: min(order[name] for name in cls.KERNELS))
+    return {platform: [cls for cls in classes if _runs_on(cls, platform)] for platform in PLATFORMS}
 
 
 def _runs_on(cls: Family, platform: str) -> bool:
-    return any(platform in (each.requires.platforms or PLATFORMS) for each in cls.kernels())
+    return any(platform in (kernel.requires.platforms or PLATFORMS) for kernel in cls.kernels())
 
 
 def _is_derived(cls: Family) -> bool:
@@ -90,5 +90,5 @@ def _is_derived(cls: Family) -> bool:
 
 def _descendants(family: type[KernelT]) -> list[type[KernelT]]:
     """Every class below ``family``, once each."""
-    found = [each for child in family.__subclasses__() for each in (child, *_descendants(child))]
-    return list(dict.fromkeys(found))
+    classes = [cls for child in family.__subclasses__() for cls in (child, *_descendants(child))]
+    return list(dict.fromkeys(classes))

@@ -72,10 +72,10 @@ def refusal(kernel: type[MMLinearKernel], method: str, argument: Any) -> str | N
         answer = getattr(kernel, method)(argument)
     except Exception as error:  # noqa: BLE001  (somebody else's code, after which the next class is asked)
         return one_line(f"{method} raised {type(error).__name__}: {error}")
-    found = (answer, None) if isinstance(answer, bool) else answer
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], bool)):
+    pair = (answer, None) if isinstance(answer, bool) else answer
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], bool)):
         return one_line(f"{method} must return (bool, reason), got {answer!r}")
-    holds, reason = found
+    holds, reason = pair
     return None if holds else one_line("" if reason is None else str(reason)) or f"{method} gave no reason"
 
 

@@ -80,7 +80,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
         names = cls.KERNELS
         mine = [verdict for verdict in verdicts(problem, target) if verdict.kernel in names]
         if cls.__name__ in disabled_kernels():
-            mine = [replace(each, unmet=tuple(dict.fromkeys((DISABLED, *each.unmet)))) for each in mine]
+            mine = [replace(verdict, unmet=tuple(dict.fromkeys((DISABLED, *verdict.unmet)))) for verdict in mine]
         return mine
 
     @classmethod
@@ -126,7 +126,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
             return False, f"has no kernels; name them in KERNELS, or implement {missing}"
         if not all(unmet.values()):
             return True, None
-        return False, "; ".join(f"{name}: {', '.join(map(str, each))}" for name, each in unmet.items())
+        return False, "; ".join(f"{name}: {', '.join(map(str, lacking))}" for name, lacking in unmet.items())
 
     def _chosen(self, problem: Problem, target: Target) -> Kernel:
         mine = self.verdicts(problem, target)
@@ -140,7 +140,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
         """Rows to which an eager call pads fewer: 17 for ``torch._scaled_mm`` on CUDA; None where it pads none."""
         target = self.target or resolve_capability(None)
         mine = self.verdicts(problem_of(self.config), target)
-        return next((kernel(each.kernel).eager_rows for each in mine if each.can_run), 0) or None
+        return next((kernel(verdict.kernel).eager_rows for verdict in mine if verdict.can_run), 0) or None
 
     def _get_layer_params(self, layer: nn.Module, **kwargs: Any) -> ParamsT:
         return typing.cast(ParamsT, self.PARAMS.from_layer(layer))

@@ -9,11 +9,10 @@ import sympy
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.axes import REPEAT, Piece, Segment, extent, flat, length, own_dims
+from fx_quant.passes.axes import REPEAT, Piece, Segment, flat, length, own_dims
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.matrices import axis_of
-from fx_quant.passes.nodes import aten, rounded_number, same_shape, shape, uniform_value
-from fx_quant.passes.values import Axis, Codes, Factor, Tile
+from fx_quant.passes.nodes import aten, rounded_number, shape, uniform_value
+from fx_quant.passes.values import Codes, Tile
 from fx_quant.scheme import dtype_name
 
 
@@ -52,9 +51,7 @@ def _ordered(emitter: Emitter, node: Node, pieces: Sequence[Piece], like: Node) 
     return emitter.call(aten.permute.default, node, order, like=like)
 
 
-def vectors(
-    emitter: Emitter, factors: Sequence[Factor | Tile], like: Node, to: torch.dtype, sizes: list[int]
-) -> list[Node]:
+def vectors(emitter: Emitter, factors: Sequence[Tile], like: Node, to: torch.dtype, sizes: list[int]) -> list[Node]:
     """Each factor in dtype ``to``: ``[]`` for a scalar, else flattened to ``sizes``, which has one ``-1``."""
     return [_vector(emitter, factor, like, to, sizes) for factor in factors]
 
@@ -67,28 +64,15 @@ def combined(emitter: Emitter, parts: Sequence[Node], like: Node, target=aten.mu
     return out
 
 
-def _vector(emitter: Emitter, factor: Factor | Tile, like: Node, to: torch.dtype, sizes: list[int]) -> Node:
+def _vector(emitter: Emitter, factor: Tile, like: Node, to: torch.dtype, sizes: list[int]) -> Node:
     """``factor`` in dtype ``to``, flattened over the axis along which it varies; ``[]`` for a scalar."""
     if not isinstance(factor.source, Node):
         if factor.inverse and factor.source == 0:
             raise LookupError("the codes are divided by 0")
         return number(emitter, 1.0 / factor.source if factor.inverse else factor.source, like, to)
-    _as_held(uniform_value(factor.source) or 0, to)
-    if isinstance(factor, Tile):
-        if factor.row_block is None:
-            return _cast(emitter, emitter.reshape(factor.source, [], like=like), factor, like, to)
-        node = _block(emitter, factor, 1, 1, like, to)
-        return emitter.reshape(node, sizes, like=like)
-    node = _cast(emitter, factor.source, factor, like, to)
-    if factor.axis is Axis.SCALAR:
-        return emitter.reshape(node, [], like=like)
-    # The factor may have met the value before a transpose: flatten it as it stood there.
-    if axis_of(factor.source, factor.like) is Axis.ROW:
-        lead = shape(factor.like)[:-1]
-        if not same_shape(shape(node)[:-1], lead) and len(lead) > 1:
-            full = [emitter.size_argument(extent(size), like) for size in lead]
-            node = emitter.call(aten.expand.default, node, [*full, 1], like=like)
-    return emitter.reshape(node, sizes, like=like)
+    if factor.row_block is None:
+        return emitter.reshape(_cast(emitter, factor.source, factor, like, to), [], like=like)
+    return emitter.reshape(_rows(emitter, factor, 1, 1, like, to), sizes, like=like)
 
 
 def number(emitter: Emitter, value: float, like: Node, to: torch.dtype) -> Node:
@@ -122,7 +106,8 @@ def _fits(value: float, to: torch.dtype) -> bool:
     return torch.iinfo(to).min <= value <= torch.iinfo(to).max
 
 
-def _cast(emitter: Emitter, node: Node, factor: Factor | Tile, like: Node, to: torch.dtype) -> Node:
+def _cast(emitter: Emitter, node: Node, factor: Tile, like: Node, to: torch.dtype) -> Node:
+    _as_held(uniform_value(factor.source) or 0, to)
     node = emitter.cast(node, to, like=like)
     return emitter.call(aten.reciprocal.default, node, like=like) if factor.inverse else node
 
@@ -132,7 +117,7 @@ def _pieces(parts: Sequence[Segment]) -> list[Piece]:
 
 
 def blocks(
-    emitter: Emitter, factors: Sequence[Tile | Factor], high: int, groups: int, like: Node, to: torch.dtype
+    emitter: Emitter, factors: Sequence[Tile], high: int, groups: int, like: Node, to: torch.dtype
 ) -> list[Node]:
     """Each factor as a matrix with one element, or 1 that broadcasts, for each block of an operand ``[rows, k]``.
 
@@ -145,7 +130,7 @@ def blocks(
     """
     return [
         _block(emitter, factor, high, groups, like, to)
-        if isinstance(factor, Tile) and isinstance(factor.source, Node)
+        if isinstance(factor.source, Node)
         else _vector(emitter, factor, like, to, [-1, 1])
         for factor in factors
     ]
@@ -153,18 +138,26 @@ def blocks(
 
 def _block(emitter: Emitter, tile: Tile, high: int, groups: int, like: Node, to: torch.dtype) -> Node:
     """``tile`` as ``[rows / high, groups]`` in dtype ``to``; a side along which it does not vary has size one."""
+    columns = 1 if tile.group is None else groups
+    node = _rows(emitter, tile, high, columns, like, to)
+    return emitter.reshape(node, [1 if tile.row_block is None else -1, columns], like=like)
+
+
+def _rows(emitter: Emitter, tile: Tile, high: int, columns: int, like: Node, to: torch.dtype) -> Node:
+    """``tile`` in dtype ``to``, of some shape that holds the elements of ``[rows / high, columns]`` in order.
+
+    A side along which it does not vary has size one.
+    """
     assert isinstance(tile.source, Node)
-    own, columns = tile.row_block, 1 if tile.group is None else groups
+    own = tile.row_block
     if own not in (None, high) and high != 1:
         raise LookupError(f"scales of {own} rows beside scales of {high}")
     node = _ordered(emitter, tile.source, [*_pieces(tile.rows), *_pieces(tile.along_k)], like)
     node = _cast(emitter, node, tile, like, to)
-    if own is None:
-        return emitter.reshape(node, [1, columns], like=like)
-    if own != high:
+    if own not in (None, high):
         # One row for each row of the operand: what several share is repeated.
         sizes = [part.size if part.factor is not None else 1 for part in tile.rows]
         node = emitter.reshape(node, [*(emitter.size_argument(size, like) for size in sizes), columns], like=like)
         full = [emitter.size_argument(part.size, like) for part in tile.rows]
         node = emitter.call(aten.expand.default, node, [*full, columns], like=like)
-    return emitter.reshape(node, [-1, columns], like=like)
+    return node

@@ -97,9 +97,9 @@ def _assign(
     kept: dict[str, Node],
     casts: dict[tuple[Node, torch.dtype], Node],
 ) -> Node:
-    of = operands_of(node)
+    operands = operands_of(node)
     with emitter.graph.inserting_before(node):
-        return realise(_IntoGraph(emitter, node, casts), selection, of, kept)
+        return realise(_IntoGraph(emitter, node, casts), selection, operands, kept)
 
 
 def _share_sums(emitter: Emitter, sums: Mapping[Node, Node | None]) -> None:
@@ -109,13 +109,13 @@ def _share_sums(emitter: Emitter, sums: Mapping[Node, Node | None]) -> None:
     """
     memory: Memory | None = None
     for b, kept in sums.items():
-        found = [
+        users = [
             user
             for user in b.users
             if is_op(user, aten.sum.dim_IntList) and user.args == (b, [0]) and user.kwargs == {"dtype": torch.int32}
         ]
-        first = kept if kept is not None else next((user for user in found if user in emitter.emitted), None)
-        for user in found:
+        first = kept if kept is not None else next((user for user in users if user in emitter.emitted), None)
+        for user in users:
             if first is not None and first < user:
                 memory = memory or Memory(emitter.graph)
                 if not memory.is_returned(user):
@@ -129,15 +129,15 @@ def _keep(
     kept: dict[Node, dict[str, Node]] = {}
     stored: list[tuple[Node, str, Node, str]] = []
     for node, selection in selections.items():
-        of = operands_of(node)
-        constant = {name for name in ("b_scale", "b_zero_point") if getattr(of, name) not in runtime}
+        operands = operands_of(node)
+        constant = {name for name in ("b_scale", "b_zero_point") if getattr(operands, name) not in runtime}
         if selection.problem.constant_weight:
             constant.add("b")
-        for part, (name, layout) in kept_parts(selection, of, constant).items():
-            operand = getattr(of, name)
-            found = matrix_base(operand)
-            if found is not None and found[0].op != "call_function":
-                base, transposed = found
+        for part, (name, layout) in kept_parts(selection, operands, constant).items():
+            operand = getattr(operands, name)
+            matrix = matrix_base(operand)
+            if matrix is not None and matrix[0].op != "call_function":
+                base, transposed = matrix
                 # Layouts are of weights [n, k], and of factors as they stand.
                 stored.append((node, part, base, layout if transposed == (name == "b") else f"{layout}{TRANSPOSED}"))
             else:

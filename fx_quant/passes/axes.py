@@ -168,8 +168,8 @@ def seen_through(node: Node, cast: Callable[[Node], bool] = lambda _: False) -> 
     # Where a view is more than a regrouping, what it returns is a tensor of its own.
     base, dims = chain[-1], own_dims(chain[-1])
     for view in reversed(chain[:-1]):
-        found = viewed(view, dims) if is_op(view, *VIEWS) else dims
-        base, dims = (view, own_dims(view)) if found is None else (base, found)
+        regrouped = viewed(view, dims) if is_op(view, *VIEWS) else dims
+        base, dims = (view, own_dims(view)) if regrouped is None else (base, regrouped)
     return base, dims
 
 
@@ -196,24 +196,24 @@ def broadcast_pairs(
             continue
         if size != sizes[missing + i]:
             return None
-        found = _refined(dims[missing + i], own)
-        if found is None:
+        refined = _refined(dims[missing + i], own)
+        if refined is None:
             return None
-        pairs += found
-    varied = [(of, by) for of, by in pairs if by.axis != REPEAT]
-    return None if any(of.axis == REPEAT for of, _ in varied) else _joined(varied)
+        pairs += refined
+    varied = [(tensor_piece, factor_piece) for tensor_piece, factor_piece in pairs if factor_piece.axis != REPEAT]
+    return None if any(tensor_piece.axis == REPEAT for tensor_piece, _ in varied) else _joined(varied)
 
 
 def _joined(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
     """``pairs`` with neighbours on both sides as one."""
     out: list[Pair] = []
-    for of, by in pairs:
+    for tensor_piece, factor_piece in pairs:
         if out:
-            joined = flat([(out[-1][0], of)]), flat([(out[-1][1], by)])
+            joined = flat([(out[-1][0], tensor_piece)]), flat([(out[-1][1], factor_piece)])
             if len(joined[0]) == len(joined[1]) == 1:
                 out[-1] = joined[0][0], joined[1][0]
                 continue
-        out.append((of, by))
+        out.append((tensor_piece, factor_piece))
     return tuple(out)
 
 
@@ -241,20 +241,20 @@ def cut(pairs: Sequence[Pair], pieces: Iterable[Piece]) -> tuple[Pair, ...]:
     starts: dict[int, set[Extent]] = {}
     for piece in pieces:
         starts.setdefault(piece.axis, set()).add(piece.inner)
-    return tuple(part for of, by in pairs for part in _cut(of, by, starts.get(of.axis, ())))
+    return tuple(part for pair in pairs for part in _cut(*pair, starts.get(pair[0].axis, ())))
 
 
-def _cut(of: Piece, by: Piece, starts: Iterable[Extent]) -> list[Pair]:
-    if not isinstance(of.size, int) or not isinstance(of.inner, int):
-        return [(of, by)]
+def _cut(tensor_piece: Piece, factor_piece: Piece, starts: Iterable[Extent]) -> list[Pair]:
+    if not isinstance(tensor_piece.size, int) or not isinstance(tensor_piece.inner, int):
+        return [(tensor_piece, factor_piece)]
     parts: list[Pair] = []
-    low, inner = of.inner, by.inner
-    inside = sorted(start for start in starts if isinstance(start, int) and of.inner < start < of.stop)
-    for high in (*inside, of.stop):
+    low, inner = tensor_piece.inner, factor_piece.inner
+    inside = sorted(start for start in starts if isinstance(start, int) and low < start < tensor_piece.stop)
+    for high in (*inside, tensor_piece.stop):
         size = _quotient(high, low)
         if size is None:
-            return [(of, by)]
-        parts.append((Piece(of.axis, size, low), Piece(by.axis, size, inner)))
+            return [(tensor_piece, factor_piece)]
+        parts.append((Piece(tensor_piece.axis, size, low), Piece(factor_piece.axis, size, inner)))
         low, inner = high, inner * size
     return parts[::-1]
 
@@ -274,16 +274,16 @@ def segments(side: Sequence[Piece], pairs: Sequence[Pair]) -> tuple[Segment, ...
     """
     out: list[Segment] = []
     for piece in side:
-        inside = [(of, by) for of, by in pairs if of.axis == piece.axis and _within(of, piece)]
+        inside = [pair for pair in pairs if pair[0].axis == piece.axis and _within(pair[0], piece)]
         rest = piece.stop
-        for of, by in sorted(inside, key=lambda pair: _order_key(pair[0].inner), reverse=True):
-            gap = _quotient(rest, of.stop)
+        for tensor_piece, factor_piece in sorted(inside, key=lambda pair: _order_key(pair[0].inner), reverse=True):
+            gap = _quotient(rest, tensor_piece.stop)
             if gap is None:
                 return None
             if gap != 1:
                 out.append(Segment(gap, None))
-            out.append(Segment(of.size, by))
-            rest = of.inner
+            out.append(Segment(tensor_piece.size, factor_piece))
+            rest = tensor_piece.inner
         gap = _quotient(rest, piece.inner)
         if gap is None:
             return None

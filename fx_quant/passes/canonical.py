@@ -17,12 +17,12 @@ def operands_of(node: Node) -> Operands[Node]:
     """The operands of the canonical op ``node``."""
     if node.target is WEIGHT_ONLY_MM:
         a, b, b_scale, b_zero_point, bias, out_dtype = args_of(node)
-        found = Operands(a, b, None, b_scale, bias, out_dtype, b_zero_point=b_zero_point, block=_block(node))
+        operands = Operands(a, b, None, b_scale, bias, out_dtype, b_zero_point=b_zero_point, block=_block(node))
     else:
         zero_point = node.kwargs.get("a_zero_point")
         assert zero_point is None or isinstance(zero_point, Node)
-        found = Operands(*args_of(node), a_zero_point=zero_point, block=_block(node))
-    return found
+        operands = Operands(*args_of(node), a_zero_point=zero_point, block=_block(node))
+    return operands
 
 
 def _block(node: Node) -> tuple[int, int] | None:

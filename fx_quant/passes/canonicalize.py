@@ -20,7 +20,7 @@ from fx_quant.passes.nodes import aten, dtype_of, rounded_number, same_shape, sa
 from fx_quant.passes.problems import corrects_outside, is_unsigned, near_range
 from fx_quant.passes.ranges import bounds_of, is_near
 from fx_quant.passes.sites import Site
-from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
+from fx_quant.passes.values import Codes, Product, Tile
 
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
 _TWO_POINTS = "two zero points of one operand whose values are not known, and whose sum may wrap around"
@@ -77,15 +77,9 @@ def _scaled(emitter: Emitter, site: Site, product: Product) -> Node:
 
 def _scalars_to_weight(product: Product) -> Product:
     """Scales of the whole activation moved to the weight, whose blocks have a matrix of them already."""
-    if any(_is_scalar(factor) for factor in product.rows) and all(map(_is_scalar, product.rows)):
+    if product.rows and all(factor.row_block is None and factor.group is None for factor in product.rows):
         return dataclasses.replace(product, rows=(), columns=(*product.columns, *product.rows))
     return product
-
-
-def _is_scalar(factor: Factor | Tile) -> bool:
-    if isinstance(factor, Tile):
-        return factor.row_block is None and factor.group is None
-    return factor.axis is Axis.SCALAR
 
 
 def _widened(emitter: Emitter, scale: Node, a: Node, groups: int, like: Node) -> Node:
@@ -144,7 +138,7 @@ def _point(
     emitter: Emitter,
     product: Product,
     codes: Codes,
-    factors: Sequence[Factor | Tile],
+    factors: Sequence[Tile],
     sizes: list[int],
     shift: int,
 ) -> Point:
@@ -164,9 +158,7 @@ def _point(
     return Point(combined(emitter, points, root, aten.add.Tensor), rest)
 
 
-def _split(
-    emitter: Emitter, factor: Factor | Tile, low: int, high: int, like: Node, sizes: list[int]
-) -> tuple[Node, Node]:
+def _split(emitter: Emitter, factor: Tile, low: int, high: int, like: Node, sizes: list[int]) -> tuple[Node, Node]:
     """``factor`` as an int32 in ``low`` to ``high`` and the float32 that is missing."""
     if not isinstance(factor.source, Node):
         near = min(max(int(factor.source), low), high)
@@ -251,7 +243,7 @@ def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:
         points = blocks(emitter, product.b_zero_points, high, groups, root, kind)
     if b_scale is None:
         b_scale = number(emitter, 1.0, root, to)
-    points = [_with_room(emitter, *pair, shift, root) for pair in zip(points, every, strict=True)]
+    points = [_with_room(emitter, point, bounds, shift, root) for point, bounds in zip(points, every, strict=True)]
     if shift:
         points.append(number(emitter, shift, root, kind))
     point = combined(emitter, points, root, aten.add.Tensor)
@@ -314,6 +306,6 @@ def _bias(emitter: Emitter, product: Product, site: Site) -> Node | None:
         number = bias.source if math.isfinite(rounded) else rounded
         return emitter.call(aten.full.default, [n], number, dtype=FLOAT32, device=device, like=root)
     node = emitter.reshape(bias.source, [-1], like=root)
-    if bias.axis is Axis.SCALAR and n != 1:
+    if bias.row_block is None and n != 1:
         node = emitter.call(aten.expand.default, node, [n], like=root)
     return node

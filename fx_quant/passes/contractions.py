@@ -106,15 +106,15 @@ def operands_of_contraction(node: Node) -> list[Node]:
     name = op_name(target)
     if not isinstance(target, OpOverload) or target is not node.target:
         given = [value for key, value in node.kwargs.items() if not _BESIDE.search(key)]
-        found = [n for value in (*node.args[:3], *given) for n in _nodes(value)]
+        operands = [n for value in (*node.args[:3], *given) for n in _nodes(value)]
     else:
         names = [argument.name for argument in target._schema.arguments]
         args = dict(zip(names, node.args, strict=False)) | node.kwargs
         kept = [key for key in args if not _BESIDE.search(key)]
         kept = kept[1:] if name in _ADDS_FIRST else kept[:3] if "attention" in name else kept
-        found = [n for key in kept for n in _nodes(args[key])]
+        operands = [n for key in kept for n in _nodes(args[key])]
     vectors = name.endswith(("mv", "dot"))
-    return [n for n in dict.fromkeys(found) if len(shape(n)) > (0 if vectors else 1)]
+    return [n for n in dict.fromkeys(operands) if len(shape(n)) > (0 if vectors else 1)]
 
 
 def _nodes(value: object) -> list[Node]:
@@ -132,13 +132,13 @@ def subgraphs_of(node: Node) -> list[Graph]:
     """The graphs that the higher-order op ``node`` runs: a region, branches, the body of a loop."""
     if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return []
-    owner, found = node.graph.owning_module, []
+    owner, graphs = node.graph.owning_module, []
     for argument in node.all_input_nodes:
         if argument.op == "get_attr" and owner is not None:
             module = getattr(owner, str(argument.target), None)
             if isinstance(module, GraphModule):
-                found.append(module.graph)
-    return list(dict.fromkeys(found))
+                graphs.append(module.graph)
+    return list(dict.fromkeys(graphs))
 
 
 def outer_product(node: Node) -> bool:

@@ -98,12 +98,12 @@ class Emitter:
 
 def _size_nodes(graph: Graph) -> dict[Any, Node]:
     """The first node that holds each symbolic size, by the size's expression."""
-    found: dict[Any, Node] = {}
+    nodes: dict[Any, Node] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
-            found.setdefault(value.node.expr, node)
-    return found
+            nodes.setdefault(value.node.expr, node)
+    return nodes
 
 
 def _fake_mode(graph: Graph) -> FakeTensorMode:

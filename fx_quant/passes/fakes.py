@@ -54,7 +54,7 @@ class FakeCalls:
         known = None if key is None else self._known.get(key)
         if isinstance(known, tuple):
             kind, parts = known
-            return kind(self._made(each, tensors) for each in parts)
+            return kind(self._made(look, tensors) for look in parts)
         if known is not None:
             return self._made(known, tensors)
         with self._mode, torch.no_grad():
@@ -78,7 +78,7 @@ def _looks(argument: object, tensors: list[Tensor]) -> list[object]:
         tensors.append(argument)
         return [_strided(argument)]
     if isinstance(argument, (list, tuple)):
-        return [len(argument), *(look for each in argument for look in _looks(each, tensors))]
+        return [len(argument), *(look for part in argument for look in _looks(part, tensors))]
     if isinstance(argument, dict):
         return [len(argument), *(look for item in argument.items() for look in _looks(item, tensors))]
     return [constant_key(argument)]
@@ -88,8 +88,8 @@ def _look(result: Any, tensors: Sequence[Tensor]) -> tuple[type, list[Strided]] 
     """How to make ``result`` again, a tensor or a list or tuple of tensors; None where that would not be the same."""
     if type(result) not in (list, tuple):
         return _tensor_look(result, tensors)
-    looks = [look for each in result if (look := _tensor_look(each, tensors)) is not None]
-    apart = len({each.untyped_storage()._cdata for each in result if isinstance(each, Tensor)}) == len(result)
+    looks = [look for part in result if (look := _tensor_look(part, tensors)) is not None]
+    apart = len({part.untyped_storage()._cdata for part in result if isinstance(part, Tensor)}) == len(result)
     return (type(result), looks) if len(looks) == len(result) and apart else None
 
 
@@ -100,10 +100,10 @@ def _tensor_look(result: object, tensors: Sequence[Tensor]) -> Strided | None:
     if look is None:
         return None
     memory = result.untyped_storage()._cdata
-    for i, each in enumerate(tensors):
-        if each is result:
+    for i, tensor in enumerate(tensors):
+        if tensor is result:
             return None
-        if each.untyped_storage()._cdata == memory:
+        if tensor.untyped_storage()._cdata == memory:
             return Strided(look.shape, look.stride, look.offset, look.dtype, look.device, alias=i)
     return look if look.offset == 0 else None
 

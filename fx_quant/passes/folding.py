@@ -32,7 +32,7 @@ def fold_constants(emitter: Emitter, kernels: Sequence[Node], inputs: Inputs) ->
     if not wanted:
         return
     order = {node: i for i, node in enumerate(graph.nodes)}
-    steps = sorted({step for of in wanted.values() for step in of}, key=order.__getitem__)
+    steps = sorted({step for needed in wanted.values() for step in needed}, key=order.__getitem__)
     sources = sorted(
         {source for step in steps for source in step.all_input_nodes if source.op != "call_function"},
         key=order.__getitem__,

@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch.fx import Node
 
-from fx_quant.passes.axes import Dims, own_dims, seen_through
+from fx_quant.passes.axes import Dims, Segment, extent, own_dims, seen_through
 from fx_quant.passes.nodes import constant, dtype, is_one, same_shape, same_size, shape, tensor
-from fx_quant.passes.values import Axis, Codes
+from fx_quant.passes.values import Axis, Codes, Tile
 from fx_quant.scheme import CODE_DTYPES
 
 # Dtypes of an integer matmul's sum, which an epilogue in floating point follows.
@@ -44,6 +44,29 @@ def axis_of(factor: object, like: Node) -> Axis | None:
     if is_one(sizes[-1]):
         return Axis.ROW
     return Axis.COLUMN if all(map(is_one, sizes[:-1])) else None
+
+
+def tile_along(axis: Axis, factor: object, like: Node, *, inverse: bool = False) -> Tile:
+    """The tensor or number ``factor``, which varies along ``axis`` of the matrix ``like``, as a factor of that side."""
+    source = factor_source(factor)
+    if axis is Axis.SCALAR or not isinstance(source, Node):
+        return Tile(source, inverse=inverse)
+    sizes, own, rows = shape(like), own_dims(source), []
+    for dim, size in enumerate(sizes, start=len(own) - len(sizes)):
+        if dim >= 0 and own[dim]:
+            rows += [Segment(piece.size, piece) for piece in own[dim]]
+        elif axis is Axis.ROW and dim < len(own) - 1 and not is_one(size):
+            rows.append(Segment(extent(size), None))
+    return Tile(source, tuple(rows), inverse=inverse)
+
+
+def factor_source(operand: object) -> Node | float:
+    """``operand`` as a factor's source: a node, or a Python float."""
+    number = constant(operand)
+    if number is not None:
+        return float(number)
+    assert isinstance(operand, Node)
+    return operand
 
 
 def integer_range(codes: Codes) -> tuple[int, int] | None:

@@ -179,8 +179,8 @@ def _overwritten(target: torch._ops.OpOverload) -> tuple[Argument, ...]:
 def _nodes(call: Node, position: int, name: str) -> Iterable[Node]:
     """The nodes in one argument of ``call``."""
     given = call.args[position] if position < len(call.args) else call.kwargs.get(name)
-    found = given if isinstance(given, (list, tuple)) else [given]
-    return [each for each in found if isinstance(each, Node)]
+    values = given if isinstance(given, (list, tuple)) else [given]
+    return [value for value in values if isinstance(value, Node)]
 
 
 def _storage(node: Node) -> object:

@@ -70,7 +70,7 @@ def _key(argument: object, kept: Mapping[Node, Node]) -> object:
     if isinstance(argument, Node):
         return kept.get(argument, argument)
     if isinstance(argument, (list, tuple)):
-        return tuple([_key(each, kept) for each in argument])
+        return tuple([_key(part, kept) for part in argument])
     if isinstance(argument, dict):
         return tuple([(name, _key(value, kept)) for name, value in sorted(argument.items())])
     return constant_key(argument)

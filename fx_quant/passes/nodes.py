@@ -77,8 +77,8 @@ def args_of(node: Node) -> tuple[Any, ...]:
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of a call of an op by the names of its schema, defaults filled in, however they were spelled."""
-    found = {name: default for name, _, default in _parameters(node.target)}
-    return found | dict(zip(found, node.args, strict=False)) | dict(node.kwargs)
+    defaults = {name: default for name, _, default in _parameters(node.target)}
+    return defaults | dict(zip(defaults, node.args, strict=False)) | dict(node.kwargs)
 
 
 def spell_by_schema(node: Node) -> None:
@@ -86,15 +86,17 @@ def spell_by_schema(node: Node) -> None:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return
     parameters = _parameters(node.target)
-    if not node.kwargs and len(node.args) == sum(not of.keyword_only and of.default is _REQUIRED for of in parameters):
+    if not node.kwargs and len(node.args) == sum(
+        not parameter.keyword_only and parameter.default is _REQUIRED for parameter in parameters
+    ):
         return
     given = arguments(node)
-    positional = [of for of in parameters if not of.keyword_only]
+    positional = [parameter for parameter in parameters if not parameter.keyword_only]
     while positional and _is_default(positional[-1], given):
         positional.pop()
-    named = [of for of in parameters if of.keyword_only and not _is_default(of, given)]
-    node.args = tuple(given[of.name] for of in positional)
-    node.kwargs = {of.name: given[of.name] for of in named}
+    named = [parameter for parameter in parameters if parameter.keyword_only and not _is_default(parameter, given)]
+    node.args = tuple(given[parameter.name] for parameter in positional)
+    node.kwargs = {parameter.name: given[parameter.name] for parameter in named}
 
 
 class _Parameter(NamedTuple):
@@ -109,8 +111,10 @@ _REQUIRED = object()
 @functools.cache
 def _parameters(target: Any) -> tuple[_Parameter, ...]:
     return tuple(
-        _Parameter(each.name, each.kwarg_only, each.default_value if each.has_default_value() else _REQUIRED)
-        for each in target._schema.arguments
+        _Parameter(
+            argument.name, argument.kwarg_only, argument.default_value if argument.has_default_value() else _REQUIRED
+        )
+        for argument in target._schema.arguments
     )
 
 
@@ -128,9 +132,9 @@ def dtype(node: object) -> torch.dtype | None:
 
 def dtype_of(node: Node) -> torch.dtype:
     """The dtype of a node that is known to be a tensor."""
-    found = dtype(node)
-    assert found is not None
-    return found
+    kind = dtype(node)
+    assert kind is not None
+    return kind
 
 
 def shape(node: object) -> tuple[Size, ...]:

@@ -117,9 +117,9 @@ class Origins:
         self._bytes, self._next_bit = dict[Node, int](), 1
         for node in graph.nodes:
             if node not in self._origins:
-                found = self._origin(node)
-                if found is not None:
-                    self._origins[node] = self._remembering_loss(node, found)
+                origin = self._origin(node)
+                if origin is not None:
+                    self._origins[node] = self._remembering_loss(node, origin)
             self._note_bytes(node)
 
     def of(self, node: object) -> Origin | None:
@@ -128,8 +128,8 @@ class Origins:
 
     def coded(self, node: object) -> Origin | None:
         """The origin of ``node`` where a contraction of it is a quantized matmul."""
-        found = self.of(node)
-        return found if found is not None and found.coded else None
+        origin = self.of(node)
+        return origin if origin is not None and origin.coded else None
 
     def _note_bytes(self, node: Node) -> None:
         origin = self.of(node)
@@ -269,11 +269,11 @@ class Origins:
         """Rows or elements of a table; the indices count where they are codes, not where they are positions."""
         origins = dict(made)
         table = node.args[0]
-        found = [origins[table]] if isinstance(table, Node) and table in origins else []
+        candidates = [origins[table]] if isinstance(table, Node) and table in origins else []
         for index, origin in made:
             if index is not table and origin.kind in (Kind.CODES, Kind.PACKED, Kind.DECODED):  # shifted ones too
-                found.append(replace(origin, kind=Kind.DECODED))
-        return max(found, key=lambda origin: origin.kind, default=None)
+                candidates.append(replace(origin, kind=Kind.DECODED))
+        return max(candidates, key=lambda origin: origin.kind, default=None)
 
     def _step(self, node: Node, made: list[tuple[Node, Origin]]) -> Origin | None:
         """A step of what a call brings: only what may be part of quantizing goes on."""
@@ -297,7 +297,7 @@ class Origins:
         if origin is not None and (is_op(node, aten.embedding.default) or (origin.stored and len(shape(table)) == 2)):
             return None  # rows of an embedding are activations
         if origin is None and len(shape(table)) == 1:
-            codes = [found for found in origins.values() if found.kind is Kind.CODES]
+            codes = [other for other in origins.values() if other.kind is Kind.CODES]
             return replace(codes[0], kind=Kind.DECODED) if codes else None
         return origin
 

@@ -74,12 +74,12 @@ def find(state: Rewriting) -> None:
     """The sites, and every quantized matmul that is none, with the reason."""
     state.before, _ = copy_graph(state.graph)
     inputs = classify_inputs(state.graph, state.static_indices)
-    found = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
-    if specialize_weights(miss.gemm for miss in found.misses if isinstance(miss, SizeMiss)):
-        found = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
+    matmuls = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
+    if specialize_weights(miss.gemm for miss in matmuls.misses if isinstance(miss, SizeMiss)):
+        matmuls = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
     # Those of a subgraph are missed once in each call of it, as the graph around it says.
-    state.misses, state.recognised = [] if is_subgraph(state.source) else found.misses, found.recognised
-    state.found, state.memory = found.sites, Memory(state.graph)
+    state.misses, state.recognised = [] if is_subgraph(state.source) else matmuls.misses, matmuls.recognised
+    state.sites, state.memory = matmuls.sites, Memory(state.graph)
 
 
 def choose_kernels(state: Rewriting) -> None:
@@ -87,7 +87,7 @@ def choose_kernels(state: Rewriting) -> None:
     assert state.memory is not None
     # The layers of a model ask the same few questions.
     choose = functools.cache(functools.partial(_choose, target=state.target, options=state.options))
-    for site in state.found:
+    for site in state.sites:
         reason = state.left.get(site.gemm.name) or _overwritten(site, state.memory)
         selection = None if reason is not None else attempt(choose, site.problem)
         if isinstance(selection, Failure):

@@ -8,7 +8,7 @@ from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.matrices import integer_range, stored_dtype
 from fx_quant.passes.nodes import dtype, dtype_of
 from fx_quant.passes.ranges import bounds_of, is_near
-from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
+from fx_quant.passes.values import Codes, Product, Tile
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
 
@@ -30,14 +30,14 @@ def corrects_outside(product: Product) -> bool:
     return corrects_weight(product) or bool(isinstance(product.a, Codes) and not product.wraps and far_points(product))
 
 
-def near_range(codes: Codes, point: Factor | Tile) -> tuple[int, int]:
+def near_range(codes: Codes, point: Tile) -> tuple[int, int]:
     """The bounds of what the integer sum holds of a zero point of integer ``codes``: all of it, or its near part."""
     proven, of_codes = bounds_of(point.source) if is_near(point) else None, integer_range(codes)
     assert of_codes is not None
     return proven or (min(of_codes[0], 0), max(of_codes[1], 0))
 
 
-def far_points(product: Product) -> list[Factor | Tile]:
+def far_points(product: Product) -> list[Tile]:
     """The zero points of ``product`` that may lie anywhere."""
     return [point for point in (*product.a_zero_points, *product.b_zero_points) if not is_near(point)]
 
@@ -58,7 +58,7 @@ def _activation(product: Product, inputs: Inputs) -> OperandSpec:
     if product.block is not None and product.rows:
         granularity = Granularity.per_group(product.block[1])
     else:
-        granularity = _granularity(product.rows, Axis.ROW, Granularity.PER_TOKEN)
+        granularity = _granularity(product.rows, Granularity.PER_TOKEN)
     return OperandSpec(
         torch.int8 if is_unsigned(product) else _stored(product.a),
         granularity,
@@ -71,7 +71,7 @@ def _weight(product: Product) -> OperandSpec:
     if product.block is not None:
         granularity = Granularity.of_block(*product.block)
     else:
-        granularity = _granularity(product.columns, Axis.COLUMN, Granularity.PER_CHANNEL)
+        granularity = _granularity(product.columns, Granularity.PER_CHANNEL)
     symmetric = not product.b_zero_points and product.b.offset == 0
     return OperandSpec(_code_dtype(product.b), granularity, symmetric=symmetric)
 
@@ -85,19 +85,15 @@ def _code_dtype(codes: Codes) -> torch.dtype:
 
 
 def _stored(codes: Codes) -> torch.dtype:
-    found = stored_dtype(codes)
-    assert found is not None
-    return found
+    kind = stored_dtype(codes)
+    assert kind is not None
+    return kind
 
 
-def _granularity(factors: tuple[Factor | Tile, ...], axis: Axis, named: Granularity) -> Granularity:
+def _granularity(factors: tuple[Tile, ...], named: Granularity) -> Granularity:
     if not factors:
         return Granularity.UNSCALED
-    return named if any(_varies(factor, axis) for factor in factors) else Granularity.PER_TENSOR
-
-
-def _varies(factor: Factor | Tile, axis: Axis) -> bool:
-    return factor.row_block is not None if isinstance(factor, Tile) else factor.axis is axis
+    return Granularity.PER_TENSOR if all(factor.row_block is None for factor in factors) else named
 
 
 def problem_of(product: Product, scheme: Scheme, rows: SizeRange, n: int, k: int, constant_weight: bool) -> Problem:

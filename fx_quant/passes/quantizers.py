@@ -168,13 +168,13 @@ def _scale_formula(scale: Node, x: Node) -> dict[str, Any] | None:
         elif not is_op(node, *RESHAPES):
             break
         node = args_of(node)[0]
-    found = _amax(node, x)
-    if found is None:
+    amax = _amax(node, x)
+    if amax is None:
         return None
-    granularity, of = found
+    granularity, reduced = amax
     if not _fits(granularity, scale, x):
         return None
-    current = dtype(of)
+    current = dtype(reduced)
     assert current is not None
     return _formula(reversed(steps), current, granularity)
 
@@ -238,8 +238,8 @@ def _amax(node: Node, x: Node) -> tuple[str, Node] | None:
     inner = through_widening(reduced)
     if not is_op(inner, aten.abs.default):
         return None
-    of = through_widening(args_of(inner)[0])
-    granularity = _reduction(dims, of, x)
+    source = through_widening(args_of(inner)[0])
+    granularity = _reduction(dims, source, x)
     return None if granularity is None else (granularity, reduced)
 
 
@@ -270,9 +270,9 @@ def _bounded_by_zero(node: object, target) -> object:
     return None
 
 
-def _reduction(dims: list, of: Node, x: Node) -> str | None:
-    """Granularity of a reduction of ``of`` over ``dims``, when ``of`` holds the values of ``x``."""
-    rank = len(shape(of))
+def _reduction(dims: list, source: Node, x: Node) -> str | None:
+    """Granularity of a reduction of ``source`` over ``dims``, when ``source`` holds the values of ``x``."""
+    rank = len(shape(source))
     reduced = {d % rank for d in dims} if dims and rank else set(range(rank))
     if reduced == set(range(rank)) and len(shape(x)) != 1:
         granularity = "per_tensor"
@@ -280,9 +280,9 @@ def _reduction(dims: list, of: Node, x: Node) -> str | None:
         granularity = "per_token"
     else:
         return None
-    if of is x:
+    if source is x:
         return granularity
     # The same values under another view: any for per_tensor, one that keeps rows for per_token.
-    same_base = through(of, RESHAPES) is through(x, RESHAPES)
-    keeps_rows = granularity == "per_tensor" or same_shape(shape(of)[-1:], shape(x)[-1:])
+    same_base = through(source, RESHAPES) is through(x, RESHAPES)
+    keeps_rows = granularity == "per_tensor" or same_shape(shape(source)[-1:], shape(x)[-1:])
     return granularity if same_base and keeps_rows else None

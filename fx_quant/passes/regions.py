@@ -31,7 +31,7 @@ Findings = tuple[list[Node], list[Node], list[Reason]]
 
 def reasons_in_regions(graph: Graph, origins: Origins, inputs: Inputs, find: Finder) -> list[Reason]:
     """For each call of a subgraph each quantized matmul in it that its own passes leave: the node, where and why."""
-    found: list[Reason] = []
+    reasons: list[Reason] = []
     known: dict[object, list[Reason]] = {}
     for node in graph.nodes:
         if is_contraction(node):
@@ -43,8 +43,8 @@ def reasons_in_regions(graph: Graph, origins: Origins, inputs: Inputs, find: Fin
             key = (id(subgraph), static, kinds)
             if key not in known:
                 known[key] = _inside(op_name(node.target), subgraph, operands, static, origins, find)
-            found += known[key]
-    return found
+            reasons += known[key]
+    return reasons
 
 
 def _operands(node: Node, count: int) -> Sequence[Node]:
@@ -67,10 +67,14 @@ def _inside(
     op: str, graph: Graph, operands: Sequence[Node], static: frozenset[int], origins: Origins, find: Finder
 ) -> list[Reason]:
     placeholders = graph.find_nodes(op="placeholder")
-    of_operands = ((of, origins.of(n)) for of, n in zip(placeholders, operands, strict=False))
-    sites, _, missed = find(graph, static, {of: origin for of, origin in of_operands if origin is not None})
+    brought = {
+        placeholder: origin
+        for placeholder, operand in zip(placeholders, operands, strict=False)
+        if (origin := origins.of(operand)) is not None
+    }
+    sites, _, missed = find(graph, static, brought)
     alone = find(graph, frozenset(), {})
     handled = {*alone[0], *alone[1]}
     reason = f"it is inside {op}, where the passes do not know which operands are weights"
-    found = [(gemm, gemm, reason) for gemm in sites if gemm not in handled]
-    return found + [(gemm, node, f"inside {op}: {rule}") for gemm, node, rule in missed if gemm not in handled]
+    left = [(gemm, gemm, reason) for gemm in sites if gemm not in handled]
+    return left + [(gemm, node, f"inside {op}: {rule}") for gemm, node, rule in missed if gemm not in handled]

@@ -29,18 +29,18 @@ def report_on(state: Rewriting) -> Report:
     return Report(str(state.target), sites, misses, tuple(map(_recognised_report, state.recognised)))
 
 
-def _recognised_report(found: Recognised) -> RecognisedReport:
-    site = found.site
+def _recognised_report(recognised: Recognised) -> RecognisedReport:
+    site = recognised.site
     return RecognisedReport(
-        module=module_path(found.gemm),
-        source=source_line(found.gemm),
-        op=qualified_name(found.gemm.target),
+        module=module_path(recognised.gemm),
+        source=source_line(recognised.gemm),
+        op=qualified_name(recognised.gemm.target),
         scheme="" if site is None else site.words,
         m="" if site is None else str(site.problem.m),
         n=None if site is None else site.problem.n,
         k=None if site is None else site.problem.k,
-        reason=found.reason,
-        unmet=_unmet(found.verdicts),
+        reason=recognised.reason,
+        unmet=_unmet(recognised.verdicts),
     )
 
 

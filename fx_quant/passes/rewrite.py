@@ -118,28 +118,29 @@ def quantizers_of(sites: Iterable[Site], memory: Memory) -> dict[Node, Quantizer
 
 
 def _recognised(codes: Node, memory: Memory) -> Quantizer | str:
-    found = attempt(recognise_quantizer, codes)
-    if isinstance(found, Failure):
-        return found.reason("recognising the quantize")
-    if not isinstance(found, Quantizer):
-        return found
-    for source in (found.x, found.scale):
-        if memory.is_written_before(source, found.codes):
+    quantizer = attempt(recognise_quantizer, codes)
+    if isinstance(quantizer, Failure):
+        return quantizer.reason("recognising the quantize")
+    if not isinstance(quantizer, Quantizer):
+        return quantizer
+    for source in (quantizer.x, quantizer.scale):
+        if memory.is_written_before(source, quantizer.codes):
             return f"{source} is written to while it is quantized"
-    if found.dynamic is not None and memory.base(found.scale) is not found.scale and memory.is_returned(found.scale):
+    scale = quantizer.scale
+    if quantizer.dynamic is not None and memory.base(scale) is not scale and memory.is_returned(scale):
         # The scale is a view of an output, and is to stay one.
-        return dataclasses.replace(found, dynamic=None)
-    return found
+        return dataclasses.replace(quantizer, dynamic=None)
+    return quantizer
 
 
-def rewrite_quantizers(emitter: Emitter, found: Iterable[Quantizer | str]) -> dict[Node, str]:
+def rewrite_quantizers(emitter: Emitter, quantizers: Iterable[Quantizer | str]) -> dict[Node, str]:
     """Replace each recognised quantize by ``fx_quant::quantize``, codes and scale, for all of their users.
 
     Returns why not, by the node of the codes, of those that could not be replaced.
     """
     done: set[Node] = set()
     left: dict[Node, str] = {}
-    for quantizer in found:
+    for quantizer in quantizers:
         if not isinstance(quantizer, Quantizer) or quantizer.codes in done:
             continue
         done.add(quantizer.codes)

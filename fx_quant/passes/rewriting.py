@@ -55,7 +55,7 @@ class Rewriting:
         static_indices: positions of the placeholders that are parameters or buffers; None where that is not known.
         left: sites to leave as they are: the reason, by the name of the matmul.
         before: the source as the sites were found in it: normalised, nothing rewritten.
-        found: sites without a kernel so far.
+        sites: those that were found.
         rows: each site that is rewritten.
         misses: what is left as it is, because a rule failed.
         recognised: what is left as it is, because nothing here runs it faster.
@@ -70,7 +70,7 @@ class Rewriting:
     static_indices: frozenset[int] | None = None
     left: Mapping[str, str] = field(default_factory=dict)
     before: Graph = field(default_factory=Graph)
-    found: list[Site] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
     rows: dict[Site, Row] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
     recognised: list[Recognised] = field(default_factory=list)

@@ -23,7 +23,7 @@ from fx_quant.passes.regions import Findings, reasons_in_regions
 from fx_quant.passes.rulebook import is_matmul, own_kernel
 from fx_quant.passes.specialize import why_symbolic
 from fx_quant.passes.unclaimed import unclaimed_contraction
-from fx_quant.passes.values import Axis, Codes, Factor, Product, Tile
+from fx_quant.passes.values import Affine, Codes, Product, Tile
 from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, Size, SizeRange
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, Granularity, Numerics, OperandSpec, Scheme, scale_dtype_of
@@ -164,8 +164,12 @@ def _site(
 ) -> Site | Miss | Recognised | None:
     chain = _chain(gemm, annotation)
     if not isinstance(product.a, Codes) and product.b.node in inputs.runtime:
-        coded = any(origins.coded(operand) is not None for operand in operands_of_contraction(gemm))
-        if not coded and not _scales_columns(chain[-1][1], inputs):
+        operands = operands_of_contraction(gemm)
+        coded = any(origins.coded(operand) is not None for operand in operands)
+        decoded = annotation.value(operands[-1])
+        scales = chain[-1][1].columns[len(decoded.scales) if isinstance(decoded, Affine) else 0 :]
+        # What scales the sum by a vector that comes with the operand, as that of codes is, tells codes.
+        if not coded and all(scale.row_block is None or scale.source not in inputs.runtime for scale in scales):
             return None  # integers as such, a mask or an image, are no quantized weight
         literal = is_op(product.b.node, torch.ops.aten.lift_fresh_copy.default)
         return Miss(gemm, product.b.node, _LITERAL if literal else _CHANGES)
@@ -192,15 +196,6 @@ def _site(
     return Site(gemm, root, product, problem, source, words)
 
 
-def _scales_columns(product: Product, inputs: Inputs) -> bool:
-    """Whether the sum is scaled by a vector that comes with the operand, as that of codes is."""
-    return any(_comes_with_columns(factor, inputs) for factor in product.columns)
-
-
-def _comes_with_columns(factor: Factor | Tile, inputs: Inputs) -> bool:
-    return isinstance(factor, Factor) and factor.axis is Axis.COLUMN and factor.source in inputs.runtime
-
-
 def _dynamic(n: Size, k: Size) -> str:
     why = why_symbolic(n) or why_symbolic(k) or "the second operand is no stored weight"
     return f"n and k must be static, got n={n} k={k}: {why}"
@@ -220,7 +215,7 @@ def fits_int32(product: Product, k: int) -> bool:
     return largest[0] * largest[1] * (k if product.block is None else product.block[1]) < 2**31
 
 
-def _largest(codes: Codes, zero_points: Sequence[Factor | Tile]) -> int | None:
+def _largest(codes: Codes, zero_points: Sequence[Tile]) -> int | None:
     """Largest magnitude of integer codes less the near part of their zero points."""
     bounds = integer_range(codes)
     if bounds is None:

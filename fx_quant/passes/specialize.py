@@ -46,12 +46,12 @@ def _weights(matmul: Node) -> list[Node]:
     operand = matmul.args[2 if is_op(matmul, aten.addmm.default) else 1] if len(matmul.args) > 1 else None
     if not isinstance(operand, Node):
         return []
-    seen, waiting, found = {operand}, [operand], []
+    seen, waiting, weights = {operand}, [operand], []
     while waiting:
         node = waiting.pop()
         if node.op == "placeholder" and dtype(node) in STORED_DTYPES and len(shape(node)) == 2:
-            found.append(node)
+            weights.append(node)
         new = set(node.all_input_nodes) - seen
         seen |= new
         waiting += new
-    return found
+    return weights

@@ -77,15 +77,15 @@ def _lost(
     operand, origin = max(coded, key=lambda pair: (pair[1].stored, pair[1].kind))
     if is_op(origin.source, aten.round.default, aten.round.decimals):
         return origin.source, _ROUNDED
-    what = "the weight is decoded from stored codes" if origin.stored else "an operand is decoded from codes"
+    decoded = "the weight is decoded from stored codes" if origin.stored else "an operand is decoded from codes"
     if origin.lost is not None:
         value = annotation.value(origin.lost)
         if isinstance(value, Unknown):
             return value.node, value.rule
-        return origin.lost, f"{what}, and no rule proves {origin.lost.target}"
+        return origin.lost, f"{decoded}, and no rule proves {origin.lost.target}"
     if operand is operands[0] and len(coded) == 1:
         return operand, "only the activation is quantized; the weight is floating point"
-    return operand, f"{what} by steps that no rule proves"
+    return operand, f"{decoded} by steps that no rule proves"
 
 
 _ROUNDED = (

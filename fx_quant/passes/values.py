@@ -23,23 +23,6 @@ class Axis(Enum):
 
 
 @dataclass(frozen=True)
-class Factor:
-    """A tensor or number that broadcasts along one axis of a matrix.
-
-    Args:
-        source: the node, or a Python number.
-        axis: along what it varies.
-        like: the node whose shape it broadcast against where it was met; gives the flattening of its rows.
-        inverse: the factor is ``1 / source``.
-    """
-
-    source: Node | float
-    axis: Axis
-    like: Node
-    inverse: bool = False
-
-
-@dataclass(frozen=True)
 class Codes:
     """``value == codes + offset``, exactly, in whatever dtype and under whatever views it stands.
 
@@ -97,29 +80,12 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class ColumnSum:
-    """``value == multiplier * zero_point * (sum of base over dim)``, an exact integer vector, or matrix with rows.
-
-    Args:
-        base: codes ``[n, k]`` or ``[k, n]``.
-        dim: the dim of ``base`` that was summed.
-        multiplier: an integer.
-        zero_point: an integer factor, a scalar or one for each row; None is 1.
-    """
-
-    base: Node
-    dim: int
-    multiplier: int
-    zero_point: Factor | None = None
-
-
-@dataclass(frozen=True)
 class Tile:
-    """A scale or zero point as what it is to one operand of a matmul.
+    """A scale, zero point or bias as what it is to a matrix: an operand of a matmul, or its result.
 
     Args:
         source: the tensor behind all views, or a Python number.
-        rows: the segments of the operand's free side: m of the activation, n of the weight.
+        rows: the segments of the free side: m of the activation, n of the weight.
         along_k: the segments of the summed side.
         inverse: the factor is ``1 / source``.
     """
@@ -138,6 +104,23 @@ class Tile:
     def group(self) -> Extent | None:
         """How many neighbours along k share a value; None when all do, 0 when they are no neighbours."""
         return block_size(self.along_k)
+
+
+@dataclass(frozen=True)
+class ColumnSum:
+    """``value == multiplier * zero_point * (sum of base over dim)``, an exact integer vector, or matrix with rows.
+
+    Args:
+        base: codes ``[n, k]`` or ``[k, n]``.
+        dim: the dim of ``base`` that was summed.
+        multiplier: an integer.
+        zero_point: an integer factor, a scalar or one for each row; None is 1.
+    """
+
+    base: Node
+    dim: int
+    multiplier: int
+    zero_point: Tile | None = None
 
 
 class Stage(Enum):
@@ -175,16 +158,16 @@ class Product:
     gemm: Node
     a: Codes | Node
     b: Codes
-    rows: tuple[Factor | Tile, ...]
-    columns: tuple[Factor | Tile, ...]
-    bias: Factor | None
+    rows: tuple[Tile, ...]
+    columns: tuple[Tile, ...]
+    bias: Tile | None
     dtype: torch.dtype
     stage: Stage
     numerics: Numerics
     wraps: bool = False
     offset: int = 0
-    a_zero_points: tuple[Factor | Tile, ...] = ()
-    b_zero_points: tuple[Factor | Tile, ...] = ()
+    a_zero_points: tuple[Tile, ...] = ()
+    b_zero_points: tuple[Tile, ...] = ()
     block: tuple[int, int] | None = None
     skipped: int = 0
     obstacle: str = ""

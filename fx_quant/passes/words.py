@@ -27,7 +27,7 @@ from fx_quant.passes.nodes import (
 from fx_quant.passes.origins import Kind, Origins
 from fx_quant.passes.rules.matmuls import Operand, operand
 from fx_quant.passes.rules.steps import as_affine
-from fx_quant.passes.values import Axis, Codes, Factor, Product
+from fx_quant.passes.values import Codes, Product
 from fx_quant.scheme import FLOAT_DTYPES, Granularity, OperandSpec, Scheme, dtype_name
 
 
@@ -41,7 +41,7 @@ def source_scheme(product: Product, scheme: Scheme, inputs: Inputs) -> Scheme:
         return scheme
     rows = [factor.source for factor in product.rows if isinstance(factor.source, Node)]
     for factor in product.columns:
-        if isinstance(factor, Factor) and factor.axis is Axis.COLUMN and isinstance(factor.source, Node):
+        if factor.row_block is not None and isinstance(factor.source, Node):
             rows += _single_factors(factor.source)
     rows = [source for source in rows if source in inputs.runtime]
     if scheme.activation.granularity not in (Granularity.UNSCALED, Granularity.PER_TENSOR) or not rows:
@@ -115,20 +115,20 @@ def _decoded_activation(product: Product, annotation: Annotation, inputs: Inputs
     if origin is None or origin.stored or isinstance(x, Codes):
         return ""
     affine = as_affine(annotation.value(x))
-    found = None if affine is None else operand(affine, "a", product.gemm)
+    activation = None if affine is None else operand(affine, "a", product.gemm)
     to = None if affine is None else stored_dtype(affine.codes)
-    if affine is None or to is None or not isinstance(found, Operand):
+    if affine is None or to is None or not isinstance(activation, Operand):
         return "fake-quantized" if origin.kind in (Kind.ROUNDED, Kind.DECODED) else "quantized"
-    if found.group is not None:
-        granularity = Granularity.per_group(found.group)
-    elif any(tile.row_block is not None for tile in found.scales):
+    if activation.group is not None:
+        granularity = Granularity.per_group(activation.group)
+    elif any(tile.row_block is not None for tile in activation.scales):
         granularity = Granularity.PER_TOKEN
     else:
-        along = [tile.source for tile in found.scales if isinstance(tile.source, Node)]
+        along = [tile.source for tile in activation.scales if isinstance(tile.source, Node)]
         one_row = all(map(is_one, shape(product.gemm)[:-1]))
         per_token = one_row and any(map(_is_computed_along_rows, along))
         granularity = Granularity.PER_TOKEN if per_token else Granularity.PER_TENSOR
-    dynamic = any(tile.source in inputs.runtime for tile in found.scales)
-    symmetric = not found.zero_points and affine.codes.offset == 0 and to is not torch.uint8
+    dynamic = any(tile.source in inputs.runtime for tile in activation.scales)
+    symmetric = not activation.zero_points and affine.codes.offset == 0 and to is not torch.uint8
     spec = OperandSpec(torch.int8 if to is torch.uint8 else to, granularity, dynamic=dynamic, symmetric=symmetric)
     return f"{spec} ({'dynamic' if dynamic else 'static'})"

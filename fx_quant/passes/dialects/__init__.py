@@ -17,10 +17,10 @@ from fx_quant.passes.values import Rule
 
 
 def _collected(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for module in pkgutil.iter_modules(__path__):
-        found |= getattr(importlib.import_module(f"{__name__}.{module.name}"), name, {})
-    return found
+        facts |= getattr(importlib.import_module(f"{__name__}.{module.name}"), name, {})
+    return facts
 
 
 RULES: dict[str, Rule] = _collected("RULES")

@@ -17,7 +17,7 @@ from fx_quant.passes.values import Affine, Codes, Decode, Environment, Rule, Unk
 
 def _per_tensor(env: Environment, node: Node) -> Value | None:
     codes, scale, zero_point = args_of(node)[:3]
-    return _affine(env, node, codes, lambda of: _single(scale), lambda of: _single(zero_point))
+    return _affine(env, node, codes, lambda _: _single(scale), lambda _: _single(zero_point))
 
 
 def _single(operand: Any) -> Decode | None:
@@ -33,15 +33,17 @@ def _per_channel(env: Environment, node: Node) -> Value | None:
         env,
         node,
         codes,
-        lambda of: along_dim(of, axis, scales),
-        lambda of: None if zero_points is None else along_dim(of, axis, zero_points),
+        lambda coded: along_dim(coded, axis, scales),
+        lambda coded: None if zero_points is None else along_dim(coded, axis, zero_points),
         symmetric=zero_points is None,
     )
 
 
 def _per_token(env: Environment, node: Node) -> Value | None:
     codes, scales, zero_points = args_of(node)[:3]
-    return _affine(env, node, codes, lambda of: scale_of(of, node, scales), lambda of: scale_of(of, node, zero_points))
+    return _affine(
+        env, node, codes, lambda coded: scale_of(coded, node, scales), lambda coded: scale_of(coded, node, zero_points)
+    )
 
 
 def _affine(env: Environment, node: Node, source: Node, scale, zero_point, *, symmetric: bool = False) -> Value | None:

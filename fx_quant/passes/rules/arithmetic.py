@@ -19,6 +19,7 @@ from fx_quant.passes.matrices import (
     matrix_base,
     rounds_difference,
     rounds_integers,
+    tile_along,
 )
 from fx_quant.passes.nodes import (
     ADDITIONS,
@@ -46,7 +47,6 @@ from fx_quant.passes.rules.packing import GATHERED, is_gathered
 from fx_quant.passes.rules.steps import (
     as_affine,
     difference_fits,
-    factor_source,
     is_integer,
     is_whole,
     may_wrap,
@@ -62,10 +62,10 @@ from fx_quant.passes.values import (
     Codes,
     ColumnSum,
     Environment,
-    Factor,
     Product,
     Rule,
     Stage,
+    Tile,
     Unknown,
     Value,
 )
@@ -87,13 +87,13 @@ def _operands(env: Environment, node: Node, kinds: tuple[type, ...]) -> tuple[Va
     left, right = args_of(node)[0], args_of(node)[1]
     if left is right:
         return None  # one row times itself would fit as a scale, and be computed twice
-    found = []
+    fitting = []
     for operand, other, on_left in ((left, right, True), (right, left, False)):
         value = env.value(operand)
         if isinstance(value, kinds) and same_shape(shape(operand), shape(node)):
-            found.append((value, other, on_left))
+            fitting.append((value, other, on_left))
     # Of two dequantized tensors, one that was repeated to the full shape is a scale that is itself quantized.
-    return min(found, key=lambda operands: _repeats(operands[0]), default=None)
+    return min(fitting, key=lambda operands: _repeats(operands[0]), default=None)
 
 
 def _repeats(value: Value) -> bool:
@@ -104,12 +104,12 @@ def _repeats(value: Value) -> bool:
 def _scale(env: Environment, node: Node) -> Value | None:
     """Multiplication or division by a factor."""
     divides = node.target in DIVISIONS
-    found = _operands(env, node, (Product,))
-    if found is None:
-        found = _operands(env, node, (Codes, Affine))
-    if found is None:
+    operands = _operands(env, node, (Product,))
+    if operands is None:
+        operands = _operands(env, node, (Codes, Affine))
+    if operands is None:
         return _scaled_sum(env, node)
-    value, other, on_left = found
+    value, other, on_left = operands
     if divides and not on_left:
         return None
     other = _unexpanded(other)
@@ -156,7 +156,7 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
     side, stage = ("rows", Stage.A_SCALE) if on_rows else ("columns", Stage.B_SCALE)
     factors = getattr(product, side)
     exact = _in_float32(product, node, other) and not divides and not factors
-    changes: dict[str, Any] = {side: (*factors, Factor(factor_source(other), axis, node, divides))}
+    changes: dict[str, Any] = {side: (*factors, tile_along(axis, other, node, inverse=divides))}
     if product.block is not None and side == "columns" and axis is Axis.COLUMN:
         # A scale for each column parts the rows of a block, which must be whole for that.
         (high, group), n = product.block, shape(product.gemm)[-1]
@@ -179,12 +179,12 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
     outer = is_op(other, aten.mm.default) and is_one(summed_size(other))
     if not (outer or is_op(other, aten.mul.Tensor)) or not same_shape(shape(other), shape(node)):
         return None
-    factors: dict[Axis, Factor] = {}
+    factors: dict[Axis, Tile] = {}
     for operand in args_of(other)[:2]:
         axis = axis_of(operand, other)
         if axis is None or axis is Axis.SCALAR or dtype(operand) not in FLOAT_DTYPES:
             return None
-        factors[axis] = Factor(factor_source(operand), axis, other, divides)
+        factors[axis] = tile_along(axis, operand, other, inverse=divides)
     if len(factors) != 2:
         return None
     rows, columns = (*product.rows, factors[Axis.ROW]), (*product.columns, factors[Axis.COLUMN])
@@ -225,7 +225,7 @@ def _scaled_sum(env: Environment, node: Node) -> Value | None:
         lies = axis is Axis.SCALAR or (axis is Axis.ROW and axis_of(operand, node) in (Axis.COLUMN, Axis.SCALAR))
         if value.zero_point is None and is_integer(dtype(other)) and lies:
             assert axis is not None
-            return dataclasses.replace(value, zero_point=Factor(factor_source(other), axis, node))
+            return dataclasses.replace(value, zero_point=tile_along(axis, other, node))
     return None
 
 
@@ -234,15 +234,15 @@ def _shift(env: Environment, node: Node) -> Value | None:
     if arguments(node)["alpha"] != 1:
         return None
     subtracts = node.target in SUBTRACTIONS
-    found = _operands(env, node, (Product,))
-    if found is not None:
-        value, other, on_left = found
+    operands = _operands(env, node, (Product,))
+    if operands is not None:
+        value, other, on_left = operands
         assert isinstance(value, Product)
         return None if subtracts and not on_left else _shift_product(env, value, node, other, subtracts)
-    found = _operands(env, node, (Codes, Affine))
-    if found is None:
+    operands = _operands(env, node, (Codes, Affine))
+    if operands is None:
         return None
-    value, other, on_left = found
+    value, other, on_left = operands
     if subtracts and not on_left:
         return None
     number = uniform_value(other)
@@ -316,7 +316,7 @@ def _shift_product(env: Environment, product: Product, node: Node, other: object
         or (isinstance(other, Node) and dtype(other) not in FLOAT_DTYPES)
     ):
         return None
-    bias = Factor(factor_source(other), axis, node)
+    bias = tile_along(axis, other, node)
     return stepped(product, to, Stage.BIAS, exact=_in_float32(product, node, other), bias=bias)
 
 
@@ -340,7 +340,7 @@ def _correct(product: Product, node: Node, other: object, correction: ColumnSum,
         return None
     along_n = axis_of(other, node) in (Axis.COLUMN, Axis.SCALAR)
     if correction.zero_point is not None:
-        of_rows = correction.zero_point.axis is Axis.ROW and is_full(other, node)
+        of_rows = correction.zero_point.row_block is not None and is_full(other, node)
         if multiplier != 1 or product.offset != 0 or not (along_n or of_rows):
             return None
         exact = wraps or is_near(correction.zero_point)

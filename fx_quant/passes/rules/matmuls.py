@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, cut, flat, segments
-from fx_quant.passes.matrices import axis_of, integer_range, stored_dtype
+from fx_quant.passes.matrices import axis_of, integer_range, stored_dtype, tile_along
 from fx_quant.passes.nodes import (
     CASTS,
     args_of,
@@ -30,7 +30,6 @@ from fx_quant.passes.values import (
     Codes,
     Decode,
     Environment,
-    Factor,
     Product,
     Rule,
     Stage,
@@ -75,11 +74,11 @@ def operand(affine: Affine, side: str, gemm: Node) -> Operand | Unknown:
         free, along_k = dims[-1], dims[-2]
     tiles: dict[str, tuple[Tile, ...]] = {}
     for name, factors in (("scale", affine.scales), ("zero point", affine.zero_points)):
-        found = [_tile(factor, free, along_k) for factor in factors]
-        if any(tile is None or tile.group in (0, 1) for tile in found):
+        placed = [_tile(factor, free, along_k) for factor in factors]
+        if any(tile is None or tile.group in (0, 1) for tile in placed):
             return Unknown(gemm, f"the {name} of {side} varies along k, so it cannot leave the sum")
-        tiles[name] = tuple(tile for tile in found if tile is not None)
-    if len({tile.group for of in tiles.values() for tile in of} - {None}) > 1:
+        tiles[name] = tuple(tile for tile in placed if tile is not None)
+    if len({tile.group for factors in tiles.values() for tile in factors} - {None}) > 1:
         return Unknown(gemm, f"scales and zero points of {side} have groups of different sizes along k")
     return Operand(affine.codes, tiles["scale"], tiles["zero point"], affine.epsilon)
 
@@ -136,9 +135,9 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
     if (dtype(a.codes.node) in FLOAT8_DTYPES) != (dtype(b.codes.node) in FLOAT8_DTYPES):
         return Unknown(node, "one operand is float8 and the other integer")
     of_a, of_b = operand(a, "a", node), operand(b, "b", node)
-    for found in (of_a, of_b):
-        if isinstance(found, Unknown):
-            return found
+    for side in (of_a, of_b):
+        if isinstance(side, Unknown):
+            return side
     assert isinstance(of_a, Operand)
     assert isinstance(of_b, Operand)
     groups = {of_a.group, of_b.group} - {None}
@@ -163,13 +162,13 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
 
 def _weight_only(node: Node, x: object, b: Affine) -> Product | Unknown:
     """A float activation times a quantized weight."""
-    found, to = operand(b, "b", node), dtype(node)
-    if isinstance(found, Unknown):
-        return found
+    weight, to = operand(b, "b", node), dtype(node)
+    if isinstance(weight, Unknown):
+        return weight
     if to not in FLOAT_DTYPES or dtype(x) is not to or not isinstance(x, Node):
         return Unknown(node, f"a weight-only matmul of {dtype(x)} that returns {to} has no rule")
-    numerics = _moved_out_class(found.epsilon, to) if found.scales or found.epsilon else Numerics.SAME_ACCUM
-    return _started(node, x, None, found, numerics)
+    numerics = _moved_out_class(weight.epsilon, to) if weight.scales or weight.epsilon else Numerics.SAME_ACCUM
+    return _started(node, x, None, weight, numerics)
 
 
 def _moved_out_class(epsilon: float, to: torch.dtype | None) -> Numerics:
@@ -213,7 +212,7 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
         return Unknown(node, "addmm adds a matrix, not a bias along n")
     return dataclasses.replace(
         product,
-        bias=Factor(args_of(node)[0], axis, node),
+        bias=tile_along(axis, args_of(node)[0], node),
         stage=Stage.BIAS if stage is Stage.ACCUMULATOR else stage,
         numerics=max(product.numerics, Numerics.SAME_ACCUM),
     )

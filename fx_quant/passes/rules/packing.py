@@ -42,7 +42,7 @@ def _joined(env: Environment, node: Node) -> Value | None:
     if not values or not all(isinstance(value, Codes) for value in values):
         return None
     bounds = [integer_range(value) for value in values if isinstance(value, Codes)]
-    known = [found for found in bounds if found is not None]
+    known = [bound for bound in bounds if bound is not None]
     if len(known) < len(bounds) or not is_integer(dtype(node)):
         return None
     joined = Codes.of(node, bounds=(min(low for low, _ in known), max(high for _, high in known)))

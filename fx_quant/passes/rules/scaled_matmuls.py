@@ -8,9 +8,9 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import Piece, Segment, extent
-from fx_quant.passes.matrices import axis_of
+from fx_quant.passes.matrices import axis_of, tile_along
 from fx_quant.passes.nodes import args_of, arguments, aten, dtype, same_shape, shape, uniform_value
-from fx_quant.passes.values import Axis, Codes, Environment, Factor, Product, Rule, Stage, Tile, Unknown, Value
+from fx_quant.passes.values import Axis, Codes, Environment, Product, Rule, Stage, Tile, Unknown, Value
 from fx_quant.scheme import FLOAT_DTYPES, Numerics
 
 
@@ -51,14 +51,14 @@ def _product(env: Environment, node: Node, given: dict[str, Any], *, scale_b_by_
     scales = _rowwise(node, given["scale_a"], given["scale_b"])
     block = None
     if scales is None:
-        found = _blockwise(given, scale_b_by_column)
-        if found is None:
+        blocks = _blockwise(given, scale_b_by_column)
+        if blocks is None:
             return Unknown(
                 node,
                 "_scaled_mm with scales that are neither float32 per tensor, row-wise nor of blocks of 128 "
                 f"(scale_a {list(shape(given['scale_a']))}, scale_b {list(shape(given['scale_b']))})",
             )
-        scales, block = found
+        scales, block = blocks
     bias = given.get("bias")
     stage = Stage.B_SCALE if bias is None else Stage.BIAS
     return Product(
@@ -67,7 +67,7 @@ def _product(env: Environment, node: Node, given: dict[str, Any], *, scale_b_by_
         b=b,
         rows=scales[0],
         columns=scales[1],
-        bias=None if bias is None else Factor(bias, Axis.COLUMN, node),
+        bias=None if bias is None else tile_along(Axis.COLUMN, bias, node),
         dtype=to,
         stage=stage if to is torch.float32 else Stage.CAST,
         numerics=Numerics.SAME_ACCUM,
@@ -76,16 +76,16 @@ def _product(env: Environment, node: Node, given: dict[str, Any], *, scale_b_by_
     )
 
 
-_Scales = tuple[tuple[Factor | Tile, ...], tuple[Factor | Tile, ...]]
+_Scales = tuple[tuple[Tile, ...], tuple[Tile, ...]]
 
 
 def _rowwise(node: Node, scale_a: Node, scale_b: Node) -> _Scales | None:
-    factors: list[tuple[Factor | Tile, ...]] = []
+    factors: list[tuple[Tile, ...]] = []
     for scale, wanted in ((scale_a, Axis.ROW), (scale_b, Axis.COLUMN)):
         axis = axis_of(scale, node)
         if axis not in (Axis.SCALAR, wanted) or axis is None or dtype(scale) is not torch.float32:
             return None
-        factors.append(() if uniform_value(scale) == 1 else (Factor(scale, axis, node),))
+        factors.append(() if uniform_value(scale) == 1 else (tile_along(axis, scale, node),))
     return factors[0], factors[1]
 
 
@@ -147,7 +147,7 @@ def scaled_product(node: Node, a: Codes | Node, b: Codes, scale: Node) -> Produc
         a=a,
         b=b,
         rows=(),
-        columns=(Factor(scale, axis, node),),
+        columns=(tile_along(axis, scale, node),),
         bias=None,
         dtype=to,
         stage=Stage.B_SCALE if to is torch.float32 else Stage.CAST,

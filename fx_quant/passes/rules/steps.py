@@ -27,15 +27,6 @@ def as_affine(value: Value | None) -> Affine | None:
     return value if isinstance(value, Affine) else None
 
 
-def factor_source(operand: object) -> Node | float:
-    """``operand`` as a factor's source: a node, or a Python float."""
-    number = constant(operand)
-    if number is not None:
-        return float(number)
-    assert isinstance(operand, Node)
-    return operand
-
-
 def scale_of(codes: Codes, node: Node, operand: object, *, inverse: bool = False) -> Decode | None:
     """``operand`` as a scale of the codes at ``node``, where it broadcasts; None where it does not.
 
@@ -56,8 +47,8 @@ def zero_point_of(codes: Codes, node: Node, operand: object) -> Decode | None:
         return Decode(float(number)) if is_whole(number) else None
     if not isinstance(operand, Node):
         return None
-    found = _decode(codes, node, operand, _holds_integers, inverse=False)
-    return found if found is not None and is_integer(dtype(found.source)) else None
+    point = _decode(codes, node, operand, _holds_integers, inverse=False)
+    return point if point is not None and is_integer(dtype(point.source)) else None
 
 
 def _decode(codes: Codes, node: Node, operand: Node, cast: Callable[[Node], bool], inverse: bool) -> Decode | None:
@@ -93,10 +84,10 @@ def is_whole(number: float) -> bool:
 
 def difference_fits(value: Affine, to: torch.dtype) -> bool:
     """Whether integer codes less all of their zero points are proven to be within the integer dtype ``to``."""
-    found = integer_range(value.codes)
-    if found is None:
+    code_range = integer_range(value.codes)
+    if code_range is None:
         return False
-    low, high = found
+    low, high = code_range
     for point in value.zero_points:
         bounds = bounds_of(point.source)
         if bounds is None:
@@ -122,7 +113,7 @@ def along_dim(codes: Codes, dim: int, operand: Node) -> Decode | None:
 def varies_everywhere(codes: Codes, pairs: tuple[Pair, ...]) -> bool:
     """Whether each code has an element of its own."""
     size = sum(1 for dim in codes.dims for _ in dim)
-    return size > 0 and {of for of, _ in pairs} == {piece for dim in codes.dims for piece in dim}
+    return size > 0 and {varied for varied, _ in pairs} == {piece for dim in codes.dims for piece in dim}
 
 
 def rounded(value: Affine, to: torch.dtype) -> Affine:
