@@ -79,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     )
     linears.add_argument("--seconds", type=float, help="least time of a row (default: 2, quick 1)")
     linears.add_argument("--cpu-time", action="store_true", help="time of the processor, not of the clock; one thread")
+    linears.add_argument(
+        "--cache", type=positive, metavar="BYTES", help="cache that weights must outgrow (default: the last level's)"
+    )
     linears.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
     linears.add_argument("--timeout", type=float, default=900, help="seconds that a case may take (default: 900)")
     linears.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/linears.json)")
@@ -147,6 +150,7 @@ def linears(options: argparse.Namespace) -> int:
         quick=options.quick,
         static=options.static,
         lock=options.lock,
+        cache=options.cache or 0,
     )
     rows: list[dict[str, Any]] = []
     failures: list[str] = []

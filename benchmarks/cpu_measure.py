@@ -54,6 +54,7 @@ class Settings:
         quick: only the ways that are marked so.
         static: compile every way for each number of rows.
         lock: a file that is locked (flock): shared while compiling, alone while timing; empty for none.
+        cache: bytes of the cache that weights must outgrow; 0 for the last-level cache's.
     """
 
     seconds: float = 2.0
@@ -62,6 +63,7 @@ class Settings:
     quick: bool = False
     static: bool = False
     lock: str = ""
+    cache: int = 0
 
 
 @contextlib.contextmanager
@@ -247,7 +249,7 @@ def measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 1024
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run eagerly and be timed
-    kind, cache = KINDS[case.scheme], last_level_cache()
+    kind, cache = KINDS[case.scheme], settings.cache or last_level_cache()
     first = make_operands(kind, case.dtype, case.n, case.k, 0)
     count = layers_needed(first.nbytes, cache)
     layers = [first, *(make_operands(kind, case.dtype, case.n, case.k, seed) for seed in range(1, count))]

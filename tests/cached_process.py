@@ -1,20 +1,25 @@
-"""One process that compiles three models, compares them with eager and prints what fx_quant says.
+"""Processes that compile three models, compare them with eager and print what fx_quant says, one after the other.
 
-``python cached_process.py save|load|plain FILE aot|noaot``: FILE is PyTorch's own package of artefacts, and the last word
-whether AOTAutograd's cache is on.
+``python cached_process.py CACHES,save|load|plain,FILE,aot|noaot ...``: a process for each argument, that has the imports
+and nothing compiled. CACHES is the folder of Inductor's caches, FILE PyTorch's own package of artefacts, and the last
+word whether AOTAutograd's cache is on.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import pathlib
 import sys
 
 import models
 import torch
 import torch._functorch.config
+import torch._inductor.compile_fx
 from torch._dynamo.utils import counters
+
+import fx_quant.backend  # noqa: F401  (once for all processes)
 
 
 class Missed(torch.nn.Module):
@@ -42,7 +47,8 @@ class Rewritten(torch.nn.Module):
         return self.narrow(x @ (self.codes.float() * self.scale[:, None]).t())
 
 
-def main(mode: str, file: str, cache: str) -> None:
+def compile_all(caches: str, mode: str, file: str, cache: str) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
     path, lines = pathlib.Path(file), []
 
     class Keep(logging.Handler):
@@ -68,8 +74,20 @@ def main(mode: str, file: str, cache: str) -> None:
     if mode == "save":
         path.write_bytes(torch.compiler.save_cache_artifacts()[0])
     hits = [counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"]]
-    sys.stdout.write(json.dumps({"hits": hits, "counters": counters["fx_quant"], "lines": lines}))
+    sys.stdout.write(json.dumps({"hits": hits, "counters": counters["fx_quant"], "lines": lines}) + "\n")
+    sys.stdout.flush()
+
+
+def main(jobs: list[str]) -> None:
+    for job in jobs:
+        child = os.fork()
+        if child == 0:
+            compile_all(*job.split(","))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"{job} failed")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

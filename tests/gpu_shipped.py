@@ -5,7 +5,7 @@ Operands are on the ``meta`` device, so that they take no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -121,3 +121,14 @@ def shipped(on: Architecture) -> list[Shipped]:
     """Everything that is for ``on``."""
     parts = (_persistent, _swapped, _tile, _weight_only)
     return [each for part in parts for each in part(on)]
+
+
+def each_once(kernels: Iterable[Shipped]) -> Iterator[Shipped]:
+    """So many of ``kernels`` that each recipe of a form and each configuration is there, not each pair of them."""
+    seen: set[object] = set()
+    for each in kernels:
+        configuration = str(each.launch().configuration)
+        shows = {configuration, (each.name.removesuffix(configuration), configuration.partition(" ")[0])}
+        if not shows <= seen:
+            yield each
+        seen |= shows

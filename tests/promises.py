@@ -113,7 +113,7 @@ ROWS = (
     Row(SILENT, "modules that hold codes and are in no graph", ("test_coded_modules.py",)),
     Row(SILENT, "names of modules, whatever way a graph came to them", ("test_module_names.py",)),
     Row(SILENT, "a second process with warm caches", ("test_cached_reports.py",), slow=True),
-    Row(SILENT, "twenty explains and checks, and what they leave behind", ("test_capture.py",), slow=True),
+    Row(SILENT, "many explains and checks, and what they leave behind", ("test_capture.py",), slow=True),
     Row(SILENT, "what explain and check say", ("test_explain.py",), slow=True),
     Row(SILENT, "each way to quantize a linear, by library", ("test_dialects.py",), slow=True),
     Row(CRASH, "a step that raises loses its own site, never the graph", ("test_rule_failures.py",)),

@@ -53,14 +53,21 @@ def no_grad():
         yield
 
 
+@pytest.fixture
+def few_recompiles():
+    """Three graphs of a frame at most, so that few calls would use them up."""
+    with torch._dynamo.config.patch(recompile_limit=3):
+        yield
+
+
 @pytest.mark.parametrize("build", [int8_linear, Broken])
-def test_twenty_explains_leave_the_users_own_compile_as_it_was(build):
+def test_many_explains_leave_the_users_own_compile_as_it_was(build, few_recompiles):
     model, x = build(), models.inputs(torch.float32)
     expected = compiled_afterwards(model, x)
     torch._dynamo.reset()
     first = fx_quant.explain(model, x)
     assert first.sites
-    for _ in range(19):
+    for _ in range(4):
         assert fx_quant.explain(model, x) == first
     assert compiled_afterwards(model, x) == expected
 
@@ -71,21 +78,21 @@ def op_by_op(monkeypatch):
     monkeypatch.setattr("fx_quant.diagnose.check.compile_graph", run_eagerly)
 
 
-def test_twenty_checks_leave_the_users_own_compile_as_it_was(op_by_op):
+def test_many_checks_leave_the_users_own_compile_as_it_was(op_by_op, few_recompiles):
     model, x = int8_linear(), models.inputs(torch.float32)
-    for _ in range(20):
+    for _ in range(5):
         assert len(fx_quant.check(model, x).sites) == 1
     assert compiled_afterwards(model, x, fullgraph=True) == 1
 
 
 @pytest.mark.parametrize("build", [int8_linear, Broken])
-def test_a_model_compiled_before_does_not_recompile(build):
+def test_a_model_compiled_before_does_not_recompile(build, few_recompiles):
     model, backend = build(), Counting()
     x = models.inputs(torch.float32)
     run = torch.compile(model, backend=backend, dynamic=False)
     expected = run(x)
     before = backend.graphs
-    for _ in range(10):
+    for _ in range(5):
         assert fx_quant.explain(model, x).sites
     torch.testing.assert_close(run(x), expected)
     assert backend.graphs == before
@@ -95,7 +102,7 @@ def test_a_model_compiled_before_does_not_recompile(build):
     assert backend.graphs == before * torch._dynamo.config.recompile_limit
 
 
-def test_a_model_whose_recompile_limit_is_used_up_is_explained():
+def test_a_model_whose_recompile_limit_is_used_up_is_explained(few_recompiles):
     model, backend = int8_linear(), Counting()
     run = torch.compile(model, backend=backend, dynamic=False)
     for rows in range(1, torch._dynamo.config.recompile_limit + 3):
@@ -132,7 +139,7 @@ def test_counters_and_random_numbers_are_as_before(op_by_op):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_nothing_is_left_behind_when_explain_raises():
+def test_nothing_is_left_behind_when_explain_raises(few_recompiles):
     model, x = int8_linear(), models.inputs(torch.float32)
 
     class Fails(torch.nn.Module):
@@ -145,7 +152,7 @@ def test_nothing_is_left_behind_when_explain_raises():
             torch._dynamo.graph_break()
             raise KeyError(y.shape)
 
-    for _ in range(20):
+    for _ in range(5):
         with pytest.raises(KeyError):
             fx_quant.explain(Fails(), x)
     assert compiled_afterwards(model, x, fullgraph=True) == 1

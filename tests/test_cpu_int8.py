@@ -156,31 +156,43 @@ cpu_template.table = lambda kind: DEFAULT.replaced(7, chunk_k=64)
 torch.manual_seed(0)
 levels = [level for level in LEVELS if level.dot.exists_here()]
 w = torch.randint(-128, 128, (70, 131), dtype=torch.int8)
-packed, bias, scale = pack_weight(w, "vnni"), torch.randn(70), torch.rand(70)
+bias, scale = torch.randn(70), torch.rand(70)
 
 found = {level.kernel: [] for level in levels}
-for level in levels:
-    op, b = getattr(torch.ops.fx_quant, level.kernel), packed if level.dot.packed else w.t()
 
-    @torch.compile
-    def run(a, a_scale):
-        acc = op(a, b, None, None, None, 70, torch.int32)
-        return acc, op(a, b, a_scale, scale, bias, 70, torch.bfloat16).relu()
+# All levels in one graph, which takes less time to compile than one for each; each of another number of columns, so that no kernel
+# has the epilogue of another.
+weights = {level.kernel: w[: 70 - i] for i, level in enumerate(levels)}
+operands = {
+    level.kernel: pack_weight(weights[level.kernel], "vnni") if level.dot.packed else weights[level.kernel].t()
+    for level in levels
+}
 
-    for m in (7, 40):
-        a, a_scale = torch.randint(-128, 128, (m, 131), dtype=torch.int8), torch.rand(m, 1)
-        torch._dynamo.mark_dynamic(a, 0)
-        torch._dynamo.mark_dynamic(a_scale, 0)
-        acc = (a.double() @ w.t().double()).int()
-        y = (acc.float() * a_scale * scale + bias).bfloat16().relu()
-        outs, code = run_and_get_code(run, a, a_scale)
-        found[level.kernel] += [torch.equal(outs[0], acc), torch.equal(outs[1], y)]
-        if m == 7:
-            # Both are templates, the second with its epilogue inside.
-            code = "".join(code)
-            calls = re.findall(rf"fxq_tile<{level.dot.struct}>\(\s*state", code)
-            found[level.kernel].append(len(calls) == 2)
-            found[level.kernel].append(code.count("async_compile.cpp_pybinding(") == 2)
+@torch.compile
+def run(a, a_scale):
+    outs = {}
+    for name, b in operands.items():
+        op, n = getattr(torch.ops.fx_quant, name), len(weights[name])
+        acc = op(a, b, None, None, None, n, torch.int32)
+        outs[name] = acc, op(a, b, a_scale, scale[:n], bias[:n], n, torch.bfloat16).relu()
+    return outs
+
+for m in (7, 40):
+    a, a_scale = torch.randint(-128, 128, (m, 131), dtype=torch.int8), torch.rand(m, 1)
+    torch._dynamo.mark_dynamic(a, 0)
+    torch._dynamo.mark_dynamic(a_scale, 0)
+    outs, code = run_and_get_code(run, a, a_scale)
+    for name, (got_acc, got_y) in outs.items():
+        acc = (a.double() @ weights[name].t().double()).int()
+        n = len(weights[name])
+        y = (acc.float() * a_scale * scale[:n] + bias[:n]).bfloat16().relu()
+        found[name] += [torch.equal(got_acc, acc), torch.equal(got_y, y)]
+    if m == 7:
+        # All are templates, the second of each level with its epilogue inside.
+        code = "".join(code)
+        for level in levels:
+            found[level.kernel].append(len(re.findall(rf"fxq_tile<{level.dot.struct}>\(\s*state", code)) == 2)
+            found[level.kernel].append(code.count("async_compile.cpp_pybinding(") == 2 * len(levels))
 print(json.dumps(found))
 """
 

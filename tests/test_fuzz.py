@@ -11,13 +11,37 @@ import os
 import pytest
 import torch
 
-from tests.fuzz.catch import MOST, graphs_to_catch
+from tests.fuzz.catch import MOST, graphs_to_catch, shows
 from tests.fuzz.grammar import draw
 from tests.fuzz.oracle import judge
 from tests.fuzz.planted import PLANTS
 from tests.fuzz.run import smallest
 
 GRAPHS = int(os.environ.get("FX_QUANT_EXAMPLES", "150"))
+
+# The first program that showed each mistake when last looked for, so that it need not be looked for. Where the programs
+# have changed since, it is: `python -m tests.promises` prints how many each takes.
+SEEDS = {
+    "axis": 15,
+    "alpha": 11,
+    "zero point": 26,
+    "identities": 0,
+    "random": 12,
+    "blocks": 83,
+    "int32": 41,
+    "offset": 1,
+    "bias": 80,
+    "groups": 13,
+    "layout": 2,
+    "slice": 94,
+    "columns": 1,
+    "inverse": 26,
+    "class": 1,
+    "correction": 28,
+    "range": 37,
+    "stale": 6,
+    "exact codes": 58,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +65,8 @@ def test_nothing_is_wrong_with_random_programs():
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name.replace(" ", "_"))
 def test_random_programs_show_a_planted_mistake(plant, record_property):
+    if plant.name in SEEDS and shows(SEEDS[plant.name], plant):
+        return
     needed = graphs_to_catch(plant, MOST)
     record_property("graphs", needed)
     assert needed is not None, f"{MOST} programs do not show that {plant.what}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from fx_quant.kernels.triton.architectures import architecture
 from fx_quant.kernels.triton.launch import Configuration, Launch
 from tests.cross_compile import Compiled
 from tests.gpu_gates import TARGETS, broken_gates, gated, golden
-from tests.gpu_shipped import shipped
+from tests.gpu_shipped import each_once, shipped
 
 # Of the kernels of an architecture, so that processes share them.
 PARTS = 8
@@ -30,7 +31,10 @@ def golden_rows(target: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_shipped_kernel_compiles_well(target, part):
-    found = [gated(each.name, target) for each in shipped(architecture(target))[part::PARTS]]
+    """Each recipe and each configuration once; ``make gates`` and FX_QUANT_GATES=all: each of both together."""
+    kernels = shipped(architecture(target))
+    some = kernels if os.environ.get("FX_QUANT_GATES") == "all" else list(each_once(kernels))
+    found = [gated(each.name, target) for each in some[part::PARTS]]
     assert [f"{each.name}: {', '.join(each.broken)}" for each in found if each.broken] == []
     if not golden(target).exists():
         pytest.skip(f"no golden of this Triton: {golden(target)}; write it by `python -m tests.gpu_gates --accept`")
@@ -81,3 +85,14 @@ def test_every_name_is_of_one_kernel():
     for target in TARGETS:
         names = [each.name for each in shipped(architecture(target))]
         assert len(names) == len(set(names)) >= 20
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_configuration_and_each_recipe_is_compiled_once_at_least(target):
+    kernels = shipped(architecture(target))
+    configurations = {each.name: str(each.launch().configuration) for each in kernels}
+    recipes = {name: (name.removesuffix(found), found.split()[0]) for name, found in configurations.items()}
+    some = [each.name for each in each_once(kernels)]
+    for parts in (configurations, recipes):
+        assert {parts[name] for name in some} == set(parts.values())
+    assert len(some) < len(kernels)

@@ -21,15 +21,17 @@ def _judge(seed: int) -> Judge | None:
         return None
 
 
+def shows(seed: int, plant: Plant) -> bool:
+    """Whether the program of ``seed`` shows the mistake."""
+    judge = _judge(seed)
+    if judge is None:
+        return False
+    with plant.planted():
+        faults = {fault.key for fault in judge.outcome_now().faults}
+    # What is wrong without the mistake too does not count.
+    return bool(faults and faults - {fault.key for fault in judge.outcome_now().faults})
+
+
 def graphs_to_catch(plant: Plant, most: int) -> int | None:
     """How many programs are drawn until one shows the mistake; None where ``most`` do not."""
-    for seed in range(most):
-        judge = _judge(seed)
-        if judge is None:
-            continue
-        with plant.planted():
-            faults = {fault.key for fault in judge.outcome_now().faults}
-        # What is wrong without the mistake too does not count.
-        if faults and faults - {fault.key for fault in judge.outcome_now().faults}:
-            return seed + 1
-    return None
+    return next((seed + 1 for seed in range(most) if shows(seed, plant)), None)
