@@ -12,6 +12,7 @@ import pytest
 from fx_quant.report import BreakReport, MissReport, RecognisedReport, Report, SiteReport, UnseenReport
 
 SCRIPT = pathlib.Path(__file__).with_name("cached_process.py")
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all four processes
 
 
 @pytest.fixture(scope="module")
