@@ -13,6 +13,7 @@ from fx_quant.reasons import Kind, Unmet
 from fx_quant.report import BreakReport, MissReport, RecognisedReport, Report, SiteReport, UnseenReport
 
 SCRIPT = pathlib.Path(__file__).with_name("cached_process.py")
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all four processes
 
 
 @pytest.fixture(scope="module")

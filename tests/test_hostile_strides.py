@@ -113,19 +113,21 @@ def test_the_matmul_of_pytorch_gets_no_strides_that_it_gets_wrong(of_a, of_b, si
     assert torch.equal(out, (a.double() @ b.double()).to(torch.int32))
 
 
-class Linear(torch.nn.Module):
-    """A linear over int8 codes in float32, which is right whatever the strides."""
+class Linears(torch.nn.Module):
+    """Linears over int8 codes in float32, which are right whatever the strides."""
 
-    def forward(self, a: Tensor, w: Tensor) -> Tensor:
-        return a.float() @ w.float().t()
+    def forward(self, operands: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return [a.float() @ w.float().t() for a, w in operands]
 
 
 @pytest.mark.parametrize("kernel", ["pytorch_int_mm", "cpu_int8_portable", None])
 def test_compiled_code_gets_no_strides_that_are_read_wrong(kernel):
+    """All in one graph, each of another number of columns, so that none has the kernel of another."""
     options = {"strict": True} if kernel is None else {"force_kernel": kernel}
-    compiled = torch.compile(Linear(), backend="fx_quant", options=options, dynamic=False)
+    compiled, operands = torch.compile(Linears(), backend="fx_quant", options=options, dynamic=False), []
     for m, n, k in ((17, 24, 32), (5, 8, 1)):
-        a, w = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((m, k), (n, k)))
-        for layout in (rows_repeated, columns_repeated, every_other):
-            given = layout(a), layout(w)
-            assert torch.equal(compiled(*given), Linear()(*given))
+        for i, layout in enumerate((rows_repeated, columns_repeated, every_other)):
+            shapes = ((m, k), (n + 32 * i, k))
+            operands.append(tuple(layout(torch.randint(-128, 128, shape, dtype=torch.int8)) for shape in shapes))
+    for out, expected in zip(compiled(operands), Linears()(operands), strict=True):
+        assert torch.equal(out, expected)

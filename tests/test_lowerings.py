@@ -82,35 +82,48 @@ def test_int8_accumulator_is_exact(n, k, rows):
 
 
 @needs_vnni
-@pytest.mark.parametrize(
-    ("out_dtype", "bias"),
-    [
+def test_int8_epilogue_is_the_canonical_op():
+    """All in one graph, each of another number of columns: no kernel has the epilogue of another."""
+    cases = [
         (torch.float32, None),
         (torch.float32, torch.bfloat16),
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float16),
-    ],
-)
-def test_int8_epilogue_is_the_canonical_op(out_dtype, bias):
-    w = codes(70, 129)
-    bias = None if bias is None else torch.randn(70, dtype=bias)
-    run = torch.compile(linear("cpu_int8_vnni", w))
+    ]
+    weights = [codes(70 + i, 129) for i in range(len(cases))]
+    linears = [linear("cpu_int8_vnni", w) for w in weights]
+    scales = [torch.rand(len(w)) for w in weights]
+    biases = [None if dtype is None else torch.randn(70 + i, dtype=dtype) for i, (_, dtype) in enumerate(cases)]
+
+    @torch.compile
+    def run(a, a_scale, scales, biases):
+        return [
+            each(a, a_scale, scale, bias, out_dtype)
+            for each, scale, bias, (out_dtype, _) in zip(linears, scales, biases, cases, strict=True)
+        ]
+
     for m in (7, 13):
-        a, a_scale, b_scale = codes(m, 129), torch.rand(m, 1) * 1e-3, torch.rand(70)
+        a, a_scale = codes(m, 129), torch.rand(m, 1) * 1e-3
         dynamic_rows(a, a_scale)
-        expected = fxq.scaled_mm(a, w.t(), a_scale, b_scale, bias, out_dtype)
-        assert torch.equal(run(a, a_scale, b_scale, bias, out_dtype), expected), m
+        outs = run(a, a_scale, scales, biases)
+        for out, w, scale, bias, case in zip(outs, weights, scales, biases, cases, strict=True):
+            assert torch.equal(out, fxq.scaled_mm(a, w.t(), a_scale, scale, bias, case[0])), (m, case)
 
 
 @needs_vnni
-@pytest.mark.parametrize(
-    ("a_scale", "b_scale"), [((), ()), ((1,), (1, 70)), ((7, 1), ()), (None, (70,)), ((7, 1), None)], ids=str
-)
-def test_int8_scales_of_every_shape(a_scale, b_scale):
-    w, a = codes(70, 9), codes(7, 9)
-    scales = [None if shape is None else torch.rand(shape) for shape in (a_scale, b_scale)]
-    expected = fxq.scaled_mm(a, w.t(), *scales, None, torch.float32)
-    assert torch.equal(torch.compile(linear("cpu_int8_vnni", w))(a, *scales, None, torch.float32), expected)
+def test_int8_scales_of_every_shape():
+    """All in one graph, each of another number of columns: no kernel has the epilogue of another."""
+    shapes = [((), ()), ((1,), (1, 71)), ((7, 1), ()), (None, (73,)), ((7, 1), None)]
+    a, weights = codes(7, 9), [codes(70 + i, 9) for i in range(len(shapes))]
+    linears = [linear("cpu_int8_vnni", w) for w in weights]
+    scales = [[None if shape is None else torch.rand(shape) for shape in both] for both in shapes]
+
+    @torch.compile
+    def run(a, scales):
+        return [each(a, *both, None, torch.float32) for each, both in zip(linears, scales, strict=True)]
+
+    for out, w, both, shape in zip(run(a, scales), weights, scales, shapes, strict=True):
+        assert torch.equal(out, fxq.scaled_mm(a, w.t(), *both, None, torch.float32)), shape
 
 
 @needs_vnni
@@ -129,17 +142,22 @@ def test_int8_extreme_codes_and_scales():
 
 
 @needs_vnni
-@pytest.mark.parametrize("layout", ["offset", "columns", "transposed", "every other"])
-def test_int8_activation_of_any_strides(layout):
+def test_int8_activation_of_any_strides():
     w, big = codes(70, 10), codes(14, 20)
-    a = {
+    run = linear("cpu_int8_vnni", w)
+    layouts = {
         "offset": big[3:10, 5:15],
         "columns": big[:7, :10],
         "transposed": codes(10, 7).t(),
         "every other": big[::2, ::2],
-    }[layout]
-    run = torch.compile(linear("cpu_int8_vnni", w))
-    assert torch.equal(run(a, None, None, None, torch.int32), (a.long() @ w.t().long()).int())
+    }
+
+    @torch.compile
+    def each(given):
+        return {name: run(a, None, None, None, torch.int32) for name, a in given.items()}
+
+    for name, out in each(layouts).items():
+        assert torch.equal(out, (layouts[name].long() @ w.t().long()).int()), name
 
 
 @needs_vnni
@@ -315,48 +333,60 @@ def rows_of_all_sizes(dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    assert actual.dtype == expected.dtype
-    assert actual.stride() == expected.stride()
-    assert torch.equal(actual[..., None].view(torch.uint8), expected[..., None].view(torch.uint8))
+def assert_same_bits(actual: Tensor, expected: Tensor, of: object = "") -> None:
+    assert actual.dtype == expected.dtype, of
+    assert actual.stride() == expected.stride(), of
+    assert torch.equal(actual[..., None].view(torch.uint8), expected[..., None].view(torch.uint8)), of
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("arguments", FORMULAS.values(), ids=FORMULAS)
-def test_quantize_is_the_op_bit_for_bit(arguments, x_dtype):
-    x = rows_of_all_sizes(x_dtype)
-    given = {name: arguments[name] for name in ("dtype", "reciprocal", "lo", "hi")}
-    static_scale = torch.rand(17, 1)
+def test_quantize_is_the_op_bit_for_bit(x_dtype):
+    """All formulas in one graph, each with another number of rows, so that each has loops of its own."""
+    x, every_scale = rows_of_all_sizes(x_dtype), torch.rand(17 + len(FORMULAS), 1)
+    inputs = {name: (torch.cat((x, x[:i])), every_scale[: 17 + i]) for i, name in enumerate(FORMULAS)}
 
-    def both(x, scale):
-        return *fxq.quantize.dynamic(x, **arguments), fxq.quantize(x, scale, **given)
+    def all_of(inputs):
+        outs = {}
+        for name, (x, scale) in inputs.items():
+            given = {key: FORMULAS[name][key] for key in ("dtype", "reciprocal", "lo", "hi")}
+            outs[name] = (*fxq.quantize.dynamic(x, **FORMULAS[name]), fxq.quantize(x, scale, **given))
+        return outs
 
-    compiled, eager = torch.compile(both)(x, static_scale), both(x, static_scale)
-    if not arguments["dtype"].is_floating_point and arguments["granularity"] == "per_token":
-        # Integer codes under a scale of zero are unspecified.
-        rows = (eager[1] != 0).squeeze(1)
-        compiled, eager = ((codes[rows], *rest) for codes, *rest in (compiled, eager))
-    for one, other in zip(compiled, eager, strict=True):
-        assert_same_bits(one, other)
+    outs, expected = torch.compile(all_of)(inputs), all_of(inputs)
+    for name, arguments in FORMULAS.items():
+        compiled, eager = outs[name], expected[name]
+        if not arguments["dtype"].is_floating_point and arguments["granularity"] == "per_token":
+            # Integer codes under a scale of zero are unspecified.
+            rows = (eager[1] != 0).squeeze(1)
+            compiled, eager = ((codes[rows], *rest) for codes, *rest in (compiled, eager))
+        for one, other in zip(compiled, eager, strict=True):
+            assert_same_bits(one, other, name)
+
+
+TINY_AND_HUGE = [{}, {"floor_on": "amax"}, {"floor_on": "none"}, {"floor": 1e-43}, {"lo": -128.0}]
 
 
 @pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
-@pytest.mark.parametrize("changes", [{}, {"floor_on": "amax"}, {"floor_on": "none"}, {"floor": 1e-43}, {"lo": -128.0}])
-def test_codes_of_tiny_and_of_huge_values_are_the_op(changes, granularity):
-    arguments = formula(granularity=granularity, **changes)
+def test_codes_of_tiny_and_of_huge_values_are_the_op(granularity):
+    """All formulas in one graph, each with another number of columns, so that each has loops of its own."""
+    formulas = [formula(granularity=granularity, **changes) for changes in TINY_AND_HUGE]
     # Powers of two from subnormal to the largest, and small multiples of the least number, whose quotients are coarse.
     powers = torch.ldexp(torch.randn(278, 131), torch.arange(-149, 129)[:, None])
     multiples = torch.randint(-200, 200, (40, 131)).float() * 2.0**-149
     rows = torch.cat((powers.clamp(-3.4e38, 3.4e38), multiples))
 
-    def quantize(x):
-        return fxq.quantize.dynamic(x, **arguments)
+    def quantize(inputs):
+        return [fxq.quantize.dynamic(x, **arguments) for x, arguments in zip(inputs, formulas, strict=True)]
 
     compiled = torch.compile(quantize)
     for x in (rows,) if granularity == "per_token" else (powers[140:141], powers[20:21], multiples[3:4]):
-        (codes, scale), (codes_eager, scale_eager) = compiled(x), quantize(x)
-        assert_same_bits(scale, scale_eager)
-        assert torch.equal(codes[(scale != 0).expand_as(codes)], codes_eager[(scale != 0).expand_as(codes)])
+        inputs = [torch.cat((x, x[:, :i]), 1) for i in range(len(formulas))]
+        for (codes, scale), (codes_eager, scale_eager), changes in zip(
+            compiled(inputs), quantize(inputs), TINY_AND_HUGE, strict=True
+        ):
+            assert_same_bits(scale, scale_eager, changes)
+            used = (scale != 0).expand_as(codes)
+            assert torch.equal(codes[used], codes_eager[used]), changes
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, E4M3])
