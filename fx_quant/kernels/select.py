@@ -105,7 +105,7 @@ def verdicts(problem: Problem, target: Target, disabled: Collection[str] = ()) -
     """
     check_kernel_names(disabled)
     off = frozenset(disabled) | disabled_kernels()
-    return tuple(Verdict(each.name, _unmet(each, problem, target, off)) for each in kernels())
+    return tuple(Verdict(candidate.name, _unmet(candidate, problem, target, off)) for candidate in kernels())
 
 
 def select(
