@@ -311,8 +311,9 @@ class Origins:
         scales = multiplies or is_op(node, *DIVISIONS)
         source, origin = max(full, key=lambda pair: (scales and pair in weights, pair[1].kind))
         others = [n for n in node.all_input_nodes if n is not source and dtype(n) is not torch.bool]
-        # A quantized dot product in parts, whichever of its two factors is as large as the product.
-        if scales and weights and any(n in self._inputs.runtime for n in [*others, source]):
+        brought = set(node.all_input_nodes).difference(weight for weight, _ in weights) & self._inputs.runtime
+        # A dot product in parts, whichever of its two factors is as large as the product.
+        if scales and weights and brought:
             origin = replace(origin, weighted=True)
         floats = [
             n for n in others if self.coded(n) is None and n in self._inputs.runtime and not self._undone(origin, n)
