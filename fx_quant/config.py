@@ -108,6 +108,6 @@ def parse_padding(name: str | PaddingPolicy) -> PaddingPolicy:
         UnknownNameError: no such policy.
     """
     policies = {str(policy): policy for policy in PaddingPolicy}
-    if name not in policies:
+    if str(name) not in policies:
         raise unknown_name("padding policy", str(name), policies)
-    return policies[name]
+    return policies[str(name)]

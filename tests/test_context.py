@@ -114,8 +114,10 @@ def test_the_default_policy_is_auto_and_options_name_the_others():
     assert CompileContext.of(Options.parse({"padding": "vllm", "deterministic": True}), Mode.EAGER) == CompileContext(
         Mode.EAGER, VLLM, deterministic=True
     )
-    with pytest.raises(UnknownNameError, match="unknown padding policy 'alway'"):
-        Options.parse({"padding": "alway"})
+    assert CompileContext(padding="never") == CompileContext.of(Options.parse({"padding": NEVER}))
+    for wrong in (lambda: Options.parse({"padding": "alway"}), lambda: CompileContext(padding="alway")):
+        with pytest.raises(UnknownNameError, match="unknown padding policy 'alway'"):
+            wrong()
     with pytest.raises(FxQuantError, match="'deterministic' must be True or False, got 1"):
         Options.parse({"deterministic": 1})
 
@@ -256,5 +258,7 @@ def test_a_layer_pads_as_its_context_says():
     before = layer(x)
     layer.context = replace(EAGER, padding=NEVER)
     assert layer.selection(x).context == layer.context
+    layer.context = CompileContext(Mode.GRAPH, NEVER)
+    assert layer.selection(x).context == replace(EAGER, padding=NEVER)
     assert torch.equal(layer(x), before)
     assert copy.deepcopy(layer).context == layer.context

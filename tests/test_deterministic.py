@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from graphs import trace
 from test_conformance import ALL_SCHEMES, EPILOGUES, HERE, RUN_HERE, operands, problem
 from torch import Tensor, nn
 
 import fx_quant
-from fx_quant.config import PaddingPolicy
+from fx_quant.config import Options, PaddingPolicy
 from fx_quant.errors import NoKernelError
 from fx_quant.kernels.context import CompileContext, Mode
 from fx_quant.kernels.cpu import plans
@@ -22,6 +23,7 @@ from fx_quant.kernels.layouts import clear_packed_weights
 from fx_quant.kernels.padding import Padding
 from fx_quant.kernels.registry import Kernel, kernel, kernels
 from fx_quant.kernels.select import Selection, select
+from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import Kind
 from fx_quant.scheme import Numerics, Scheme
@@ -180,6 +182,21 @@ def test_a_model_quantizes_and_multiplies_each_row_as_if_it_stood_alone(schemes,
     x = torch.randn(ROWS, 192, dtype=torch.bfloat16)
     with torch.no_grad():
         assert first_difference(lambda rows: run(x[rows]), EVERY if not compiled else SOME) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({}, ";"), ({"deterministic": True}, ", deterministic;"), ({"padding": "never"}, ", with padding='never';")],
+)
+def test_what_is_left_for_the_options_says_so(options, words):
+    """No kernel without AVX-512 decodes a weight; the source's own matmul promises nothing."""
+    codes, scale = torch.randint(-128, 128, (70, 36), dtype=torch.int8), torch.rand(70, 1)
+    source = trace(lambda x, w, s: x @ (w.float() * s).t(), torch.randn(5, 36), codes, scale)
+    report = rewrite_graph(source, named_target("x86"), Options.parse(options), frozenset({1, 2}))
+    (left,) = report.recognised
+    assert left.reason == f"no kernel of x86 runs this scheme{words} the source's own steps stay"
+    refused = [kernel for kernel, each in left.unmet.items() if any(u.kind is Kind.DETERMINISTIC for u in each)]
+    assert bool(refused) == bool(options.get("deterministic"))
 
 
 def test_explain_says_which_kernels_could_not():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from fx_quant.config import Options, PaddingPolicy
+from fx_quant.config import Options, PaddingPolicy, parse_padding
 
 
 class Mode(str, Enum):
@@ -26,13 +26,19 @@ class CompileContext:
 
     Args:
         mode: how the kernel is called.
-        padding: what may be padded.
+        padding: what may be padded, as a policy or its name.
         deterministic: a row's bits must not depend on how many rows stand beside it.
+
+    Raises:
+        UnknownNameError: no such policy.
     """
 
     mode: Mode = Mode.GRAPH
     padding: PaddingPolicy = PaddingPolicy.AUTO
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "padding", parse_padding(self.padding))
 
     @classmethod
     def of(cls, options: Options, mode: Mode = Mode.GRAPH) -> CompileContext:

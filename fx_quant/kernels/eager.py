@@ -6,12 +6,13 @@ import functools
 import os
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.context import EAGER, CompileContext
+from fx_quant.kernels.context import EAGER, CompileContext, Mode
 from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.realise import Operands, kept_parts, realise
 from fx_quant.kernels.registry import empty_product
@@ -32,6 +33,9 @@ def eager_selection(
 ) -> Selection:
     """``select`` for an eager call; remembered for equal arguments. Says once what a missing C++ compiler costs.
 
+    Args:
+        context: what may be padded, and whether rows must stand alone; its mode is eager, whatever it says.
+
     Raises:
         NoKernelError: no kernel can run it, or the forced one cannot.
     """
@@ -42,7 +46,7 @@ def eager_selection(
 def _remembered(
     problem: Problem, target: Target, force_kernel: str | None, context: CompileContext, _disabled: str
 ) -> Selection:
-    selection = select(problem, target, force_kernel=force_kernel, context=context)
+    selection = select(problem, target, force_kernel=force_kernel, context=replace(context, mode=Mode.EAGER))
     if force_kernel is None and selection.without_compiler:
         _warn_once(without_compiler(selection.without_compiler[:1]))
     return selection

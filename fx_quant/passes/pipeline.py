@@ -15,7 +15,7 @@ from types import MappingProxyType
 from torch.fx import Graph
 
 from fx_quant.compat import copy_graph, dump_graph, is_subgraph, replace_contents
-from fx_quant.config import Options
+from fx_quant.config import Options, PaddingPolicy
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.select import Selection, Verdict, check_kernel_names, select
@@ -131,15 +131,22 @@ def _select(state: Rewriting, site: Site, selection: Selection | NoKernelError) 
         if site.product is None:
             state.miss(site, str(selection))
         else:
-            state.recognised.append(_left(site, site.product, state.target, selection.verdicts))
+            state.recognised.append(_left(site, site.product, state, selection.verdicts))
     elif site.product is not None and selection.kernel.dequantizes and state.options.force_kernel is None:
-        state.recognised.append(_left(site, site.product, state.target, selection.verdicts))
+        state.recognised.append(_left(site, site.product, state, selection.verdicts))
     else:
         state.rows[site] = Row(site, selection)
 
 
-def _left(site: Site, product: Product, target: Target, verdicts: tuple[Verdict, ...]) -> Recognised:
-    reason = f"no kernel of {target} runs this scheme; the source's own steps stay"
+def _left(site: Site, product: Product, state: Rewriting, verdicts: tuple[Verdict, ...]) -> Recognised:
+    context = state.context
+    asked = ", deterministic" if context.deterministic else ""
+    asked += (
+        f", with padding='{context.padding}'"
+        if context.padding in (PaddingPolicy.NEVER, PaddingPolicy.CONSTANTS)
+        else ""
+    )
+    reason = f"no kernel of {state.target} runs this scheme{asked}; the source's own steps stay"
     return Recognised(site.gemm, f"{product.obstacle}; {reason}" if product.obstacle else reason, site, verdicts)
 
 
