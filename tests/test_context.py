@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from graphs import calls, capture, run
+from graphs import calls, capture, run, trace
 from tolerances import assert_within
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -247,6 +248,51 @@ def test_inductor_compiles_rows_that_are_padded(padded_int_mm):
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for m in (2, 16, 17, 33):
             assert_within(compiled(sample(m)), model(sample(m)), Numerics.SAME_ACCUM)
+
+
+def float8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    codes = (x.float() / 0.1).clamp(-448, 448).to(torch.float8_e4m3fn)
+    one = torch.full((), 0.1)
+    return torch._scaled_mm(codes, weight.t(), scale_a=one, scale_b=scale, out_dtype=torch.bfloat16)
+
+
+def padding_steps(graph: Graph) -> list[str]:
+    """What pads, multiplies and cuts off in ``graph``, each with what it gives."""
+    steps = []
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        if name.startswith(("sub", "sym_max", "constant_pad", "slice", "pytorch_", "cpu_")):
+            value = node.meta["val"]
+            shown = list(value.shape) if isinstance(value, Tensor) else value
+            steps.append(f"{name.removesuffix('.default')} {re.sub(r's[0-9]+', 'm', str(shown))}")
+    return steps
+
+
+PADDED = [
+    "sub 17 - m",
+    "sym_max Max(0, 17 - m)",
+    "constant_pad_nd [m + Max(0, 17 - m), 64]",
+    "pytorch_scaled_mm [m + Max(0, 17 - m), 32]",
+    "slice.Tensor [m, 32]",
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "policy", "steps"),
+    [
+        *((target, policy, PADDED) for target in ("sm90", "sm100") for policy in ("always", "vllm")),
+        *(("sm90", policy, ["pytorch_scaled_mm [m, 32]"]) for policy in ("auto", "never", "constants")),
+        *(("gfx950", policy, ["pytorch_scaled_mm [m, 32]"]) for policy in ("auto", "always", "vllm")),
+        *(("x86_vnni", policy, ["cpu_decoded_bf16 [m, 32]"]) for policy in ("auto", "always", "vllm")),
+    ],
+)
+def test_a_float8_linear_of_any_m_is_padded_as_the_policy_says(target, policy, steps):
+    weight = torch.ones(32, 64).to(torch.float8_e4m3fn)
+    graph = trace(float8_linear, sample(20), weight, torch.tensor(0.5), dynamic=True)
+    options = Options.parse({"padding": policy, "disabled_kernels": "triton"})
+    report = rewrite_graph(graph, named_target(target), options, frozenset({1, 2}))
+    assert report.sites[0].padding == ("m <17->17" if steps is PADDED else "none")
+    assert padding_steps(graph) == steps
 
 
 # --- eager layers -----------------------------------------------------------------------------------------------------
