@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fx_quant.backend import inductor_pass
     from fx_quant.diagnose.check import CheckReport, check
     from fx_quant.diagnose.explain import explain
+    from fx_quant.kernels.context import CompileContext
     from fx_quant.kernels.cpu.tuner import TuneReport, tune
     from fx_quant.kernels.layouts import clear_packed_weights
     from fx_quant.kernels.machine import detect_target
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # No public name may be that of a submodule: importing the submodule would put the module in its place.
 _HOMES = {
     "CheckReport": "diagnose.check",
+    "CompileContext": "kernels.context",
     "Fp8LinearOp": "linear_kernels.fp8_linear",
     "Granularity": "scheme",
     "OperandSpec": "scheme",
@@ -55,6 +57,7 @@ _HOMES = {
 
 __all__ = [
     "CheckReport",
+    "CompileContext",
     "Fp8LinearOp",
     "Granularity",
     "OperandSpec",

@@ -30,6 +30,7 @@ from fx_quant.compat import (
 )
 from fx_quant.config import Options, option_names
 from fx_quant.errors import FxQuantError, MissError, unknown_name
+from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.cpu.plans import tuned_tables
 from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.registry import kernels
@@ -61,6 +62,7 @@ class RewritePass(CustomGraphPass):
         on_report: Callable[[Report], None] | None = None,
     ) -> None:
         self.options = options
+        self.context = CompileContext.of(options)
         self.target = target
         self.on_report = on_report
         self.reports: list[Report] = []
@@ -71,7 +73,7 @@ class RewritePass(CustomGraphPass):
         def passes() -> Report:
             # Which loads every provider, so that one of them may fail.
             target = self.target or detect_target(_device(graph))
-            return rewrite_graph(graph, target, self.options, static_input_indices(graph))
+            return rewrite_graph(graph, target, self.options, static_input_indices(graph), self.context)
 
         dump_graph("FX_QUANT_BEFORE", graph)
         report = safely(passes, self.target or _device(graph), self.options)
@@ -87,11 +89,12 @@ class RewritePass(CustomGraphPass):
             self.on_report(report)
 
     def uuid(self) -> object:
-        """Key of Inductor's caches: our sources, the options, the target, the kernels, their versions and plans."""
+        """Key of Inductor's caches: our sources, options, context, target, the kernels, their versions and plans."""
         target = self.target or detect_target(_first_device())
         return (
             source_digest(),
             repr(self.options),
+            repr(self.context),
             repr((target.platform, target.arch, sorted(target.features), sorted(target.packages.items()))),
             tuple(kernel.name for kernel in kernels()),
             tuple(sorted(disabled_kernels())),

@@ -5,10 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.scheme import Numerics
+
+
+class PaddingPolicy(str, Enum):
+    """What may be padded so that a kernel runs, or runs faster."""
+
+    AUTO = "auto"
+    """``n`` and ``k`` where a kernel needs it; rows in eager calls only, for kernels that few rows make slow."""
+    NEVER = "never"
+    """Nothing: kernels that need it are not chosen."""
+    CONSTANTS = "constants"
+    """``n`` of weights that are constants, once; kernels that need ``k`` padded are not chosen."""
+    ALWAYS = "always"
+    """As ``auto``, and rows in graphs too."""
+    VLLM = "vllm"
+    """Rows as vLLM pads them: to 17 for ``torch._scaled_mm`` on CUDA but in its piecewise mode, none on ROCm."""
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -21,19 +40,24 @@ class Options:
         strict: a miss or an exception in a pass is an error instead of a warning.
         force_kernel: the kernel to use everywhere, or raise.
         disabled_kernels: kernels or providers not to use.
+        padding: what may be padded: ``auto``, ``never``, ``constants``, ``always`` or ``vllm``.
+        deterministic: one kernel and one plan for all numbers of rows, whose bits in a row do not depend on how many
+            rows stand beside it; kernels that cannot are not chosen.
     """
 
     numerics: Numerics = Numerics.REASSOCIATED
     strict: bool = False
     force_kernel: str | None = None
     disabled_kernels: tuple[str, ...] = ()
+    padding: PaddingPolicy = PaddingPolicy.AUTO
+    deterministic: bool = False
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
         """Options from plain values, such as ``{"numerics": "exact"}``.
 
         Raises:
-            UnknownNameError: an option or numerics class that does not exist.
+            UnknownNameError: an option, numerics class or padding policy that does not exist.
             FxQuantError: a value of the wrong type.
         """
         names = option_names()
@@ -43,8 +67,11 @@ class Options:
         values = dict(given)
         if "numerics" in values:
             values["numerics"] = parse_numerics(values["numerics"])
-        if not isinstance(values.get("strict", False), bool):
-            raise FxQuantError(f"option 'strict' must be True or False, got {values['strict']!r}")
+        if "padding" in values:
+            values["padding"] = parse_padding(values["padding"])
+        for name in ("strict", "deterministic"):
+            if not isinstance(values.get(name, False), bool):
+                raise FxQuantError(f"option {name!r} must be True or False, got {values[name]!r}")
         disabled = values.get("disabled_kernels", ())
         if isinstance(disabled, str):
             disabled = tuple(filter(None, disabled.split(",")))
@@ -72,3 +99,15 @@ def parse_numerics(name: str | Numerics) -> Numerics:
     if name not in classes:
         raise unknown_name("numerics class", str(name), classes)
     return classes[name]
+
+
+def parse_padding(name: str | PaddingPolicy) -> PaddingPolicy:
+    """A padding policy by name.
+
+    Raises:
+        UnknownNameError: no such policy.
+    """
+    policies = {str(policy): policy for policy in PaddingPolicy}
+    if str(name) not in policies:
+        raise unknown_name("padding policy", str(name), policies)
+    return policies[str(name)]

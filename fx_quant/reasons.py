@@ -25,6 +25,7 @@ class Kind(str, Enum):
     MAX_K = "max_k"
     CONSTANT_WEIGHT = "constant_weight"
     DISABLED = "disabled"
+    DETERMINISTIC = "deterministic"
     UNKNOWN = "unknown"
     """Read from a report that was saved before reasons had kinds."""
 

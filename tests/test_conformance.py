@@ -14,6 +14,7 @@ from tolerances import assert_within
 from torch import Tensor
 
 from fx_quant.diagnose.support import SCHEMES
+from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.layouts import clear_packed_weights
 from fx_quant.kernels.machine import detect_target
@@ -157,7 +158,7 @@ def test_a_kernel_is_the_canonical_op_on_all_that_it_accepts(kernel):
     for asked, m in accepted(kernel):
         torch.manual_seed(zlib.crc32(str(asked).encode()))
         given = operands(asked, m)
-        selection = select(asked, HERE, force_kernel=kernel.name, mode="eager")
+        selection = select(asked, HERE, force_kernel=kernel.name, context=EAGER)
         there = {name: None if x is None else x.to(DEVICE) for name, x in given.items()}
         out = run_kernel(selection, **there)
         try:

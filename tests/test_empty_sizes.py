@@ -11,6 +11,7 @@ from test_conformance import ALL_SCHEMES, DEVICE, EPILOGUES, HERE, RUN_HERE, ope
 from tolerances import assert_within
 from torch import Tensor, nn
 
+from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.layouts import clear_packed_weights, layouts
 from fx_quant.kernels.registry import kernels
@@ -38,7 +39,7 @@ def test_a_kernel_multiplies_what_is_empty(kernel, sizes):
         if kernel.requires.unmet(asked, HERE) or (scheme.weight.dtype in INT4_DTYPES and k % 2):
             continue
         given = operands(asked, m)
-        selection = select(asked, HERE, force_kernel=kernel.name, mode="eager")
+        selection = select(asked, HERE, force_kernel=kernel.name, context=EAGER)
         there = {name: None if x is None else x.to(DEVICE) for name, x in given.items()}
         found = run_kernel(selection, **there)
         assert_within(found.cpu(), reference(asked, given), Numerics.SAME_ACCUM)

@@ -218,7 +218,7 @@ def fake(body) -> Kernel:
     _BODY[:] = [body]
     if not hasattr(torch.ops.fx_quant, "fp8_linear_test"):
         register(f"fp8_linear_test{KERNEL_SCHEMA}", _latest, fake_kernel("test"), MATMUL_TAGS)
-    return Kernel("test", "test", "fp8_linear_test", Requires(align=16), Numerics.SAME_ACCUM, "", eager_rows=17)
+    return Kernel("test", "test", "fp8_linear_test", Requires(align=16), Numerics.SAME_ACCUM, "", least_rows=17)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from test_conformance import (
 )
 from torch import Tensor
 
+from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.layouts import clear_packed_weights
 from fx_quant.kernels.select import select
@@ -91,7 +92,7 @@ def test_a_kernel_computes_what_its_operands_hold(kernel, layout):
         hostile = {name: x if x is None or not x.dim() else LAYOUTS[layout](x) for name, x in given.items()}
         plain = {name: x if x is None else x.contiguous().clone() for name, x in hostile.items()}
         clear_packed_weights()
-        selection = select(asked, HERE, force_kernel=kernel.name, mode="eager")
+        selection = select(asked, HERE, force_kernel=kernel.name, context=EAGER)
         there = {name: None if x is None else x.to(DEVICE) for name, x in hostile.items()}
         found = run_kernel(selection, **there)
         try:

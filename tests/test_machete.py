@@ -19,6 +19,7 @@ from fx_quant.backend import static_input_indices
 from fx_quant.config import Options
 from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.errors import FxQuantError
+from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.layouts import clear_packed_weights, pack_weight
 from fx_quant.kernels.registry import kernel
@@ -345,7 +346,7 @@ def test_an_eager_call_packs_once(calls, bits, group):
     given = operands(bits, 3, 256, 384, group)
     granularity = CHANNEL if group is None else GROUP
     asked = replace(problem(INT4 if bits == 4 else I8, granularity), n=256, k=384, bias=BF16)
-    selection = select(asked, HOPPER, mode="eager")
+    selection = select(asked, HOPPER, context=EAGER)
     weight = given["b"].t()
     for m in (3, 1, 0):
         got = run_kernel(selection, given["x"][:m], weight, None, given["b_scale"], given["bias"])

@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fx_quant.ops  # noqa: F401  (registers the ops)
+from fx_quant.kernels.context import GRAPH
 from fx_quant.kernels.padding import Padding, plan_padding
-from fx_quant.kernels.registry import kernel
+from fx_quant.kernels.registry import Requires, kernel
 from fx_quant.kernels.select import Selection
 from fx_quant.passes.assign import assign
 from fx_quant.problem import Problem, SizeRange
@@ -36,12 +37,17 @@ def sized(n: int, k: int) -> Problem:
     return replace(PROBLEM, n=n, k=k)
 
 
+def least_plan(n: int, k: int, align: int) -> Padding:
+    """The plan of a graph for a kernel that wants n and k in multiples of ``align``."""
+    return plan_padding(sized(n, k), replace(kernel("pytorch_int_mm"), requires=Requires(align=align)), GRAPH)
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------
 
 
 @given(n=sizes, k=sizes, align=alignments)
 def test_a_plan_pads_to_the_least_multiple(n, k, align):
-    padding = plan_padding(sized(n, k), align)
+    padding = least_plan(n, k, align)
     for size, padded in ((n, padding.n), (k, padding.k)):
         assert padded % align == 0
         assert 0 <= padded - size < align
@@ -49,13 +55,13 @@ def test_a_plan_pads_to_the_least_multiple(n, k, align):
 
 @given(n=sizes, k=sizes, align=alignments)
 def test_a_padded_problem_needs_no_more_padding(n, k, align):
-    padding = plan_padding(sized(n, k), align)
-    assert plan_padding(sized(padding.n, padding.k), align) == padding
+    padding = least_plan(n, k, align)
+    assert least_plan(padding.n, padding.k, align) == padding
 
 
 @given(n=sizes, k=sizes, align=alignments)
 def test_a_plan_changes_a_problem_exactly_when_a_size_is_unaligned(n, k, align):
-    assert (plan_padding(sized(n, k), align) != Padding(n, k)) == bool(n % align or k % align)
+    assert (least_plan(n, k, align) != Padding(n, k)) == bool(n % align or k % align)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,7 @@ def test_a_plan_changes_a_problem_exactly_when_a_size_is_unaligned(n, k, align):
     [(32, 64, "none"), (30, 64, "n 30->32"), (32, 60, "k 60->64"), (30, 60, "n 30->32, k 60->64")],
 )
 def test_a_plan_says_what_it_pads(n, k, text):
-    assert plan_padding(sized(n, k), 16).describe(sized(n, k)) == text
+    assert least_plan(n, k, 16).describe(sized(n, k)) == text
 
 
 # --- padded operands --------------------------------------------------------------------------------------------
@@ -92,7 +98,7 @@ def operands(m: int, n: int, k: int, dtype: torch.dtype = torch.int8) -> tuple[T
 )
 def test_zero_codes_one_scales_and_zero_bias_leave_the_result_alone(m, n, k, align, dtype):
     a, b, a_scale, b_scale, bias = operands(m, n, k, dtype)
-    plan = plan_padding(sized(n, k), align)
+    plan = least_plan(n, k, align)
     pad_n, pad_k = plan.n - n, plan.k - k
     padded = ops.scaled_mm(
         F.pad(a, (0, pad_k)),
@@ -135,13 +141,13 @@ def test_a_padded_kernel_gives_the_result_of_the_unpadded_op(n, k, b_scale, with
     a, b, a_scale, per_column, bias = operands(5, n, k)
     given_scale = {"[n]": per_column, "[1, n]": per_column[None]}.get(b_scale, B_SCALES[b_scale])
     arguments = (a, b, a_scale, given_scale, bias if with_bias else None)
-    graph = padded_graph(plan_padding(sized(n, k), 16), arguments, n, k)
+    graph = padded_graph(least_plan(n, k, 16), arguments, n, k)
     assert_within(graph(*arguments), ops.scaled_mm(*arguments, torch.float32), Numerics.EXACT)
 
 
 def test_the_padded_result_is_contiguous():
     arguments = operands(5, 30, 60)
-    assert padded_graph(plan_padding(sized(30, 60), 16), arguments, 30, 60)(*arguments).is_contiguous()
+    assert padded_graph(least_plan(30, 60, 16), arguments, 30, 60)(*arguments).is_contiguous()
 
 
 @pytest.mark.parametrize("layout", ["column-major", "row-major"])
@@ -149,7 +155,7 @@ def test_a_padded_weight_is_column_major(layout):
     """GPU kernels take no other layout."""
     a, b, *rest = operands(5, 30, 60)
     arguments = (a, b if layout == "column-major" else b.contiguous(), *rest)
-    graph = padded_graph(plan_padding(sized(30, 60), 16), arguments, 30, 60).graph
+    graph = padded_graph(least_plan(30, 60, 16), arguments, 30, 60).graph
     (node,) = graph.find_nodes(op="call_function", target=ops.pytorch_int_mm.default)
     padded = node.args[1].meta["val"]
     assert (tuple(padded.shape), padded.stride()) == ((64, 32), (1, 64))
@@ -168,7 +174,7 @@ class KernelOperands(Interpreter):
 
 def test_codes_are_padded_with_zero_scales_with_one_and_the_bias_with_zero():
     arguments = operands(5, 30, 60)
-    interpreter = KernelOperands(padded_graph(plan_padding(sized(30, 60), 16), arguments, 30, 60))
+    interpreter = KernelOperands(padded_graph(least_plan(30, 60, 16), arguments, 30, 60))
     interpreter.run(*arguments)
     a, b, a_scale, b_scale, bias, *_ = interpreter.operands
     assert not a[:, 60:].any()

@@ -26,6 +26,7 @@ from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels import registry, rocm
 from fx_quant.kernels.aiter import shuffle, unshuffle
+from fx_quant.kernels.context import EAGER, GRAPH
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.flashinfer import rows_in_fours
 from fx_quant.kernels.layouts import clear_packed_weights, pack_weight
@@ -491,7 +492,7 @@ def test_opcheck(calls, name, pair):
 def test_rocm_asks_for_the_rows_when_it_runs(calls, target, dtype):
     """The kernel is chosen without them, eagerly and in a graph of any m."""
     asked = replace(FP8 if dtype is E4M3 else FNUZ_TENSOR, m=SizeRange(0, None), n=32, k=48)
-    selections = [select(asked, named_target(target, packages=ALL), mode=mode) for mode in ("eager", "graph")]
+    selections = [select(asked, named_target(target, packages=ALL), context=context) for context in (EAGER, GRAPH)]
     assert {each.kernel.op for each in selections} == {"rocm_float8"}
     for m in (0, 1, 4, 5, 64):
         given = operands((TENSOR, TENSOR), dtype, m, 32, 48, bias=False)

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fx_quant.kernels.context import EAGER, GRAPH
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.padding import Padding, plan_padding
 from fx_quant.kernels.registry import Kernel, kernels
@@ -149,8 +150,7 @@ def test_an_eager_call_and_a_graph_do_the_same_steps(kernel, problems):
     for asked in problems:
         given = fake_operands(asked)
         padded = Padding(-(-asked.n // 32) * 32, -(-asked.k // 64) * 64, 17) if kernel.layout is None else None
-        align = kernel.requires.align
-        plans = [plan_padding(asked, align, mode=mode, eager_rows=kernel.eager_rows) for mode in ("eager", "graph")]
+        plans = [plan_padding(asked, kernel, context) for context in (EAGER, GRAPH)]
         for plan in dict.fromkeys([*plans, padded or plans[0]]):
             selection = Selection(asked, named_target("x86"), kernel, plan, ())
             factors = [("b", "b_scale", "b_zero_point")] if kernel.panel_factors else []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fx_quant.linear_kernels as lk
 from fx_quant.compat import row_scales_on_cpu
 from fx_quant.errors import NoKernelError
+from fx_quant.kernels.context import EAGER, GRAPH
 from fx_quant.kernels.eager import eager_selection, run_kernel
 from fx_quant.kernels.padding import Padding, plan_padding
 from fx_quant.kernels.registry import kernel
@@ -112,7 +113,7 @@ def test_every_int8_kernel_that_aligns_pads_for_a_zero_point():
     """What cannot be called here, CUTLASS among it, is planned so that its assertion holds."""
     target = Target("cuda", "sm90", frozenset({"float8", "tma"}), {"torch": "2.13", "vllm": "0.33", "triton": "3.6"})
     scheme = Scheme.parse("int8 per_token asymmetric (dynamic) x int8 per_channel")
-    selection = select(linear_problem(scheme, (N, K), torch.bfloat16, torch.bfloat16, None), target, mode="eager")
+    selection = select(linear_problem(scheme, (N, K), torch.bfloat16, torch.bfloat16, None), target, context=EAGER)
     align = selection.kernel.requires.align
     assert selection.padding.n % align == selection.padding.k % align == 0
     config = lk.Int8ScaledMMLinearLayerConfig(True, False, False, torch.bfloat16, (N, K))
@@ -251,9 +252,8 @@ def test_no_global_configuration_is_needed_and_each_call_decides_on_padding():
     """There the constructor reads the engine's configuration, and padding is a property of the process."""
     op = Fp8LinearOp()
     problem = linear_problem(Scheme.parse(SCHEMES[4]), (N, K), torch.bfloat16, torch.bfloat16, None)
-    rows = kernel("pytorch_scaled_mm").eager_rows
-    assert plan_padding(problem, 16, mode="eager", eager_rows=rows).rows == 17
-    assert plan_padding(problem, 16, mode="graph", eager_rows=rows).rows == 0
+    assert plan_padding(problem, kernel("pytorch_scaled_mm"), EAGER).rows == 17
+    assert plan_padding(problem, kernel("pytorch_scaled_mm"), GRAPH).rows == 0
     assert op.apply(torch.randn(M, K), codes_of(E4M3, N, K).t(), torch.tensor(0.1)).shape == (M, N)
 
 

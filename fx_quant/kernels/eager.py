@@ -6,11 +6,13 @@ import functools
 import os
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fx_quant.kernels.context import EAGER, CompileContext, Mode
 from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.realise import Operands, kept_parts, realise
 from fx_quant.kernels.registry import empty_product
@@ -26,18 +28,25 @@ def target_of(device: torch.device) -> Target:
     return detect_target(device)
 
 
-def eager_selection(problem: Problem, target: Target, force_kernel: str | None = None) -> Selection:
+def eager_selection(
+    problem: Problem, target: Target, force_kernel: str | None = None, context: CompileContext = EAGER
+) -> Selection:
     """``select`` for an eager call; remembered for equal arguments. Says once what a missing C++ compiler costs.
+
+    Args:
+        context: what may be padded, and whether rows must stand alone; its mode is eager, whatever it says.
 
     Raises:
         NoKernelError: no kernel can run it, or the forced one cannot.
     """
-    return _remembered(problem, target, force_kernel, os.environ.get(DISABLED_VARIABLE, ""))
+    return _remembered(problem, target, force_kernel, context, os.environ.get(DISABLED_VARIABLE, ""))
 
 
 @functools.lru_cache(maxsize=1024)
-def _remembered(problem: Problem, target: Target, force_kernel: str | None, _disabled: str) -> Selection:
-    selection = select(problem, target, force_kernel=force_kernel, mode="eager")
+def _remembered(
+    problem: Problem, target: Target, force_kernel: str | None, context: CompileContext, _disabled: str
+) -> Selection:
+    selection = select(problem, target, force_kernel=force_kernel, context=replace(context, mode=Mode.EAGER))
     if force_kernel is None and selection.without_compiler:
         _warn_once(without_compiler(selection.without_compiler[:1]))
     return selection
@@ -62,6 +71,18 @@ class _AtOnce:
     @staticmethod
     def shape(x: Tensor) -> torch.Size:
         return x.shape
+
+    @staticmethod
+    def rows(x: Tensor) -> int:
+        return x.shape[0]
+
+    @staticmethod
+    def missing_rows(x: Tensor, least: int) -> int:
+        return max(least - x.shape[0], 0)
+
+    @staticmethod
+    def per_row(x: Tensor, of: Tensor) -> bool:
+        return x.shape[0] == of.shape[0]
 
 
 def run_kernel(

@@ -1,12 +1,29 @@
-"""Padding: one plan per selection, made by one function."""
+"""Padding: one plan per selection, a pure function of the problem, the kernel and the compile context."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from fx_quant.config import PaddingPolicy
+from fx_quant.kernels.context import CompileContext, Mode
+from fx_quant.kernels.registry import Kernel
 from fx_quant.problem import Problem
+from fx_quant.reasons import Kind, Unmet
 
 SCALED_MM_ROWS = 17  # vLLM's: torch._scaled_mm on CUDA is faster with more than 16 rows
+
+# Where each policy pads rows for a kernel that is faster with more of them. vLLM's pads below its piecewise mode.
+_PADS_ROWS: Mapping[PaddingPolicy, frozenset[Mode]] = MappingProxyType(
+    {
+        PaddingPolicy.AUTO: frozenset({Mode.EAGER}),
+        PaddingPolicy.NEVER: frozenset(),
+        PaddingPolicy.CONSTANTS: frozenset(),
+        PaddingPolicy.ALWAYS: frozenset(Mode),
+        PaddingPolicy.VLLM: frozenset({Mode.EAGER, Mode.GRAPH}),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +52,35 @@ class Padding:
         return ", ".join(parts) or "none"
 
 
-def plan_padding(problem: Problem, align: int, *, mode: str = "graph", eager_rows: int = 0) -> Padding:
-    """The least padding of ``n`` and ``k`` to multiples of ``align``, and of rows where the mode pads them.
+def plan_padding(problem: Problem, kernel: Kernel, context: CompileContext) -> Padding:
+    """The least padding of ``n`` and ``k`` that ``kernel`` needs, and of rows where the context's policy pads them.
 
-    Args:
-        mode: ``eager`` or ``graph``. Only eager calls pad rows: a graph would carry the padding for every m.
-        eager_rows: what the kernel wants fewer rows padded to.
+    A deterministic context pads no rows, as that would be another plan for few rows than for many. What the policy
+    forbids is not for the plan to say: ``unmet_by_context`` keeps such a kernel from being chosen.
     """
-    rows = eager_rows if mode == "eager" and problem.m.low < eager_rows else 0
-    return Padding(-(-problem.n // align) * align, -(-problem.k // align) * align, rows)
+    align, rows = kernel.requires.align, kernel.least_rows
+    pads_rows = context.mode in _PADS_ROWS[context.padding] and not context.deterministic
+    return Padding(
+        -(-problem.n // align) * align,
+        -(-problem.k // align) * align,
+        rows if pads_rows and problem.m.low < rows else 0,
+    )
+
+
+def unmet_by_context(problem: Problem, kernel: Kernel, context: CompileContext) -> list[Unmet]:
+    """What ``context`` asks for and ``kernel`` cannot do for ``problem``; empty where it can."""
+    unmet = []
+    align, policy = kernel.requires.align, context.padding
+    needs = f"needs n and k in multiples of {align}, got n={problem.n} k={problem.k}"
+    pads_n, pads_k = problem.n % align != 0, problem.k % align != 0
+    if not kernel.requires.paddable:
+        pass  # Its own requirement.
+    elif policy is PaddingPolicy.NEVER and (pads_n or pads_k):
+        unmet.append(Unmet(Kind.ALIGNMENT, f"{needs}, and padding='never' pads none"))
+    elif policy is PaddingPolicy.CONSTANTS and pads_k:
+        unmet.append(Unmet(Kind.ALIGNMENT, f"{needs}, and padding='constants' pads no activation"))
+    elif policy is PaddingPolicy.CONSTANTS and pads_n and not problem.constant_weight:
+        unmet.append(Unmet(Kind.ALIGNMENT, f"{needs}, and padding='constants' pads no weight that is computed"))
+    if context.deterministic and kernel.deterministic_op is None:
+        unmet.append(Unmet(Kind.DETERMINISTIC, "may compute a row in another order when other rows stand beside it"))
+    return unmet

@@ -210,7 +210,7 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
             ),
             numerics=Numerics.SAME_ACCUM,
             note=f"torch._scaled_mm, tensor-wise scales, through {_library}",
-            eager_rows=_rows,
+            least_rows=_rows,
         ),
         priority=20,
     )
@@ -229,7 +229,7 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
             ),
             numerics=Numerics.SAME_ACCUM,
             note=f"torch._scaled_mm, row-wise scales, through {_row_library}",
-            eager_rows=_rows,
+            least_rows=_rows,
         ),
         priority=20,
     )
@@ -242,7 +242,7 @@ for _suffix, _rows, _target, _same, _mixed, _library, _row_library in (
             requires=replace(_target, codes=_same | _mixed, granularities=ROW_SCALES, out_dtypes=FLOAT_DTYPES),
             numerics=Numerics.SAME_ACCUM,
             note="torch._scaled_mm with unit scales to float32, epilogue fused by Inductor",
-            eager_rows=_rows,
+            least_rows=_rows,
         ),
         priority=10,
     )

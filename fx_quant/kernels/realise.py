@@ -61,6 +61,18 @@ class Face(Protocol[Value]):
         """The sizes of ``x``."""
         ...
 
+    def rows(self, x: Value) -> int | Value:
+        """How many rows ``x`` has, as an argument of an op."""
+        ...
+
+    def missing_rows(self, x: Value, least: int) -> int | Value:
+        """How many rows ``x`` has less than ``least``, as an argument of an op; 0 where it is known to have as many."""
+        ...
+
+    def per_row(self, x: Value, of: Value) -> bool:
+        """Whether ``x``, of one row or as many as ``of``, has as many."""
+        ...
+
 
 def kept_parts(selection: Selection, operands: Operands, constant: Collection[str]) -> dict[str, tuple[str, str]]:
     """What is computed once of operands that do not change: by part, the name of its operand and the layout.
@@ -96,10 +108,9 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
     """
     kernel, problem, padding = selection.kernel, selection.problem, selection.padding
     pad_n, pad_k = padding.n - problem.n, padding.k - problem.k
-    m = face.shape(operands.a)[0]
-    more = max(padding.rows - m, 0) if padding.rows else 0
+    more = face.missing_rows(operands.a, padding.rows) if padding.rows else 0
 
-    def grown(x: Value | None, behind: Sequence[Size], value: float) -> Value | None:
+    def grown(x: Value | None, behind: Sequence[Size | Value], value: float) -> Value | None:
         """``x`` with ``behind[i]`` more elements of ``value`` in dim ``i``."""
         if x is None or not any(behind):
             return x
@@ -113,7 +124,7 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
 
     def more_rows(x: Value | None, value: float) -> Value | None:
         """One element for each row grows with the rows; one for all stays as it is."""
-        grows = x is not None and more and len(face.shape(x)) > 1 and face.shape(x)[0] == m
+        grows = x is not None and more and len(face.shape(x)) > 1 and face.per_row(x, operands.a)
         return grown(x, (more, 0), value) if grows else x
 
     def more_columns(x: Value | None, value: float) -> Value | None:
@@ -136,7 +147,8 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
             factors[f"b_{name}"] = more_columns(factors[f"b_{name}"], fill)
     elif more or pad_n or pad_k:
         down, across = problem.scheme.weight.scale_shape(padding.n, padding.k)
-        factors["a_scale"] = to_shape(factors["a_scale"], (m + more, across), 1)
+        a_scale = factors["a_scale"]
+        factors["a_scale"] = grown(a_scale, (more, across - face.shape(a_scale)[1]), 1) if a_scale is not None else None
         for name, fill in (("b_scale", 1), ("b_zero_point", 0)):
             if name not in kept:
                 factors[name] = to_shape(factors[name], (down, across), fill)
@@ -150,7 +162,7 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
         "block": operands.block,
     }
     out = face.call(
-        kernel.overload(),
+        selection.overload(),
         a,
         _weight(face, selection, operands.b, kept),
         factors["a_scale"],
@@ -161,7 +173,7 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
         **{name: value for name, value in given.items() if value is not None},
     )
     if more:
-        out = face.call(aten.slice.Tensor, out, 0, 0, m)
+        out = face.call(aten.slice.Tensor, out, 0, 0, face.rows(operands.a))
     if pad_n:
         out = face.call(aten.slice.Tensor, out, 1, 0, problem.n)
         out = face.call(aten.clone.default, out, memory_format=torch.contiguous_format)

@@ -187,7 +187,9 @@ class Kernel:
         panel_factors: it also takes scales and zero points ``[n, groups]`` as ``[ceil(n / 64), groups, 64]``, and reads
             them faster.
         dequantizes: it decodes its operands and runs a float matmul, which a graph that does so itself is left with.
-        eager_rows: rows to which an eager call pads ``a`` when it has fewer, because that is faster; 0 for none.
+        least_rows: rows to which a plan may pad fewer, because that is faster; 0 for none.
+        fixed_op: an op like ``op`` that computes each row in one order, however many rows stand beside it; ``""`` where
+            there is none. A kernel that is ``EXACT`` needs none: what ``op`` computes does not depend on an order.
         linear_kernel: name of the class of ``fx_quant.linear_kernels`` that stands for it, that of vLLM where it has
             one; without it the class is called after the kernel.
     """
@@ -202,7 +204,8 @@ class Kernel:
     a_dtype: torch.dtype | None = None
     panel_factors: bool = False
     dequantizes: bool = False
-    eager_rows: int = 0
+    least_rows: int = 0
+    fixed_op: str = ""
     linear_kernel: str = ""
 
     def class_name(self, weight_only: bool) -> str:
@@ -216,9 +219,16 @@ class Kernel:
         weight_only = {activation in FLOAT_DTYPES for activation, _ in self.requires.codes} or {True, False}
         return frozenset(map(self.class_name, weight_only))
 
-    def overload(self) -> torch._ops.OpOverload:
-        """The registered op."""
-        return getattr(torch.ops.fx_quant, self.op).default
+    @property
+    def deterministic_op(self) -> str | None:
+        """The op whose bits in a row do not depend on how many rows stand beside it; None where there is none."""
+        return self.fixed_op or (self.op if self.numerics is Numerics.EXACT else None)
+
+    def overload(self, deterministic: bool = False) -> torch._ops.OpOverload:
+        """The registered op; ``deterministic`` asks for the one of that name."""
+        name = self.deterministic_op if deterministic else self.op
+        assert name is not None
+        return getattr(torch.ops.fx_quant, name).default
 
 
 KERNEL_SCHEMA = (

@@ -6,8 +6,11 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
+
 from fx_quant.errors import NoKernelError, unknown_name
-from fx_quant.kernels.padding import Padding, plan_padding
+from fx_quant.kernels.context import GRAPH, CompileContext
+from fx_quant.kernels.padding import Padding, plan_padding, unmet_by_context
 from fx_quant.kernels.registry import Kernel, kernel, kernels
 from fx_quant.problem import Problem
 from fx_quant.reasons import DISABLED, Unmet, for_platform, lacks_only_compiler
@@ -48,6 +51,11 @@ class Selection:
     kernel: Kernel
     padding: Padding
     verdicts: tuple[Verdict, ...]
+    context: CompileContext = GRAPH
+
+    def overload(self) -> torch._ops.OpOverload:
+        """The op that is called."""
+        return self.kernel.overload(self.context.deterministic)
 
     @property
     def without_compiler(self) -> tuple[str, ...]:
@@ -94,18 +102,20 @@ def _names(kernel: Kernel) -> frozenset[str]:
     return kernel.class_names | {kernel.name, kernel.provider}
 
 
-def verdicts(problem: Problem, target: Target, disabled: Collection[str] = ()) -> tuple[Verdict, ...]:
+def verdicts(
+    problem: Problem, target: Target, disabled: Collection[str] = (), context: CompileContext = GRAPH
+) -> tuple[Verdict, ...]:
     """What stands against each kernel running ``problem`` on ``target``, the best kernel first.
 
     Args:
-        disabled: as for ``select``.
+        disabled, context: as for ``select``.
 
     Raises:
         UnknownNameError: a name is not known.
     """
     check_kernel_names(disabled)
     off = frozenset(disabled) | disabled_kernels()
-    return tuple(Verdict(candidate.name, _unmet(candidate, problem, target, off)) for candidate in kernels())
+    return tuple(Verdict(candidate.name, _unmet(candidate, problem, target, off, context)) for candidate in kernels())
 
 
 def select(
@@ -114,7 +124,7 @@ def select(
     *,
     force_kernel: str | None = None,
     disabled: Collection[str] = (),
-    mode: str = "graph",
+    context: CompileContext = GRAPH,
 ) -> Selection:
     """The best kernel that can run ``problem`` on ``target``.
 
@@ -122,13 +132,13 @@ def select(
         force_kernel: use this kernel or raise.
         disabled: names of kernels, providers or kernel classes not to use, beside those of
             ``FX_QUANT_DISABLED_KERNELS``.
-        mode: ``eager`` or ``graph``: the padding plan differs, the kernel does not.
+        context: how it will be called, what may be padded, and whether a row's bits may depend on other rows.
 
     Raises:
         NoKernelError: no kernel can run it, or the forced one cannot; the message holds every reason.
         UnknownNameError: a kernel name is not known.
     """
-    judged = verdicts(problem, target, disabled)
+    judged = verdicts(problem, target, disabled, context)
     if force_kernel is not None:
         kernel(force_kernel)  # an unknown name raises here
         reasons = next(v.reasons for v in judged if v.kernel == force_kernel)
@@ -140,13 +150,15 @@ def select(
     for verdict in judged:
         if verdict.can_run and force_kernel in (None, verdict.kernel):
             chosen = kernel(verdict.kernel)
-            padding = plan_padding(problem, chosen.requires.align, mode=mode, eager_rows=chosen.eager_rows)
-            return Selection(problem, target, chosen, padding, judged)
+            return Selection(problem, target, chosen, plan_padding(problem, chosen, context), judged, context)
     near = [v for v in judged if v.for_platform]
     losers = "; ".join(f"{v.kernel}: {', '.join(v.reasons)}" for v in near) or f"none is for {target.platform}"
     raise NoKernelError(f"no kernel can run {problem} on {target}: {losers}", judged)
 
 
-def _unmet(candidate: Kernel, problem: Problem, target: Target, off: frozenset[str]) -> tuple[Unmet, ...]:
+def _unmet(
+    candidate: Kernel, problem: Problem, target: Target, off: frozenset[str], context: CompileContext
+) -> tuple[Unmet, ...]:
     disabled = [DISABLED] if off and off & _names(candidate) else []
-    return (*disabled, *candidate.requires.unmet(problem, target))
+    required = candidate.requires.unmet(problem, target)
+    return (*disabled, *required, *unmet_by_context(problem, candidate, context))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from fx_quant.kernels.context import EAGER, CompileContext
 from fx_quant.kernels.eager import eager_selection, run_kernel, target_of
 from fx_quant.kernels.layouts import forget_storages
 from fx_quant.kernels.select import Selection
@@ -45,11 +46,15 @@ def apply_linear(
     out_dtype: torch.dtype | None = None,
     force_kernel: str | None = None,
     quantizer: Quantizer | None = None,
+    context: CompileContext = EAGER,
 ) -> Tensor:
     """``[..., k] -> [..., n]`` of the linear whose tensors are given, as ``QuantizedLinear`` holds them.
 
     Eagerly it quantizes ``x`` and runs the selected kernel; traced by a compiler it is the canonical ops. Inference
     only: a backward pass that reaches an ``x`` that requires grad raises ``FxQuantError``.
+
+    Args:
+        context: what an eager call may pad, and whether rows must stand alone; traced, the backend's options say that.
 
     Raises:
         ValueError: ``x`` does not fit the weight; the quantizer returned what ``quantize_by`` does not take.
@@ -81,7 +86,7 @@ def apply_linear(
     if not torch.compiler.is_compiling():
         problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
         out = run_kernel(
-            eager_selection(problem, target_of(x.device), force_kernel),
+            eager_selection(problem, target_of(x.device), force_kernel, context),
             a,
             weight,
             a_scale,
@@ -127,6 +132,8 @@ class QuantizedLinear(nn.Module):
         quantizer: the formula that quantizes ``x``, eagerly and traced: ``(x, input_scale, input_zero_point) -> (codes,
             scale, zero_point)``, as ``activation.quantize_by`` describes it. None is ``quantize_activation``.
             It is no part of the state dict; copies and pickles keep it.
+        context: what eager calls may pad, and whether a row must come out the same whatever stands beside it; compiled,
+            the backend's options say that. May be set on a layer that is there.
 
     Raises:
         ValueError: a scheme that no linear can have; shapes, dtypes or values that do not fit together.
@@ -141,6 +148,7 @@ class QuantizedLinear(nn.Module):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     quantizer: Quantizer | None
+    context: CompileContext = EAGER
 
     def __init__(
         self,
@@ -154,10 +162,12 @@ class QuantizedLinear(nn.Module):
         input_zero_point: Tensor | None = None,
         force_kernel: str | None = None,
         quantizer: Quantizer | None = None,
+        context: CompileContext = EAGER,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.force_kernel = force_kernel
+        self.context = context
         check_quantizer(scheme, quantizer)
         self.quantizer = quantizer
         check_operands(
@@ -247,7 +257,7 @@ class QuantizedLinear(nn.Module):
         """
         shape = (self.out_features, self.in_features)
         problem = linear_problem(self.scheme, shape, x.dtype, x.dtype, self.bias)
-        return eager_selection(problem, target_of(x.device), self.force_kernel)
+        return eager_selection(problem, target_of(x.device), self.force_kernel, self.context)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., k] -> [..., n]`` in ``x``'s dtype."""
@@ -262,6 +272,7 @@ class QuantizedLinear(nn.Module):
             input_zero_point=self.input_zero_point,
             force_kernel=self.force_kernel,
             quantizer=self.quantizer,
+            context=self.context,
         )
 
     def extra_repr(self) -> str:

@@ -140,7 +140,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
         """Rows to which an eager call pads fewer: 17 for ``torch._scaled_mm`` on CUDA; None where it pads none."""
         target = self.target or resolve_capability(None)
         mine = self.verdicts(problem_of(self.config), target)
-        return next((kernel(verdict.kernel).eager_rows for verdict in mine if verdict.can_run), 0) or None
+        return next((kernel(verdict.kernel).least_rows for verdict in mine if verdict.can_run), 0) or None
 
     def _get_layer_params(self, layer: nn.Module, **kwargs: Any) -> ParamsT:
         return typing.cast(ParamsT, self.PARAMS.from_layer(layer))

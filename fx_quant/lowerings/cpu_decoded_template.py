@@ -14,6 +14,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import to_dtype
 
 from fx_quant.kernels.cpu.decode import DECODED_LOOP, Decode, factor_kind
+from fx_quant.kernels.cpu.plans import PlanTable
 from fx_quant.lowerings.cpu_template import N_START, SHARE, STORE, TileTemplate, contiguous, with_contiguous_rows
 
 _TEMPLATE = (
@@ -75,8 +76,12 @@ class DecodedTemplate(TileTemplate):
         block: Sequence[int] | None,
     ) -> None:
         super().__init__(decode.dot, inputs, layout, n, k)
-        self.name, self.kind, self.source = f"{decode.dot.name}_decoded", decode.kind, decode.source
+        self.name, self.source = f"{decode.dot.name}_decoded", decode.source
         self.decode, self.block = decode, None if block is None else tuple(map(int, block))
+
+    def plans(self) -> PlanTable:
+        """What the native code does for each number of rows."""
+        return self.decode.plans()
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The weight's factors as ``FxqFactor`` has them."""

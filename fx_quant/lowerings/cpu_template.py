@@ -33,7 +33,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from fx_quant.compat import templates_take_unbacked_sizes
 from fx_quant.kernels.cpu.native import PLAN, TILE_LOOP, Dot
-from fx_quant.kernels.cpu.plans import table
+from fx_quant.kernels.cpu.plans import PlanTable, table
 from fx_quant.kernels.layouts import PANEL
 
 aten = torch.ops.aten
@@ -131,7 +131,11 @@ class TileTemplate(CppTemplate):
     def __init__(self, dot: Dot, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, n: int, k: int) -> None:
         super().__init__(dot.name, list(inputs.values()), layout, parallel_num_threads())
         self.dot, self.names, self.n, self.k = dot, tuple(inputs), n, k
-        self.kind, self.source = dot.kind, dot.source
+        self.source = dot.source
+
+    def plans(self) -> PlanTable:
+        """What the native code does for each number of rows."""
+        return table(self.dot.kind)
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What ``text`` reads beside the names that every template has."""
@@ -147,7 +151,7 @@ class TileTemplate(CppTemplate):
     ) -> str:
         """The C++ source of the kernel."""
         inputs = dict(zip(self.names, self.input_nodes, strict=True))
-        plans = f"static constexpr FxqPlan FXQ_PLANS[] = {table(self.kind).rendered()};"
+        plans = f"static constexpr FxqPlan FXQ_PLANS[] = {self.plans().rendered()};"
         native, namespace = in_own_namespace(f"{PLAN}\n{plans}\n{self.source}")
         template_buffer = self.output_node if template_buffer_node is None else template_buffer_node
         assert isinstance(template_buffer, ir.Buffer)

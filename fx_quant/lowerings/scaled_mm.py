@@ -15,9 +15,9 @@ from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch._inductor.virtualized import V
 
-import fx_quant.kernels.cpu.decoded_kernels
 import fx_quant.kernels.cpu.tiled_kernels  # noqa: F401
 from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of
+from fx_quant.kernels.cpu.decoded_kernels import DECODED_OPS, fixed_name
 from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.cpu.native import BFLOAT16, Dot
 from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
@@ -96,13 +96,17 @@ def cpu_float8_bf16(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
     return _dequantize(tile_matmul(BFLOAT16, a, b, n), a_scale, b_scale, bias, out_dtype)
 
 
-def _decoded(op: torch._ops.OpOverload) -> Callable:
-    """The lowering of a kernel that decodes its weight: scales along k inside, the rest as the epilogue."""
+def _decoded(op: torch._ops.OpOverload, *, fixed: bool) -> Callable:
+    """The lowering of a kernel that decodes its weight: scales along k inside, the rest as the epilogue.
+
+    Args:
+        fixed: each row is summed in one order.
+    """
 
     def lowering(
         a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
     ) -> TensorBox:
-        decode = decode_of(a.get_dtype(), b.get_dtype(), b.get_size()[-1] == INT4_BYTES)
+        decode = decode_of(a.get_dtype(), b.get_dtype(), b.get_size()[-1] == INT4_BYTES, fixed)
         if not (can_render(decode.dot, a, n) and decode.takes(block)):
             extras = {"b_zero_point": b_zero_point, "block": block}
             return _extern(op)(a, b, a_scale, b_scale, bias, n, out_dtype, **extras)
@@ -113,8 +117,9 @@ def _decoded(op: torch._ops.OpOverload) -> Callable:
     return lowering
 
 
-for _op in (fxq.cpu_decoded_bf16.default, fxq.cpu_decoded_float32.default):
-    register_lowering(_op, type_promotion_kind=None)(_decoded(_op))
+for _name in DECODED_OPS:
+    for _op, _fixed in ((getattr(fxq, _name).default, False), (getattr(fxq, fixed_name(_name)).default, True)):
+        register_lowering(_op, type_promotion_kind=None)(_decoded(_op, fixed=_fixed))
 
 
 @register_lowering(fxq.cpu_float8_float32.default, type_promotion_kind=None)

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_quant.kernels.layouts import TRANSPOSED
 from fx_quant.kernels.realise import kept_parts, realise
 from fx_quant.kernels.select import Selection
+from fx_quant.passes.axes import extent
 from fx_quant.passes.canonical import operands_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.memory import Memory
-from fx_quant.passes.nodes import aten, is_op, shape
+from fx_quant.passes.nodes import aten, is_op, same_size, shape
 from fx_quant.problem import Size
 
 
@@ -88,6 +90,26 @@ class _IntoGraph:
 
     def shape(self, x: Node) -> Sequence[Size]:
         return shape(x)
+
+    def rows(self, x: Node) -> int | Node:
+        size = shape(x)[0]
+        try:
+            return self.emitter.size_argument(extent(size), self.node)
+        except LookupError:
+            return self.emitter.call(aten.sym_size.int, x, 0, like=self.node)
+
+    def missing_rows(self, x: Node, least: int) -> int | Node:
+        # Never a comparison, which would be a guard and a graph for each answer.
+        rows = self.rows(x)
+        if isinstance(rows, int):
+            return max(least - rows, 0)
+        if statically_known_true(shape(x)[0] >= least):
+            return 0
+        less = self.emitter.call(operator.sub, least, rows, like=self.node)
+        return self.emitter.call(torch.sym_max, less, 0, like=self.node)
+
+    def per_row(self, x: Node, of: Node) -> bool:
+        return same_size(shape(x)[0], shape(of)[0]) or not same_size(shape(x)[0], 1)
 
 
 def _assign(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from fx_quant.passes.merge import constant_key
@@ -57,7 +58,8 @@ class FakeCalls:
             return kind(self._made(look, tensors) for look in parts)
         if known is not None:
             return self._made(known, tensors)
-        with self._mode, torch.no_grad():
+        # Without it some ops take no symbolic size, unless what compiles the graph has set it.
+        with self._mode, torch.no_grad(), enable_python_dispatcher():
             result = target(*args, **kwargs)
         look = _look(result, tensors)
         if key is not None and look is not None:

@@ -15,8 +15,9 @@ from types import MappingProxyType
 from torch.fx import Graph
 
 from fx_quant.compat import copy_graph, dump_graph, is_subgraph, replace_contents
-from fx_quant.config import Options
+from fx_quant.config import Options, PaddingPolicy
 from fx_quant.errors import MissError, NoKernelError
+from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.select import Selection, Verdict, check_kernel_names, select
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import UnassignedError, assign
@@ -86,7 +87,9 @@ def choose_kernels(state: Rewriting) -> None:
     """A kernel for each site, or why there is none."""
     assert state.memory is not None
     # The layers of a model ask the same few questions.
-    choose = functools.cache(functools.partial(_choose, target=state.target, options=state.options))
+    choose = functools.cache(
+        functools.partial(_choose, target=state.target, options=state.options, context=state.context)
+    )
     for site in state.sites:
         reason = state.left.get(site.gemm.name) or _overwritten(site, state.memory)
         selection = None if reason is not None else attempt(choose, site.problem)
@@ -106,10 +109,16 @@ def _overwritten(site: Site, memory: Memory) -> str | None:
     return None
 
 
-def _choose(problem: Problem, target: Target, options: Options) -> Selection | NoKernelError:
+def _choose(problem: Problem, target: Target, options: Options, context: CompileContext) -> Selection | NoKernelError:
     """The kernel for ``problem``, or why there is none; a kernel that the user forces must run."""
     try:
-        return select(problem, target, force_kernel=options.force_kernel, disabled=options.disabled_kernels)
+        return select(
+            problem,
+            target,
+            force_kernel=options.force_kernel,
+            disabled=options.disabled_kernels,
+            context=context,
+        )
     except NoKernelError as error:
         if options.force_kernel is not None:
             raise
@@ -122,15 +131,22 @@ def _select(state: Rewriting, site: Site, selection: Selection | NoKernelError) 
         if site.product is None:
             state.miss(site, str(selection))
         else:
-            state.recognised.append(_left(site, site.product, state.target, selection.verdicts))
+            state.recognised.append(_left(site, site.product, state, selection.verdicts))
     elif site.product is not None and selection.kernel.dequantizes and state.options.force_kernel is None:
-        state.recognised.append(_left(site, site.product, state.target, selection.verdicts))
+        state.recognised.append(_left(site, site.product, state, selection.verdicts))
     else:
         state.rows[site] = Row(site, selection)
 
 
-def _left(site: Site, product: Product, target: Target, verdicts: tuple[Verdict, ...]) -> Recognised:
-    reason = f"no kernel of {target} runs this scheme; the source's own steps stay"
+def _left(site: Site, product: Product, state: Rewriting, verdicts: tuple[Verdict, ...]) -> Recognised:
+    context = state.context
+    asked = ", deterministic" if context.deterministic else ""
+    asked += (
+        f", with padding='{context.padding}'"
+        if context.padding in (PaddingPolicy.NEVER, PaddingPolicy.CONSTANTS)
+        else ""
+    )
+    reason = f"no kernel of {state.target} runs this scheme{asked}; the source's own steps stay"
     return Recognised(site.gemm, f"{product.obstacle}; {reason}" if product.obstacle else reason, site, verdicts)
 
 
@@ -194,7 +210,7 @@ def assign_kernels(state: Rewriting) -> None:
 
 def fold(state: Rewriting) -> None:
     """What kernels are given of constants alone is computed once."""
-    ops = {row.selection.kernel.overload() for row in state.rows.values()}
+    ops = {row.selection.overload() for row in state.rows.values()}
     kernels = [node for node in state.graph.nodes if is_op(node, *ops)]
     fold_constants(Emitter(state.graph), kernels, classify_inputs(state.graph, state.static_indices))
 
@@ -223,6 +239,7 @@ def to_canonical(
     options: Options,
     static_indices: frozenset[int] | None,
     left: Mapping[str, str] = MappingProxyType({}),
+    context: CompileContext | None = None,
 ) -> Rewriting:
     """Find the sites of ``graph``, select a kernel for each and rewrite a copy to canonical ops.
 
@@ -230,12 +247,13 @@ def to_canonical(
 
     Args:
         left: sites to leave as they are: the reason, by the name of the matmul.
+        context: what kernels and plans are chosen for; None is a whole graph with these options.
 
     Raises:
         NoKernelError: the forced kernel cannot run a site.
     """
     check_kernel_names(options.disabled_kernels)
-    state = Rewriting(graph, graph, target, options, static_indices, left)
+    state = Rewriting(graph, graph, target, options, context or CompileContext.of(options), static_indices, left)
     _run(FINDING, state)
     if state.rows:
         _run(WRITING, state)
@@ -252,37 +270,55 @@ def to_kernels(state: Rewriting) -> None:
     except UnassignedError as error:
         names = {row.op: row.site.gemm.name for row in state.rows.values()}
         left = {names[node]: reason for node, reason in error.reasons.items()}
-        without = to_canonical(state.source, state.target, state.options, state.static_indices, left)
+        without = to_canonical(state.source, state.target, state.options, state.static_indices, left, state.context)
         vars(state).update(vars(without))
         if state.rows:
             _run(LOWERING, state)
 
 
-def run_passes(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Rewriting:
+def run_passes(
+    graph: Graph,
+    target: Target,
+    options: Options,
+    static_indices: frozenset[int] | None,
+    context: CompileContext | None = None,
+) -> Rewriting:
     """All passes on a copy of ``graph``; without a site ``rows`` is empty and the copy is not to be used.
+
+    Args:
+        context: as for ``to_canonical``.
 
     Raises:
         NoKernelError: the forced kernel cannot run a site.
     """
     if not holds_codes(graph):
-        return Rewriting(graph, graph, target, options, static_indices)
+        return Rewriting(graph, graph, target, options, context or CompileContext.of(options), static_indices)
     with collector_paused():
-        state = to_canonical(graph, target, options, static_indices)
+        state = to_canonical(graph, target, options, static_indices, context=context)
         if state.rows:
             to_kernels(state)
     return state
 
 
-def rewrite_graph(graph: Graph, target: Target, options: Options, static_indices: frozenset[int] | None) -> Report:
+def rewrite_graph(
+    graph: Graph,
+    target: Target,
+    options: Options,
+    static_indices: frozenset[int] | None,
+    context: CompileContext | None = None,
+) -> Report:
     """Rewrite ``graph`` in place to the kernels of ``target`` and report on it.
 
     A graph without a site is left byte for byte as it was. On an exception the graph is untouched.
+
+    Args:
+        context: as for ``to_canonical``.
 
     Raises:
         MissError: ``options.strict`` and a quantized matmul was missed.
         NoKernelError: the forced kernel cannot run a site.
     """
-    state = run_passes(graph, target, options, static_indices)
+    state = run_passes(graph, target, options, static_indices, context)
     report = report_on(state)
     if options.strict and report.misses:
         raise MissError(f"strict=True and {len(report.misses)} quantized matmuls were missed.\n{report}")

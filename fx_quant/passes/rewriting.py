@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from fx_quant.config import Options
+from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.select import Selection
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.memory import Memory
@@ -52,6 +53,7 @@ class Rewriting:
         graph: the graph being rewritten.
         target: the machine to choose kernels for.
         options: what the user asked for.
+        context: what kernels and plans are chosen for.
         static_indices: positions of the placeholders that are parameters or buffers; None where that is not known.
         left: sites to leave as they are: the reason, by the name of the matmul.
         before: the source as the sites were found in it: normalised, nothing rewritten.
@@ -67,6 +69,7 @@ class Rewriting:
     graph: Graph
     target: Target
     options: Options
+    context: CompileContext
     static_indices: frozenset[int] | None = None
     left: Mapping[str, str] = field(default_factory=dict)
     before: Graph = field(default_factory=Graph)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fx_quant.kernels.cpu.native import AVX512, BFLOAT16, FLOAT32, PLAN, TILE, Dot, for_target, load, source
-from fx_quant.kernels.cpu.plans import PlanTable, table
+from fx_quant.kernels.cpu.plans import FIXED, PlanTable, table
 from fx_quant.scheme import FLOAT8_DTYPES
 
 # Bytes become bfloat16 by a table of 128 bytes.
@@ -51,17 +51,23 @@ class Decode:
         codes: the C++ struct of the codes.
         source: the native code.
         step: groups along k must be multiples of it.
+        fixed: each row is summed in one order, however many rows there are.
     """
 
     dot: Dot
     codes: str
     source: str
     step: int
+    fixed: bool = False
 
     @property
     def kind(self) -> str:
         """What its plans are called in ``plans.py``; signed and unsigned bytes share them."""
         return f"{self.dot.kind}_decoded_{_KINDS[self.codes]}"
+
+    def plans(self) -> PlanTable:
+        """The plans in force; where the order is fixed one that no measurement changes."""
+        return FIXED if self.fixed else table(self.kind)
 
     def takes(self, block: Sequence[int] | None) -> bool:
         """Whether this machine has the instructions, and a panel can be decoded group by group."""
@@ -74,16 +80,20 @@ def is_int4(b: Tensor) -> bool:
 
 
 @functools.cache
-def decode_of(a_dtype: torch.dtype, code_dtype: torch.dtype, int4: bool) -> Decode:
-    """How codes of ``code_dtype`` (``int4``: two to a byte) meet an activation of ``a_dtype``, bfloat16 or float32."""
+def decode_of(a_dtype: torch.dtype, code_dtype: torch.dtype, int4: bool, fixed: bool = False) -> Decode:
+    """How codes of ``code_dtype`` (``int4``: two to a byte) meet an activation of ``a_dtype``, bfloat16 or float32.
+
+    Args:
+        fixed: sum each row in one order, however many rows there are.
+    """
     dot = _DOTS[a_dtype]
     is_bf16 = a_dtype is torch.bfloat16
     codes = "FxqNibbles" if int4 else _BYTES[code_dtype]
     decoder = "decode_bf16.h" if is_bf16 else "decode_float32.h"
     files = ("codes.h", decoder, "factors.h", "rows.h", "panel.h")
-    native = f"{dot.source}\n{source(*files)}"
+    native = f"#define FXQ_SETS {1 if fixed else 2}\n{dot.source}\n{source(*files)}"
     step = 8 if int4 else 2 if is_bf16 else 1
-    return Decode(dot, codes, f"{_table(code_dtype)}{native}", step)
+    return Decode(dot, codes, f"{_table(code_dtype)}{native}", step, fixed)
 
 
 def _table(dtype: torch.dtype) -> str:
@@ -236,6 +246,8 @@ def decoded_matmul(
     out_dtype: torch.dtype,
     block: Sequence[int] | None,
     plans: PlanTable | None = None,
+    *,
+    fixed: bool = False,
 ) -> Tensor | None:
     """The equation above of ``a [m, k]`` and packed ``b``; None where the native code cannot run.
 
@@ -246,8 +258,9 @@ def decoded_matmul(
         a_scale, b_scale, b_zero_point, bias, out_dtype, block: as in ``fx_quant::scaled_mm`` and ``weight_only_mm``;
             factors of groups may also be in panels, ``[ceil(n / 64), groups, 64]``.
         plans: those in force for the kernel unless given.
+        fixed: sum each row in one order, however many rows there are.
     """
-    decode = decode_of(a.dtype, b.dtype, is_int4(b))
+    decode = decode_of(a.dtype, b.dtype, is_int4(b), fixed)
     if a.device.type != "cpu" or not decode.takes(block):
         return None
     function = _compiled(decode)
@@ -276,7 +289,7 @@ def decoded_matmul(
         if a_scale is not None:
             weight.row_scale = a_scale.data_ptr()
             weight.row_scale_stride, weight.row_scale_group_stride = a_scale.stride()
-    plans = table(decode.kind) if plans is None else plans
+    plans = decode.plans() if plans is None else plans
     operands = (a.data_ptr(), a.stride(0), m, ctypes.byref(weight), ctypes.byref(epilogue))
     function(*operands, plans.array, torch.get_num_threads())
     return out

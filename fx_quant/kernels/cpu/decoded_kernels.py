@@ -6,6 +6,7 @@ weight-only kernel gives it the float activation, a block-scaled one the activat
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -33,9 +34,13 @@ _ANY_SCALES = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_
 _BLOCKS = frozenset((Granularity.ANY_GROUP, weight) for weight in (Granularity.ANY_GROUP, Granularity.ANY_BLOCK))
 
 
-def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
-    """The native matmul, or float matmuls of the unpacked weight where it cannot run."""
-    out = decoded_matmul(a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block)
+def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, fixed=False, **_) -> Tensor:
+    """The native matmul, or float matmuls of the unpacked weight where it cannot run.
+
+    Args:
+        fixed: each row is summed in one order, however many there are.
+    """
+    out = decoded_matmul(a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block, fixed=fixed)
     if out is not None:
         return out
     k = a.shape[1]
@@ -44,7 +49,10 @@ def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, b
         a, a_scale = decode(a, a_scale, block=(1, block[1])), None
     b_scale = torch.ones((), device=a.device) if b_scale is None else b_scale
     weight = dequantize_weight(unpacked(b, n, k), k, b_scale, b_zero_point, block)
-    return dequantize(a.float() @ weight, a_scale, None, bias, out_dtype)
+    a = a.float()
+    # A library chooses the order of its sums by the number of rows, and by where they begin in memory.
+    sums = torch.cat([row.clone() @ weight for row in a.split(1)]) if fixed else a @ weight
+    return dequantize(sums, a_scale, None, bias, out_dtype)
 
 
 def _by_rows(factor: Tensor | None, n: int) -> Tensor | None:
@@ -70,8 +78,17 @@ def _fake(name: str):
     return of_panels
 
 
-for _name in ("cpu_decoded_bf16", "cpu_decoded_float32"):
+DECODED_OPS = ("cpu_decoded_bf16", "cpu_decoded_float32")
+
+
+def fixed_name(op: str) -> str:
+    """Name of the op that sums each row in one order."""
+    return f"{op}_fixed"
+
+
+for _name in DECODED_OPS:
     register_op(_name, _decoded, _fake(_name))
+    register_op(fixed_name(_name), functools.partial(_decoded, fixed=True), _fake(fixed_name(_name)))
 
 _AVX512 = frozenset({"avx512", "cpp_compiler"})
 _BF16 = _AVX512 | {"avx512_bf16", "avx512_vbmi"}
@@ -91,6 +108,7 @@ for _suffix, _op, _floats, _features, _a_dtype, _by in (
                 provider="cpu",
                 linear_kernel="CPUWeightOnlyLinearKernel",
                 op=_op,
+                fixed_op=fixed_name(_op),
                 requires=Requires(
                     platforms=CPU,
                     features=_features,
@@ -115,6 +133,7 @@ register_kernel(
         provider="cpu",
         linear_kernel="CPUFP8ScaledMMLinearKernel",
         op="cpu_decoded_bf16",
+        fixed_op=fixed_name("cpu_decoded_bf16"),
         requires=Requires(
             platforms=CPU,
             features=_BF16,
@@ -145,6 +164,7 @@ for _codes, _pairs, _class in (
                 provider="cpu",
                 linear_kernel=_class,
                 op=_op,
+                fixed_op=fixed_name(_op),
                 requires=Requires(
                     platforms=CPU,
                     features=_features,

@@ -143,6 +143,9 @@ DEFAULTS: Mapping[str, PlanTable] = MappingProxyType(
     }
 )
 
+# One plan for any number of rows, whatever was measured: each row is summed in the same parts.
+FIXED = PlanTable(((ANY_ROWS, Plan()),))
+
 
 def default_table(kind: str) -> PlanTable:
     """The plans of kernels of ``kind`` where nothing was measured."""

@@ -56,8 +56,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
     const FxqChunk& chunk,
     const FxqAhead (&expected)[3],
     float* acc) {
-  // Of few rows a sum would wait for that of the part before.
-  constexpr int SETS = DECODE::PARTS > 1 && ROWS <= 2 ? 2 : 1;
+  // Of few rows a sum would wait for that of the part before, unless all rows are to be summed in one order.
+  constexpr int SETS = DECODE::PARTS > 1 && ROWS <= 2 ? FXQ_SETS : 1;
   const typename DOT::A* a = rows.data + row * rows.stride;
   const uint8_t* codes = chunk.codes;
   FxqAhead ahead = expected[0], scales = expected[1], zero_points = expected[2];
