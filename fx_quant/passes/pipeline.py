@@ -28,6 +28,7 @@ from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.nodes import is_op
+from fx_quant.passes.pads import PadName, UnremovableError, remove_pads
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.reporting import report_on
 from fx_quant.passes.rewrite import (
@@ -68,6 +69,13 @@ def merge_common_subexpressions(state: Rewriting) -> None:
 def drop_identities(state: Rewriting) -> None:
     """Views, casts and arithmetic that change nothing go."""
     remove_identities(state.graph)
+
+
+def drop_pads(state: Rewriting) -> None:
+    """Pads that an author wrote for eager calls go, where nothing that is left depends on them."""
+    inputs = classify_inputs(state.graph, state.static_indices)
+    found = attempt(remove_pads, state.graph, inputs, state.kept_pads)
+    state.pads = [] if isinstance(found, Failure) else found
 
 
 def find(state: Rewriting) -> None:
@@ -204,7 +212,7 @@ def check(state: Rewriting) -> None:
     verify(state.graph, state.source, {row.canonical for row in state.rows.values()})
 
 
-FINDING: tuple[Pass, ...] = (merge_common_subexpressions, drop_identities, find, choose_kernels)
+FINDING: tuple[Pass, ...] = (merge_common_subexpressions, drop_identities, drop_pads, find, choose_kernels)
 WRITING: tuple[Pass, ...] = (recognise_quantizes, write_canonical_ops, write_quantizes, tidy)
 LOWERING: tuple[Pass, ...] = (assign_kernels, fold, check)
 PASSES = FINDING + WRITING + LOWERING
@@ -235,11 +243,31 @@ def to_canonical(
         NoKernelError: the forced kernel cannot run a site.
     """
     check_kernel_names(options.disabled_kernels)
-    state = Rewriting(graph, graph, target, options, static_indices, left)
-    _run(FINDING, state)
-    if state.rows:
-        _run(WRITING, state)
-    return state
+    kept: dict[PadName, str] = {}
+    while True:
+        state = Rewriting(graph, graph, target, options, static_indices, left, kept)
+        try:
+            _run(FINDING, state)
+            if state.rows:
+                _run(WRITING, state)
+            stays = _of_misses(state)
+        except UnremovableError as error:
+            stays = error.reasons
+        except NoKernelError as error:
+            # The author may have padded for just this kernel.
+            stays = {name: str(error) for pad in state.pads if pad.kept is None for name in pad.pads}
+            if not stays:
+                raise
+        if not stays:
+            return state
+        kept |= stays
+
+
+def _of_misses(state: Rewriting) -> dict[PadName, str]:
+    """The pads that were taken out of matmuls which are not rewritten: these are to be left as they were."""
+    rewritten = {site.gemm.name for site in state.rows}
+    left = [pad for pad in state.pads if pad.kept is None and pad.gemm not in rewritten]
+    return {name: f"the matmul {pad.gemm} is not rewritten" for pad in left for name in pad.pads}
 
 
 def to_kernels(state: Rewriting) -> None:
