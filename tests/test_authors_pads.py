@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import assert_same_meaning, calls, copy_of, rewrite, trace
+from graphs import assert_same_meaning, calls, capture, copy_of, rewrite, trace
 
+from fx_quant import Fp8LinearOp
 from fx_quant.passes.reporting import report_on
+from fx_quant.report import Report
+from tests.printer import print_graph
 
 aten = torch.ops.aten
 M, K, N = 5, 32, 24
@@ -473,3 +477,146 @@ def test_pads_that_matter_stay(flow, reason):
     assert pads_left(state.before) == pads_left(source)
     if reason is not None:
         assert any(reason in note for site in notes for note in site)
+
+
+def test_a_pad_stays_with_a_matmul_that_is_left_as_it_is():
+    def flow(x, w, ws, other):
+        y = quantized_rows(x, w, ws)
+        return (y @ other)[:M]
+
+    state, (notes,) = settled(flow, X, W, WS, torch.randn(N, 8))
+    assert notes == ["author's pad of m to 17 kept: the matmul mm is not rewritten"]
+    assert pads_left(state.graph) == pads_left(trace(flow, X, W, WS, torch.randn(N, 8)))
+
+
+def test_a_site_that_is_missed_keeps_its_pads():
+    state = rewrite(trace(padded_before_the_quantize, X, W, WS), disabled_kernels=["cpu", "pytorch", "triton"])
+    assert not state.rows
+    assert pads_left(state.before) == ["constant_pad_nd"]
+    assert [str(left.site.problem.m) for left in state.recognised] == ["17"]
+
+
+def test_a_row_that_is_not_there_has_no_largest_magnitude():
+    empty = trace(per_tensor_scale_of_padded_rows, X[:0], W, WS)
+    state = rewrite(empty)
+    assert pads_left(state.before) == ["constant_pad_nd"]
+    assert str(state.sites[0].problem.m) == "17"
+
+
+# --- as Dynamo traces them --------------------------------------------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    """``flow(x, w, ws)`` of a weight that is a buffer."""
+
+    def __init__(self, flow, w):
+        super().__init__()
+        self.flow = flow
+        self.register_buffer("w", w)
+        self.register_buffer("ws", WS)
+
+    def forward(self, x):
+        return self.flow(x, self.w, self.ws)
+
+
+def as_vllm_pads(x, w, ws):
+    x_2d = x.view(-1, x.shape[-1])
+    q, scale = per_token(x_2d)
+    q = F.pad(q, (0, 0, 0, max(17 - x_2d.shape[0], 0)))
+    y = torch.narrow(torch._int_mm(q, w), 0, 0, x_2d.shape[0])
+    return (y.float() * scale * ws).view(*x.shape[:-1], w.shape[1])
+
+
+def only_few_rows(x, w, ws):
+    m = x.shape[0]
+    q, scale = per_token(x)
+    if m < 17:
+        q = torch.cat([q, q.new_zeros(17 - m, q.shape[1])])
+    return torch._int_mm(q, w)[:m].float() * scale * ws
+
+
+def into_a_buffer(x, w, ws):
+    q, scale = per_token(x)
+    buffer = q.new_zeros(17, q.shape[1])
+    buffer[: x.shape[0]] = q
+    return torch._int_mm(buffer, w)[: x.shape[0]].float() * scale * ws
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("flow", [as_vllm_pads, only_few_rows, into_a_buffer], ids=lambda flow: flow.__name__)
+def test_pads_that_dynamo_traced_go(flow, dynamic):
+    (graph,) = capture(Layer(flow, W), X, dynamic_rows=dynamic and flow is not into_a_buffer)
+    assert pads_left(graph.state.graph) == []
+    ((note,),) = [site.notes for site in report_on(graph.state).sites]
+    assert note == "author's pad of m to 17 removed"
+    assert_same_meaning(graph.source, rewrite(graph.source, graph.static).graph, graph.inputs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_rows_that_the_seeds_layer_pads_go(per_token, dynamic):
+    layer = Fp8LinearOp(per_token, pad_output=True)
+    (graph,) = capture(Layer(lambda x, w, ws: layer.apply(x, w.t(), ws), W8), X, dynamic_rows=dynamic)
+    assert pads_left(graph.state.graph) == []
+    assert [site.notes for site in report_on(graph.state).sites] == [("author's pad of m to 17 removed",)]
+    assert_same_meaning(graph.source, rewrite(graph.source, graph.static).graph, graph.inputs)
+
+
+def test_the_report_says_what_was_taken_out_and_json_too():
+    state, _ = settled(padded_before_the_quantize, X, W, WS)
+    report = report_on(state)
+    assert "author's pad of m to 17 removed" in str(report)
+    assert Report.from_json(report.to_json()) == report
+    assert '"notes": [\n        "author\'s pad of m to 17 removed"' in report.to_json()
+
+
+class TestGolden(expecttest.TestCase):
+    def test_a_site_before_and_after(self):
+        graph = trace(padded_after_the_quantize, X, W, WS)
+        self.assertExpectedInline(
+            print_graph(graph),
+            """\
+a0: f32[5, 32]
+a1: i8[32, 24]
+a2: f32[24]
+%0: f32[5, 32] = aten.abs(a0)
+%1: f32[5, 1] = aten.amax(%0, [-1], True)
+%2: f32[5, 1] = aten.div.Tensor(%1, 127)
+%3: f32[5, 32] = aten.div.Tensor(a0, %2)
+%4: f32[5, 32] = aten.round(%3)
+%5: f32[5, 32] = aten.clamp_min(%4, -128)
+%6: f32[5, 32] = aten.clamp_max(%5, 127)
+%7: i8[5, 32] = prims.convert_element_type(%6, i8)
+%8: i8[17, 32] = aten.constant_pad_nd(%7, [0, 0, 0, 12], 0)
+%9: i32[17, 24] = aten._int_mm(%8, a1)
+%10: i32[5, 24] = aten.slice.Tensor(%9, 0, 0, 5)
+%11: f32[5, 24] = prims.convert_element_type(%10, f32)
+%12: f32[5, 24] = aten.mul.Tensor(%11, %2)
+%13: f32[5, 24] = aten.mul.Tensor(%12, a2)
+return %13
+""",
+        )
+        self.assertExpectedInline(
+            print_graph(rewrite(graph).graph),
+            """\
+a0: f32[5, 32]
+a1: i8[32, 24]
+a2: f32[24]
+%0: (i8[5, 32], f32[5, 1]) = fx_quant.quantize.dynamic(a0, divide_dtype=f32, divisor=127, dtype=i8, floor=0, floor_on=none, granularity=per_token, hi=127, lo=-128, reciprocal=False, scale_dtype=f32)
+%1: i8[5, 32] = getitem(%0, 0)
+%2: f32[5, 1] = getitem(%0, 1)
+%3: f32[5, 24] = fx_quant.scaled_mm(%1, a1, %2, a2, None, f32)
+return %3
+""",
+        )
+        self.assertExpectedInline(
+            str(report_on(rewrite(graph))).partition("not chosen")[0],
+            """\
+fx_quant: 1 of 1 quantized matmuls rewritten on x86_vnni, 0 missed
+
+module    sites    scheme                                       m    n    k    kernel         padding                                numerics
+--------  -------  -------------------------------------------  ---  ---  ---  -------------  -------------------------------------  ----------
+?         1        int8 per_token (dynamic) x int8 per_channel  5    24   32   cpu_int8_vnni  none; author's pad of m to 17 removed  exact
+
+""",
+        )
