@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from graphs import assert_same_meaning, calls, capture, copy_of, rewrite, trace
 
 from fx_quant import Fp8LinearOp
+from fx_quant.errors import NoKernelError
+from fx_quant.passes import pads, pipeline
+from fx_quant.passes.pipeline import to_kernels
 from fx_quant.passes.reporting import report_on
 from fx_quant.report import Report
 from tests.printer import print_graph
@@ -494,6 +497,50 @@ def test_a_site_that_is_missed_keeps_its_pads():
     assert not state.rows
     assert pads_left(state.before) == ["constant_pad_nd"]
     assert [str(left.site.problem.m) for left in state.recognised] == ["17"]
+
+
+def test_pads_of_which_a_step_raises_stay(monkeypatch):
+    """However many there are, they are tried twice."""
+    removals, run = [], pads._Removal.run
+    monkeypatch.setattr(pads._Removal, "_recall", _raises)
+    monkeypatch.setattr(pads._Removal, "run", lambda removal: (removals.append(removal), run(removal)))
+
+    def flow(x, ws, *weights):
+        return [(torch._int_mm(rows(codes(x, 0.02 + i)), w).float() * ws)[:M] for i, w in enumerate(weights)]
+
+    state = rewrite(trace(flow, X, WS, *[W + i for i in range(4)]))
+    assert len(removals) == 2
+    kept = "kept: taking it out of aten._int_mm failed with ZeroDivisionError: no step"
+    assert [site.notes for site in report_on(state).sites] == [(f"author's pad of m to 17 {kept}",)] * 4
+
+
+def _raises(*_):
+    raise ZeroDivisionError("no step")
+
+
+def test_results_of_two_pads_of_one_tensor_stay_two_tensors():
+    def flow(x, w, ws):
+        q = codes(x, 0.02)
+        one, other = rows(q), rows(q, 20)
+        return (torch._int_mm(one, w).float() * ws)[:M], (torch._int_mm(other, w).float() * ws)[:M], one[:M], other[:M]
+
+    settled(flow, X, W, WS)
+    state = rewrite(trace(flow, X, W, WS))
+    to_kernels(state)
+    assert len(state.rows) == 2
+
+
+def test_a_kernel_that_is_forced_and_needs_the_rows_gets_them(monkeypatch):
+    def choose(problem, target, options):
+        if problem.m.low < 17:
+            raise NoKernelError("needs 17 rows")
+        return chosen(problem, target, options)
+
+    chosen = pipeline._choose
+    monkeypatch.setattr(pipeline, "_choose", choose)
+    state, (notes,) = settled(padded_before_the_quantize, X, W, WS)
+    assert notes == ["author's pad of m to 17 kept: needs 17 rows"]
+    assert str(state.sites[0].problem.m) == "17"
 
 
 def test_a_row_that_is_not_there_has_no_largest_magnitude():

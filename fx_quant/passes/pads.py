@@ -6,7 +6,7 @@ its kernel's own plan pads them, or does not. Pads that belong together go toget
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -47,12 +47,14 @@ class UnremovableError(Exception):
     """Pads that cannot be taken out after all, while some of it is done; the graph is of no more use.
 
     Args:
-        reasons: why, by pad.
+        pads: those at which a step raised.
+        going: all that were to be taken out.
+        reason: why.
     """
 
-    def __init__(self, reasons: Mapping[PadName, str]) -> None:
-        super().__init__(f"pads cannot be removed: {dict(reasons)}")
-        self.reasons = reasons
+    def __init__(self, pads: Sequence[PadName], going: Sequence[PadName], reason: str) -> None:
+        super().__init__(f"the pads {pads} cannot be taken out: {reason}")
+        self.pads, self.going, self.reason = pads, going, reason
 
 
 def remove_pads(graph: Graph, inputs: Inputs, kept: Mapping[PadName, str]) -> list[AuthorsPad]:
@@ -67,7 +69,9 @@ def remove_pads(graph: Graph, inputs: Inputs, kept: Mapping[PadName, str]) -> li
     """
     if not any(map(may_pad, graph.nodes)):
         return []
-    nodes = PaddedNodes(graph, inputs.runtime, rule_of, may_pad)
+    nodes = attempt(PaddedNodes, graph, inputs.runtime, rule_of, may_pad)
+    if isinstance(nodes, Failure):
+        return []
     groups = {root: tuple((pad.name, dim) for pad, dim in members) for root, members in nodes.members().items()}
     for root, names in groups.items():
         for name in names:
@@ -115,7 +119,7 @@ class _Removal:
             done = attempt(self._take_out, node)
             if isinstance(done, Failure):
                 why = done.reason(f"taking it out of {qualified_name(node.target)}")
-                raise UnremovableError({name: why for root in roots for name in self._groups[root]})
+                raise UnremovableError(self._names(roots), self._names(self._going), why)
         for node in reversed(affected):
             if not node.users:
                 self._graph.erase_node(node)
@@ -124,6 +128,9 @@ class _Removal:
         """The pads to take out that ``node`` has to do with."""
         every = [padded for one in (node, *node.all_input_nodes) for padded in self._nodes.every(one)]
         return {root for padded in every if (root := self._nodes.root(padded.pad)) in self._going}
+
+    def _names(self, roots: Iterable[Pad]) -> list[PadName]:
+        return [name for root in roots for name in self._groups[root]]
 
     def _goes(self, pad: Pad) -> bool:
         return self._nodes.root(pad) in self._going

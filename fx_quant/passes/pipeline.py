@@ -73,9 +73,7 @@ def drop_identities(state: Rewriting) -> None:
 
 def drop_pads(state: Rewriting) -> None:
     """Pads that an author wrote for eager calls go, where nothing that is left depends on them."""
-    inputs = classify_inputs(state.graph, state.static_indices)
-    found = attempt(remove_pads, state.graph, inputs, state.kept_pads)
-    state.pads = [] if isinstance(found, Failure) else found
+    state.pads = remove_pads(state.graph, classify_inputs(state.graph, state.static_indices), state.kept_pads)
 
 
 def find(state: Rewriting) -> None:
@@ -244,6 +242,7 @@ def to_canonical(
     """
     check_kernel_names(options.disabled_kernels)
     kept: dict[PadName, str] = {}
+    failed = False
     while True:
         state = Rewriting(graph, graph, target, options, static_indices, left, kept)
         try:
@@ -252,7 +251,9 @@ def to_canonical(
                 _run(WRITING, state)
             stays = _of_misses(state)
         except UnremovableError as error:
-            stays = error.reasons
+            # One that cannot be taken out costs no other pad; with a second all stay, so that time stays linear.
+            stays = dict.fromkeys(error.going if failed else error.pads, error.reason)
+            failed = True
         except NoKernelError as error:
             # The author may have padded for just this kernel.
             stays = {name: str(error) for pad in state.pads if pad.kept is None for name in pad.pads}

@@ -235,5 +235,6 @@ PLANTS = (
     Plant("correction", "passes.rules.arithmetic:_correct", _any_multiplier, "any multiple of column sums is a correction"),
     Plant("range", "passes.quantizers:recognise_quantizer", _one_less, "the upper bound of codes is one less"),
     Plant("stale", "ops.constants:_is_current", _never_stale, "a weight that was written to is not packed again"),
+    Plant("padding", "passes.rules.padded:_is_neutral", _always, "what is reduced is taken not to change with its padding"),
     Plant("exact codes", "passes.matrices:holds_exactly", _always, "a cast that wraps codes around is taken for none"),
 )  # fmt: skip

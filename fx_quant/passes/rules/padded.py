@@ -60,6 +60,7 @@ def _padded(env: PaddedNodes, node: Node, source: Node, dim: int, tail: Tail, on
         if inner is not None:
             raise LookupError(f"{node} pads it again, in a way that is not known to only add at its end")
         return
+    env.memory.join(source, node)
     outer = env.pads(node, source, Padded(before if inner is None else inner.kept, tail, (node, dim)))
     onto[dim] = outer if inner is None else env.join([outer, inner])
 
