@@ -34,6 +34,7 @@ class SiteReport:
         numerics: class of the rewrite.
         quantize: the recognised quantize formula, or why it was left as it is.
         unmet: kernels that were not chosen, each with what it requires and is not met; nothing when it could have run.
+        notes: what became of pads that the author wrote around it.
     """
 
     module: str
@@ -49,6 +50,7 @@ class SiteReport:
     numerics: str
     quantize: str
     unmet: dict[str, tuple[Unmet, ...]]
+    notes: tuple[str, ...] = ()
 
     @property
     def losers(self) -> dict[str, list[str]]:
@@ -183,6 +185,8 @@ class Report:
         for name in _JUDGED:
             for fields in data[name]:
                 fields["unmet"] = from_data(fields.pop("losers"), fields.get("unmet"))
+        for fields in data["sites"]:
+            fields["notes"] = tuple(fields.get("notes", ()))
         for name, row in _ROWS.items():
             data[name] = tuple(row(**fields) for fields in data[name])
         return cls(**data)
@@ -259,7 +263,7 @@ class Report:
         alike: dict[tuple[object, ...], list[str]] = {}
         for s in self.sites:
             name = s.module or s.source or "?"
-            facts = (s.scheme, s.m, s.n, s.k, s.kernel, s.padding, s.numerics)
+            facts = (s.scheme, s.m, s.n, s.k, s.kernel, "; ".join((s.padding, *s.notes)), s.numerics)
             alike.setdefault((without_numbers(name) if s.module else name, *facts), []).append(name)
         rows = [(names[0] if len(names) == 1 else name, len(names), *facts) for (name, *facts), names in alike.items()]
         headers = ("module", "sites", "scheme", "m", "n", "k", "kernel", "padding", "numerics")

@@ -40,6 +40,7 @@ SEEDS = {
     "correction": 28,
     "range": 37,
     "stale": 6,
+    "padding": 460,
     "exact codes": 58,
 }
 

@@ -50,6 +50,12 @@ class Emitter:
                 node.meta[key] = like.meta[key]
         return node
 
+    def recall(self, node: Node, target: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Make ``node`` a call of ``target``, in place."""
+        node.target, node.args, node.kwargs = target, args, kwargs
+        values, named = map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = self._fake_call(target, values, named)
+
     def cast(self, node: Node, to: torch.dtype, *, like: Node) -> Node:
         """``node`` in dtype ``to``."""
         if node.meta["val"].dtype == to:

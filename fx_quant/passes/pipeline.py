@@ -29,6 +29,7 @@ from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.nodes import is_op
+from fx_quant.passes.pads import PadName, UnremovableError, remove_pads
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.reporting import report_on
 from fx_quant.passes.rewrite import (
@@ -69,6 +70,11 @@ def merge_common_subexpressions(state: Rewriting) -> None:
 def drop_identities(state: Rewriting) -> None:
     """Views, casts and arithmetic that change nothing go."""
     remove_identities(state.graph)
+
+
+def drop_pads(state: Rewriting) -> None:
+    """Pads that an author wrote for eager calls go, where nothing that is left depends on them."""
+    state.pads = remove_pads(state.graph, classify_inputs(state.graph, state.static_indices), state.kept_pads)
 
 
 def find(state: Rewriting) -> None:
@@ -220,7 +226,7 @@ def check(state: Rewriting) -> None:
     verify(state.graph, state.source, {row.canonical for row in state.rows.values()})
 
 
-FINDING: tuple[Pass, ...] = (merge_common_subexpressions, drop_identities, find, choose_kernels)
+FINDING: tuple[Pass, ...] = (merge_common_subexpressions, drop_identities, drop_pads, find, choose_kernels)
 WRITING: tuple[Pass, ...] = (recognise_quantizes, write_canonical_ops, write_quantizes, tidy)
 LOWERING: tuple[Pass, ...] = (assign_kernels, fold, check)
 PASSES = FINDING + WRITING + LOWERING
@@ -253,11 +259,35 @@ def to_canonical(
         NoKernelError: the forced kernel cannot run a site.
     """
     check_kernel_names(options.disabled_kernels)
-    state = Rewriting(graph, graph, target, options, context or CompileContext.of(options), static_indices, left)
-    _run(FINDING, state)
-    if state.rows:
-        _run(WRITING, state)
-    return state
+    context = context or CompileContext.of(options)
+    kept: dict[PadName, str] = {}
+    failed = False
+    while True:
+        state = Rewriting(graph, graph, target, options, context, static_indices, left, kept)
+        try:
+            _run(FINDING, state)
+            if state.rows:
+                _run(WRITING, state)
+            stays = _of_misses(state)
+        except UnremovableError as error:
+            # One that cannot be taken out costs no other pad; with a second all stay, so that time stays linear.
+            stays = dict.fromkeys(error.going if failed else error.pads, error.reason)
+            failed = True
+        except NoKernelError as error:
+            # The author may have padded for just this kernel.
+            stays = {name: str(error) for pad in state.pads if pad.kept is None for name in pad.pads}
+            if not stays:
+                raise
+        if not stays:
+            return state
+        kept |= stays
+
+
+def _of_misses(state: Rewriting) -> dict[PadName, str]:
+    """The pads that were taken out of matmuls which are not rewritten: these are to be left as they were."""
+    rewritten = {site.gemm.name for site in state.rows}
+    left = [pad for pad in state.pads if pad.kept is None and pad.gemm not in rewritten]
+    return {name: f"the matmul {pad.gemm} is not rewritten" for pad in left for name in pad.pads}
 
 
 def to_kernels(state: Rewriting) -> None:

@@ -15,7 +15,10 @@ from fx_quant.scheme import dtype_name
 
 def report_on(state: Rewriting) -> Report:
     """Sites, recognised matmuls and misses of ``state``, in words."""
-    sites = tuple(map(_site_report, state.rows.values()))
+    notes: dict[str, list[str]] = {}
+    for pad in state.pads:
+        notes.setdefault(pad.gemm, []).append(str(pad))
+    sites = tuple(_site_report(row, tuple(notes.get(row.site.gemm.name, ()))) for row in state.rows.values())
     misses = tuple(
         MissReport(
             module=module_path(miss.gemm),
@@ -49,7 +52,7 @@ def _unmet(verdicts: Iterable[Verdict], chosen: str = "") -> dict[str, tuple[Unm
     return {verdict.kernel: verdict.unmet for verdict in verdicts if verdict.kernel != chosen}
 
 
-def _site_report(row: Row) -> SiteReport:
+def _site_report(row: Row, notes: tuple[str, ...]) -> SiteReport:
     site, selection = row.site, row.selection
     problem = site.problem
     return SiteReport(
@@ -66,4 +69,5 @@ def _site_report(row: Row) -> SiteReport:
         numerics=str(max(site.numerics, selection.kernel.numerics)),
         quantize=str(row.quantizer or ""),
         unmet=_unmet(selection.verdicts, selection.kernel.name),
+        notes=notes,
     )

@@ -12,6 +12,7 @@ from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.select import Selection
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.memory import Memory
+from fx_quant.passes.pads import AuthorsPad, PadName
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.sites import Miss, Recognised, Site
 from fx_quant.target import Target
@@ -56,6 +57,8 @@ class Rewriting:
         context: what kernels and plans are chosen for.
         static_indices: positions of the placeholders that are parameters or buffers; None where that is not known.
         left: sites to leave as they are: the reason, by the name of the matmul.
+        kept_pads: pads of the author's to leave as they are: the reason, by pad.
+        pads: what an author padded, as it was when the sites were found.
         before: the source as the sites were found in it: normalised, nothing rewritten.
         sites: those that were found.
         rows: each site that is rewritten.
@@ -72,6 +75,8 @@ class Rewriting:
     context: CompileContext
     static_indices: frozenset[int] | None = None
     left: Mapping[str, str] = field(default_factory=dict)
+    kept_pads: Mapping[PadName, str] = field(default_factory=dict)
+    pads: list[AuthorsPad] = field(default_factory=list)
     before: Graph = field(default_factory=Graph)
     sites: list[Site] = field(default_factory=list)
     rows: dict[Site, Row] = field(default_factory=dict)

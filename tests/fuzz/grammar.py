@@ -39,6 +39,7 @@ class Draft:
         self.rng = random.Random(seed)
         # Of its own, so that the programs are those of before with other numbers.
         self.far = random.Random(-seed - 1)
+        self.pads = random.Random(-seed - 2)
         self.inputs: list[Input] = []
         self.steps: list[Step] = []
         self.values: dict[str, Any] = {}
@@ -913,6 +914,34 @@ def outputs(d: Draft, results: Sequence[str]) -> list[str]:
     return returned
 
 
+# --- pads -------------------------------------------------------------------------------------------------------
+
+
+def padded(d: Draft, z: Sizes, x: str) -> tuple[str, str]:
+    """``x`` padded as for eager calls, ``z`` with it, and what drops the padding of a result ``{y}`` again."""
+    shape, more = d.shape(x), d.pads.choice((1, 2, 7))
+    if len(shape) < 2 or 0 in shape:
+        return x, "{y}"
+    m, dim = shape[-2], len(shape) - 2
+    filled = d.pads.choice((0.0, 0.0, 0.0, 1.0))
+    sizes = [*shape[:-2], more, shape[-1]]
+    text = d.pads.choice(
+        (
+            f"aten.constant_pad_nd.default({x}, [0, 0, 0, {more}], {filled})",
+            f"aten.constant_pad_nd.default({x}, [0, 0, 0, {more}], {filled})",
+            f"torch.cat([{x}, {x}.new_full({sizes}, {filled})], {dim})",
+            f"aten.constant_pad_nd.default({x}, [0, 0, {more}, 0], {filled})",
+        )
+    )
+    name = d.do(text)
+    if name is None:
+        return x, "{y}"
+    z.m += more
+    kept = d.pads.choice((m, m, m, m, m, m + 1, 1))
+    start = d.pads.choice((0, 0, 0, 0, 0, 1)) if kept < m + more else 0
+    return name, f"{{y}}.narrow({{y}}.dim() - 2, {start}, {kept})"
+
+
 # --- whole programs ---------------------------------------------------------------------------------------------
 
 
@@ -1001,6 +1030,9 @@ def _draw(seed: int) -> Program:
     x = activation(d, z, d.pick("f32", "f32", "f32", "bf16", "f16"), static=d.chance(0.06))
     if d.chance(0.1):
         x = d.do(d.pick(f"{x}.relu()", f"{x} * 0.5", f"{x}.float()", f"{x} + {x}", f"fuzz.noise({x})")) or x
+    drop = "{y}"
+    if d.pads.random() < 0.12:
+        x, drop = padded(d, z, x)
     results, shared = [], {}
     for _ in range(d.pick(1, 1, 1, 2, 2, 3)):
         if mutating and d.chance(0.3):
@@ -1010,10 +1042,15 @@ def _draw(seed: int) -> Program:
         if d.chance(0.45):
             for _ in range(d.pick(1, 2, 3, 4)):
                 y = plain_epilogue(d, y)
+        early = drop != "{y}" and d.pads.random() < 0.7
+        if early:
+            y = d.do(drop.format(y=y)) or y
         for _ in range(d.pick(0, 0, 1, 2, 3, 4)):
             if mutating and d.chance(0.2):
                 mutation(d)
             y = epilogue(d, y)
+        if drop != "{y}" and not early:
+            y = d.do(drop.format(y=y)) or y
         results.append(y)
         if d.chance(0.15) and d.shape(y)[-1:] == (z.k,) and d.is_float(y) and d.kind(y) != "f64":
             x = y

@@ -212,6 +212,17 @@ def _one_less(old: Any) -> Any:
     return recognise_quantizer
 
 
+def _drops_any_padding(old: Any) -> Any:
+    def rule(env: Any, node: Node) -> Any:
+        source, dim = args_of(node)[0], args_of(node)[1]
+        dims = dict(env.of(source))
+        if dim in dims and not same_shape(shape(source), shape(node)):
+            env.ends[node] = dims.pop(dim).pad
+        return dims
+
+    return rule
+
+
 def _never_stale(old: Any) -> Any:
     return lambda group, tensors: not any(mark.storage.expired() for mark in group.marks)
 
@@ -235,5 +246,6 @@ PLANTS = (
     Plant("correction", "passes.rules.arithmetic:_correct", _any_multiplier, "any multiple of column sums is a correction"),
     Plant("range", "passes.quantizers:recognise_quantizer", _one_less, "the upper bound of codes is one less"),
     Plant("stale", "ops.constants:_is_current", _never_stale, "a weight that was written to is not packed again"),
+    Plant("padding", "passes.rules.padded:_slice", _drops_any_padding, "any slice of padded rows is taken to drop the padding"),
     Plant("exact codes", "passes.matrices:holds_exactly", _always, "a cast that wraps codes around is taken for none"),
 )  # fmt: skip
