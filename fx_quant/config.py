@@ -10,6 +10,9 @@ from typing import Any
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.scheme import Numerics
 
+# What a graph is cut at where ``splitting_ops`` does not say.
+ATTENTION = ("scaled_dot_product_attention", "flex_attention")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -21,12 +24,16 @@ class Options:
         strict: a miss or an exception in a pass is an error instead of a warning.
         force_kernel: the kernel to use everywhere, or raise.
         disabled_kernels: kernels or providers not to use.
+        piecewise: compile each graph in the pieces between ``splitting_ops``, those that are the same once.
+        splitting_ops: names of the ops to cut at, such as ``mylib::attention``; they run as they are.
     """
 
     numerics: Numerics = Numerics.REASSOCIATED
     strict: bool = False
     force_kernel: str | None = None
     disabled_kernels: tuple[str, ...] = ()
+    piecewise: bool = False
+    splitting_ops: tuple[str, ...] = ATTENTION
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
@@ -43,8 +50,11 @@ class Options:
         values = dict(given)
         if "numerics" in values:
             values["numerics"] = parse_numerics(values["numerics"])
-        if not isinstance(values.get("strict", False), bool):
-            raise FxQuantError(f"option 'strict' must be True or False, got {values['strict']!r}")
+        for name in ("strict", "piecewise"):
+            if not isinstance(values.get(name, False), bool):
+                raise FxQuantError(f"option {name!r} must be True or False, got {values[name]!r}")
+        if "splitting_ops" in values:
+            values["splitting_ops"] = _splitting_ops(values["splitting_ops"], piecewise=values.get("piecewise", False))
         disabled = values.get("disabled_kernels", ())
         if isinstance(disabled, str):
             disabled = tuple(filter(None, disabled.split(",")))
@@ -53,6 +63,14 @@ class Options:
         if force is not None and not isinstance(force, str):
             raise FxQuantError(f"option 'force_kernel' must be the name of a kernel, got {force!r}")
         return cls(**values)
+
+
+def _splitting_ops(names: Any, *, piecewise: bool) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise FxQuantError(f"option 'splitting_ops' must be a list of names of ops, got {names!r}")
+    if not piecewise:
+        raise FxQuantError("option 'splitting_ops' needs 'piecewise': True beside it, as a whole graph is not split")
+    return tuple(names)
 
 
 def option_names() -> tuple[str, ...]:
