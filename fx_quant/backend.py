@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import operator
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -306,6 +307,18 @@ class _PiecePass(RewritePass):
         self.reports.append(report)
 
 
+def _current(name: str) -> Any:
+    return operator.attrgetter(name)(inductor_config)
+
+
+# Options of Inductor under which an artefact may not serve other parameters, or was not tried to.
+_WHOLE = {
+    "freezing": "freezing makes constants of the parameters, so that no two pieces are the same",
+    "triton.cudagraphs": "a CUDA graph reads parameters where they were when it was recorded",
+    "cpp_wrapper": "cpp_wrapper is given a graph's own inputs",
+}
+
+
 def _compile_in_pieces(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -321,10 +334,9 @@ def _compile_in_pieces(
         reports = rewrite.reports or [Report(str(detect_target()), (), ())]
         return compiled, functools.reduce(Report.merged, reports)
 
-    whole = ""
-    if inductor_options.get("freezing", inductor_config.freezing):
-        whole = "freezing makes constants of the parameters, so that no two pieces are the same"
-    compiled, report = compile_in_pieces(gm, example_inputs, options.splitting_ops, compiler, whole)
+    asked = {**(list_mode_options(mode) if mode and mode != "default" else {}), **inductor_options}
+    whole = [why for name, why in _WHOLE.items() if asked.get(name, _current(name))]
+    compiled, report = compile_in_pieces(gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole))
     _record(report)
     return with_outer_versions(compiled, example_inputs)
 

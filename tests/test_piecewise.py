@@ -427,12 +427,13 @@ def test_a_graph_to_be_differentiated_is_whole(compiles):
     assert compiles.reports[0].whole == "it is to be differentiated; call it under torch.no_grad()"
 
 
-def test_freezing_leaves_the_graph_whole(compiles, monkeypatch):
+@pytest.mark.parametrize("option", ["freezing", "triton.cudagraphs", "cpp_wrapper"])
+def test_what_an_artefact_cannot_be_shared_under_leaves_the_graph_whole(compiles, monkeypatch, option):
     seen = []
     monkeypatch.setattr(backend, "_compile", lambda gm, inputs, *_: seen.append(gm) or gm.forward)
-    compiled(blocks(2), freezing=True)(states(2, 5))
+    compiled(blocks(2), **{option: True})(states(2, 5))
     assert len(seen) == 1
-    assert compiles.reports[0].whole.startswith("freezing makes constants of the parameters")
+    assert compiles.reports[0].whole == backend._WHOLE[option]
 
 
 # --- options and report -------------------------------------------------------------------------------------------
