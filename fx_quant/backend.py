@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import operator
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from fx_quant.compat import (
     static_input_indices,
 )
 from fx_quant.config import Options, option_names
-from fx_quant.errors import FxQuantError, MissError, unknown_name
+from fx_quant.errors import FxQuantError, MissError, must, unknown_name
 from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.cpu.plans import tuned_tables
 from fx_quant.kernels.machine import detect_target
@@ -38,6 +39,7 @@ from fx_quant.kernels.select import disabled_kernels
 from fx_quant.kernels.subclasses import with_outer_versions
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.pipeline import rewrite_graph
+from fx_quant.piecewise.compile import compile_in_pieces
 from fx_quant.report import MissReport, Report
 from fx_quant.target import Target
 
@@ -152,6 +154,8 @@ def _record(report: Report) -> None:
     counters["fx_quant"]["missed"] += len(report.misses)
     if report.sites or report.misses:
         log.info("%s", report.summary())
+    if how := report.how_cut():
+        log.log(logging.WARNING if report.whole else logging.INFO, "%s", how)
     warn_of_failures(report)
     for miss in report.misses:
         log.warning("%s left as it is at %s: %s", miss.op, miss.module or miss.source or miss.node, miss.reason)
@@ -195,9 +199,14 @@ def inductor_pass(
 
     Args:
         chain: passes that were there already; they run first.
-        options: as for the backend.
+        options: as for the backend, which alone can compile in pieces.
+
+    Raises:
+        FxQuantError: ``piecewise`` is asked for, or an option is not as it must be.
     """
-    ours = RewritePass(Options.parse(options))
+    parsed = Options.parse(options)
+    must(not parsed.piecewise, "option 'piecewise' is the backend's; a pass is given one graph at a time", FxQuantError)
+    ours = RewritePass(parsed)
     if chain is None:
         return ours
     first = list(chain) if isinstance(chain, Sequence) else [chain]
@@ -268,14 +277,71 @@ def fx_quant(
         MissError: ``strict`` and a quantized matmul was missed.
     """
     ours, inductors = split_options(options)
-    rewrite, found = RewritePass(ours), []
+    if ours.piecewise:
+        return _compile_in_pieces(gm, example_inputs, ours, mode, inductors)
+    return with_outer_versions(
+        _compile_and_report(gm, example_inputs, RewritePass(ours), mode, inductors), example_inputs
+    )
+
+
+def _compile_and_report(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    rewrite: RewritePass,
+    mode: str | None,
+    inductor_options: Mapping[str, Any],
+) -> Any:
+    """``gm`` compiled; ``rewrite`` has the reports, of a graph that came from a cache too."""
+    found: list[str] = []
     with carried_by_artefacts(lambda: _to_text(rewrite.reports), found):
-        compiled = compile_with(gm, example_inputs, rewrite, mode, inductors)
+        compiled = _compile(gm, example_inputs, rewrite, mode, inductor_options)
     if not rewrite.reports and found:
         # AOTAutograd's cache had the graph, so that no pass ran: what they said when it was made holds still.
         for report in _from_text(found[0]):
             rewrite.record(report)
     return compiled
+
+
+class _PiecePass(RewritePass):
+    """The passes on one piece, of which the graph's report tells later."""
+
+    def record(self, report: Report) -> None:
+        """Keep ``report``."""
+        self.reports.append(report)
+
+
+def _current(name: str) -> Any:
+    return operator.attrgetter(name)(inductor_config)
+
+
+# Options of Inductor under which an artefact may not serve other parameters, or was not tried to.
+_WHOLE = {
+    "freezing": "freezing makes constants of the parameters, so that no two pieces are the same",
+    "triton.cudagraphs": "a CUDA graph reads parameters where they were when it was recorded",
+    "cpp_wrapper": "cpp_wrapper is given a graph's own inputs",
+}
+
+
+def _compile_in_pieces(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    mode: str | None,
+    inductor_options: Mapping[str, Any],
+) -> Any:
+    """``gm`` compiled in the pieces between the ops that ``options`` name, and one report of all."""
+
+    def compiler(piece: GraphModule, inputs: Sequence[Any]) -> tuple[Any, Report]:
+        rewrite = _PiecePass(options)
+        compiled = _compile_and_report(piece, inputs, rewrite, mode, inductor_options)
+        reports = rewrite.reports or [Report(str(detect_target()), (), ())]
+        return compiled, functools.reduce(Report.merged, reports)
+
+    asked = {**(list_mode_options(mode) if mode and mode != "default" else {}), **inductor_options}
+    whole = [why for name, why in _WHOLE.items() if asked.get(name, _current(name))]
+    compiled, report = compile_in_pieces(gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole))
+    _record(report)
+    return with_outer_versions(compiled, example_inputs)
 
 
 def _to_text(reports: Sequence[Report]) -> str:
@@ -300,11 +366,22 @@ def compile_with(
     **compile_arguments: Any,
 ) -> Any:
     """Inductor on ``gm`` with ``rewrite`` run on its joint graph, nothing global changed."""
-    compiled = compile_fx(
+    compiled = _compile(gm, example_inputs, rewrite, mode, inductor_options, **compile_arguments)
+    return with_outer_versions(compiled, example_inputs)
+
+
+def _compile(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    rewrite: Callable[[Graph], None],
+    mode: str | None,
+    inductor_options: Mapping[str, Any] | None,
+    **compile_arguments: Any,
+) -> Any:
+    return compile_fx(
         gm,
         example_inputs,
         config_patches=config_patches(mode, inductor_options or {}, rewrite),
         decompositions=decompositions_without_matmul(),
         **compile_arguments,
     )
-    return with_outer_versions(compiled, example_inputs)

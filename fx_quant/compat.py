@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,49 @@ def source_of(placeholder: Node) -> str | None:
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", None)
     return name() if callable(name) else name  # a method until it became a property
+
+
+def is_static_input(placeholder: Node) -> bool:
+    """Whether Dynamo says of an input of its graph that it is a parameter or a buffer."""
+    return bool(placeholder.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+
+
+def as_dynamo_graph(piece: GraphModule, whole: GraphModule, inputs: Mapping[str, Node]) -> None:
+    """Put on ``piece`` what AOTAutograd reads off ``whole``, the graph of Dynamo's that it is part of.
+
+    Args:
+        inputs: those of ``whole``, by name.
+    """
+    piece.meta.update(whole.meta)
+    sources = getattr(whole, "_param_name_to_source", None)
+    if sources is not None:
+        piece._param_name_to_source = sources  # type: ignore[assignment]
+    for node in piece.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = getattr(inputs.get(node.name), "_dynamo_source", None)
+        # It is of the input's first graph, and not for that of another piece.
+        node.meta.pop("grapharg", None)
+
+
+def specialize_floats(graph: Graph) -> None:
+    """Make constants of the Python floats that Dynamo made inputs of its ``graph``, each guarded by its value.
+
+    Inductor's pass over such floats takes one that is not in the graph at hand, which here is a piece, for lost, and
+    has Dynamo start again.
+    """
+    from torch._dynamo.symbolic_convert import TensorifyState
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    for node in graph.find_nodes(op="call_method", target="item"):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymFloat) and node.args[0].op == "placeholder":
+            env = value.node.shape_env
+            values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # until torch 2.12
+            for symbol in values:
+                if symbol_is_type(symbol, SymT.FLOAT):
+                    TensorifyState.specialize(symbol.name)
+            node.replace_all_uses_with(guard_scalar(value))
+            graph.erase_node(node)
 
 
 def is_subgraph(graph: Graph) -> bool:

@@ -11,6 +11,9 @@ from typing import Any
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.scheme import Numerics
 
+# What a graph is cut at where ``splitting_ops`` does not say.
+ATTENTION = ("scaled_dot_product_attention", "flex_attention")
+
 
 class PaddingPolicy(str, Enum):
     """What may be padded so that a kernel runs, or runs faster."""
@@ -43,6 +46,8 @@ class Options:
         padding: what may be padded: ``auto``, ``never``, ``constants``, ``always`` or ``vllm``.
         deterministic: one kernel and one plan for all numbers of rows, whose bits in a row do not depend on how many
             rows stand beside it; kernels that cannot are not chosen.
+        piecewise: compile each graph in the pieces between ``splitting_ops``, those that are the same once.
+        splitting_ops: names of the ops to cut at, such as ``mylib::attention``; they run as they are.
     """
 
     numerics: Numerics = Numerics.REASSOCIATED
@@ -51,6 +56,8 @@ class Options:
     disabled_kernels: tuple[str, ...] = ()
     padding: PaddingPolicy = PaddingPolicy.AUTO
     deterministic: bool = False
+    piecewise: bool = False
+    splitting_ops: tuple[str, ...] = ATTENTION
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
@@ -69,9 +76,11 @@ class Options:
             values["numerics"] = parse_numerics(values["numerics"])
         if "padding" in values:
             values["padding"] = parse_padding(values["padding"])
-        for name in ("strict", "deterministic"):
+        for name in ("strict", "deterministic", "piecewise"):
             if not isinstance(values.get(name, False), bool):
                 raise FxQuantError(f"option {name!r} must be True or False, got {values[name]!r}")
+        if "splitting_ops" in values:
+            values["splitting_ops"] = _splitting_ops(values["splitting_ops"], piecewise=values.get("piecewise", False))
         disabled = values.get("disabled_kernels", ())
         if isinstance(disabled, str):
             disabled = tuple(filter(None, disabled.split(",")))
@@ -80,6 +89,14 @@ class Options:
         if force is not None and not isinstance(force, str):
             raise FxQuantError(f"option 'force_kernel' must be the name of a kernel, got {force!r}")
         return cls(**values)
+
+
+def _splitting_ops(names: Any, *, piecewise: bool) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise FxQuantError(f"option 'splitting_ops' must be a list of names of ops, got {names!r}")
+    if not piecewise:
+        raise FxQuantError("option 'splitting_ops' needs 'piecewise': True beside it, as a whole graph is not split")
+    return tuple(names)
 
 
 def option_names() -> tuple[str, ...]:

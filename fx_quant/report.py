@@ -144,6 +144,21 @@ class BreakReport:
 
 
 @dataclass(frozen=True)
+class PieceReport:
+    """One artefact of a graph that was compiled in pieces.
+
+    Args:
+        first: the number of its piece, counted from 0 in the order of the calls; of the first, where several are alike.
+        count: how many pieces it serves.
+        sites: rewritten matmuls in each.
+    """
+
+    first: int
+    count: int
+    sites: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What became of each quantized matmul of a model on a target; prints as tables.
 
@@ -157,6 +172,8 @@ class Report:
         unseen: modules that hold codes and are in none of the above.
         breaks: where the graph broke.
         uncaptured: why there is no graph; empty where there is one.
+        pieces: the artefacts of a graph that was compiled in pieces; its matmuls are reported for every piece.
+        whole: why a graph that was to be compiled in pieces was not.
     """
 
     target: str
@@ -169,6 +186,8 @@ class Report:
     unseen: tuple[UnseenReport, ...] = ()
     breaks: tuple[BreakReport, ...] = ()
     uncaptured: str = ""
+    pieces: tuple[PieceReport, ...] = ()
+    whole: str = ""
 
     def to_json(self) -> str:
         """The whole report as JSON: ``losers`` of a row are texts, and ``unmet`` the kinds of these."""
@@ -200,6 +219,8 @@ class Report:
             recognised=self.recognised + other.recognised,
             graphs=self.graphs + other.graphs,
             graph_breaks=self.graph_breaks + other.graph_breaks,
+            pieces=self.pieces + other.pieces,
+            whole=self.whole or other.whole,
         )
 
     def renamed(self, name_of: Callable[[str], str]) -> Report:
@@ -227,6 +248,16 @@ class Report:
         outside = _count(len(self.unseen), "module that holds codes", "modules that hold codes") if self.unseen else ""
         return f"{counts}, {kept}{len(self.misses)} missed" + (f", {outside} not among them" if outside else "")
 
+    def how_cut(self) -> str:
+        """One line: how many pieces there are and how many were compiled, or why a graph was left whole."""
+        if self.whole:
+            return f"compiled whole, not in pieces: {self.whole}"
+        if not self.pieces:
+            return ""
+        shared = [f"{row.count} are the same as piece {row.first}" for row in self.pieces if row.count > 1]
+        total = sum(row.count for row in self.pieces)
+        return ", ".join([f"{_count(total, 'piece', 'pieces')}, {len(self.pieces)} compiled", *shared])
+
     def lost_to_compiler(self) -> list[str]:
         """For each matmul the kernel that a C++ compiler would have given it, where the target has none."""
         order = [kernel.name for kernel in kernels()]
@@ -245,6 +276,8 @@ class Report:
         parts = [f"fx_quant: {self.summary()}"]
         if self.note:
             parts.append(textwrap.fill(self.note, 118))
+        if how := self.how_cut():
+            parts.append(textwrap.fill(how, 118))
         if lost := self.lost_to_compiler():
             parts.append(without_compiler(lost))
         if self.sites:
@@ -371,6 +404,7 @@ _ROWS = {
     "recognised": RecognisedReport,
     "unseen": UnseenReport,
     "breaks": BreakReport,
+    "pieces": PieceReport,
 }
 
 

@@ -59,6 +59,7 @@ def rows_of(target: str, policy: PaddingPolicy, mode: Mode, m: SizeRange = ANY) 
 @pytest.mark.parametrize("target", ["sm90", "sm100"])
 def test_a_policy_pads_rows_of_scaled_mm_on_cuda_by_mode(target, policy, eager, graph):
     assert (rows_of(target, policy, Mode.EAGER), rows_of(target, policy, Mode.GRAPH)) == (eager, graph)
+    assert rows_of(target, policy, Mode.PIECEWISE) == (0 if policy is VLLM else graph)
 
 
 @pytest.mark.parametrize("policy", PaddingPolicy)
@@ -112,9 +113,8 @@ def test_constants_are_padded_only_where_the_weight_is_one():
 
 def test_the_default_policy_is_auto_and_options_name_the_others():
     assert CompileContext.of(Options.parse({})) == GRAPH == CompileContext(Mode.GRAPH, AUTO, deterministic=False)
-    assert CompileContext.of(Options.parse({"padding": "vllm", "deterministic": True}), Mode.EAGER) == CompileContext(
-        Mode.EAGER, VLLM, deterministic=True
-    )
+    given = {"padding": "vllm", "deterministic": True, "piecewise": True}
+    assert CompileContext.of(Options.parse(given)) == CompileContext(Mode.PIECEWISE, VLLM, deterministic=True)
     assert CompileContext(padding="never") == CompileContext.of(Options.parse({"padding": NEVER}))
     for wrong in (lambda: Options.parse({"padding": "alway"}), lambda: CompileContext(padding="alway")):
         with pytest.raises(UnknownNameError, match="unknown padding policy 'alway'"):

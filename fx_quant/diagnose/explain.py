@@ -42,7 +42,8 @@ def explain(
     Args:
         target: a machine by name (``"sm90"``), a ``Target``, or None for the one the inputs are on.
         dynamic: as for ``torch.compile``.
-        options: as for the backend; ``strict`` is ignored, as a report is the purpose.
+        options: as for the backend; ``strict`` is ignored, as a report is the purpose, and each graph is looked at
+            whole, ``piecewise`` or not.
 
     Raises:
         UnknownNameError: an unknown target, option or kernel.

@@ -15,6 +15,8 @@ class Mode(str, Enum):
     """At once, with a number of rows that is known."""
     GRAPH = "graph"
     """From a compiled graph, for every number of rows that its range holds."""
+    PIECEWISE = "piecewise"
+    """From a piece of a graph that is cut at its attention, likewise."""
 
     def __str__(self) -> str:
         return self.value
@@ -41,9 +43,9 @@ class CompileContext:
         object.__setattr__(self, "padding", parse_padding(self.padding))
 
     @classmethod
-    def of(cls, options: Options, mode: Mode = Mode.GRAPH) -> CompileContext:
+    def of(cls, options: Options) -> CompileContext:
         """The context of a compile with ``options``."""
-        return cls(mode, options.padding, options.deterministic)
+        return cls(Mode.PIECEWISE if options.piecewise else Mode.GRAPH, options.padding, options.deterministic)
 
 
 EAGER = CompileContext(Mode.EAGER)
