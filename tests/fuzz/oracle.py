@@ -366,8 +366,9 @@ class Judge:
         return any(_largest(wide.values[name].double()) > most for name in halves)
 
     def odd_scales(self, new: Ran) -> bool:
-        """Whether ``new`` scales by infinity: after the sum, where infinities of different signs do not meet."""
-        return any(not bool(scale.isfinite().all()) for scale in _scales_after_sums(new))
+        """Whether something infinite is given, or ``new`` scales by it: after the sum, where signs do not meet."""
+        given = [x for x in self.program.tensors() if x.is_floating_point()]
+        return any(not bool(x.float().isfinite().all()) for x in (*given, *_scales_after_sums(new)))
 
     def alike(self, where: str, name: str, expected: Any, actual: Any) -> bool:
         """Whether both are tensors of one shape and dtype, to be compared; what is neither equal nor that is a fault."""
