@@ -531,10 +531,10 @@ def test_results_of_two_pads_of_one_tensor_stay_two_tensors():
 
 
 def test_a_kernel_that_is_forced_and_needs_the_rows_gets_them(monkeypatch):
-    def choose(problem, target, options):
+    def choose(problem, **rest):
         if problem.m.low < 17:
             raise NoKernelError("needs 17 rows")
-        return chosen(problem, target, options)
+        return chosen(problem, **rest)
 
     chosen = pipeline._choose
     monkeypatch.setattr(pipeline, "_choose", choose)

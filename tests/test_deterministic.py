@@ -29,7 +29,7 @@ from fx_quant.reasons import Kind
 from fx_quant.scheme import Numerics, Scheme
 from fx_quant.target import named_target
 
-EAGER, GRAPH = (CompileContext(mode, deterministic=True) for mode in Mode)
+EAGER, GRAPH = (CompileContext(mode, deterministic=True) for mode in (Mode.EAGER, Mode.GRAPH))
 ROWS = 130
 EVERY, SOME = range(1, ROWS + 1), (1, 2, 3, 5, 6, 7, 12, 13, 18, 19, 31, 96, 97, 129, 130)
 # A ragged panel, and sums that plans cut into several parts.
