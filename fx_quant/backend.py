@@ -243,14 +243,17 @@ def _is_near(name: str, known: Mapping[str, Any]) -> bool:
     return bool(difflib.get_close_matches(name, list(known), n=1, cutoff=0.8))
 
 
+def _asked(mode: str | None, inductor_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user asks of Inductor: the mode's options, and over them those that are named."""
+    return {**(list_mode_options(mode) if mode and mode != "default" else {}), **inductor_options}
+
+
 def config_patches(
     mode: str | None, inductor_options: Mapping[str, Any], ours: Callable[[Graph], None]
 ) -> dict[str, Any]:
     """Inductor's configuration for one compile: the mode's, the user's, and our pass after the user's own."""
     # What follows a matmul belongs in its epilogue, not in the next reduction: the bare accumulator is never stored.
-    patches: dict[str, Any] = {"epilogue_fusion_first": True}
-    patches.update(list_mode_options(mode) if mode and mode != "default" else {})
-    patches.update(inductor_options)
+    patches: dict[str, Any] = {"epilogue_fusion_first": True, **_asked(mode, inductor_options)}
     previous = patches.get(HOOK, getattr(inductor_config, HOOK))
     if previous is not None:
         first = list(previous) if isinstance(previous, Sequence) else [previous]
@@ -337,7 +340,7 @@ def _compile_in_pieces(
         reports = rewrite.reports or [Report(str(detect_target()), (), ())]
         return compiled, functools.reduce(Report.merged, reports)
 
-    asked = {**(list_mode_options(mode) if mode and mode != "default" else {}), **inductor_options}
+    asked = _asked(mode, inductor_options)
     whole = [why for name, why in _WHOLE.items() if asked.get(name, _current(name))]
     compiled, report = compile_in_pieces(gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole))
     _record(report)

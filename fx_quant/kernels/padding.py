@@ -70,17 +70,18 @@ def plan_padding(problem: Problem, kernel: Kernel, context: CompileContext) -> P
 def unmet_by_context(problem: Problem, kernel: Kernel, context: CompileContext) -> list[Unmet]:
     """What ``context`` asks for and ``kernel`` cannot do for ``problem``; empty where it can."""
     unmet = []
-    align, policy = kernel.requires.align, context.padding
-    needs = f"needs n and k in multiples of {align}, got n={problem.n} k={problem.k}"
-    pads_n, pads_k = problem.n % align != 0, problem.k % align != 0
-    if not kernel.requires.paddable:
-        pass  # Its own requirement.
-    elif policy is PaddingPolicy.NEVER and (pads_n or pads_k):
-        unmet.append(Unmet(Kind.ALIGNMENT, f"{needs}, and padding='never' pads none"))
+    requires, policy = kernel.requires, context.padding
+    pads_n, pads_k = problem.n % requires.align != 0, problem.k % requires.align != 0
+    spared = None
+    if policy is PaddingPolicy.NEVER and (pads_n or pads_k):
+        spared = "none"
     elif policy is PaddingPolicy.CONSTANTS and pads_k:
-        unmet.append(Unmet(Kind.ALIGNMENT, f"{needs}, and padding='constants' pads no activation"))
+        spared = "no activation"
     elif policy is PaddingPolicy.CONSTANTS and pads_n and not problem.constant_weight:
-        unmet.append(Unmet(Kind.ALIGNMENT, f"{needs}, and padding='constants' pads no weight that is computed"))
+        spared = "no weight that is computed"
+    # A kernel that nothing is padded for says so by itself.
+    if spared is not None and requires.paddable:
+        unmet.append(Unmet(Kind.ALIGNMENT, f"{requires.alignment_of(problem)}, and padding='{policy}' pads {spared}"))
     if context.deterministic and kernel.deterministic_op is None:
         unmet.append(Unmet(Kind.DETERMINISTIC, "may compute a row in another order when other rows stand beside it"))
     return unmet

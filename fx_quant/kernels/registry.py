@@ -125,8 +125,7 @@ class Requires:
             unmet.append(Unmet(Kind.OUT_DTYPE, f"returns the activation's {dtype_name(activation.dtype)}, {asked}"))
         unmet += self.unmet_by_bias(problem.bias, problem.out_dtype)
         if not self.paddable and (problem.n % self.align or problem.k % self.align):
-            sizes = f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}"
-            unmet.append(Unmet(Kind.ALIGNMENT, sizes))
+            unmet.append(Unmet(Kind.ALIGNMENT, self.alignment_of(problem)))
         if problem.n % self.align_n:
             unmet.append(Unmet(Kind.ALIGNMENT, f"needs n in multiples of {self.align_n}, got n={problem.n}"))
         if self.whole_groups and weight.group is not None and problem.k % weight.group:
@@ -137,6 +136,10 @@ class Requires:
             constant = "packs its weight once, so the weight must be a parameter, buffer or constant"
             unmet.append(Unmet(Kind.CONSTANT_WEIGHT, constant))
         return unmet
+
+    def alignment_of(self, problem: Problem) -> str:
+        """In words what ``n`` and ``k`` must be and what they are, where they are not that."""
+        return f"needs n and k in multiples of {self.align}, got n={problem.n} k={problem.k}"
 
     def unmet_by_bias(self, bias: torch.dtype | None, out_dtype: torch.dtype) -> list[Unmet]:
         """Why the kernel cannot add a ``bias`` of that dtype to a result of ``out_dtype``; empty if it can."""

@@ -155,11 +155,11 @@ class Report(Generic[DecisionT]):
 
     def summary(self) -> str:
         """What was decided, in a line."""
-        raise NotImplementedError
+        raise NotImplementedError  # each provider counts what it decides
 
     def summary_of_unreached(self) -> str:
         """What was not, in a line."""
-        raise NotImplementedError
+        raise NotImplementedError  # each provider names what it asks
 
     def remarks(self) -> list[str]:
         """Lines below the table."""

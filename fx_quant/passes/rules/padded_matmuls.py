@@ -38,8 +38,9 @@ def _product(env: PaddedNodes, node: Node, a: Node, b: Node, beside: Sequence[ob
     along = env.aligned(node, beside, len(sizes), sizes)
     if set(along) - set(result):
         raise LookupError("the matmul adds or multiplies what is padded to what is not")
-    result = {dim: env.join([padded, along[dim]]) if dim in along else padded for dim, padded in result.items()}
-    result = {dim: Padded(padded.kept, tail, padded.pad) for dim, padded in result.items()}
+    for dim in along:
+        padded = env.join([result[dim], along[dim]])
+        result[dim] = Padded(padded.kept, tail, padded.pad)
     for other in beside:
         if isinstance(other, Node) and tensor(other) is not None:
             _cut_beside(env, node, other, result, along)

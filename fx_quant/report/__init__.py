@@ -1,0 +1,18 @@
+"""What became of each quantized matmul: rows, the report that holds them, and how it prints."""
+
+from __future__ import annotations
+
+from fx_quant.report.report import Report
+from fx_quant.report.rows import BreakReport, MissReport, PieceReport, RecognisedReport, SiteReport, UnseenReport
+from fx_quant.report.tables import without_numbers
+
+__all__ = [
+    "BreakReport",
+    "MissReport",
+    "PieceReport",
+    "RecognisedReport",
+    "Report",
+    "SiteReport",
+    "UnseenReport",
+    "without_numbers",
+]

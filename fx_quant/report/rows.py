@@ -1,0 +1,151 @@
+"""What became of one quantized matmul, of a module, a graph break or a piece: the rows of a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fx_quant.reasons import Unmet, in_words
+
+# Stands where a miss names its op; no op is called so.
+_WHOLE_GRAPH = "graph"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One quantized matmul that was rewritten.
+
+    Args:
+        module: dotted path of the module it came from, ``""`` when unknown.
+        source: ``file:line`` of the user's code, ``""`` when unknown.
+        op: the matmul in the source graph.
+        scheme: how the operands are quantized.
+        m: range of the rows, such as ``32`` or ``2..``.
+        n, k: sizes of the weight.
+        out_dtype: dtype of the result.
+        kernel: the kernel that runs it.
+        padding: the padding plan, or ``none``.
+        numerics: class of the rewrite.
+        quantize: the recognised quantize formula, or why it was left as it is.
+        unmet: kernels that were not chosen, each with what it requires and is not met; nothing when it could have run.
+        notes: what became of pads that the author wrote around it.
+    """
+
+    module: str
+    source: str
+    op: str
+    scheme: str
+    m: str
+    n: int
+    k: int
+    out_dtype: str
+    kernel: str
+    padding: str
+    numerics: str
+    quantize: str
+    unmet: dict[str, tuple[Unmet, ...]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def losers(self) -> dict[str, list[str]]:
+        """The kernels that were not chosen, each with its reasons in words."""
+        return in_words(self.unmet)
+
+
+@dataclass(frozen=True)
+class MissReport:
+    """One quantized matmul that was left as it was.
+
+    Args:
+        module, source, op: where it is, as in ``SiteReport``.
+        node: the graph node at which the rule failed.
+        reason: the rule, in words.
+    """
+
+    module: str
+    source: str
+    op: str
+    node: str
+    reason: str
+
+    @classmethod
+    def of_graph(cls, reason: str) -> MissReport:
+        """That of a whole graph, which is left because a pass failed."""
+        return cls("", "", _WHOLE_GRAPH, "", reason)
+
+    @property
+    def is_of_graph(self) -> bool:
+        """Whether a whole graph is left."""
+        return self.op == _WHOLE_GRAPH
+
+
+@dataclass(frozen=True)
+class RecognisedReport:
+    """One quantized matmul that was understood and left as it was, because nothing on the target runs it faster.
+
+    Args:
+        module, source, op: where it is, as in ``SiteReport``.
+        scheme, m, n, k: what it is; ``""`` and None where a library's own kernel hides it.
+        reason: why it is left.
+        unmet: kernels that cannot run it, each with what it requires and is not met.
+    """
+
+    module: str
+    source: str
+    op: str
+    scheme: str
+    m: str
+    n: int | None
+    k: int | None
+    reason: str
+    unmet: dict[str, tuple[Unmet, ...]]
+
+    @property
+    def losers(self) -> dict[str, list[str]]:
+        """The kernels that were not chosen, each with its reasons in words."""
+        return in_words(self.unmet)
+
+
+@dataclass(frozen=True)
+class UnseenReport:
+    """One module that holds codes and of which no quantized matmul was found.
+
+    Args:
+        module: its name in ``named_modules()``.
+        kind: its class.
+        in_graph: whether a graph took its codes, and what it does with them is no matmul that fx_quant knows; otherwise
+            it runs outside all graphs.
+    """
+
+    module: str
+    kind: str
+    in_graph: bool
+
+
+@dataclass(frozen=True)
+class BreakReport:
+    """One place where Dynamo ended a graph.
+
+    Args:
+        source: ``file:line``, ``""`` when unknown.
+        reason: in Dynamo's words, their first line.
+        count: how many times.
+    """
+
+    source: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class PieceReport:
+    """One artefact of a graph that was compiled in pieces.
+
+    Args:
+        first: the number of its piece, counted from 0 in the order of the calls; of the first, where several are alike.
+        count: how many pieces it serves.
+        sites: rewritten matmuls in each.
+    """
+
+    first: int
+    count: int
+    sites: int
