@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -121,6 +123,25 @@ class Fp8Linear(nn.Module):
         if self.bias is not None:
             out = out + self.bias
         return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
+
+
+def onednn_spoils_float8() -> bool:
+    """Whether ``torch._scaled_mm`` is twice as fast or more on this machine without oneDNN.
+
+    On a CPU that has AMX but not for float8, PyTorch hands float8 matmuls to oneDNN, which runs its reference loops:
+    600 times slower than PyTorch's own way. ``torch.backends.mkldnn.enabled = False`` is the remedy.
+    """
+    one = torch.ones(1)
+    a, b = torch.ones(32, 256).to(FP8), torch.ones(256, 256).to(FP8)
+    kept = torch.backends.mkldnn.enabled
+    seconds = {kept: math.inf, False: math.inf}
+    for enabled in 5 * tuple(seconds):
+        torch.backends.mkldnn.enabled = enabled
+        start = time.perf_counter()
+        torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+        seconds[enabled] = min(seconds[enabled], time.perf_counter() - start)
+    torch.backends.mkldnn.enabled = kept
+    return seconds[kept] > 2 * seconds[False]
 
 
 @functools.cache
