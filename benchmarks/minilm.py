@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from encoder import QUANTIZED, onednn_spoils_float8, tokenize
+from encoder import QUANTIZED, onednn_spoils_float8, tokenize, use_onednn
 from machine import described, machine
 from sentences import SENTENCES
 from stopwatch import interleaved_medians, verify
@@ -28,7 +28,7 @@ BACKENDS = ("inductor", "fx_quant")
 def measure(model_name: str, sizes: list[int], seconds: float) -> list[dict[str, Any]]:
     """One row for each batch size: its shape and the median milliseconds of every way to run the model."""
     torch._dynamo.reset()  # what was compiled for another model counts towards Dynamo's limit
-    torch.backends.mkldnn.enabled = not (model_name == "fp8" and onednn_spoils_float8())
+    use_onednn(not (model_name == "fp8" and onednn_spoils_float8()))
     model = QUANTIZED[model_name]()
     ways = {"eager": model, **{backend: torch.compile(model, backend=backend) for backend in BACKENDS}}
     rows = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from encoder import QUANTIZED, Encoder, Fp8Linear, Inputs, batches, float32, onednn_spoils_float8, tokenize
+from encoder import QUANTIZED, Encoder, Fp8Linear, Inputs, batches, float32, onednn_spoils_float8, tokenize, use_onednn
 from sentences import QUERIES, SENTENCES
 from stopwatch import interleaved_medians, verify
 from tabulate import tabulate
@@ -164,8 +164,9 @@ def main() -> int:
     for name, build in QUANTIZED.items():
         torch._dynamo.reset()  # what was compiled for the other model counts towards Dynamo's limit
         say()
-        torch.backends.mkldnn.enabled = not (name == "fp8" and onednn_spoils_float8())
-        if not torch.backends.mkldnn.enabled:
+        spoiled = name == "fp8" and onednn_spoils_float8()
+        use_onednn(not spoiled)
+        if spoiled:
             say("fp8: oneDNN is off; eager PyTorch and plain Inductor are hundreds of times slower with it on this CPU")
         say(f"{name}: quantizing the 36 linears of the encoder")
         model = build()

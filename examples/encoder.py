@@ -125,6 +125,11 @@ class Fp8Linear(nn.Module):
         return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
 
 
+def use_onednn(enabled: bool) -> None:
+    """Whether PyTorch may hand its ops on a CPU to oneDNN."""
+    torch.backends.mkldnn.enabled = enabled  # pyrefly: ignore [bad-assignment]
+
+
 def onednn_spoils_float8() -> bool:
     """Whether ``torch._scaled_mm`` is twice as fast or more on this machine without oneDNN.
 
@@ -133,14 +138,14 @@ def onednn_spoils_float8() -> bool:
     """
     one = torch.ones(1)
     a, b = torch.ones(32, 256).to(FP8), torch.ones(256, 256).to(FP8)
-    kept = torch.backends.mkldnn.enabled
+    kept = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     seconds = {kept: math.inf, False: math.inf}
     for enabled in 5 * tuple(seconds):
-        torch.backends.mkldnn.enabled = enabled
+        use_onednn(enabled)
         start = time.perf_counter()
         torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
         seconds[enabled] = min(seconds[enabled], time.perf_counter() - start)
-    torch.backends.mkldnn.enabled = kept
+    use_onednn(kept)
     return seconds[kept] > 2 * seconds[False]
 
 

@@ -46,6 +46,14 @@ def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     return copy, replace_contents(copy, graph)
 
 
+def sym_max(a: int | torch.SymInt, b: int | torch.SymInt) -> int | torch.SymInt:
+    """The larger of two sizes, without a guard on which it is.
+
+    Before torch 2.13 Dynamo breaks the graph at ``torch.sym_max`` of two ints; ``max`` it traces as ``sym_max``.
+    """
+    return max(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_max(a, b)  # type: ignore[return-value]
+
+
 def is_guarded(size: torch.SymInt) -> bool:
     """Whether Dynamo checks before each call what is found out of ``size`` while its graph is compiled."""
     context = torch._guards.TracingContext.try_get()

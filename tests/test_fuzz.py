@@ -33,14 +33,14 @@ SEEDS = {
     "bias": 80,
     "groups": 13,
     "layout": 2,
-    "slice": 94,
+    "slice": 55,
     "columns": 1,
     "inverse": 26,
     "class": 1,
     "correction": 28,
     "range": 37,
     "stale": 6,
-    "padding": 460,
+    "padding": 204,
     "exact codes": 58,
 }
 

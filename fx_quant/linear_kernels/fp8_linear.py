@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fx_quant.compat import sym_max
 from fx_quant.errors import must
 from fx_quant.kernels.eager import eager_selection, run_kernel, target_of
 from fx_quant.kernels.padding import SCALED_MM_ROWS
@@ -111,7 +112,7 @@ class Fp8LinearOp:
         if not self.pad_output or is_rocm(codes.device):
             return torch.ops.fx_quant.scaled_mm(codes, weight, a_scale, b_scale, bias, dtype)
         m = codes.shape[0]
-        missing = torch.sym_max(SCALED_MM_ROWS - m, 0)
+        missing = sym_max(SCALED_MM_ROWS - m, 0)
         codes = F.pad(codes, (0, 0, 0, missing))  # pyrefly: ignore [bad-argument-type]
         if a_scale.dim():
             a_scale = F.pad(a_scale, (0, 0, 0, missing), value=1.0)  # pyrefly: ignore [bad-argument-type]
