@@ -37,7 +37,7 @@ SEEDS = {
     "columns": 1,
     "inverse": 26,
     "class": 1,
-    "correction": 28,
+    "correction": 12,
     "range": 37,
     "stale": 6,
     "padding": 204,

@@ -197,7 +197,7 @@ def _exact(old: Any) -> Any:
 
 def _any_multiplier(old: Any) -> Any:
     def correct(product: Any, node: Node, other: object, correction: Any, subtracts: bool) -> Any:
-        return old(product, node, other, dataclasses.replace(correction, multiplier=product.offset or 1), subtracts)
+        return old(product, node, other, dataclasses.replace(correction, multiplier=product.offset), subtracts)
 
     return correct
 
