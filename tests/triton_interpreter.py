@@ -65,6 +65,31 @@ def from_bytes(data: bytes) -> object:
 def _start() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    _patch_once()
+
+
+def _patch_once() -> None:
+    """Let the interpreter replace what is in ``triton.language`` once, not at each launch and each inner call."""
+    import triton.language as tl  # pyrefly: ignore[missing-import]
+    from triton.runtime import interpreter  # pyrefly: ignore[missing-import]
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Callable[..., object]) -> object:
+        seen = frozenset(lang.__name__ for lang in (tl, tl.core) if lang in function.__globals__.values())
+        if seen not in patched:
+            patch(function)
+            patched.add(seen)
+        return _Kept()
+
+    interpreter._patch_lang = patch_once
+
+
+class _Kept:
+    """What was replaced in ``triton.language``, which stays so in a process that only interprets."""
+
+    def restore(self) -> None:
+        pass
 
 
 def _answer(data: bytes) -> bytes:
