@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import replace
 
@@ -21,7 +20,7 @@ from fx_quant.compat import decompositions_without_matmul, static_input_indices
 from fx_quant.config import Options, PaddingPolicy
 from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
 from fx_quant.kernels import registry
-from fx_quant.kernels.context import EAGER, GRAPH, CompileContext, Mode
+from fx_quant.kernels.context import GRAPH, CompileContext, Mode
 from fx_quant.kernels.padding import Padding, plan_padding
 from fx_quant.kernels.registry import kernel, kernels
 from fx_quant.kernels.select import select
@@ -294,18 +293,3 @@ def test_a_float8_linear_of_any_m_is_padded_as_the_policy_says(target, policy, s
     report = rewrite_graph(graph, named_target(target), options, frozenset({1, 2}))
     assert report.sites[0].padding == ("m <17->17" if steps is PADDED else "none")
     assert padding_steps(graph) == steps
-
-
-# --- eager layers -----------------------------------------------------------------------------------------------------
-
-
-def test_a_layer_pads_as_its_context_says():
-    layer = fx_quant.QuantizedLinear.from_float(nn.Linear(64, 30), INT8)
-    x = sample(3)
-    before = layer(x)
-    layer.context = replace(EAGER, padding=NEVER)
-    assert layer.selection(x).context == layer.context
-    layer.context = CompileContext(Mode.GRAPH, NEVER)
-    assert layer.selection(x).context == replace(EAGER, padding=NEVER)
-    assert torch.equal(layer(x), before)
-    assert copy.deepcopy(layer).context == layer.context

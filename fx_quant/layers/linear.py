@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fx_quant.kernels.context import EAGER, CompileContext
+from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.eager import eager_selection, run_kernel, target_of
 from fx_quant.kernels.layouts import forget_storages
 from fx_quant.kernels.select import Selection
@@ -46,7 +46,7 @@ def apply_linear(
     out_dtype: torch.dtype | None = None,
     force_kernel: str | None = None,
     quantizer: Quantizer | None = None,
-    context: CompileContext = EAGER,
+    context: CompileContext | None = None,
 ) -> Tensor:
     """``[..., k] -> [..., n]`` of the linear whose tensors are given, as ``QuantizedLinear`` holds them.
 
@@ -54,7 +54,8 @@ def apply_linear(
     only: a backward pass that reaches an ``x`` that requires grad raises ``FxQuantError``.
 
     Args:
-        context: what an eager call may pad, and whether rows must stand alone; traced, the backend's options say that.
+        context: what an eager call may pad, and whether rows must stand alone, if not as ``fx_quant.mode`` says;
+            traced, the backend's options say that.
 
     Raises:
         ValueError: ``x`` does not fit the weight; the quantizer returned what ``quantize_by`` does not take.
@@ -132,8 +133,9 @@ class QuantizedLinear(nn.Module):
         quantizer: the formula that quantizes ``x``, eagerly and traced: ``(x, input_scale, input_zero_point) -> (codes,
             scale, zero_point)``, as ``activation.quantize_by`` describes it. None is ``quantize_activation``.
             It is no part of the state dict; copies and pickles keep it.
-        context: what eager calls may pad, and whether a row must come out the same whatever stands beside it; compiled,
-            the backend's options say that. May be set on a layer that is there.
+        context: what eager calls may pad, and whether a row must come out the same whatever stands beside it; None is
+            as ``fx_quant.mode`` says where the layer is called, which is always asked for the mode. Compiled, the
+            backend's options say all of it. May be set on a layer that is there.
 
     Raises:
         ValueError: a scheme that no linear can have; shapes, dtypes or values that do not fit together.
@@ -148,7 +150,7 @@ class QuantizedLinear(nn.Module):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     quantizer: Quantizer | None
-    context: CompileContext = EAGER
+    context: CompileContext | None = None
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class QuantizedLinear(nn.Module):
         input_zero_point: Tensor | None = None,
         force_kernel: str | None = None,
         quantizer: Quantizer | None = None,
-        context: CompileContext = EAGER,
+        context: CompileContext | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
