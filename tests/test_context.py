@@ -14,7 +14,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.decorators import mark_unbacked
 from torch.fx import Graph, GraphModule
 
-import fx_quant
 from fx_quant.backend import RewritePass
 from fx_quant.compat import decompositions_without_matmul, static_input_indices
 from fx_quant.config import Options, PaddingPolicy
@@ -239,15 +238,18 @@ def test_rows_that_a_guard_bounds_from_below_are_not_padded(padded_int_mm):
     assert backend.reports[0].sites[0].padding == "none"
 
 
-def test_inductor_compiles_rows_that_are_padded(padded_int_mm):
+def test_inductor_compiles_rows_and_k_that_are_padded(padded_int_mm, monkeypatch):
+    """The quantize writes its codes once, with the zeros behind them."""
     torch._dynamo.reset()
-    model = Int8Linear()
+    aligned = replace(kernel(padded_int_mm), requires=replace(kernel(padded_int_mm).requires, align=16))
+    monkeypatch.setitem(registry._KERNELS, aligned.name, aligned)
+    model = Int8Linear(n=30, k=60)
     compiled = torch.compile(
         model, backend="fx_quant", dynamic=True, options={"padding": "always", "force_kernel": padded_int_mm}
     )
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for m in (2, 16, 17, 33):
-            assert_within(compiled(sample(m)), model(sample(m)), Numerics.SAME_ACCUM)
+            assert_within(compiled(sample(m, 60)), model(sample(m, 60)), Numerics.SAME_ACCUM)
 
 
 def float8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

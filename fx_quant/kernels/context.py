@@ -97,7 +97,7 @@ def mode(
 
 
 class _Block(AbstractContextManager[CompileContext]):
-    """Enters a context with ``changes`` to the one around it. All state is in ``_ENTERED``, so threads may share one."""
+    """Enters the context around it with ``changes``. All state is in ``_ENTERED``, so that threads may share one."""
 
     def __init__(self, changes: dict[str, Any]) -> None:
         replace(EAGER, **changes)  # what is wrong with them is said here

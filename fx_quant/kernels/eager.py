@@ -103,7 +103,7 @@ def run_kernel(
 
     Args:
         selection: kernel and padding plan.
-        a: codes ``[m, k]``, or a float activation for a weight-only kernel.
+        a: codes ``[m, k]``, or ``[m, padding.k]`` with 0 behind; or a float activation for a weight-only kernel.
         weight: codes ``[n, k]`` (or packed int4 ``[n, k / 2]``), any strides.
         a_scale: one element or ``[m, 1]``; where the scheme's weight has a ``block = (r, c)`` ``[m, ceil(k / c)]``.
         b_scale: one element or ``[n]``; with a ``block`` ``[ceil(n / r), ceil(k / c)]``.

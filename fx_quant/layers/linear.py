@@ -74,20 +74,24 @@ def apply_linear(
         # Packed codes are read as int4, 8 less than the uint4 that they are.
         weight_zero_point = weight_zero_point - 8
         constant.remove("b_zero_point")  # a new tensor in each call
+    selection = None
+    if not torch.compiler.is_compiling():
+        problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
+        selection = eager_selection(problem, target_of(x.device), force_kernel, context)
     a, a_scale, a_zero_point = x.detach().reshape(-1, k), None, None
     if not scheme.weight_only:
         if quantizer is None:
+            pad = 0 if selection is None else selection.padding.k - k
             a, a_scale, a_zero_point = quantize_activation(
-                a, scheme.activation, input_scale, input_zero_point, scale_ub=input_scale_ub
+                a, scheme.activation, input_scale, input_zero_point, scale_ub=input_scale_ub, pad=pad
             )
         else:
             a, a_scale, a_zero_point = quantize_by(
                 quantizer, x.detach(), scheme.activation, input_scale, input_zero_point
             )
-    if not torch.compiler.is_compiling():
-        problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
+    if selection is not None:
         out = run_kernel(
-            eager_selection(problem, target_of(x.device), force_kernel, context),
+            selection,
             a,
             weight,
             a_scale,

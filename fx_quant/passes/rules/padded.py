@@ -213,7 +213,7 @@ def is_elementwise(node: Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if is_op(node, *CASTS) or str(node.target) in _ELEMENTWISE:
-        return True
+        return not node.kwargs.get("pad")
     return torch.Tag.pointwise in node.target.tags and is_pure(node.target)
 
 
@@ -332,6 +332,8 @@ def _quantize_dynamic(env: PaddedNodes, node: Node) -> tuple[PaddedDims, ...]:
     before, kind = env.of(source), node.kwargs["dtype"]
     per_token = node.kwargs["granularity"] == "per_token"
     last = len(shape(source)) - 1
+    if node.kwargs.get("pad"):
+        raise LookupError("fx_quant.quantize pads k itself")
     for dim, padded in before.items():
         some = bool(statically_known_true(padded.kept > 0))
         if (dim == last or not per_token) and not (padded.tail is Tail.ZERO and some):
