@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from graphs import calls, run, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_conformance import HERE
+from test_conformance import operands as operands_of_problem
+from test_deterministic import accepted as accepted_problems
 from test_realise import Recorded
 from tolerances import assert_within
 from torch import Tensor, nn
@@ -19,7 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fx_quant
 from fx_quant.config import Options
 from fx_quant.kernels import eager, registry
-from fx_quant.kernels.context import GRAPH
+from fx_quant.kernels.context import GRAPH, CompileContext
+from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.padding import Padding, plan_padding
 from fx_quant.kernels.registry import Requires, kernel
 from fx_quant.kernels.select import Selection
@@ -296,3 +300,40 @@ def test_an_eager_layer_quantizes_to_padded_codes(scheme, monkeypatch):
     assert len(pads) == (1 if "asymmetric" in scheme else 0)
     assert_within(out, expected, Numerics.EXACT)
     eager._remembered.cache_clear()
+
+
+# --- the plan in words is what is done --------------------------------------------------------------------------------
+
+
+def fills_and_cuts(selection: Selection, m: int) -> tuple[dict[str, set[float]], list[int]]:
+    """What ``run_kernel`` fills the padding of each operand with, and the dims that it cuts of the result."""
+    given = operands_of_problem(selection.problem, m)
+    names = {x.untyped_storage().data_ptr(): name for name, x in given.items() if x is not None}
+    names[given["weight"].untyped_storage().data_ptr()] = "b"
+    filled: dict[str, set[float]] = {}
+    with Recorded() as recorded:
+        run_kernel(selection, **given, constant=())
+    cuts = []
+    for name, args, _ in recorded.calls:
+        if name == "aten.constant_pad_nd.default":
+            # A pad of what is padded already is of the same operand.
+            source = names.get(args[0].untyped_storage().data_ptr(), "b_sum")
+            names[args[-1].untyped_storage().data_ptr()] = source
+            filled.setdefault(source, set()).add(args[2] if len(args) == 4 else 0)
+        elif name == "aten.slice.Tensor" and args[0].shape != args[-1].shape:
+            cuts.append(args[1])
+    return filled, cuts
+
+
+@pytest.mark.parametrize("rows", [0, 17])
+@pytest.mark.parametrize("align", [1, 16])
+@pytest.mark.parametrize("of", ["pytorch_int_mm", "pytorch_dequantized_block", "pytorch_weight_only"])
+def test_the_words_of_a_plan_are_what_a_call_does(of, align, rows):
+    grown = replace(kernel(of), requires=replace(kernel(of).requires, align=align), least_rows=rows)
+    asked = [problem for problem in accepted_problems(grown, 70, 36, 5) if problem.scheme.weight.codes_per_element == 1]
+    assert asked
+    for problem in asked:
+        plan = plan_padding(problem, grown, CompileContext("eager", "always"))
+        filled, cuts = fills_and_cuts(Selection(problem, HERE, grown, plan, ()), problem.m.low)
+        assert filled == {name: {fill} for name, fill in plan.fills(problem).items()}, str(problem)
+        assert cuts == [dim for dim, grows in enumerate(plan.padded_dims(problem)[:2]) if grows], str(problem)
