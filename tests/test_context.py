@@ -160,6 +160,7 @@ class Rewritten:
 
     def __init__(self, kernel: str, policy: str) -> None:
         self.options = Options.parse({"padding": policy, "force_kernel": kernel})
+        self.guards = False
         self.graphs: list[Graph] = []
         self.reports: list[Report] = []
 
@@ -169,7 +170,7 @@ class Rewritten:
             (env,) = {id(x.node.shape_env): x.node.shape_env for x in values if isinstance(x, torch.SymInt)}.values()
             before = len(env.guards)
             report = rewrite_graph(gm.graph, named_target("x86_vnni"), self.options, static_input_indices(gm.graph))
-            assert len(env.guards) == before
+            assert self.guards or len(env.guards) == before
             gm.graph.lint()
             gm.recompile()
             self.reports.append(report)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from fx_quant.config import Options, PaddingPolicy, parse_padding
+from fx_quant.config import Options, PaddingPolicy, parse_padding, parse_ranges
 from fx_quant.errors import unknown_name
+from fx_quant.problem import SizeRange
 
 
 class Mode(str, Enum):
@@ -36,23 +37,28 @@ class CompileContext:
         mode: how the kernel is called, as a mode or its name.
         padding: what may be padded, as a policy or its name.
         deterministic: a row's bits must not depend on how many rows stand beside it.
+        ranges: the ranges of m for each of which a graph is compiled; none, and one is for all.
 
     Raises:
         UnknownNameError: no such mode or policy.
+        FxQuantError: ranges that are none.
     """
 
     mode: Mode = Mode.GRAPH
     padding: PaddingPolicy = PaddingPolicy.AUTO
     deterministic: bool = False
+    ranges: tuple[SizeRange, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", _parse_mode(self.mode))
         object.__setattr__(self, "padding", parse_padding(self.padding))
+        object.__setattr__(self, "ranges", parse_ranges(self.ranges))
 
     @classmethod
     def of(cls, options: Options) -> CompileContext:
         """The context of a compile with ``options``."""
-        return cls(Mode.PIECEWISE if options.piecewise else Mode.GRAPH, options.padding, options.deterministic)
+        mode = Mode.PIECEWISE if options.piecewise else Mode.GRAPH
+        return cls(mode, options.padding, options.deterministic, options.ranges)
 
 
 def _parse_mode(name: str | Mode) -> Mode:

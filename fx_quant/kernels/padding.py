@@ -98,6 +98,6 @@ def unmet_by_context(problem: Problem, kernel: Kernel, context: CompileContext) 
     # A kernel that nothing is padded for says so by itself.
     if spared is not None and requires.paddable:
         unmet.append(Unmet(Kind.ALIGNMENT, f"{requires.alignment_of(problem)}, and padding='{policy}' pads {spared}"))
-    if context.deterministic and kernel.deterministic_op is None:
+    if context.deterministic and (kernel.deterministic_op is None or requires.rows is not None):
         unmet.append(Unmet(Kind.DETERMINISTIC, "may compute a row in another order when other rows stand beside it"))
     return unmet
