@@ -77,8 +77,8 @@ class _AtOnce:
         return x.shape[0]
 
     @staticmethod
-    def missing_rows(x: Tensor, least: int) -> int:
-        return max(least - x.shape[0], 0)
+    def missing_rows(x: Tensor, wanted: int) -> int:
+        return max(wanted - x.shape[0], 0)
 
     @staticmethod
     def per_row(x: Tensor, of: Tensor) -> bool:

@@ -65,8 +65,8 @@ class Face(Protocol[Value]):
         """How many rows ``x`` has, as an argument of an op."""
         ...
 
-    def missing_rows(self, x: Value, least: int) -> int | Value:
-        """How many rows ``x`` has less than ``least``, as an argument of an op; 0 where it is known to have as many."""
+    def missing_rows(self, x: Value, wanted: int) -> int | Value:
+        """How many rows ``x`` lacks of ``wanted``, as an argument of an op; 0 where it is known to have as many."""
         ...
 
     def per_row(self, x: Value, of: Value) -> bool:

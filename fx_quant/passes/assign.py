@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_quant.kernels.layouts import TRANSPOSED
 from fx_quant.kernels.realise import kept_parts, realise
@@ -21,6 +20,7 @@ from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.nodes import args_of, aten, is_op, same_size, shape, through
+from fx_quant.passes.size_bounds import least
 from fx_quant.problem import Size
 
 _TO_SIZES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
@@ -101,14 +101,14 @@ class _IntoGraph:
         except LookupError:
             return self.emitter.call(aten.sym_size.int, x, 0, like=self.node)
 
-    def missing_rows(self, x: Node, least: int) -> int | Node:
+    def missing_rows(self, x: Node, wanted: int) -> int | Node:
         # Never a comparison, which would be a guard and a graph for each answer.
         rows = self.rows(x)
         if isinstance(rows, int):
-            return max(least - rows, 0)
-        if statically_known_true(shape(x)[0] >= least):
+            return max(wanted - rows, 0)
+        if least(shape(x)[0]) >= wanted:
             return 0
-        less = self.emitter.call(operator.sub, least, rows, like=self.node)
+        less = self.emitter.call(operator.sub, wanted, rows, like=self.node)
         return self.emitter.call(torch.sym_max, less, 0, like=self.node)
 
     def per_row(self, x: Node, of: Node) -> bool:
