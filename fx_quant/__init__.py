@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fx_quant.backend import inductor_pass
     from fx_quant.diagnose.check import CheckReport, check
     from fx_quant.diagnose.explain import explain
-    from fx_quant.kernels.context import CompileContext
+    from fx_quant.kernels.context import CompileContext, mode
     from fx_quant.kernels.cpu.tuner import TuneReport, tune
     from fx_quant.kernels.layouts import clear_packed_weights
     from fx_quant.kernels.machine import detect_target
@@ -48,6 +48,7 @@ _HOMES = {
     "explain": "diagnose.explain",
     "inductor_pass": "backend",
     "load_quantized_": "loading.checkpoint",
+    "mode": "kernels.context",
     "named_target": "target",
     "prepare_": "loading.prepare",
     "quantize_": "layers.quantize_model",
@@ -74,6 +75,7 @@ __all__ = [
     "explain",
     "inductor_pass",
     "load_quantized_",
+    "mode",
     "named_target",
     "prepare_",
     "quantize_",

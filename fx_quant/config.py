@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from fx_quant.errors import FxQuantError, unknown_name
+from fx_quant.problem import SizeRange
 from fx_quant.scheme import Numerics
 
 # What a graph is cut at where ``splitting_ops`` does not say.
@@ -46,6 +47,9 @@ class Options:
         padding: what may be padded: ``auto``, ``never``, ``constants``, ``always`` or ``vllm``.
         deterministic: one kernel and one plan for all numbers of rows, whose bits in a row do not depend on how many
             rows stand beside it; kernels that cannot are not chosen.
+        ranges: ranges of m (rows of the activation), as ``(low, high)`` or texts such as ``"..16"`` and ``"17.."``. A
+            graph is compiled for the range that holds the m of its call, with the kernels and pads for that, and one
+            for each other range that is called; without it one graph is for all m.
         piecewise: compile each graph in the pieces between ``splitting_ops``, those that are the same once.
         splitting_ops: names of the ops to cut at, such as ``mylib::attention``; they run as they are.
     """
@@ -56,6 +60,7 @@ class Options:
     disabled_kernels: tuple[str, ...] = ()
     padding: PaddingPolicy = PaddingPolicy.AUTO
     deterministic: bool = False
+    ranges: tuple[SizeRange, ...] = ()
     piecewise: bool = False
     splitting_ops: tuple[str, ...] = ATTENTION
 
@@ -76,6 +81,8 @@ class Options:
             values["numerics"] = parse_numerics(values["numerics"])
         if "padding" in values:
             values["padding"] = parse_padding(values["padding"])
+        if "ranges" in values:
+            values["ranges"] = parse_ranges(values["ranges"])
         for name in ("strict", "deterministic", "piecewise"):
             if not isinstance(values.get(name, False), bool):
                 raise FxQuantError(f"option {name!r} must be True or False, got {values[name]!r}")
@@ -116,6 +123,30 @@ def parse_numerics(name: str | Numerics) -> Numerics:
     if name not in classes:
         raise unknown_name("numerics class", str(name), classes)
     return classes[name]
+
+
+def parse_ranges(given: Any) -> tuple[SizeRange, ...]:
+    """Ranges of m: each a ``SizeRange``, a pair ``(low, high)`` with None for no bound, or a text such as ``"1..16"``.
+
+    Raises:
+        FxQuantError: something else, or a range that holds nothing.
+    """
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise FxQuantError(f"option 'ranges' must be a list such as ['..16', '17..'], got {given!r}")
+    return tuple(map(_range, given))
+
+
+def _range(given: Any) -> SizeRange:
+    bounds = given
+    if isinstance(given, SizeRange):
+        bounds = given.low, given.high
+    elif isinstance(given, str) and ".." in given:
+        bounds = [int(bound) if bound.strip().isdecimal() else bound.strip() or None for bound in given.split("..", 1)]
+    if isinstance(bounds, Sequence) and len(bounds) == 2 and all(b is None or type(b) is int for b in bounds):
+        low, high = bounds[0] or 0, bounds[1]
+        if low >= 0 and (high is None or low <= high):
+            return SizeRange(low, high)
+    raise FxQuantError(f"a range of option 'ranges' must be low..high with 0 <= low <= high, got {given!r}")
 
 
 def parse_padding(name: str | PaddingPolicy) -> PaddingPolicy:

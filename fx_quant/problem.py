@@ -18,6 +18,10 @@ class SizeRange:
     low: int
     high: int | None
 
+    def covers(self, other: SizeRange) -> bool:
+        """Whether each size of ``other`` is one of these."""
+        return self.low <= other.low and (self.high is None or (other.high is not None and other.high <= self.high))
+
     @classmethod
     def exactly(cls, size: int) -> SizeRange:
         """The range of a static size."""

@@ -23,6 +23,7 @@ class Kind(str, Enum):
     BIAS = "bias"
     ALIGNMENT = "alignment"
     MAX_K = "max_k"
+    ROWS = "rows"
     CONSTANT_WEIGHT = "constant_weight"
     DISABLED = "disabled"
     DETERMINISTIC = "deterministic"

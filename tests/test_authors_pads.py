@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import expecttest
 import pytest
 import torch
@@ -10,6 +12,8 @@ from graphs import assert_same_meaning, calls, capture, copy_of, rewrite, trace
 
 from fx_quant import Fp8LinearOp
 from fx_quant.errors import NoKernelError
+from fx_quant.kernels import registry
+from fx_quant.kernels.registry import kernel
 from fx_quant.passes import pads, pipeline
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.passes.reporting import report_on
@@ -213,6 +217,52 @@ def test_a_pad_that_the_range_of_rows_rules_out_goes_without_a_word():
         return padded_before_the_quantize(x, w, ws)
 
     gone(flow, X.repeat(5, 1), W, WS, dynamic=True, sides=[[]])
+
+
+def test_sizes_that_are_read_off_padded_rows_stay_what_they_were():
+    def flow(x, w, ws):
+        x17 = rows(x)
+        return padded_before_the_quantize(x, w, ws) / x17.shape[0], (x17 * 2)[: x.shape[0]].reshape(-1) + x17.shape[0]
+
+    for dynamic in (False, True):
+        gone(flow, X, W, WS, dynamic=dynamic, sides=[["m to 17"]])
+
+
+def test_rows_of_blocks_go_though_their_k_was_padded_for_the_groups():
+    def flow(x, w, ws):
+        x17 = rows(x[:, :20])
+        groups = F.pad(x17, (0, 12)).reshape(x17.shape[0], 2, 16)
+        scale = groups.abs().amax(-1, keepdim=True) / 127
+        q = codes(groups, scale).reshape(x17.shape[0], 32)[:, :20].contiguous()
+        y = torch.ops.fx_quant.scaled_mm(q, w, scale.squeeze(-1), ws, None, torch.float32, block=[1, 16])
+        return y[: x.shape[0]]
+
+    for dynamic in (False, True):
+        state, notes = settled(flow, X, W[:20].clone(), torch.rand(N, 2), dynamic=dynamic)
+        assert notes == [["author's pad of m to 17 removed"]]
+        assert [node.args[1] for node in calls(state.graph, aten.constant_pad_nd.default)] == [[0, 12]]
+
+
+def test_a_site_says_that_it_keeps_the_pad_of_a_quantize():
+    def flow(x, w, ws):
+        q, scale = torch.ops.fx_quant.quantize.dynamic(rows(x, value=9.0), **QUANTIZE | {"granularity": "per_tensor"})
+        return torch.ops.fx_quant.scaled_mm(q, w, scale, ws, None, torch.float32)[: x.shape[0]]
+
+    _, notes = settled(flow, X, W, WS)
+    why = "fx_quant.quantize takes the largest magnitude of what is padded, which changes with it"
+    assert notes == [[f"author's pad of m to 17 kept: {why}"]]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_that_an_author_keeps_padded_are_not_padded_again(monkeypatch, dynamic):
+    padded = replace(kernel("pytorch_int_mm"), least_rows=17)
+    monkeypatch.setitem(registry._KERNELS, padded.name, padded)
+    graph = trace(all_of_them, X, W, WS, dynamic=dynamic)
+    state = rewrite(graph, padding="always", force_kernel=padded.name)
+    to_kernels(state)
+    (site,) = report_on(state).sites
+    assert (site.m, site.padding) == ("17.." if dynamic else "17", "none")
+    assert len(calls(state.graph, torch.sym_max)) == (1 if dynamic else 0)
 
 
 # --- n and k ----------------------------------------------------------------------------------------------------

@@ -42,10 +42,10 @@ def nothing_packed():
     clear_packed_weights()
 
 
-def accepted(kernel: Kernel, n: int, k: int) -> Iterator[Problem]:
+def accepted(kernel: Kernel, n: int, k: int, rows: int = ROWS) -> Iterator[Problem]:
     """One problem of each scheme that ``kernel`` runs here."""
     for scheme in ALL_SCHEMES:
-        some = (problem(scheme, n, k, out, bias, ROWS) for out, bias in reversed(EPILOGUES))
+        some = (problem(scheme, n, k, out, bias, rows) for out, bias in reversed(EPILOGUES))
         yield from itertools.islice((asked for asked in some if not kernel.requires.unmet(asked, HERE)), 1)
 
 

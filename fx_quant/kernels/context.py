@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
-from fx_quant.config import Options, PaddingPolicy, parse_padding
+import torch
+
+from fx_quant.config import Options, PaddingPolicy, parse_padding, parse_ranges
+from fx_quant.errors import unknown_name
+from fx_quant.problem import SizeRange
 
 
 class Mode(str, Enum):
@@ -27,26 +34,96 @@ class CompileContext:
     """What kernel and padding plan depend on beside the problem and the target; equal contexts give equal plans.
 
     Args:
-        mode: how the kernel is called.
+        mode: how the kernel is called, as a mode or its name.
         padding: what may be padded, as a policy or its name.
         deterministic: a row's bits must not depend on how many rows stand beside it.
+        ranges: the ranges of m for each of which a graph is compiled; none, and one is for all.
 
     Raises:
-        UnknownNameError: no such policy.
+        UnknownNameError: no such mode or policy.
+        FxQuantError: ranges that are none.
     """
 
     mode: Mode = Mode.GRAPH
     padding: PaddingPolicy = PaddingPolicy.AUTO
     deterministic: bool = False
+    ranges: tuple[SizeRange, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", _parse_mode(self.mode))
         object.__setattr__(self, "padding", parse_padding(self.padding))
+        object.__setattr__(self, "ranges", parse_ranges(self.ranges))
 
     @classmethod
     def of(cls, options: Options) -> CompileContext:
         """The context of a compile with ``options``."""
-        return cls(Mode.PIECEWISE if options.piecewise else Mode.GRAPH, options.padding, options.deterministic)
+        mode = Mode.PIECEWISE if options.piecewise else Mode.GRAPH
+        return cls(mode, options.padding, options.deterministic, options.ranges)
+
+
+def _parse_mode(name: str | Mode) -> Mode:
+    modes = {str(mode): mode for mode in Mode}
+    if str(name) not in modes:
+        raise unknown_name("mode", str(name), modes)
+    return modes[str(name)]
 
 
 EAGER = CompileContext(Mode.EAGER)
 GRAPH = CompileContext(Mode.GRAPH)
+
+# The contexts of the `with` blocks that this thread or task is in, the innermost last.
+_ENTERED: ContextVar[tuple[CompileContext, ...]] = ContextVar("fx_quant_entered", default=(EAGER,))
+
+
+def mode(
+    mode: Mode | str | None = None, *, padding: PaddingPolicy | str | None = None, deterministic: bool | None = None
+) -> AbstractContextManager[CompileContext]:
+    """``with fx_quant.mode("piecewise", padding="vllm"):`` what eager calls inside the block are planned for.
+
+    A layer of fx_quant, wherever and whenever it was built, pads as the block says in which it is called. What is left
+    out is as it is around the block; around all it is eager and ``auto``. It holds for this thread, or this asyncio
+    task, alone. A layer with a context of its own keeps its padding policy and ``deterministic``; the mode is always
+    that of the call.
+
+    Compiled code pads as its compile's options say, in a block or not, and no graph is compiled anew for it.
+
+    Args:
+        mode: ``eager``, ``graph`` or ``piecewise``: pad as in a call of that kind.
+        padding: what may be padded: ``auto``, ``never``, ``constants``, ``always`` or ``vllm``.
+        deterministic: a row's bits must not depend on how many rows stand beside it.
+
+    Returns:
+        A context manager that gives the whole context; it may be entered again, also within itself.
+
+    Raises:
+        UnknownNameError: no such mode or policy.
+    """
+    asked = {"mode": mode, "padding": padding, "deterministic": deterministic}
+    return _Block({name: value for name, value in asked.items() if value is not None})
+
+
+class _Block(AbstractContextManager[CompileContext]):
+    """Enters the context around it with ``changes``. All state is in ``_ENTERED``, so that threads may share one."""
+
+    def __init__(self, changes: dict[str, Any]) -> None:
+        replace(EAGER, **changes)  # what is wrong with them is said here
+        self._changes = changes
+
+    def __enter__(self) -> CompileContext:
+        # What is traced is planned by its compile; Dynamo looks at neither the variable nor the block.
+        if torch.compiler.is_compiling():
+            return GRAPH
+        entered = _ENTERED.get()
+        context = replace(entered[-1], **self._changes)
+        _ENTERED.set((*entered, context))
+        return context
+
+    def __exit__(self, *_: object) -> None:
+        if not torch.compiler.is_compiling():
+            _ENTERED.set(_ENTERED.get()[:-1])
+
+
+def of_call(own: CompileContext | None) -> CompileContext:
+    """What an eager call is planned for: as ``mode`` says, with the policy and the determinism of ``own`` if given."""
+    entered = _ENTERED.get()[-1]
+    return entered if own is None else replace(own, mode=entered.mode)

@@ -6,13 +6,12 @@ import functools
 import os
 import warnings
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.context import EAGER, CompileContext, Mode
+from fx_quant.kernels.context import CompileContext, of_call
 from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.realise import Operands, kept_parts, realise
 from fx_quant.kernels.registry import empty_product
@@ -29,24 +28,25 @@ def target_of(device: torch.device) -> Target:
 
 
 def eager_selection(
-    problem: Problem, target: Target, force_kernel: str | None = None, context: CompileContext = EAGER
+    problem: Problem, target: Target, force_kernel: str | None = None, context: CompileContext | None = None
 ) -> Selection:
     """``select`` for an eager call; remembered for equal arguments. Says once what a missing C++ compiler costs.
 
     Args:
-        context: what may be padded, and whether rows must stand alone; its mode is eager, whatever it says.
+        context: what may be padded, and whether rows must stand alone, if not as ``fx_quant.mode`` says; the mode is
+            always as that says.
 
     Raises:
         NoKernelError: no kernel can run it, or the forced one cannot.
     """
-    return _remembered(problem, target, force_kernel, context, os.environ.get(DISABLED_VARIABLE, ""))
+    return _remembered(problem, target, force_kernel, of_call(context), os.environ.get(DISABLED_VARIABLE, ""))
 
 
 @functools.lru_cache(maxsize=1024)
 def _remembered(
     problem: Problem, target: Target, force_kernel: str | None, context: CompileContext, _disabled: str
 ) -> Selection:
-    selection = select(problem, target, force_kernel=force_kernel, context=replace(context, mode=Mode.EAGER))
+    selection = select(problem, target, force_kernel=force_kernel, context=context)
     if force_kernel is None and selection.without_compiler:
         _warn_once(without_compiler(selection.without_compiler[:1]))
     return selection
@@ -77,8 +77,8 @@ class _AtOnce:
         return x.shape[0]
 
     @staticmethod
-    def missing_rows(x: Tensor, least: int) -> int:
-        return max(least - x.shape[0], 0)
+    def missing_rows(x: Tensor, wanted: int) -> int:
+        return max(wanted - x.shape[0], 0)
 
     @staticmethod
     def per_row(x: Tensor, of: Tensor) -> bool:
@@ -103,7 +103,7 @@ def run_kernel(
 
     Args:
         selection: kernel and padding plan.
-        a: codes ``[m, k]``, or a float activation for a weight-only kernel.
+        a: codes ``[m, k]``, or ``[m, padding.k]`` with 0 behind; or a float activation for a weight-only kernel.
         weight: codes ``[n, k]`` (or packed int4 ``[n, k / 2]``), any strides.
         a_scale: one element or ``[m, 1]``; where the scheme's weight has a ``block = (r, c)`` ``[m, ceil(k / c)]``.
         b_scale: one element or ``[n]``; with a ``block`` ``[ceil(n / r), ceil(k / c)]``.

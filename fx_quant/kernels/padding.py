@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -40,16 +41,31 @@ class Padding:
 
     def describe(self, problem: Problem) -> str:
         """``none``, or ``m <17->17, n 30->32, k 60->64``."""
-        parts = [f"m <{self.rows}->{self.rows}"] if problem.m.low < self.rows else []
-        parts += [
-            f"{name} {size}->{padded}"
-            for name, size, padded in (
-                ("n", problem.n, self.n),
-                ("k", problem.k, self.k),
-            )
-            if size != padded
-        ]
-        return ", ".join(parts) or "none"
+        sizes = (f"m <{self.rows}->{self.rows}", f"n {problem.n}->{self.n}", f"k {problem.k}->{self.k}")
+        return ", ".join(itertools.compress(sizes, self.padded_dims(problem))) or "none"
+
+    def fills(self, problem: Problem) -> dict[str, int]:
+        """The operands that grow, each with what stands in its padding."""
+        rows, n, k = self.padded_dims(problem)
+        scheme = problem.scheme
+        by_row = bool(scheme.activation.scale_shape(1, problem.k))
+        before, after = (scheme.weight.scale_shape(*size) for size in ((problem.n, problem.k), (self.n, self.k)))
+        more_groups = scheme.weight.block is not None and before[1] != after[1]
+        grows = {
+            "a": (0, rows or k),
+            "a_scale": (1, scheme.activation.quantized and ((rows and by_row) or more_groups)),
+            "a_zero_point": (0, rows and by_row and not scheme.activation.symmetric),
+            "b": (0, n or k),
+            "b_scale": (1, before != after),
+            "b_sum": (0, n and not scheme.activation.symmetric),
+            "b_zero_point": (0, before != after and not scheme.weight.symmetric),
+            "bias": (0, n and problem.bias is not None),
+        }
+        return {name: fill for name, (fill, padded) in grows.items() if padded}
+
+    def padded_dims(self, problem: Problem) -> tuple[bool, bool, bool]:
+        """Whether m, n and k grow."""
+        return problem.m.low < self.rows, self.n != problem.n, self.k != problem.k
 
 
 def plan_padding(problem: Problem, kernel: Kernel, context: CompileContext) -> Padding:
@@ -82,6 +98,6 @@ def unmet_by_context(problem: Problem, kernel: Kernel, context: CompileContext) 
     # A kernel that nothing is padded for says so by itself.
     if spared is not None and requires.paddable:
         unmet.append(Unmet(Kind.ALIGNMENT, f"{requires.alignment_of(problem)}, and padding='{policy}' pads {spared}"))
-    if context.deterministic and kernel.deterministic_op is None:
+    if context.deterministic and (kernel.deterministic_op is None or requires.rows is not None):
         unmet.append(Unmet(Kind.DETERMINISTIC, "may compute a row in another order when other rows stand beside it"))
     return unmet

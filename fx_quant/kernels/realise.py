@@ -24,7 +24,7 @@ class Operands(Generic[Value]):
     """Arguments of ``fx_quant::scaled_mm`` or, with a float ``a``, of ``fx_quant::weight_only_mm``.
 
     Args:
-        a: codes ``[m, k]``, or a float activation.
+        a: codes ``[m, k]``, or as many columns as the plan pads to; or a float activation ``[m, k]``.
         b: codes ``[k, n]``, or packed int4 ``[k / 2, n]``.
         a_scale: one element or ``[m, 1]``; with ``block = (r, c)`` ``[m, ceil(k / c)]``.
         b_scale: one element or ``[n]``; with ``block`` ``[ceil(n / r), ceil(k / c)]``.
@@ -65,8 +65,8 @@ class Face(Protocol[Value]):
         """How many rows ``x`` has, as an argument of an op."""
         ...
 
-    def missing_rows(self, x: Value, least: int) -> int | Value:
-        """How many rows ``x`` has less than ``least``, as an argument of an op; 0 where it is known to have as many."""
+    def missing_rows(self, x: Value, wanted: int) -> int | Value:
+        """How many rows ``x`` lacks of ``wanted``, as an argument of an op; 0 where it is known to have as many."""
         ...
 
     def per_row(self, x: Value, of: Value) -> bool:
@@ -107,7 +107,8 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
         kept: what ``kept_parts`` asks for.
     """
     kernel, problem, padding = selection.kernel, selection.problem, selection.padding
-    pad_n, pad_k = padding.n - problem.n, padding.k - problem.k
+    # Of the codes of an activation, those along k may be padded already, by its quantize.
+    pad_n, pad_k = padding.n - problem.n, padding.k - face.shape(operands.a)[1]
     more = face.missing_rows(operands.a, padding.rows) if padding.rows else 0
 
     def grown(x: Value | None, behind: Sequence[Size | Value], value: float) -> Value | None:
@@ -145,7 +146,7 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
         for name, fill in (("scale", 1), ("zero_point", 0)):
             factors[f"a_{name}"] = more_rows(factors[f"a_{name}"], fill)
             factors[f"b_{name}"] = more_columns(factors[f"b_{name}"], fill)
-    elif more or pad_n or pad_k:
+    elif more or (padding.n, padding.k) != (problem.n, problem.k):
         down, across = problem.scheme.weight.scale_shape(padding.n, padding.k)
         a_scale = factors["a_scale"]
         factors["a_scale"] = grown(a_scale, (more, across - face.shape(a_scale)[1]), 1) if a_scale is not None else None

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
-from fx_quant.problem import Problem
+from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import Kind, Unmet
 from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, Numerics, dtype_name
 from fx_quant.target import Target
@@ -47,6 +47,9 @@ class Requires:
         align_n: ``n`` must be a multiple of it too, and is not padded to it.
         whole_groups: ``k`` must be a multiple of the group that shares a scale.
         max_k: largest ``k`` it accepts.
+        rows: numbers of rows that it accepts, which are to hold all that a problem may have; None for any. A kernel
+            that has one way for few rows and another for many is one op, which looks at the rows of each call
+            (``by_rows``), and one layout: a graph of any m has both, and its weights once.
         asymmetric: operands (``"activation"``, ``"weight"``) that may have a zero point.
         constant_weight: the weight must be a parameter or constant, because it is packed once.
     """
@@ -69,6 +72,7 @@ class Requires:
     paddable: bool = True
     whole_groups: bool = False
     max_k: int | None = None
+    rows: SizeRange | None = None
     asymmetric: frozenset[str] = frozenset()
     constant_weight: bool = False
 
@@ -132,6 +136,8 @@ class Requires:
             unmet.append(Unmet(Kind.ALIGNMENT, f"needs k in whole groups of {weight.group}, got k={problem.k}"))
         if self.max_k is not None and problem.k > self.max_k:
             unmet.append(Unmet(Kind.MAX_K, f"needs k <= {self.max_k}, got k={problem.k}"))
+        if self.rows is not None and not self.rows.covers(problem.m):
+            unmet.append(Unmet(Kind.ROWS, f"runs {self.rows} rows, got m={problem.m}"))
         if self.constant_weight and not problem.constant_weight:
             constant = "packs its weight once, so the weight must be a parameter, buffer or constant"
             unmet.append(Unmet(Kind.CONSTANT_WEIGHT, constant))
@@ -331,6 +337,18 @@ def register_op(name: str, body: Callable[..., torch.Tensor], fake: Callable[...
         fake: its fake function; ``fake_kernel(name)`` unless given.
     """
     register(f"{name}{KERNEL_SCHEMA}", _without_empty(body), fake or fake_kernel(name), MATMUL_TAGS)
+
+
+def by_rows(most: int, few: Callable[..., torch.Tensor], many: Callable[..., torch.Tensor]) -> Callable:
+    """The body of an op that is ``few`` for up to ``most`` rows and ``many`` for more, asked in each call.
+
+    Its fake function is that of any kernel, so a graph of any m holds both and is compiled once.
+    """
+
+    def run(a, *rest, **more) -> torch.Tensor:
+        return (few if a.shape[0] <= most else many)(a, *rest, **more)
+
+    return run
 
 
 def _without_empty(body: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

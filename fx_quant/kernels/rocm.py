@@ -23,6 +23,7 @@ from fx_quant.kernels.registry import (
     TENSOR_SCALES,
     Kernel,
     Requires,
+    by_rows,
     register_kernel,
     register_op,
 )
@@ -37,20 +38,16 @@ def compute_units(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _float8(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
-    """``wvSplitKQ`` of up to ``MAX_ROWS`` rows, else ``torch._scaled_mm``; both round once, after scales and bias."""
-    if a.shape[0] > MAX_ROWS:
-        return scaled_mm(a, b, a_scale, b_scale, bias, n, out_dtype)
+def _skinny(a, b, a_scale, b_scale, bias, n, out_dtype, **_) -> Tensor:
+    """``wvSplitKQ`` of up to ``MAX_ROWS`` rows, which like ``torch._scaled_mm`` rounds once, after scales and bias."""
     out = a.new_empty((a.shape[0], n), dtype=out_dtype)
-    if not a.shape[0]:
-        return out
     one_a, one_b = (one_or_each(scale, (1, 1), a).reshape(1) for scale in (a_scale, b_scale))
     bias = None if bias is None else bias.contiguous()
     vllm_op("_rocm_C", "wvSplitKQ")(dense(b.t()), dense(a), bias, out, one_a, one_b, compute_units(a.device))
     return out
 
 
-register_op("rocm_float8", _float8)
+register_op("rocm_float8", by_rows(MAX_ROWS, _skinny, scaled_mm))
 
 for _feature, _pairs, _suffix in ROCM_FLOAT8:
     register_kernel(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fx_quant.errors import NoKernelError, unknown_name
-from fx_quant.kernels.context import GRAPH, CompileContext
+from fx_quant.kernels.context import GRAPH, CompileContext, Mode
 from fx_quant.kernels.padding import Padding, plan_padding, unmet_by_context
 from fx_quant.kernels.registry import Kernel, kernel, kernels
 from fx_quant.problem import Problem
@@ -56,6 +56,12 @@ class Selection:
     def overload(self) -> torch._ops.OpOverload:
         """The op that is called."""
         return self.kernel.overload(self.context.deterministic)
+
+    def padding_in(self, mode: Mode) -> Padding:
+        """The plan of the kernel in calls of ``mode``."""
+        if mode is self.context.mode:
+            return self.padding
+        return plan_padding(self.problem, self.kernel, replace(self.context, mode=mode))
 
     @property
     def without_compiler(self) -> tuple[str, ...]:

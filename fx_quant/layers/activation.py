@@ -29,6 +29,7 @@ def quantize_activation(
     zero_point: Tensor | None = None,
     *,
     scale_ub: Tensor | None = None,
+    pad: int = 0,
 ) -> Quantized:
     """``(codes, scale, zero_point)`` of ``x [m, k]``.
 
@@ -53,10 +54,11 @@ def quantize_activation(
         scale: the given scale of a static spec: one float element, finite and positive, which is not checked.
         zero_point: the given zero point of a static asymmetric spec, one integer.
         scale_ub: one float element: bound of ``amax``, per-token dynamic float8 only. Larger values saturate.
+        pad: how many codes of 0 to put behind those of each row.
 
     Returns:
-        codes ``[m, k]``; scale ``[]`` or ``[m, 1]`` or ``[m, ceil(k / g)]``, float32; zero point int32 of the scale's
-        shape, or None. No rows have the scale of zeros, where it is one for all.
+        codes ``[m, k + pad]``; scale ``[]`` or ``[m, 1]`` or ``[m, ceil(k / g)]``, float32; zero point int32 of the
+        scale's shape, or None. No rows have the scale of zeros, where it is one for all.
 
     Raises:
         ValueError: a spec that no activation can have; ``x`` or a given tensor that is not what the spec needs.
@@ -65,11 +67,12 @@ def quantize_activation(
     _check_given(x, spec, scale, zero_point, scale_ub)
     if not spec.dynamic:
         assert scale is not None
-        return _static(x, spec, scale.reshape(()).float(), None if zero_point is None else zero_point.reshape(()))
+        point = None if zero_point is None else zero_point.reshape(())
+        return _static(x, spec, scale.reshape(()).float(), point, pad)
     if spec.granularity == Granularity.PER_TENSOR and _no_rows(x):
-        codes, dynamic_scale, dynamic_zero_point = _dynamic(F.pad(x, (0, 0, 0, 1)), spec, None)
+        codes, dynamic_scale, dynamic_zero_point = _dynamic(F.pad(x, (0, 0, 0, 1)), spec, None, pad)
         return codes[:0], dynamic_scale, dynamic_zero_point
-    return _dynamic(x, spec, scale_ub)
+    return _dynamic(x, spec, scale_ub, pad)
 
 
 def quantize_by(
@@ -119,14 +122,14 @@ def _no_rows(x: Tensor) -> bool:
     return statically_known_true(x.shape[0] == 0)
 
 
-def _dynamic(x: Tensor, spec: OperandSpec, scale_ub: Tensor | None) -> Quantized:
+def _dynamic(x: Tensor, spec: OperandSpec, scale_ub: Tensor | None, pad: int) -> Quantized:
     if not spec.symmetric:
-        return _dynamic_asymmetric(x, spec)
+        return _dynamic_asymmetric(x, spec, pad)
     if scale_ub is not None:
-        return _bounded(x, spec, scale_ub)
+        return _bounded(x, spec, scale_ub, pad)
     if spec.group is not None:
-        return _grouped(x, spec, spec.group)
-    codes, scale = torch.ops.fx_quant.quantize.dynamic(x, **_formula(spec))
+        return _grouped(x, spec, spec.group, pad)
+    codes, scale = torch.ops.fx_quant.quantize.dynamic(x, **_formula(spec), pad=pad)
     return codes, scale, None
 
 
@@ -156,25 +159,26 @@ def _float8_floor(largest: float) -> float:
     return 1 / (largest * _FLOAT8_FLOOR_DIVISOR)
 
 
-def _float8_codes(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
+def _float8_codes(x: Tensor, dtype: torch.dtype, scale: Tensor, pad: int) -> Tensor:
     largest = float8_max(dtype)
-    return torch.ops.fx_quant.quantize(x, scale, dtype=dtype, reciprocal=True, lo=-largest, hi=largest)
+    return torch.ops.fx_quant.quantize(x, scale, dtype=dtype, reciprocal=True, lo=-largest, hi=largest, pad=pad)
 
 
-def _static(x: Tensor, spec: OperandSpec, scale: Tensor, zero_point: Tensor | None) -> Quantized:
+def _static(x: Tensor, spec: OperandSpec, scale: Tensor, zero_point: Tensor | None, pad: int) -> Quantized:
     if spec.dtype in FLOAT8_DTYPES:
-        return _float8_codes(x, spec.dtype, scale), scale, None
+        return _float8_codes(x, spec.dtype, scale, pad), scale, None
     if zero_point is None:
-        codes = torch.ops.fx_quant.quantize(x, scale, dtype=spec.dtype, reciprocal=False, lo=-128.0, hi=127.0)
+        codes = torch.ops.fx_quant.quantize(x, scale, dtype=spec.dtype, reciprocal=False, lo=-128.0, hi=127.0, pad=pad)
         return codes, scale, None
-    return _shifted(x, scale, zero_point), scale, zero_point.to(torch.int32)
+    return _shifted(x, scale, zero_point, pad), scale, zero_point.to(torch.int32)
 
 
-def _shifted(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return ((x.float() / scale).round() + zero_point).clamp(-128, 127).to(torch.int8)
+def _shifted(x: Tensor, scale: Tensor, zero_point: Tensor, pad: int) -> Tensor:
+    codes = ((x.float() / scale).round() + zero_point).clamp(-128, 127).to(torch.int8)
+    return F.pad(codes, (0, pad)) if pad else codes
 
 
-def _dynamic_asymmetric(x: Tensor, spec: OperandSpec) -> Quantized:
+def _dynamic_asymmetric(x: Tensor, spec: OperandSpec, pad: int) -> Quantized:
     wide = x.float()
     if spec.granularity == Granularity.PER_TOKEN:
         low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
@@ -185,23 +189,24 @@ def _dynamic_asymmetric(x: Tensor, spec: OperandSpec) -> Quantized:
     scale = (high / _INT8_STEPS - low / _INT8_STEPS).clamp(min=_TINY)
     scale = torch.where(high == low, torch.ones_like(scale), scale)
     zero_point = (-128 - low / scale).round().clamp(-128, 127).to(torch.int32)
-    return _shifted(x, scale, zero_point), scale, zero_point
+    return _shifted(x, scale, zero_point, pad), scale, zero_point
 
 
-def _bounded(x: Tensor, spec: OperandSpec, scale_ub: Tensor) -> Quantized:
+def _bounded(x: Tensor, spec: OperandSpec, scale_ub: Tensor, pad: int) -> Quantized:
     largest = float8_max(spec.dtype)
     amax = x.float().abs().amax(-1, keepdim=True).minimum(scale_ub.reshape(()).float())
     scale = (amax / largest).clamp(min=_float8_floor(largest))
-    return _float8_codes(x, spec.dtype, scale), scale, None
+    return _float8_codes(x, spec.dtype, scale, pad), scale, None
 
 
-def _grouped(x: Tensor, spec: OperandSpec, size: int) -> Quantized:
+def _grouped(x: Tensor, spec: OperandSpec, size: int, pad: int) -> Quantized:
     k = x.shape[1]
     groups = spec.scales_along(k)
     # A group is a row of its own; zeros beyond k change no amax.
     rows = F.pad(x, (0, groups * size - k)).unflatten(-1, (groups, size))
     codes, scale = torch.ops.fx_quant.quantize.dynamic(rows, **_formula(spec))
-    return codes.flatten(1)[:, :k].contiguous(), scale.squeeze(-1), None
+    codes = codes.flatten(1)[:, :k]
+    return F.pad(codes, (0, pad)) if pad else codes.contiguous(), scale.squeeze(-1), None
 
 
 # --- what must hold -----------------------------------------------------------------------------------------------

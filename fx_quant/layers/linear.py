@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fx_quant.kernels.context import EAGER, CompileContext
+from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.eager import eager_selection, run_kernel, target_of
 from fx_quant.kernels.layouts import forget_storages
 from fx_quant.kernels.select import Selection
@@ -46,7 +46,7 @@ def apply_linear(
     out_dtype: torch.dtype | None = None,
     force_kernel: str | None = None,
     quantizer: Quantizer | None = None,
-    context: CompileContext = EAGER,
+    context: CompileContext | None = None,
 ) -> Tensor:
     """``[..., k] -> [..., n]`` of the linear whose tensors are given, as ``QuantizedLinear`` holds them.
 
@@ -54,7 +54,8 @@ def apply_linear(
     only: a backward pass that reaches an ``x`` that requires grad raises ``FxQuantError``.
 
     Args:
-        context: what an eager call may pad, and whether rows must stand alone; traced, the backend's options say that.
+        context: what an eager call may pad, and whether rows must stand alone, if not as ``fx_quant.mode`` says;
+            traced, the backend's options say that.
 
     Raises:
         ValueError: ``x`` does not fit the weight; the quantizer returned what ``quantize_by`` does not take.
@@ -73,20 +74,24 @@ def apply_linear(
         # Packed codes are read as int4, 8 less than the uint4 that they are.
         weight_zero_point = weight_zero_point - 8
         constant.remove("b_zero_point")  # a new tensor in each call
+    selection = None
+    if not torch.compiler.is_compiling():
+        problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
+        selection = eager_selection(problem, target_of(x.device), force_kernel, context)
     a, a_scale, a_zero_point = x.detach().reshape(-1, k), None, None
     if not scheme.weight_only:
         if quantizer is None:
+            pad = 0 if selection is None else selection.padding.k - k
             a, a_scale, a_zero_point = quantize_activation(
-                a, scheme.activation, input_scale, input_zero_point, scale_ub=input_scale_ub
+                a, scheme.activation, input_scale, input_zero_point, scale_ub=input_scale_ub, pad=pad
             )
         else:
             a, a_scale, a_zero_point = quantize_by(
                 quantizer, x.detach(), scheme.activation, input_scale, input_zero_point
             )
-    if not torch.compiler.is_compiling():
-        problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
+    if selection is not None:
         out = run_kernel(
-            eager_selection(problem, target_of(x.device), force_kernel, context),
+            selection,
             a,
             weight,
             a_scale,
@@ -132,8 +137,9 @@ class QuantizedLinear(nn.Module):
         quantizer: the formula that quantizes ``x``, eagerly and traced: ``(x, input_scale, input_zero_point) -> (codes,
             scale, zero_point)``, as ``activation.quantize_by`` describes it. None is ``quantize_activation``.
             It is no part of the state dict; copies and pickles keep it.
-        context: what eager calls may pad, and whether a row must come out the same whatever stands beside it; compiled,
-            the backend's options say that. May be set on a layer that is there.
+        context: what eager calls may pad, and whether a row must come out the same whatever stands beside it; None is
+            as ``fx_quant.mode`` says where the layer is called, which is always asked for the mode. Compiled, the
+            backend's options say all of it. May be set on a layer that is there.
 
     Raises:
         ValueError: a scheme that no linear can have; shapes, dtypes or values that do not fit together.
@@ -148,7 +154,7 @@ class QuantizedLinear(nn.Module):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     quantizer: Quantizer | None
-    context: CompileContext = EAGER
+    context: CompileContext | None = None
 
     def __init__(
         self,
@@ -162,7 +168,7 @@ class QuantizedLinear(nn.Module):
         input_zero_point: Tensor | None = None,
         force_kernel: str | None = None,
         quantizer: Quantizer | None = None,
-        context: CompileContext = EAGER,
+        context: CompileContext | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme

@@ -38,9 +38,9 @@ class Fp8LinearOp:
 
     Args:
         use_per_token_if_dynamic: one scale a row rather than one in all, where no ``input_scale`` is given.
-        pad_output: None pads as the plan of the selection says: for ``torch._scaled_mm`` on CUDA in eager calls, not
-            in compiled ones. True pads for every kernel, compiled too, but on ROCm, which never gains by it. False
-            never pads.
+        pad_output: None pads as the plan of the selection says: for ``torch._scaled_mm`` on CUDA in eager calls, unless
+            ``fx_quant.mode`` says otherwise, not in compiled ones. True pads for every kernel, compiled too, but on
+            ROCm, which never gains by it. False never pads.
         force_kernel: the kernel of eager calls, or raise; compiled ones have the backend's option of that name.
     """
 

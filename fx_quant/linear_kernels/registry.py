@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fx_quant.errors import FxQuantError, NoKernelError
+from fx_quant.kernels.context import of_call
 from fx_quant.kernels.machine import capability_target, detect_target
 from fx_quant.kernels.operands import add_bias
+from fx_quant.kernels.padding import plan_padding
 from fx_quant.kernels.registry import Kernel, kernel
 from fx_quant.kernels.select import Verdict, disabled_kernels, verdicts
 from fx_quant.layers.linear import apply_linear
@@ -137,10 +139,13 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
         raise NoKernelError(f"{type(self).__name__} cannot run {problem} on {target}: {why}", tuple(mine))
 
     def get_output_padding(self) -> int | None:
-        """Rows to which an eager call pads fewer: 17 for ``torch._scaled_mm`` on CUDA; None where it pads none."""
-        target = self.target or resolve_capability(None)
-        mine = self.verdicts(problem_of(self.config), target)
-        return next((kernel(verdict.kernel).least_rows for verdict in mine if verdict.can_run), 0) or None
+        """Rows to which a call pads fewer here and now: 17 for ``torch._scaled_mm`` on CUDA; None where it pads none.
+
+        ``fx_quant.mode`` says what is padded.
+        """
+        target, problem = self.target or resolve_capability(None), problem_of(self.config)
+        able = (kernel(verdict.kernel) for verdict in self.verdicts(problem, target) if verdict.can_run)
+        return next((plan_padding(problem, each, of_call(None)).rows for each in able), 0) or None
 
     def _get_layer_params(self, layer: nn.Module, **kwargs: Any) -> ParamsT:
         return typing.cast(ParamsT, self.PARAMS.from_layer(layer))

@@ -36,11 +36,15 @@ def _codes(
     reciprocal: bool,
     lo: float,
     hi: float,
+    pad: int,
     *,
     nan_to_zero: bool = True,
     in_range: bool = False,
 ) -> TensorBox:
-    """The codes; ``in_range`` says that none but those of NaN and infinity leave ``lo`` to ``hi``."""
+    """The codes, and ``pad`` of 0 behind those of each row.
+
+    ``in_range`` says that none but those of NaN and infinity leave ``lo`` to ``hi``.
+    """
     if isinstance(scale, ir.Constant):
         # Freezing makes a number of a scale that is a parameter.
         scale = L._full(scale.value, x.get_device_or_error(), scale.dtype, [])
@@ -62,15 +66,16 @@ def _codes(
         value = ops.maximum(value, ops.constant(lo, torch.float32))
         return ops.minimum(value, ops.constant(hi, torch.float32))
 
-    return to_dtype(L.make_pointwise(to_range)(y), dtype)
+    codes = to_dtype(L.make_pointwise(to_range)(y), dtype)
+    return lowerings[aten.constant_pad_nd.default](codes, [0, pad], 0) if pad else codes
 
 
 @register_lowering(fxq.quantize.default, type_promotion_kind=None)
 def quantize(
-    x: TensorBox, scale: TensorBox, *, dtype: torch.dtype, reciprocal: bool, lo: float, hi: float
+    x: TensorBox, scale: TensorBox, *, dtype: torch.dtype, reciprocal: bool, lo: float, hi: float, pad: int = 0
 ) -> TensorBox:
     """Codes of ``x`` under ``scale``; see ``fx_quant.ops.quantize``."""
-    return _codes(x, scale, dtype, reciprocal, lo, hi)
+    return _codes(x, scale, dtype, reciprocal, lo, hi, pad)
 
 
 def _rounded_to(x: TensorBox, dtype: torch.dtype) -> TensorBox:
@@ -152,6 +157,7 @@ def quantize_dynamic(
     reciprocal: bool,
     lo: float,
     hi: float,
+    pad: int = 0,
 ) -> tuple[TensorBox, TensorBox]:
     """``(codes, scale)`` of ``x``; see ``fx_quant.ops.quantize_dynamic``."""
     _compute_once(x)
@@ -169,7 +175,7 @@ def quantize_dynamic(
     wide = divide_dtype is scale_dtype is torch.float32 and not dtype.is_floating_point and not reciprocal
     in_range = wide and floor_on != "none" and floor >= _LEAST_FLOOR and divisor <= min(-lo, hi) and divisor % 1 == 0
     # NaN needs a scale of 0, NaN or infinity, which hides the code in any product; the check would cost a third.
-    return _codes(x, scale, dtype, reciprocal, lo, hi, nan_to_zero=False, in_range=in_range), scale
+    return _codes(x, scale, dtype, reciprocal, lo, hi, pad, nan_to_zero=False, in_range=in_range), scale
 
 
 @register_lowering(fxq.split_zero_point.default, type_promotion_kind=None)

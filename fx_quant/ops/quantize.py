@@ -45,11 +45,21 @@ def _codes(
     reciprocal: bool,
     lo: float,
     hi: float,
+    pad: int,
 ) -> Tensor:
     y = x.float() * scale.reciprocal() if reciprocal else x.float() / scale
     if not dtype.is_floating_point:
         y = y.round()
-    return y.clamp(lo, hi).to(dtype).contiguous()
+    y = y.clamp(lo, hi)
+    if not pad:
+        return y.to(dtype).contiguous()
+    codes = y.new_zeros(_padded(y, pad), dtype=dtype)
+    codes[..., : y.shape[-1]] = y
+    return codes
+
+
+def _padded(x: Tensor, pad: int) -> tuple[int, ...]:
+    return (*x.shape[:-1], x.shape[-1] + pad)
 
 
 def quantize(
@@ -59,8 +69,9 @@ def quantize(
     reciprocal: bool,
     lo: float,
     hi: float,
+    pad: int = 0,
 ) -> Tensor:
-    """Codes of ``x`` under a given scale.
+    """Codes of ``x`` under a given scale, ``[..., k + pad]``.
 
     ``codes = cast(clamp(round(x / scale), lo, hi))`` in float32; ``x * (1 / scale)`` with ``reciprocal`` (a different
     rounding); float8 codes are not rounded before the cast.
@@ -70,26 +81,27 @@ def quantize(
         scale: broadcastable to ``x``, float32. Zero gives NaN or infinity before the clamp, as the formula says.
         dtype: int8, uint8 or float8.
         lo, hi: the range of the codes, inclusive.
+        pad: how many codes of 0 stand behind those of each row, for a kernel that wants k in multiples.
     """
     check_quantize(x, scale, dtype)
-    return _codes(x, scale, dtype, reciprocal, lo, hi)
+    return _codes(x, scale, dtype, reciprocal, lo, hi, pad)
 
 
-def _quantize_fake(x, scale, dtype, reciprocal, lo, hi):
+def _quantize_fake(x, scale, *, dtype, pad=0, **_):
     check_quantize(x, scale, dtype)
-    return x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty(_padded(x, pad), dtype=dtype)
 
 
 register(
-    "quantize(Tensor x, Tensor scale, *, ScalarType dtype, bool reciprocal, float lo, float hi) -> Tensor",
-    lambda x, scale, *, dtype, reciprocal, lo, hi: quantize(x, scale, dtype, reciprocal, lo, hi),
-    lambda x, scale, *, dtype, reciprocal, lo, hi: _quantize_fake(x, scale, dtype, reciprocal, lo, hi),
+    "quantize(Tensor x, Tensor scale, *, ScalarType dtype, bool reciprocal, float lo, float hi, int pad=0) -> Tensor",
+    quantize,
+    _quantize_fake,
     QUANTIZE_TAGS,
 )
 
 DYNAMIC_ARGS = (
     "*, ScalarType dtype, str granularity, float divisor, ScalarType divide_dtype, float floor, str floor_on, "
-    "ScalarType scale_dtype, bool reciprocal, float lo, float hi"
+    "ScalarType scale_dtype, bool reciprocal, float lo, float hi, int pad=0"
 )
 
 
@@ -149,6 +161,7 @@ def quantize_dynamic(
     reciprocal: bool,
     lo: float,
     hi: float,
+    pad: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``(codes, scale)`` of ``x``, the scale chosen from ``x`` itself: ``choose_scale`` then ``quantize``.
 
@@ -165,14 +178,14 @@ def quantize_dynamic(
         floor_on=floor_on,
         scale_dtype=scale_dtype,
     )
-    return _codes(x, scale, dtype, reciprocal, lo, hi), scale.contiguous()
+    return _codes(x, scale, dtype, reciprocal, lo, hi, pad), scale.contiguous()
 
 
-def quantize_dynamic_fake(x, *, dtype, granularity, floor_on, **_):
+def quantize_dynamic_fake(x, *, dtype, granularity, floor_on, pad=0, **_):
     """The shapes and dtypes of ``quantize_dynamic``."""
     check_quantize_dynamic(x, dtype, granularity, floor_on)
     shape = (*x.shape[:-1], 1) if granularity == "per_token" else ()
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(shape, dtype=torch.float32)
+    return x.new_empty(_padded(x, pad), dtype=dtype), x.new_empty(shape, dtype=torch.float32)
 
 
 register(

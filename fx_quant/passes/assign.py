@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_quant.kernels.layouts import TRANSPOSED
 from fx_quant.kernels.realise import kept_parts, realise
@@ -20,8 +19,11 @@ from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.memory import Memory
-from fx_quant.passes.nodes import aten, is_op, same_size, shape
+from fx_quant.passes.nodes import args_of, aten, is_op, same_size, shape, through
+from fx_quant.passes.size_bounds import least
 from fx_quant.problem import Size
+
+_TO_SIZES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
 
 class UnassignedError(Exception):
@@ -48,6 +50,7 @@ def assign(
         UnassignedError: names every op that could not be replaced.
     """
     emitter = Emitter(graph)
+    pad_in_quantizes(emitter, selections)
     kept = _keep(emitter, selections, runtime)
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     results = {}
@@ -98,14 +101,14 @@ class _IntoGraph:
         except LookupError:
             return self.emitter.call(aten.sym_size.int, x, 0, like=self.node)
 
-    def missing_rows(self, x: Node, least: int) -> int | Node:
+    def missing_rows(self, x: Node, wanted: int) -> int | Node:
         # Never a comparison, which would be a guard and a graph for each answer.
         rows = self.rows(x)
         if isinstance(rows, int):
-            return max(least - rows, 0)
-        if statically_known_true(shape(x)[0] >= least):
+            return max(wanted - rows, 0)
+        if least(shape(x)[0]) >= wanted:
             return 0
-        less = self.emitter.call(operator.sub, least, rows, like=self.node)
+        less = self.emitter.call(operator.sub, wanted, rows, like=self.node)
         return self.emitter.call(torch.sym_max, less, 0, like=self.node)
 
     def per_row(self, x: Node, of: Node) -> bool:
@@ -122,6 +125,40 @@ def _assign(
     operands = operands_of(node)
     with emitter.graph.inserting_before(node):
         return realise(_IntoGraph(emitter, node, casts), selection, operands, kept)
+
+
+def pad_in_quantizes(emitter: Emitter, selections: Mapping[Node, Selection]) -> None:
+    """Let each quantize pad its codes along k itself, where all that read them want them padded alike."""
+    for node, selection in selections.items():
+        codes = through(operands_of(node).a, _TO_SIZES)
+        quantize = args_of(codes)[0] if is_op(codes, operator.getitem) else codes
+        op, k = torch.ops.fx_quant.quantize, selection.padding.k
+        if not is_op(quantize, op.default, op.dynamic) or same_size(shape(codes)[-1], k):
+            continue
+        views: list[Node] = []
+        if _all_want(k, codes, selections, views):
+            emitter.recall(quantize, quantize.target, quantize.args, quantize.kwargs | {"pad": k - shape(codes)[-1]})
+            for view in dict.fromkeys((codes, *views)):
+                if view is not quantize:
+                    args = view.args if view is codes else (view.args[0], [*args_of(view)[1][:-1], k])
+                    emitter.recall(view, view.target, args, view.kwargs)
+
+
+def _all_want(k: int, codes: Node, selections: Mapping[Node, Selection], views: list[Node]) -> bool:
+    """Whether all that read ``codes``, by way of ``views`` of its rows too, are matmuls that pad it to ``k``."""
+    for user in codes.users:
+        if is_op(user, *_TO_SIZES) and same_size(shape(user)[-1], shape(codes)[-1]):
+            views.append(user)
+            if not _all_want(k, user, selections, views):
+                return False
+        elif user not in selections or selections[user].padding.k != k or _reads(user, codes) != [0]:
+            return False
+    return bool(codes.users)
+
+
+def _reads(user: Node, operand: Node) -> list[int]:
+    """Which arguments of ``user`` are ``operand``."""
+    return [i for i, given in enumerate((*user.args, *user.kwargs.values())) if given is operand]
 
 
 def _share_sums(emitter: Emitter, sums: Mapping[Node, Node | None]) -> None:

@@ -11,7 +11,7 @@ from torch.fx import Node
 from fx_quant.ops.fold import can_fold, program_of
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.inputs import Inputs
-from fx_quant.passes.nodes import VIEWS, args_of, is_op, shape, tensor
+from fx_quant.passes.nodes import VIEWS, args_of, aten, is_op, shape, tensor
 
 # By name: the op is registered with the kernels, which this package does not import.
 _PREPACK = "fx_quant.prepack.default"
@@ -20,7 +20,8 @@ _PREPACK = "fx_quant.prepack.default"
 def fold_constants(emitter: Emitter, kernels: Sequence[Node], inputs: Inputs) -> None:
     """Replace what ``kernels`` (calls of kernel ops) are given of constants alone by one ``fx_quant::fold``.
 
-    Vectors are left: Inductor reads them in the epilogue, where their casts and products cost nothing.
+    Vectors are left, unless they are padded: Inductor reads them in the epilogue, where their casts and products cost
+    nothing.
     """
     graph = emitter.graph
     wanted: dict[Node, list[Node]] = {}
@@ -53,14 +54,15 @@ def fold_constants(emitter: Emitter, kernels: Sequence[Node], inputs: Inputs) ->
 
 
 def _matrices(kernel: Node) -> Iterator[Node]:
-    """The weight, its sums, and every scale and zero point of it of more than one dim.
+    """The weight, its sums, every scale and zero point of it of more than one dim, and vectors that are padded.
 
     What is on the activation's side is computed in every call, even of a buffer: it may be a frame that is filled anew.
     """
     weight, sums = args_of(kernel)[1], kernel.kwargs.get("b_sum")
     of_activation = {args_of(kernel)[0], args_of(kernel)[2], kernel.kwargs.get("a_zero_point")}
     for argument in kernel.all_input_nodes:
-        if argument not in of_activation and (argument in (weight, sums) or len(shape(argument)) > 1):
+        is_large = argument in (weight, sums) or len(shape(argument)) > 1
+        if argument not in of_activation and (is_large or is_op(argument, aten.constant_pad_nd.default)):
             yield argument
 
 

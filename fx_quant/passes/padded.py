@@ -18,6 +18,7 @@ from fx_quant.passes.contractions import is_contraction
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.nodes import is_one, qualified_name, same_size, shape, tensor
+from fx_quant.passes.size_bounds import least
 from fx_quant.problem import Size
 
 
@@ -232,7 +233,7 @@ Rule = Callable[[PaddedNodes, Node], "PaddedDims | tuple[PaddedDims, ...]"]
 
 def grows(before: Size, after: Size) -> bool:
     """Whether a dim of ``after`` is known to be no shorter than ``before``, and never the one that broadcasts."""
-    return bool(statically_known_true(after >= before)) and bool(statically_known_true(after > 1))
+    return bool(statically_known_true(after >= before)) and least(after) > 1
 
 
 def _unknown(node: Node) -> str:

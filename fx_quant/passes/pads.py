@@ -6,6 +6,7 @@ its kernel's own plan pads them, or does not. Pads that belong together go toget
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -115,8 +116,10 @@ class _Removal:
             UnremovableError: a step raised.
         """
         affected = {node: roots for node in self._graph.nodes if (roots := self._roots(node))}
-        for node, roots in affected.items():
-            done = attempt(self._take_out, node)
+        sizes = [node for node in affected if is_op(node, aten.sym_size.int)]
+        # Sizes first, while their tensors can be told from what is left of them.
+        for node in dict.fromkeys((*sizes, *affected)):
+            done, roots = attempt(self._take_out, node), affected[node]
             if isinstance(done, Failure):
                 why = done.reason(f"taking it out of {qualified_name(node.target)}")
                 raise UnremovableError(self._names(roots), self._names(self._going), why)
@@ -136,6 +139,9 @@ class _Removal:
         return self._nodes.root(pad) in self._going
 
     def _take_out(self, node: Node) -> None:
+        if is_op(node, aten.sym_size.int):
+            self._keep_size(node)
+            return
         own = [dim for dim in self._nodes.padded_by(node) if self._goes((node, dim))]
         end = self._nodes.ends.get(node)
         source = self._unpadded(node, own) if own else None
@@ -145,6 +151,15 @@ class _Removal:
             self._emitter.replace(node, source)
         else:
             self._recall(node)
+
+    def _keep_size(self, node: Node) -> None:
+        """``node``, a size, as the sum of what is left and what was padded, where that is taken out."""
+        source, dim = args_of(node)
+        padded = self._nodes.of(source).get(dim)
+        if padded is not None and self._goes(padded.pad):
+            kept, size = extent(padded.kept), extent(node.meta["val"])
+            parts = [self._emitter.size_argument(part, node) for part in (kept, size - kept)]
+            self._emitter.recall(node, operator.add, tuple(parts), {})
 
     def _unpadded(self, node: Node, dims: Sequence[int]) -> Node | None:
         """What ``node`` pads, where that is along ``dims`` only; else None, and it pads the others."""

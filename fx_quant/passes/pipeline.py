@@ -40,6 +40,7 @@ from fx_quant.passes.rewrite import (
     rewrite_quantizers,
 )
 from fx_quant.passes.rewriting import Rewriting, Row
+from fx_quant.passes.row_ranges import in_declared_range
 from fx_quant.passes.rulebook import starts_codes
 from fx_quant.passes.sites import Recognised, Site, SizeMiss, find_sites
 from fx_quant.passes.specialize import specialize_weights
@@ -86,7 +87,8 @@ def find(state: Rewriting) -> None:
         matmuls = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
     # Those of a subgraph are missed once in each call of it, as the graph around it says.
     state.misses, state.recognised = [] if is_subgraph(state.source) else matmuls.misses, matmuls.recognised
-    state.sites, state.memory = matmuls.sites, Memory(state.graph)
+    state.sites = [in_declared_range(site, state.context.ranges) for site in matmuls.sites]
+    state.memory = Memory(state.graph)
 
 
 def choose_kernels(state: Rewriting) -> None:

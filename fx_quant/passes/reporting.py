@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fx_quant.kernels.context import Mode
+from fx_quant.kernels.padding import Padding
 from fx_quant.kernels.select import Verdict
 from fx_quant.passes.nodes import module_path, qualified_name, source_line
 from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.sites import Recognised
+from fx_quant.problem import Problem
 from fx_quant.reasons import Unmet
-from fx_quant.report import MissReport, RecognisedReport, Report, SiteReport
+from fx_quant.report import MissReport, PlanReport, RecognisedReport, Report, SiteReport
 from fx_quant.scheme import dtype_name
 
 
@@ -70,4 +73,10 @@ def _site_report(row: Row, notes: tuple[str, ...]) -> SiteReport:
         quantize=str(row.quantizer or ""),
         unmet=_unmet(selection.verdicts, selection.kernel.name),
         notes=notes,
+        plans={str(mode): _plan_report(problem, selection.padding_in(mode)) for mode in Mode},
     )
+
+
+def _plan_report(problem: Problem, padding: Padding) -> PlanReport:
+    rows, n, _ = padding.padded_dims(problem)
+    return PlanReport(padding.describe(problem), padding.fills(problem), ("m",) * rows + ("n",) * n)

@@ -21,11 +21,12 @@ from fx_quant.passes.origins import Origin, Origins
 from fx_quant.passes.problems import corrects_outside, near_range, problem_of, scheme_of
 from fx_quant.passes.regions import Findings, reasons_in_regions
 from fx_quant.passes.rulebook import is_matmul, own_kernel
+from fx_quant.passes.size_bounds import range_of
 from fx_quant.passes.specialize import why_symbolic
 from fx_quant.passes.unclaimed import unclaimed_contraction
 from fx_quant.passes.values import Affine, Codes, Product, Tile
 from fx_quant.passes.words import scheme_in_words, source_scheme
-from fx_quant.problem import Problem, Size, SizeRange
+from fx_quant.problem import Problem, Size
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, Granularity, Numerics, OperandSpec, Scheme, scale_dtype_of
 
 
@@ -190,7 +191,7 @@ def _site(
         return Miss(gemm, gemm, f"the sum of integers is taken in int32, which k={k} may leave")
     root, product = _choose_root(fitting)
     scheme = scheme_of(product, inputs)
-    problem = problem_of(product, scheme, _size_range(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
+    problem = problem_of(product, scheme, range_of(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
     source = source_scheme(product, scheme, inputs)
     words = scheme_in_words(source, product, chain[-1][0], annotation, inputs, origins)
     return Site(gemm, root, product, problem, source, words)
@@ -256,7 +257,7 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
     )
     problem = Problem(
         scheme=Scheme(activation, weight),
-        m=_size_range(shape(operands.a)[:1]),
+        m=range_of(shape(operands.a)[:1]),
         n=n,
         k=k,
         out_dtype=operands.out_dtype,
@@ -305,23 +306,6 @@ def _can_end(product: Product) -> bool:
     if product.dtype is torch.int32:
         return not product.rows and not product.columns and product.bias is None and not corrects_outside(product)
     return product.dtype in FLOAT_DTYPES
-
-
-def _size_range(sizes: tuple[int | torch.SymInt, ...]) -> SizeRange:
-    """Range of the product of ``sizes``, from facts already known; no guard is added."""
-    low, high = 1, 1
-    for size in sizes:
-        if isinstance(size, int):
-            bounds = (size, size)
-        else:
-            bound = size.node.shape_env.bound_sympy(size.node.expr)
-            # Unbounded is a sympy infinity or the huge integer that stands for one.
-            lower = max(int(bound.lower), 0) if bound.lower.is_Integer else 0
-            upper = int(bound.upper) if bound.upper.is_Integer and bound.upper < 2**48 else None
-            bounds = (lower, upper)
-        low *= bounds[0]
-        high = None if high is None or bounds[1] is None else high * bounds[1]
-    return SizeRange(low, high)
 
 
 def is_constant(codes: Codes, inputs: Inputs) -> bool:

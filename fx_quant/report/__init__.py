@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from fx_quant.report.report import Report
-from fx_quant.report.rows import BreakReport, MissReport, PieceReport, RecognisedReport, SiteReport, UnseenReport
+from fx_quant.report.rows import (
+    BreakReport,
+    MissReport,
+    PieceReport,
+    PlanReport,
+    RecognisedReport,
+    SiteReport,
+    UnseenReport,
+)
 from fx_quant.report.tables import without_numbers
 
 __all__ = [
     "BreakReport",
     "MissReport",
     "PieceReport",
+    "PlanReport",
     "RecognisedReport",
     "Report",
     "SiteReport",

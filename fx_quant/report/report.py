@@ -10,12 +10,21 @@ from dataclasses import dataclass
 
 from fx_quant.kernels.registry import kernels
 from fx_quant.reasons import as_data, from_data, lacks_only_compiler, without_compiler
-from fx_quant.report.rows import BreakReport, MissReport, PieceReport, RecognisedReport, SiteReport, UnseenReport
+from fx_quant.report.rows import (
+    BreakReport,
+    MissReport,
+    PieceReport,
+    PlanReport,
+    RecognisedReport,
+    SiteReport,
+    UnseenReport,
+)
 from fx_quant.report.tables import (
     breaks_list,
     counted,
     losers_list,
     miss_list,
+    padding_list,
     recognised_list,
     site_table,
     unseen_list,
@@ -70,6 +79,8 @@ class Report:
                 fields["unmet"] = from_data(fields.pop("losers"), fields.get("unmet"))
         for fields in data["sites"]:
             fields["notes"] = tuple(fields.get("notes", ()))
+            plans = fields.get("plans", {}).items()
+            fields["plans"] = {mode: PlanReport(**plan | {"cut": tuple(plan["cut"])}) for mode, plan in plans}
         for name, row in _ROWS.items():
             data[name] = tuple(row(**fields) for fields in data[name])
         return cls(**data)
@@ -146,6 +157,7 @@ class Report:
             parts.append(without_compiler(lost))
         if self.sites:
             parts.append(site_table(self.sites))
+            parts.append(padding_list(self.sites))
             parts.append(losers_list(self.sites))
         if self.recognised:
             parts.append(recognised_list(self.recognised))

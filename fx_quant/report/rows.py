@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fx_quant.reasons import Unmet, in_words
 
 # Stands where a miss names its op; no op is called so.
 _WHOLE_GRAPH = "graph"
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What the calls of one mode pad at a matmul.
+
+    Args:
+        padding: in words, or ``none``.
+        fills: the operands that grow, each with what stands in its padding: ``a`` and ``b`` are the codes, ``b_sum``
+            is the sum of ``b`` over k.
+        cut: the dims of the result that are cut to their own size right behind the kernel.
+    """
+
+    padding: str
+    fills: dict[str, int]
+    cut: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -23,11 +39,12 @@ class SiteReport:
         n, k: sizes of the weight.
         out_dtype: dtype of the result.
         kernel: the kernel that runs it.
-        padding: the padding plan, or ``none``.
+        padding: the padding plan of this compile, or ``none``.
         numerics: class of the rewrite.
         quantize: the recognised quantize formula, or why it was left as it is.
         unmet: kernels that were not chosen, each with what it requires and is not met; nothing when it could have run.
         notes: what became of pads that the author wrote around it.
+        plans: what each mode pads, by its name: ``eager``, ``graph`` and ``piecewise``.
     """
 
     module: str
@@ -44,6 +61,7 @@ class SiteReport:
     quantize: str
     unmet: dict[str, tuple[Unmet, ...]]
     notes: tuple[str, ...] = ()
+    plans: dict[str, PlanReport] = field(default_factory=dict)
 
     @property
     def losers(self) -> dict[str, list[str]]:

@@ -26,6 +26,23 @@ def site_table(sites: Sequence[SiteReport]) -> str:
     return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
 
 
+def padding_list(sites: Sequence[SiteReport]) -> str:
+    """What each mode pads where any does, with what, and what is cut; repeated layers share a line."""
+    lines: dict[str, None] = {}
+    for site in sites:
+        modes: dict[str, list[str]] = {}
+        for mode, plan in site.plans.items():
+            modes.setdefault(plan.padding, []).append(mode)
+        if set(modes) - {"none"}:
+            widest = max(site.plans.values(), key=lambda plan: (len(plan.fills), len(plan.cut)))
+            name = without_numbers(site.module) if site.module else site.source or "?"
+            planned = "; ".join(f"{', '.join(names)}: {padding}" for padding, names in modes.items())
+            fills = ", ".join(f"{operand} {fill}" for operand, fill in widest.fills.items())
+            cut = f"; the result is cut to {' and '.join(widest.cut)} right behind the kernel" if widest.cut else ""
+            lines[_entry(f"{name}: {planned} (filled with: {fills}{cut})")] = None
+    return "\n".join(["padding by mode:", *lines]) if lines else ""
+
+
 def losers_list(sites: Sequence[SiteReport]) -> str:
     """Why each kernel of the target's platform that has the codes was not chosen, once per distinct reason."""
     seen: dict[str, list[str]] = {}

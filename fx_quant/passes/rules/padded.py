@@ -139,7 +139,14 @@ def _view(env: PaddedNodes, node: Node) -> PaddedDims:
     dims = viewed(node, own_dims(source))
     if dims is None:
         raise LookupError(f"{node} regroups what is padded")
-    return {_place(dims, axis, before, shape(source)): _regrouped(dims, axis, before) for axis in before}
+    result: PaddedDims = {}
+    for axis, padded in before.items():
+        try:
+            place = _place(dims, axis, before, shape(source))
+            result[place] = _regrouped(dims[place], padded)
+        except LookupError as error:
+            env.fail(padded.pad, str(error))  # which says nothing of the others
+    return result
 
 
 def _place(dims: Sequence[Sequence[Piece]], axis: int, before: PaddedDims, sizes: Sequence[Size]) -> int:
@@ -152,9 +159,8 @@ def _place(dims: Sequence[Sequence[Piece]], axis: int, before: PaddedDims, sizes
     return places[0]
 
 
-def _regrouped(dims: Sequence[Sequence[Piece]], axis: int, before: PaddedDims) -> Padded:
-    padded = before[axis]
-    (dim,) = [dim for dim in dims if dim and dim[0].axis == axis]
+def _regrouped(dim: Sequence[Piece], padded: Padded) -> Padded:
+    """``padded``, the slowest to change of ``dim``, as it is padded in whole."""
     inner = math.prod(piece.size for piece in dim[1:])
     if not isinstance(inner, int):
         raise LookupError("a view makes one dim of what is padded and one of a symbolic size")
@@ -188,6 +194,11 @@ def _part(env: PaddedNodes, node: Node) -> PaddedDims:
     return parts[args_of(node)[1]]
 
 
+def _size(env: PaddedNodes, node: Node) -> PaddedDims:
+    """``x.shape[dim]``, which stays what it is."""
+    return {}
+
+
 # --- elementwise --------------------------------------------------------------------------------------------------
 
 # What is 0 at 0.
@@ -213,7 +224,7 @@ def is_elementwise(node: Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if is_op(node, *CASTS) or str(node.target) in _ELEMENTWISE:
-        return True
+        return not node.kwargs.get("pad")
     return torch.Tag.pointwise in node.target.tags and is_pure(node.target)
 
 
@@ -332,10 +343,14 @@ def _quantize_dynamic(env: PaddedNodes, node: Node) -> tuple[PaddedDims, ...]:
     before, kind = env.of(source), node.kwargs["dtype"]
     per_token = node.kwargs["granularity"] == "per_token"
     last = len(shape(source)) - 1
+    if node.kwargs.get("pad"):
+        raise LookupError("fx_quant.quantize pads k itself")
     for dim, padded in before.items():
         some = bool(statically_known_true(padded.kept > 0))
         if (dim == last or not per_token) and not (padded.tail is Tail.ZERO and some):
-            raise LookupError("fx_quant.quantize takes the largest magnitude of what is padded, which changes with it")
+            # What is computed of the codes is padded all the same, so that the matmul can say that it keeps the pad.
+            why = "fx_quant.quantize takes the largest magnitude of what is padded, which changes with it"
+            env.fail(padded.pad, why)
     assert isinstance(kind, torch.dtype)
     tail = Tail.ANY if kind.is_floating_point else Tail.FINITE
     codes = {dim: Padded(padded.kept, tail, padded.pad) for dim, padded in before.items()}
@@ -351,6 +366,7 @@ _RULES: dict[object, Rule] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     operator.getitem: _part,
+    aten.sym_size.int: _size,
     **dict.fromkeys(_SUMS | _LARGEST, _reduction),
     **dict.fromkeys((aten.amin.default, aten.min.default, aten.min.dim, aten.mean.dim, aten.mean.default), _reduction),
     torch.ops.fx_quant.quantize.dynamic: _quantize_dynamic,

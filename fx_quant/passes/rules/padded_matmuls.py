@@ -81,7 +81,7 @@ def _aten_scaled_mm(env: PaddedNodes, node: Node) -> PaddedDims:
 def _scaled_mm(env: PaddedNodes, node: Node) -> PaddedDims:
     given = arguments(node)
     if given["block"] is not None:
-        raise LookupError("the matmul has scales of blocks")
+        return _rows_alone(env, node, given["a"], given["a_scale"])
     # A zero point of a stands in the padded part of k too, unless b is 0 there.
     dims = env.of(given["a"]).get(1), env.of(given["b"]).get(0)
     if given["a_zero_point"] is not None and (dims[1] is None or dims[1].tail is not Tail.ZERO) and any(dims):
@@ -91,15 +91,23 @@ def _scaled_mm(env: PaddedNodes, node: Node) -> PaddedDims:
 
 
 def _weight_only_mm(env: PaddedNodes, node: Node) -> PaddedDims:
-    given = arguments(node)
-    rows = {dim: padded for dim, padded in env.of(given["x"]).items() if dim == 0}
-    if len(rows) != len(env.of(given["x"])) or any(
-        env.of(arg) for arg in node.all_input_nodes if arg is not given["x"]
-    ):
-        raise LookupError("only the rows of a weight-only matmul are seen through")
-    if 0 in rows:
-        env.use(node, "m", rows[0], shape(node)[0])
-    return {dim: Padded(padded.kept, Tail.ANY, padded.pad) for dim, padded in rows.items()}
+    return _rows_alone(env, node, arguments(node)["x"], None)
+
+
+def _rows_alone(env: PaddedNodes, node: Node, a: Node, a_scale: Node | None) -> PaddedDims:
+    """A matmul of which nothing but rows is seen through: those of ``a``, and of its scales if there are some."""
+    by_row = (a,) if a_scale is None else (a, a_scale)
+    if any(set(env.of(arg)) - ({0} if arg in by_row else set()) for arg in node.all_input_nodes):
+        raise LookupError("only the rows of a matmul of blocks, or of a float activation, are seen through")
+    rows = [env.of(each)[0] for each in by_row if env.of(each)]
+    if not rows:
+        return {}
+    joined = env.join(rows)
+    for each in by_row:
+        if not env.of(each):
+            env.cut(node, each, 0, 0, shape(node))
+    env.use(node, "m", joined, shape(node)[0])
+    return {0: Padded(joined.kept, Tail.ANY, joined.pad)}
 
 
 RULES: dict[object, Rule] = {

@@ -1,0 +1,229 @@
+"""Every scheme on every kernel that runs here gives one answer in eager calls, whole graphs and pieces, padded or not."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import run
+from test_conformance import ALL_SCHEMES, HERE, RUN_HERE, problem
+from tolerances import assert_within
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import fx_quant
+from fx_quant.compat import decompositions_without_matmul
+from fx_quant.config import Options, PaddingPolicy
+from fx_quant.kernels import eager, registry
+from fx_quant.kernels.context import CompileContext, Mode
+from fx_quant.kernels.layouts import clear_packed_weights
+from fx_quant.kernels.registry import Kernel, kernel
+from fx_quant.layers.linear_operands import linear_problem
+from fx_quant.layers.quantize_weight import quantize_weight
+from fx_quant.passes.pipeline import run_passes
+from fx_quant.passes.reporting import report_on
+from fx_quant.scheme import Granularity, Scheme
+
+ROWS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 128)
+ALIGNED, RAGGED = (64, 128), (70, 36)
+LEAST_ROWS = 17
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    yield
+    clear_packed_weights()
+    eager._remembered.cache_clear()
+
+
+# --- linears side by side ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear: ``n`` and ``k``, the dtype of its input, and whether its author pads its rows."""
+
+    scheme: Scheme
+    n: int
+    k: int
+    dtype: torch.dtype
+    author_pads: bool
+
+
+def cases_of(chosen: Kernel) -> list[Case]:
+    """Each scheme that ``chosen`` runs here: of both sizes as it is, and of one with a pad of its author's."""
+    cases = []
+    for scheme, (n, k) in itertools.product(ALL_SCHEMES, (ALIGNED, RAGGED)):
+        dtypes = (scheme.activation.dtype,) if scheme.weight_only else (torch.float32, torch.bfloat16)
+        for dtype in dtypes:
+            if not chosen.requires.unmet(problem(scheme, n, k, dtype, dtype, 1), HERE):
+                cases += [Case(scheme, n, k, dtype, pads) for pads in (False, True)[: 1 + (n % 16 != 0)]]
+                break
+    return cases
+
+
+class GroupedInt8(nn.Module):
+    """A linear of int8 codes in groups, which no layer quantizes to."""
+
+    def __init__(self, scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scheme, self.force_kernel = scheme, None
+        weight = quantize_weight(torch.randn(n, k) / 8, scheme.weight)
+        self.register_buffer("weight", weight.codes)
+        self.register_buffer("weight_scale", weight.scale)
+        self.bias = nn.Parameter(torch.randn(n, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (_, group), k = self.scheme.weight.block, x.shape[1]
+        groups = F.pad(x.float(), (0, -k % group)).unflatten(-1, (-1, group))
+        scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-6)
+        codes = (groups / scale).round().clamp(-128, 127).to(torch.int8).flatten(1)[:, :k].contiguous()
+        given = (scale.squeeze(-1), self.weight_scale, self.bias)
+        if torch.compiler.is_compiling():
+            block = self.scheme.weight.block
+            return torch.ops.fx_quant.scaled_mm(codes, self.weight.t(), *given, x.dtype, block=block)
+        asked = linear_problem(self.scheme, tuple(self.weight.shape), x.dtype, x.dtype, self.bias)
+        return eager.run_kernel(eager.eager_selection(asked, HERE, self.force_kernel), codes, self.weight, *given)
+
+
+@cache
+def layer_of(scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(zlib.crc32(f"{scheme}{n}{k}".encode()))
+    if scheme.activation.dtype is torch.int8 and scheme.activation.group is not None:
+        return GroupedInt8(scheme, n, k, dtype)
+    static = not scheme.weight_only and not scheme.activation.dynamic
+    return fx_quant.QuantizedLinear.from_float(
+        nn.Linear(k, n, dtype=dtype),
+        scheme,
+        input_scale=torch.tensor(0.03) if static else None,
+        input_zero_point=torch.tensor(5) if static and not scheme.activation.symmetric else None,
+    )
+
+
+class Linears(nn.Module):
+    """Linears side by side, each of the first columns of one activation."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        super().__init__()
+        self.cases = cases
+        each = [layer_of(case.scheme, case.n, case.k, case.dtype) for case in cases]
+        self.layers = nn.ModuleList(dict.fromkeys(each))
+        self.of_case = [list(self.layers).index(layer) for layer in each]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        m, results = x.shape[0], []
+        for i, case in enumerate(self.cases):
+            layer = self.layers[self.of_case[i]]
+            # An activation of its own, as one padded tensor is padded for all that read it, or for none.
+            part = (x[:, : case.k] * (1 + i / 64)).to(case.dtype)
+            if case.author_pads:
+                padded = F.pad(part, (0, 0, 0, torch.sym_max(LEAST_ROWS - m, 0)))
+                results.append(layer(padded).narrow(0, 0, m))
+            else:
+                results.append(layer(part))
+        return results
+
+
+def sample(m: int, k: int = 128) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+
+
+def traced(model: Linears, rows: int | None) -> tuple[Graph, list[Tensor]]:
+    """The graph of ``model`` for that many rows, or for any, and its parameters: the inputs behind the first."""
+    params = dict(model.named_parameters()) | dict(model.named_buffers())
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(x, static_shapes=True) for x in params.values()]
+
+    def call(x: Tensor, *given: Tensor) -> list[Tensor]:
+        return torch.func.functional_call(model, dict(zip(params, given, strict=True)), (x,))
+
+    with mode, torch.no_grad(), enable_python_dispatcher(), pytest.MonkeyPatch.context() as patch:
+        # As Dynamo has it: layers are traced to canonical ops.
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        m = mode.shape_env.create_unbacked_symint() if rows is None else rows
+        if rows is None:
+            torch._check(m >= 0)
+            mode.shape_env.pending_fresh_unbacked_symbols.clear()  # it comes with the input
+        x = torch.empty(m, 128)
+        graph = make_fx(call, decomposition_table=decompositions_without_matmul(), tracing_mode="real")(x, *fakes).graph
+    return graph, list(params.values())
+
+
+def rewritten(graph: Graph, params: list[Tensor], chosen: str, context: CompileContext):
+    """The function of the rows that ``graph`` computes for ``context``, and its report."""
+    options = Options.parse({"force_kernel": chosen, "padding": context.padding})
+    state = run_passes(graph, HERE, options, frozenset(range(1, len(params) + 1)), context)
+    return lambda x: run(state.graph, x, *params)[0], report_on(state)
+
+
+def largest_terms(layer: nn.Module, x: Tensor) -> float:
+    """The largest term of the sums of a linear: what cancels leaves its rounding."""
+    scale = layer.weight_scale.max().item() * 256
+    return max(x.abs().max().item() * scale if x.numel() else 0.0, layer.bias.float().abs().max().item())
+
+
+def assert_one_answer(outs: list[Tensor], expected: list[Tensor], model: Linears, x: Tensor, chosen: Kernel) -> None:
+    for i, (case, out, wanted) in enumerate(zip(model.cases, outs, expected, strict=True)):
+        layer = model.layers[model.of_case[i]]
+        terms = largest_terms(layer, x) if case.scheme.weight_only else 0.0
+        try:
+            assert_within(out, wanted, chosen.numerics, terms)
+        except AssertionError as error:
+            raise AssertionError(f"{chosen.name}, {case}, m={x.shape[0]}: {error}") from None
+
+
+def has_scale_of_all(case: Case) -> bool:
+    """Whether no rows at all have no scale: a graph of no rows is one of its own, which knows."""
+    activation = case.scheme.activation
+    return not case.scheme.weight_only and activation.dynamic and activation.granularity == Granularity.PER_TENSOR
+
+
+def padding_twin(chosen: Kernel) -> Kernel:
+    """``chosen`` as a kernel that few rows make slow, and that wants n and k in multiples of 16 if they can be padded.
+
+    What is packed is in a layout of its own, which pads as it needs.
+    """
+    align = max(16, chosen.requires.align) if chosen.layout is None and chosen.requires.paddable else 1
+    return replace(chosen, requires=replace(chosen.requires, align=align), least_rows=LEAST_ROWS)
+
+
+# --- every scheme x kernel x m x size ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [each.name for each in RUN_HERE])
+def test_eager_calls_whole_graphs_and_pieces_give_one_answer(name, monkeypatch):
+    """By vLLM's rule, eager calls and whole graphs are padded and pieces are not; the reference pads nothing."""
+    chosen = kernel(name)
+    model = Linears(cases_of(chosen))
+    for layer in model.layers:
+        monkeypatch.setattr(layer, "force_kernel", name)
+    with torch.no_grad():
+        plain = {m: model(sample(m)) for m in ROWS}
+        monkeypatch.setitem(registry._KERNELS, name, padding_twin(chosen))
+        eager._remembered.cache_clear()
+        source = traced(model, None)
+        graph, of_graph = rewritten(*source, name, CompileContext(Mode.GRAPH, PaddingPolicy.VLLM))
+        piece, of_piece = rewritten(*source, name, CompileContext(Mode.PIECEWISE, PaddingPolicy.VLLM))
+        for report, rows in ((of_graph, True), (of_piece, False)):
+            assert len(report.sites) == len(model.cases)
+            for case, site in zip(model.cases, report.sites, strict=True):
+                kept = case.author_pads and has_scale_of_all(case)  # a scale of no rows at all is another
+                assert ("m <17->17" in site.padding) == (rows and not kept)
+                assert case.author_pads == any("m to 17" in note for note in site.notes)
+                assert kept == any("kept" in note for note in site.notes), (case, site.notes)
+        for m in ROWS:
+            x, expected = sample(m), plain[m]
+            with fx_quant.mode(padding="vllm"):
+                assert_one_answer(model(x), expected, model, x, chosen)
+            if m or not any(map(has_scale_of_all, model.cases)):
+                for compiled in (graph, piece):
+                    assert_one_answer(compiled(x), expected, model, x, chosen)
