@@ -40,6 +40,7 @@ from fx_quant.kernels.subclasses import with_outer_versions
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.piecewise.compile import compile_in_pieces
+from fx_quant.piecewise.sizes import Asked
 from fx_quant.report import MissReport, Report
 from fx_quant.target import Target
 
@@ -340,9 +341,12 @@ def _compile_in_pieces(
         reports = rewrite.reports or [Report(str(detect_target()), (), ())]
         return compiled, functools.reduce(Report.merged, reports)
 
-    asked = _asked(mode, inductor_options)
-    whole = [why for name, why in _WHOLE.items() if asked.get(name, _current(name))]
-    compiled, report = compile_in_pieces(gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole))
+    inductors = _asked(mode, inductor_options)
+    whole = [why for name, why in _WHOLE.items() if inductors.get(name, _current(name))]
+    devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
+    device = next((each for each in devices if each.type != "cpu"), torch.device("cpu"))
+    asked = Asked.of(options, detect_target(device).platform)
+    compiled, report = compile_in_pieces(gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole), asked)
     _record(report)
     return with_outer_versions(compiled, example_inputs)
 

@@ -52,6 +52,7 @@ class Options:
             for each other range that is called; without it one graph is for all m.
         piecewise: compile each graph in the pieces between ``splitting_ops``, those that are the same once.
         splitting_ops: names of the ops to cut at, such as ``mylib::attention``; they run as they are.
+        compile_sizes: numbers of rows to compile each piece for by itself, beside all of them.
     """
 
     numerics: Numerics = Numerics.REASSOCIATED
@@ -63,6 +64,7 @@ class Options:
     ranges: tuple[SizeRange, ...] = ()
     piecewise: bool = False
     splitting_ops: tuple[str, ...] = ATTENTION
+    compile_sizes: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
@@ -88,6 +90,8 @@ class Options:
                 raise FxQuantError(f"option {name!r} must be True or False, got {values[name]!r}")
         if "splitting_ops" in values:
             values["splitting_ops"] = _splitting_ops(values["splitting_ops"], piecewise=values.get("piecewise", False))
+        if "compile_sizes" in values:
+            values["compile_sizes"] = _compile_sizes(values["compile_sizes"], piecewise=values.get("piecewise", False))
         disabled = values.get("disabled_kernels", ())
         if isinstance(disabled, str):
             disabled = tuple(filter(None, disabled.split(",")))
@@ -104,6 +108,16 @@ def _splitting_ops(names: Any, *, piecewise: bool) -> tuple[str, ...]:
     if not piecewise:
         raise FxQuantError("option 'splitting_ops' needs 'piecewise': True beside it, as a whole graph is not split")
     return tuple(names)
+
+
+def _compile_sizes(sizes: Any, *, piecewise: bool) -> tuple[int, ...]:
+    if not isinstance(sizes, (list, tuple, set, frozenset, range)) or not all(
+        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes
+    ):
+        raise FxQuantError(f"option 'compile_sizes' must be a list of numbers of rows, 1 or more, got {sizes!r}")
+    if sizes and not piecewise:
+        raise FxQuantError("option 'compile_sizes' needs 'piecewise': True beside it, as sizes are those of pieces")
+    return tuple(sorted(set(sizes)))
 
 
 def option_names() -> tuple[str, ...]:

@@ -49,11 +49,13 @@ def run_captured(
     *,
     on_graph: Callable[[Graph], None],
     inner_compile: InnerCompile,
+    on_dynamo_graph: Callable[[GraphModule], None] = lambda gm: None,
     on_call: Callable[[Mapping[str, str]], None] = lambda renaming: None,
     dynamic: bool | None = None,
 ) -> Capture:
     """Call ``model`` compiled by ``inner_compile``, ``on_graph`` seeing each joint graph, ``on_call`` each call.
 
+    ``on_dynamo_graph`` sees each graph as Dynamo made it, before all others.
     Modules go by their names in ``named_modules()``. What the model or its parts were compiled with is left aside, and
     Dynamo is afterwards as it was before.
     """
@@ -66,6 +68,7 @@ def run_captured(
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         nonlocal captured
         captured += 1
+        on_dynamo_graph(gm)
         graph, called_for = names.put_into(gm, example_inputs), []
 
         def rewrite(joint: Graph) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from fx_quant.backend import safely, warn_of_failures
 from fx_quant.compat import static_input_indices
@@ -21,7 +21,9 @@ from fx_quant.loading.module_names import renamed, roots_of
 from fx_quant.loading.prepare import first_steps
 from fx_quant.passes.pipeline import run_passes
 from fx_quant.passes.reporting import report_on
-from fx_quant.report import Report
+from fx_quant.piecewise.compile import pieces_of
+from fx_quant.piecewise.sizes import Asked
+from fx_quant.report import PieceReport, Report
 from fx_quant.target import Target
 
 
@@ -42,8 +44,8 @@ def explain(
     Args:
         target: a machine by name (``"sm90"``), a ``Target``, or None for the one the inputs are on.
         dynamic: as for ``torch.compile``.
-        options: as for the backend; ``strict`` is ignored, as a report is the purpose, and each graph is looked at
-            whole, ``piecewise`` or not.
+        options: as for the backend; ``strict`` is ignored, as a report is the purpose. With ``piecewise`` the report
+            says what the pieces are and for which numbers of rows; its matmuls are those of the whole graphs.
 
     Raises:
         UnknownNameError: an unknown target, option or kernel.
@@ -52,12 +54,25 @@ def explain(
     parsed = Options.parse({**(options or {}), "strict": False})
     resolved = resolve_target(target, _device(args, kwargs))
     reports: list[Report] = []
+    cuts: list[tuple[tuple[PieceReport, ...], str]] = []
 
     def on_graph(graph: Graph) -> None:
         passes = functools.partial(run_passes, graph, resolved, parsed, static_input_indices(graph))
         reports.append(safely(lambda: report_on(passes()), resolved, parsed))
 
-    capture = run_captured(model, args, kwargs, on_graph=on_graph, inner_compile=run_eagerly, dynamic=dynamic)
+    def on_dynamo_graph(gm: GraphModule) -> None:
+        if parsed.piecewise:
+            cuts.append(pieces_of(gm, parsed.splitting_ops, Asked.of(parsed, resolved.platform)))
+
+    capture = run_captured(
+        model,
+        args,
+        kwargs,
+        on_graph=on_graph,
+        inner_compile=run_eagerly,
+        on_dynamo_graph=on_dynamo_graph,
+        dynamic=dynamic,
+    )
     report = Report(
         str(resolved),
         (),
@@ -67,6 +82,8 @@ def explain(
         note=" ".join(filter(None, map(first_steps, roots_of(innermost(model)).values()))),
         breaks=capture.breaks,
         uncaptured=capture.uncaptured,
+        pieces=tuple(piece for pieces, _ in cuts for piece in pieces),
+        whole=next((why for _, why in cuts if why), ""),
     )
     for of_graph, called_for in zip(reports, capture.renamings, strict=True):
         warn_of_failures(of_graph)

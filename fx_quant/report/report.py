@@ -27,6 +27,7 @@ from fx_quant.report.tables import (
     padding_list,
     recognised_list,
     site_table,
+    sizes_list,
     unseen_list,
 )
 
@@ -77,6 +78,8 @@ class Report:
         for name in _JUDGED:
             for fields in data[name]:
                 fields["unmet"] = from_data(fields.pop("losers"), fields.get("unmet"))
+        for fields in data.get("pieces", ()):
+            fields["sizes"] = tuple(fields.get("sizes", ()))
         for fields in data["sites"]:
             fields["notes"] = tuple(fields.get("notes", ()))
             plans = fields.get("plans", {}).items()
@@ -153,6 +156,8 @@ class Report:
             parts.append(textwrap.fill(self.note, 118))
         if how := self.how_cut():
             parts.append(textwrap.fill(how, 118))
+        if sized := sizes_list(self.pieces):
+            parts.append(sized)
         if lost := self.lost_to_compiler():
             parts.append(without_compiler(lost))
         if self.sites:

@@ -161,9 +161,15 @@ class PieceReport:
     Args:
         first: the number of its piece, counted from 0 in the order of the calls; of the first, where several are alike.
         count: how many pieces it serves.
-        sites: rewritten matmuls in each.
+        sites: rewritten matmuls in each; None where it was not compiled.
+        sizes: numbers of rows that it is compiled for by itself, beside all of them.
+        unsized: why it is for none, where there were some to compile for.
+        unpadded: why fewer rows are not padded to the next of ``sizes``; empty where they are.
     """
 
     first: int
     count: int
-    sites: int
+    sites: int | None
+    sizes: tuple[int, ...] = ()
+    unsized: str = ""
+    unpadded: str = ""

@@ -9,7 +9,7 @@ from typing import TypeVar
 from tabulate import tabulate
 
 from fx_quant.reasons import is_candidate
-from fx_quant.report.rows import BreakReport, MissReport, RecognisedReport, SiteReport, UnseenReport
+from fx_quant.report.rows import BreakReport, MissReport, PieceReport, RecognisedReport, SiteReport, UnseenReport
 
 _BREAKS_SHOWN = 5
 
@@ -118,6 +118,19 @@ def unseen_list(unseen: Sequence[UnseenReport], nameless: int) -> str:
             lines.append(_entry(f"{where} ({kind})"))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def sizes_list(pieces: Sequence[PieceReport]) -> str:
+    """For each piece the numbers of rows that it is compiled for by itself, and why others are not padded to those."""
+    lines = []
+    for piece in pieces:
+        where = f"piece {piece.first}" + (f" x {piece.count}" if piece.count > 1 else "")
+        if piece.unsized:
+            lines.append(_entry(f"{where}: for all m only: {piece.unsized}"))
+        elif piece.sizes:
+            others = f"not padded, as {piece.unpadded}" if piece.unpadded else "padded to the next"
+            lines.append(_entry(f"{where}: for m = {', '.join(map(str, piece.sizes))}; other m: {others}"))
+    return "\n".join(["compiled by size, each on its first use:", *lines]) if lines else ""
 
 
 def breaks_list(breaks: Sequence[BreakReport], captured: str) -> str:

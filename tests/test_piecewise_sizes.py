@@ -1,0 +1,446 @@
+"""Pieces compiled for some numbers of rows by themselves: the same results for every m, and how often each is compiled."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import fx_quant
+from fx_quant.backend import RewritePass
+from fx_quant.config import Options
+from fx_quant.errors import FxQuantError
+from fx_quant.piecewise import progress as progress_module
+from fx_quant.report import PieceReport, Report
+from tests.test_piecewise import HIDDEN, Block, Cached, IntoBuffer, Opaque, blocks, compiled, compiles  # noqa: F401
+
+SIZES = [1, 2, 4, 16, 32]
+EVERY_M = [2, 0, 1, 3, 15, 16, 17, 31, 32, 33, 128]
+
+
+def sized(model, padding="always", sizes=SIZES, **options):
+    return compiled(model, compile_sizes=sizes, padding=padding, **options)
+
+
+def rows(m, dim=1, other=1):
+    """``[1, m, hidden]`` or ``[m, 3, hidden]``, different in each row."""
+    shape = [other, other, HIDDEN]
+    shape[dim] = m
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(m))
+    if m > 1:
+        torch._dynamo.mark_dynamic(x, dim)
+    return x
+
+
+def static_sizes(graphs):
+    """The sizes of the graphs that have no symbols, by how often each was compiled."""
+    found = {}
+    for gm in graphs:
+        inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+        found.setdefault(len(inputs), 0)
+        found[len(inputs)] += 1
+    return found
+
+
+# --- every m ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["always", "auto", "vllm", "never"])
+@pytest.mark.parametrize(("dim", "other"), [(1, 1), (1, 3), (0, 3)])
+def test_every_m_is_right_and_nothing_compiles_twice(compiles, padding, dim, other):  # noqa: F811
+    model = blocks(3)
+    run = sized(model, padding)
+    counters.clear()
+    for m in EVERY_M:
+        x = rows(m, dim, other)
+        assert torch.equal(run(x), model(x)), m
+    # Dynamo has graphs of its own for 0 and 1 rows.
+    assert counters["stats"]["unique_graphs"] == 3
+    count = len(compiles.graphs)
+    for m in EVERY_M:
+        x = rows(m, dim, other).mul(2)
+        assert torch.equal(run(x), model(x)), m
+    assert len(compiles.graphs) == count
+    assert counters["stats"]["unique_graphs"] == 3
+    # Three pieces for all m, three for m = 0, for m = 1 and for each size that was used.
+    used = {"always": 4, "vllm": 4, "auto": 3, "never": 3}[padding]
+    assert count == 3 * (3 + used)
+
+
+def test_sizes_are_compiled_on_their_first_use_and_once_for_all_layers(compiles):  # noqa: F811
+    model = blocks(6)
+    run = sized(model)
+    run(rows(40))
+    assert len(compiles.graphs) == 3
+    for m in (16, 16, 9, 12):
+        x = rows(m)
+        assert torch.equal(run(x), model(x))
+        assert len(compiles.graphs) == 6
+    run(rows(17))
+    assert len(compiles.graphs) == 9
+    assert [row.count for row in compiles.reports[0].pieces] == [1, 5, 1]
+
+
+def test_a_size_is_chosen_for_that_number_of_rows(compiles, caplog):  # noqa: F811
+    caplog.set_level("INFO", "fx_quant")
+    run = sized(blocks(2))
+    run(rows(16))
+    assert caplog.text.count("compiled a piece for m = 16") == 3
+
+
+@pytest.mark.parametrize(("kind", "op"), [(Opaque, "fx_quant_tests::attend"), (IntoBuffer, "fx_quant_tests.attend_into")])
+def test_ops_of_the_users_between_padded_pieces(compiles, kind, op):  # noqa: F811
+    model = blocks(4, kind)
+    run = sized(model, ops=[op])
+    for m in (40, 7, 16, 3):
+        x = rows(m)
+        assert torch.equal(run(x), model(x))
+    assert all(not row.unpadded for row in compiles.reports[0].pieces)
+
+
+def test_static_shapes_have_no_sizes(compiles):  # noqa: F811
+    model, x = blocks(2), torch.randn(1, 5, HIDDEN)
+    run = compiled(model, dynamic=False, compile_sizes=SIZES, padding="always")
+    assert torch.equal(run(x), model(x))
+    assert {row.unsized for row in compiles.reports[0].pieces} == {"no size is dynamic: it is compiled for its own"}
+    assert len(compiles.graphs) == 3
+
+
+def test_two_dynamic_dims_have_no_sizes(compiles):  # noqa: F811
+    model = blocks(2)
+    run = compiled(model, dynamic=True, compile_sizes=SIZES, padding="always")
+    for shape in ((2, 5), (3, 16), (16, 4)):
+        x = torch.randn(*shape, HIDDEN)
+        assert torch.equal(run(x), model(x))
+    assert all(row.unsized.startswith("2 sizes are dynamic: ") for row in compiles.reports[0].pieces)
+    assert len(compiles.graphs) == 3
+
+
+def test_one_plan_for_all_m_has_no_sizes(compiles):  # noqa: F811
+    run = sized(blocks(2), deterministic=True)
+    run(rows(7))
+    assert {row.unsized for row in compiles.reports[0].pieces} == {
+        "deterministic=True has one plan for all numbers of rows"
+    }
+
+
+def test_a_range_that_is_marked_bounds_the_sizes(compiles):  # noqa: F811
+    model, x = blocks(2), torch.randn(1, 8, HIDDEN)
+    torch._dynamo.mark_dynamic(x, 1, min=4, max=20)
+    run = sized(model)
+    assert torch.equal(run(x), model(x))
+    assert [row.sizes for row in compiles.reports[0].pieces] == [(4, 16)] * 3
+    y = torch.randn(1, 18, HIDDEN)
+    assert torch.equal(run(y), model(y))
+
+
+# --- what is given and returned -----------------------------------------------------------------------------------
+
+
+class Step(nn.Module):
+    """What ``step`` makes of ``x`` and of the attention over it."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+        self.register_buffer("table", torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("seen", torch.zeros(HIDDEN))
+
+    def forward(self, x):
+        return self.step(self, x, lambda y: F.scaled_dot_product_attention(y, y, y))
+
+
+def returns_sizes(self, x, attend):
+    y = attend(x * 2)
+    return y.reshape(y.shape[0], -1) + 1, x.shape[1], 3 * x.shape[1] + 1
+
+
+def sizes_across_a_cut(self, x, attend):
+    m = x.shape[1]
+    y = attend(x + 1)
+    return attend(y.reshape(-1, HIDDEN).sin().reshape(1, m, HIDDEN)) + 1
+
+
+def expands(self, x, attend):
+    y = attend(x + 1)
+    return attend((y[..., :1]).expand(-1, -1, HIDDEN) * 2) * 3
+
+
+def tokens(self, x, attend):
+    return attend(F.embedding((x[..., 0] * 0).long() + 63, self.table)) + x
+
+
+def views(self, x, attend):
+    q, k, v = (x @ self.table.t()).chunk(3, -1)[0], x, x.transpose(0, 1)
+    return attend(v) + k, q
+
+
+def constants(self, x, attend):
+    return attend(x + self.table[0]) * 2, self.table * 2
+
+
+def many_layouts(self, x, attend):
+    y = attend((x + 1).transpose(-1, -2).contiguous().transpose(-1, -2))
+    return (y * 2).transpose(0, 1), (y + 1).transpose(-1, -2)
+
+
+@pytest.mark.parametrize(
+    "step", [returns_sizes, sizes_across_a_cut, expands, tokens, views, constants, many_layouts], ids=lambda s: s.__name__
+)
+@pytest.mark.parametrize(("dim", "other"), [(1, 1), (1, 3)])
+def test_padded_results_are_those_of_the_rows(compiles, step, dim, other):  # noqa: F811
+    if step is sizes_across_a_cut and other == 3:
+        pytest.skip("is for a batch of one")
+    model = Step(step)
+    run = sized(model)
+    for m in (40, 7, 16, 3, 2, 31):
+        x = rows(m, dim, other)
+        actual, expected = run(x), model(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+        for ours, theirs in zip(*(o if isinstance(o, tuple) else (o,) for o in (actual, expected)), strict=True):
+            if isinstance(ours, torch.Tensor):
+                assert ours.shape == theirs.shape
+            else:
+                assert type(ours) is int
+    assert any(row.sizes and not row.unpadded for row in compiles.reports[0].pieces)
+
+
+def softmax_over_rows(self, x, attend):
+    return attend(x * 2) * x.softmax(1)
+
+
+def per_tensor_scale(self, x, attend):
+    y = attend(x * 2)
+    return (y / y.abs().amax()).round()
+
+
+def last_token(self, x, attend):
+    return attend(x * 2)[:, -1] * 2
+
+
+def writes_a_buffer(self, x, attend):
+    self.seen.add_(1)
+    return attend(x * 2) + self.seen
+
+
+def writes_its_input(self, x, attend):
+    y = attend(x * 2)
+    return x.add_(y)
+
+
+def returns_its_input(self, x, attend):
+    return x, x[:, :, 1:], attend(x * 2)
+
+
+def returns_views(self, x, attend):
+    y = x * 2
+    return attend(y), y, y[..., :2]
+
+
+def positions(self, x, attend):
+    return attend(x + F.embedding(torch.arange(x.shape[1]), self.table[:41])) * 2
+
+
+def mean_of_rows(self, x, attend):
+    return attend(x - x.mean(1, keepdim=True)) * 2
+
+
+def batch_norm_in_training(self, x, attend):
+    return attend(F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2)) * 2
+
+
+def divided_by_rows(self, x, attend):
+    return attend(x / x.shape[1]) * 2
+
+
+def masked(self, x, attend):
+    return attend(x * (torch.ones(x.shape[1], x.shape[1]).triu().sum(0) / 64)[:, None]) * 2
+
+
+def rolled(self, x, attend):
+    return attend(x.roll(1, 1)) * 2
+
+
+def flipped(self, x, attend):
+    return attend(x.flip(1)) * 2
+
+
+def sorted_rows(self, x, attend):
+    return attend(x.sort(1).values) * 2
+
+
+def gathered(self, x, attend):
+    return attend(x.gather(1, x.argsort(1))) * 2
+
+
+def joined(self, x, attend):
+    return attend(torch.cat([x, x], 1)) * 2
+
+
+def summed_so_far(self, x, attend):
+    return attend(x.cumsum(1)) * 2
+
+
+MIXING = {
+    softmax_over_rows: "aten._softmax works along dim 1, in which the rows are, at _softmax",
+    per_tensor_scale: "aten.amax reduces all dims, the rows with them, at amax",
+    last_token: "aten.select.int takes some of dim 1, in which the rows are, at select",
+    writes_a_buffer: "it writes to its input ",
+    writes_its_input: "it writes to its input ",
+    returns_its_input: "is memory of an input",
+    returns_views: "the graph returns ",
+    positions: "aten.embedding reads at the number of a row, which padding may put out of range",
+    mean_of_rows: "aten.mean.dim reduces dim 1, in which the rows are, at mean",
+    batch_norm_in_training: "takes mean and variance of all rows",
+    divided_by_rows: "aten.div.Tensor takes the number of rows as a value, at div",
+    masked: "rows",
+    rolled: "aten.roll works along dim 1",
+    flipped: "aten.flip works along dim 1",
+    sorted_rows: "aten.sort works along dim 1",
+    gathered: "works along dim 1",
+    joined: "aten.cat joins tensors along dim 1",
+    summed_so_far: "aten.cumsum works along dim 1",
+}
+
+
+@pytest.mark.parametrize("step", MIXING, ids=lambda step: step.__name__)
+def test_what_mixes_rows_is_not_padded_and_says_why(compiles, step):  # noqa: F811
+    ours, theirs = Step(step), Step(step)
+    run = sized(ours)
+    for m in (40, 7, 16, 3, 31):
+        x, y = rows(m), rows(m)
+        torch.testing.assert_close(run(x), theirs(y), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x, y)
+        assert torch.equal(ours.seen, theirs.seen)
+    report = compiles.reports[0]
+    assert report.whole == ""
+    assert any(MIXING[step] in row.unpadded for row in report.pieces), [row.unpadded for row in report.pieces]
+    assert MIXING[step] in " ".join(str(report).split())
+    told = fx_quant.explain(
+        Step(step), rows(7), options={"piecewise": True, "compile_sizes": SIZES, "padding": "always"}
+    )
+    assert [row.unpadded for row in told.pieces] == [row.unpadded for row in report.pieces]
+    assert any(MIXING[step] in row["unpadded"] for row in json.loads(told.to_json())["pieces"])
+
+
+def test_a_cache_is_written_by_pieces_that_are_not_padded(compiles):  # noqa: F811
+    model, other = blocks(3, Cached), blocks(3, Cached)
+    run = sized(model, sizes=[2, 4, 8])
+    for m in (5, 4, 3, 8, 2):
+        for block in (*model, *other):
+            block.at = torch.arange(m)
+        x = rows(m)
+        assert torch.equal(run(x), other(x))
+        for mine, theirs in zip(model.buffers(), other.buffers(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_padding_repeats_the_last_row_so_that_no_index_is_out_of_range(compiles):  # noqa: F811
+    """Codes that stand for ``63 - code``: a row of zeros would read the table at 63, which it has not."""
+
+    def step(self, x, attend):
+        return attend(F.embedding(63 - x, self.table[:40])) * 2
+
+    model = Step(step)
+    run = sized(model)
+    for m in (40, 7, 3):
+        ids = torch.arange(m)[None] % 30 + 30
+        torch._dynamo.mark_dynamic(ids, 1)
+        torch.testing.assert_close(run(ids), model(ids))
+    assert all(not row.unpadded for row in compiles.reports[0].pieces)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_a_size_that_cannot_be_compiled_runs_as_any_other_and_warns_once(compiles, monkeypatch):  # noqa: F811
+    from fx_quant.piecewise import compile as compile_module
+
+    model = blocks(2)
+    run = sized(model)
+    run(rows(40))
+    monkeypatch.setattr(compile_module, "specialised", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+    x = rows(16)
+    with pytest.warns(UserWarning, match=r"could not be compiled for m = 16, .* RuntimeError\('no'\)"):
+        assert torch.equal(run(x), model(x))
+    assert torch.equal(run(x), model(x))
+    assert torch.equal(run(rows(9)), model(rows(9)))
+
+
+def test_calls_in_inference_mode_and_under_autocast_are_right(compiles):  # noqa: F811
+    model = blocks(2)
+    for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        torch._dynamo.reset()
+        run = sized(model)
+        with context:
+            for m in (40, 7, 16):
+                x = rows(m)
+                torch.testing.assert_close(run(x), model(x), rtol=2e-2, atol=2e-2)
+
+
+# --- options, report and progress ---------------------------------------------------------------------------------
+
+
+def test_sizes_are_read_and_in_the_key_of_caches():
+    plain = Options.parse({"piecewise": True})
+    some = Options.parse({"piecewise": True, "compile_sizes": [8, 1, 2, 2]})
+    assert (plain.compile_sizes, some.compile_sizes) == ((), (1, 2, 8))
+    assert RewritePass(plain).uuid() != RewritePass(some).uuid()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"piecewise": True, "compile_sizes": 8}, "must be a list of numbers of rows, 1 or more, got 8"),
+        ({"piecewise": True, "compile_sizes": [1, 0]}, r"1 or more, got \[1, 0\]"),
+        ({"piecewise": True, "compile_sizes": [True]}, r"1 or more, got \[True\]"),
+        ({"piecewise": True, "compile_sizes": "12"}, "1 or more, got '12'"),
+        ({"compile_sizes": [1]}, "needs 'piecewise': True beside it"),
+    ],
+)
+def test_sizes_that_cannot_be_say_why(given, says):
+    with pytest.raises(FxQuantError, match=says):
+        Options.parse(given)
+
+
+def test_the_report_says_for_which_sizes(compiles):  # noqa: F811
+    sized(blocks(3), sizes=[4, 8])(rows(5))
+    report = compiles.reports[0]
+    assert report.pieces == (
+        PieceReport(0, 1, 1, (4, 8)),
+        PieceReport(1, 2, 2, (4, 8)),
+        PieceReport(3, 1, 1, (4, 8)),
+    )
+    assert "piece 1 x 2: for m = 4, 8; other m: padded to the next" in str(report)
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_the_report_says_that_a_cpu_pads_nothing_by_itself(compiles):  # noqa: F811
+    sized(blocks(2), "auto", [4, 8])(rows(5))
+    assert "other m: not padded, as padding='auto' pads no rows on a cpu" in " ".join(str(compiles.reports[0]).split())
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch):
+    pieces = ["a", "b", "c"]
+    assert progress_module.progress(pieces) is pieces
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress_module.progress(pieces)) == pieces
+    assert progress_module.progress(pieces) is not pieces
+    assert progress_module.progress(pieces[:1]) == ["a"]
+
+
+@pytest.mark.slow
+def test_inductor_compiles_sizes_and_pads_to_them():
+    """The one that generates code."""
+    torch._dynamo.reset()
+    model = blocks(3)
+    with torch.no_grad():
+        run = sized(model, sizes=[4, 16])
+        for m in (20, 4, 3, 9, 16):
+            x = rows(m)
+            torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
