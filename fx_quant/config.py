@@ -47,7 +47,9 @@ class Options:
         deterministic: one kernel and one plan for all numbers of rows, whose bits in a row do not depend on how many
             rows stand beside it; kernels that cannot are not chosen.
         piecewise: compile each graph in the pieces between ``splitting_ops``, those that are the same once.
-        splitting_ops: names of the ops to cut at, such as ``mylib::attention``; they run as they are.
+        splitting_ops: names of the ops to cut at, such as ``mylib::attention``; a library's own run as they are.
+        splitting_modules: modules to cut around, by patterns of their paths (``model.layers.*``) or names of their
+            classes; where they are given, ops are cut at only where ``splitting_ops`` is too.
     """
 
     numerics: Numerics = Numerics.REASSOCIATED
@@ -58,6 +60,7 @@ class Options:
     deterministic: bool = False
     piecewise: bool = False
     splitting_ops: tuple[str, ...] = ATTENTION
+    splitting_modules: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
@@ -79,8 +82,11 @@ class Options:
         for name in ("strict", "deterministic", "piecewise"):
             if not isinstance(values.get(name, False), bool):
                 raise FxQuantError(f"option {name!r} must be True or False, got {values[name]!r}")
-        if "splitting_ops" in values:
-            values["splitting_ops"] = _splitting_ops(values["splitting_ops"], piecewise=values.get("piecewise", False))
+        for name, of in (("splitting_ops", "ops"), ("splitting_modules", "modules")):
+            if name in values:
+                values[name] = _names(name, of, values[name], piecewise=values.get("piecewise", False))
+        if values.get("splitting_modules"):
+            values.setdefault("splitting_ops", ())
         disabled = values.get("disabled_kernels", ())
         if isinstance(disabled, str):
             disabled = tuple(filter(None, disabled.split(",")))
@@ -91,11 +97,11 @@ class Options:
         return cls(**values)
 
 
-def _splitting_ops(names: Any, *, piecewise: bool) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise FxQuantError(f"option 'splitting_ops' must be a list of names of ops, got {names!r}")
+def _names(option: str, of: str, names: Any, *, piecewise: bool) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise FxQuantError(f"option {option!r} must be a list of names of {of}, got {names!r}")
     if not piecewise:
-        raise FxQuantError("option 'splitting_ops' needs 'piecewise': True beside it, as a whole graph is not split")
+        raise FxQuantError(f"option {option!r} needs 'piecewise': True beside it, as a whole graph is not split")
     return tuple(names)
 
 

@@ -22,9 +22,14 @@ Compiler = Callable[[GraphModule, Sequence[Any]], tuple[Callable[..., Any], Repo
 
 
 def compile_in_pieces(
-    gm: GraphModule, example_inputs: Sequence[Any], ops: Collection[str], compiler: Compiler, whole: str = ""
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    ops: Collection[str],
+    compiler: Compiler,
+    whole: str = "",
+    modules: Collection[str] = (),
 ) -> tuple[Callable[..., Any], Report]:
-    """``gm`` compiled in the pieces between the calls of ``ops``, those that are the same graph once.
+    """``gm`` compiled in pieces, cut at the calls of ``ops`` and ``modules``, those that are the same graph once.
 
     Args:
         whole: why the graph must be left whole, where the caller knows a reason.
@@ -38,7 +43,7 @@ def compile_in_pieces(
             raise NotSplitError(whole)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
             raise NotSplitError("it is to be differentiated; call it under torch.no_grad()")
-        cut = split(gm, ops)
+        cut = split(gm, ops, modules)
         alike = {part: key_of(part) for part in cut.parts}
         firsts: dict[Hashable, Part] = {}
         for part, key in alike.items():
