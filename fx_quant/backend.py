@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule
 
 import fx_quant.lowerings  # cached artifacts need ops and lowerings before any pass runs
 from fx_quant.compat import (
+    beneath_wrappers,
     carried_by_artefacts,
     decompositions_without_matmul,
     dump_graph,
@@ -337,7 +338,12 @@ def _compile_in_pieces(
 
     def compiler(piece: GraphModule, inputs: Sequence[Any]) -> tuple[Any, Report]:
         rewrite = _PiecePass(options)
-        compiled = _compile_and_report(piece, inputs, rewrite, mode, inductor_options)
+        beneath: list[tuple[int, Any]] = []
+        with beneath_wrappers(beneath):
+            compiled = _compile_and_report(piece, inputs, rewrite, mode, inductor_options)
+        if len(beneath) == 1 and beneath[0][0] == len(inputs) and beneath[0][1] is not None:
+            # Each boundary costs time in every call, so AOTAutograd's wrapper is left out where it would do nothing.
+            compiled = _taking_each(beneath[0][1])
         reports = rewrite.reports or [Report(str(detect_target()), (), ())]
         return compiled, functools.reduce(Report.merged, reports)
 
@@ -346,9 +352,15 @@ def _compile_in_pieces(
     devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
     device = next((each for each in devices if each.type != "cpu"), torch.device("cpu"))
     asked = Asked.of(options, detect_target(device).platform)
-    compiled, report = compile_in_pieces(gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole), asked)
+    compiled, report = compile_in_pieces(
+        gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole), asked, options.splitting_modules
+    )
     _record(report)
     return with_outer_versions(compiled, example_inputs)
+
+
+def _taking_each(boxed: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+    return lambda *inputs: boxed([*inputs])
 
 
 def _to_text(reports: Sequence[Report]) -> str:

@@ -205,6 +205,64 @@ def carried_by_artefacts(text: Callable[[], str], found: list[str]) -> Iterator[
             CompiledFxGraph.__init__, CompiledFxGraph.post_compile = made, loaded
 
 
+Boxed = Callable[[list[Any]], Any]
+
+
+@contextlib.contextmanager
+def beneath_wrappers(found: list[tuple[int, Boxed | None]]) -> Iterator[None]:
+    """Within, puts into ``found`` how many inputs each graph has that this thread compiles, and what runs it alone.
+
+    That is what AOTAutograd's runtime wrapper calls; None where the wrapper does more for the graph than to count
+    writes to inputs and to mark sizes as dynamic, such as to make views of inputs anew.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+    from torch._functorch._aot_autograd.runtime_wrappers import RuntimeWrapper
+
+    with compile_lock:
+        wrap, thread = RuntimeWrapper.post_compile, threading.get_ident()
+
+        @functools.wraps(wrap)
+        def wrapped(self: Any, compiled_fn: Any, *args: Any, runtime_metadata: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                more = self.trace_joint or self.disable_amp or self.indices_of_inps_to_detach
+                alone = None if more else _alone(compiled_fn, runtime_metadata)
+                found.append((len(runtime_metadata.input_info), alone))
+            return wrap(self, compiled_fn, *args, runtime_metadata=runtime_metadata, **kwargs)
+
+        RuntimeWrapper.post_compile = wrapped  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            RuntimeWrapper.post_compile = wrap  # type: ignore[method-assign]
+
+
+def _alone(compiled: Boxed, metadata: Any) -> Boxed | None:
+    """``compiled``, which counts writes and marks sizes as AOTAutograd's wrapper does; None where that does more."""
+    if (
+        metadata.num_mutated_inp_runtime_indices
+        or metadata.num_outputs_aliased
+        or metadata.num_intermediate_bases
+        or metadata.is_rng_op_functionalized
+        or metadata.tokens
+    ):
+        return None
+    written = tuple(metadata.mutated_graph_handled_indices_seen_by_autograd)
+    dynamic = [(i, set(info.dynamic_dims)) for i, info in enumerate(metadata.output_info) if info.dynamic_dims]
+    if not written and not dynamic:
+        return compiled
+
+    def run(inputs: list[Any]) -> Any:
+        if written:
+            torch.autograd.graph.increment_version([inputs[i] for i in written])
+        results = compiled(inputs)
+        for i, dims in dynamic:
+            marked = getattr(results[i], "_dynamo_weak_dynamic_indices", None)
+            results[i]._dynamo_weak_dynamic_indices = dims.copy() if marked is None else marked | dims
+        return results
+
+    return run
+
+
 _MATMULS = ("mm", "addmm", "bmm")
 
 

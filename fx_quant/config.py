@@ -51,7 +51,9 @@ class Options:
             graph is compiled for the range that holds the m of its call, with the kernels and pads for that, and one
             for each other range that is called; without it one graph is for all m.
         piecewise: compile each graph in the pieces between ``splitting_ops``, those that are the same once.
-        splitting_ops: names of the ops to cut at, such as ``mylib::attention``; they run as they are.
+        splitting_ops: names of the ops to cut at, such as ``mylib::attention``; a library's own run as they are.
+        splitting_modules: modules to cut around, by patterns of their paths (``model.layers.*``) or names of their
+            classes; where they are given, ops are cut at only where ``splitting_ops`` is too.
         compile_sizes: numbers of rows to compile each piece for by itself, beside all of them.
     """
 
@@ -64,6 +66,7 @@ class Options:
     ranges: tuple[SizeRange, ...] = ()
     piecewise: bool = False
     splitting_ops: tuple[str, ...] = ATTENTION
+    splitting_modules: tuple[str, ...] = ()
     compile_sizes: tuple[int, ...] = ()
 
     @classmethod
@@ -88,8 +91,11 @@ class Options:
         for name in ("strict", "deterministic", "piecewise"):
             if not isinstance(values.get(name, False), bool):
                 raise FxQuantError(f"option {name!r} must be True or False, got {values[name]!r}")
-        if "splitting_ops" in values:
-            values["splitting_ops"] = _splitting_ops(values["splitting_ops"], piecewise=values.get("piecewise", False))
+        for name, of in (("splitting_ops", "ops"), ("splitting_modules", "modules")):
+            if name in values:
+                values[name] = _names(name, of, values[name], piecewise=values.get("piecewise", False))
+        if values.get("splitting_modules"):
+            values.setdefault("splitting_ops", ())
         if "compile_sizes" in values:
             values["compile_sizes"] = _compile_sizes(values["compile_sizes"], piecewise=values.get("piecewise", False))
         disabled = values.get("disabled_kernels", ())
@@ -102,11 +108,11 @@ class Options:
         return cls(**values)
 
 
-def _splitting_ops(names: Any, *, piecewise: bool) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise FxQuantError(f"option 'splitting_ops' must be a list of names of ops, got {names!r}")
+def _names(option: str, of: str, names: Any, *, piecewise: bool) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise FxQuantError(f"option {option!r} must be a list of names of {of}, got {names!r}")
     if not piecewise:
-        raise FxQuantError("option 'splitting_ops' needs 'piecewise': True beside it, as a whole graph is not split")
+        raise FxQuantError(f"option {option!r} needs 'piecewise': True beside it, as a whole graph is not split")
     return tuple(names)
 
 

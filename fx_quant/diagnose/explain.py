@@ -62,7 +62,8 @@ def explain(
 
     def on_dynamo_graph(gm: GraphModule) -> None:
         if parsed.piecewise:
-            cuts.append(pieces_of(gm, parsed.splitting_ops, Asked.of(parsed, resolved.platform)))
+            asked = Asked.of(parsed, resolved.platform)
+            cuts.append(pieces_of(gm, parsed.splitting_ops, asked, parsed.splitting_modules))
 
     capture = run_captured(
         model,

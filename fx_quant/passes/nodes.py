@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -268,11 +268,18 @@ def is_variable(path: str) -> bool:
 def module_path(node: Node) -> str:
     """Dotted path of the module that ``node`` came from, or ``""``; from the function that was compiled."""
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = _ROOT.sub("", dotted_source(str(list(stack.values())[-1][0])))
-    path = path.replace("']", "").replace("['", ".").replace("[", ".").replace("]", "")
-    return path.strip(".")
+    return _path(list(stack.values())[-1]) if stack else ""
+
+
+def module_calls(node: Node) -> Iterator[tuple[str, str, str]]:
+    """Of each module that ``node`` came from, outermost first: what tells its calls apart, its path and its class."""
+    for call, entry in (node.meta.get("nn_module_stack") or {}).items():
+        yield call, _path(entry), getattr(entry[1], "__name__", str(entry[1])).rpartition(".")[2]
+
+
+def _path(entry: Sequence[Any]) -> str:
+    path = _ROOT.sub("", dotted_source(str(entry[0])))
+    return path.replace("']", "").replace("['", ".").replace("[", ".").replace("]", "").strip(".")
 
 
 def source_line(node: Node) -> str:

@@ -36,8 +36,9 @@ def compile_in_pieces(
     compiler: Compiler,
     whole: str = "",
     asked: Asked | None = None,
+    modules: Collection[str] = (),
 ) -> tuple[Callable[..., Any], Report]:
-    """``gm`` compiled in the pieces between the calls of ``ops``, those that are the same graph once.
+    """``gm`` compiled in pieces, cut at the calls of ``ops`` and ``modules``, those that are the same graph once.
 
     Args:
         whole: why the graph must be left whole, where the caller knows a reason.
@@ -52,7 +53,7 @@ def compile_in_pieces(
             raise NotSplitError(whole)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
             raise NotSplitError("it is to be differentiated; call it under torch.no_grad()")
-        pieces = _pieces(gm, ops)
+        pieces = _pieces(gm, ops, modules, asked)
     except NotSplitError as error:
         compiled, report = compiler(gm, example_inputs)
         return compiled, dataclasses.replace(report, whole=str(error))
@@ -86,13 +87,13 @@ class _Pieces:
         return {part: plan_sizes(alike[part], self.cut, self.written[part], asked) for part in self.compiled()}
 
 
-def _pieces(gm: GraphModule, ops: Collection[str]) -> _Pieces:
-    """The pieces of ``gm`` between the calls of ``ops``.
+def _pieces(gm: GraphModule, ops: Collection[str], modules: Collection[str], asked: Asked | None) -> _Pieces:
+    """The pieces of ``gm``; where they are to be padded, attention, which mixes rows, is in none of them.
 
     Raises:
         NotSplitError: it must be left whole.
     """
-    cut = split(gm, ops)
+    cut = split(gm, ops, modules, apart=asked is not None)
     alike = {part: key_of(part) for part in cut.parts}
     firsts: dict[Hashable, Part] = {}
     for part, key in alike.items():
@@ -104,10 +105,12 @@ def _pieces(gm: GraphModule, ops: Collection[str]) -> _Pieces:
     return _Pieces(cut, first_of, written)
 
 
-def pieces_of(gm: GraphModule, ops: Collection[str], asked: Asked | None) -> tuple[tuple[PieceReport, ...], str]:
+def pieces_of(
+    gm: GraphModule, ops: Collection[str], asked: Asked | None, modules: Collection[str] = ()
+) -> tuple[tuple[PieceReport, ...], str]:
     """What ``compile_in_pieces`` would compile of ``gm``, or why it would leave it whole."""
     try:
-        pieces = _pieces(gm, ops)
+        pieces = _pieces(gm, ops, modules, asked)
     except NotSplitError as error:
         return (), str(error)
     return _rows(pieces.first_of, pieces.compiled(), pieces.plans(asked), {}), ""

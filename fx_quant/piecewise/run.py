@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fx_quant.piecewise.split import Part, Split, attribute, storages
 
@@ -68,7 +68,7 @@ def as_it_is(part: Part) -> Callable[..., Sequence[Any]]:
 
     An op may lay out its result otherwise on a machine than under Dynamo, as attention does that has several kernels.
     """
-    forward = part.module.forward
+    forward = _forward(part.module)
     inputs = {each for node in part.inputs for each in storages(node.meta.get("example_value"))}
     orders = []
     for i, node in enumerate(part.outputs):
@@ -88,6 +88,12 @@ def as_it_is(part: Part) -> Callable[..., Sequence[Any]]:
         return results
 
     return run
+
+
+def _forward(module: GraphModule) -> Callable[..., Sequence[Any]]:
+    """Its ``forward``, of which the code is there: one that is made when first called looks for it in every call."""
+    getattr(module, "real_recompile", module.recompile)()
+    return module.forward
 
 
 def _dense_order(value: Any) -> tuple[int, ...] | None:

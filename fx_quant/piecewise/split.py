@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.fx.passes.split_module import split_module
 
 from fx_quant.compat import as_dynamo_graph, copy_graph, specialize_floats
 from fx_quant.kernels.subclasses import inner_tensors
+from fx_quant.passes.nodes import module_calls
 
 
 class NotSplitError(Exception):
@@ -27,7 +29,7 @@ class Part:
     Args:
         module: its graph, which returns a tuple; parameters are inputs.
         call: where the graph of parts calls it.
-        is_cut: whether it is one of the named ops, and runs as it is.
+        is_cut: whether it is one of the named ops alone.
     """
 
     module: GraphModule
@@ -76,22 +78,30 @@ def names_of(node: Node) -> set[str]:
     return names - {""}
 
 
-def split(gm: GraphModule, ops: Collection[str]) -> Split:
-    """``gm`` cut before and after every call of ``ops``.
+def split(gm: GraphModule, ops: Collection[str], modules: Collection[str] = (), *, apart: bool = False) -> Split:
+    """``gm`` cut before every call of ``ops``, and around every call of ``modules``.
 
-    ``gm`` itself is not touched.
+    An op of PyTorch's own is in the piece that it begins, as Inductor calls the same kernel for it and each boundary
+    costs time; a library's op is a part of its own. ``gm`` itself is not touched.
+
+    Args:
+        modules: patterns of ``fnmatch`` for the paths of modules, such as ``model.layers.*``, and names of classes.
+        apart: whether PyTorch's ops are parts of their own too.
 
     Raises:
-        NotSplitError: none of ``ops`` is there, or what crosses a cut cannot.
+        NotSplitError: none of ``ops`` and ``modules`` is there, or what crosses a cut cannot.
     """
     wanted = set(ops)
     whole = GraphModule(gm, copy_graph(gm.graph)[0])
-    cuts = [node for node in whole.graph.nodes if node.op in _CALLS and names_of(node) & wanted]
-    if not cuts:
-        raise NotSplitError(f"it calls none of {', '.join(sorted(wanted)) or 'no ops, as splitting_ops is empty'}")
+    begins = {node for node in whole.graph.nodes if node.op in _CALLS and names_of(node) & wanted}
+    calls = _calls_of(modules, whole.graph)
+    if not begins and not any(calls.values()):
+        named = ", ".join(sorted([*wanted, *modules])) or "no ops, as splitting_ops is empty"
+        raise NotSplitError(f"it calls none of {named}")
+    cuts = {node for node in begins if apart or _is_library_op(node)}
     specialize_floats(whole.graph)
     _unpack_at_once(whole.graph)
-    part_of = _parts(whole.graph, set(cuts))
+    part_of = _parts(whole.graph, begins, cuts, calls)
     try:
         outer = split_module(whole, whole, part_of.__getitem__, keep_original_order=True)
     except (AssertionError, KeyError, RuntimeError) as error:
@@ -112,16 +122,40 @@ def _unpack_at_once(graph: Graph) -> None:
                     node.append(user)
 
 
-def _parts(graph: Graph, cuts: set[Node]) -> dict[Node, int]:
+def _is_library_op(node: Node) -> bool:
+    """Whether ``node`` calls what a library brought along, which may be there to be called as it is."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace not in ("aten", "prims")
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.partition("::")[0] not in ("aten", "prims")
+    package = (getattr(target, "__module__", None) or "torch").partition(".")[0]
+    return node.op == "call_function" and package not in ("torch", "_operator", "math")
+
+
+def _calls_of(modules: Collection[str], graph: Graph) -> dict[Node, str]:
+    """Which call of a module that ``modules`` name each node is of, the outermost; ``""`` for none."""
+    calls = dict.fromkeys(graph.nodes, "")
+    if not modules:
+        return calls
+    for node in graph.nodes:
+        for call, path, kind in module_calls(node):
+            if any(pattern == kind or fnmatchcase(path, pattern) for pattern in modules):
+                calls[node] = call
+                break
+    return calls
+
+
+def _parts(graph: Graph, begins: set[Node], cuts: set[Node], calls: Mapping[Node, str]) -> dict[Node, int]:
     """The number of each node's part, growing; a cut has one of its own, its items are in it."""
-    parts, current, after_cut = {}, 0, False
+    parts, current, after_cut, within = {}, 0, False, ""
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         belongs = node.target is operator.getitem and node.args[0] in cuts
-        if node in cuts or (after_cut and not belongs):
+        if node in begins or calls.get(node, within) != within or (after_cut and not belongs):
             current += 1
-        after_cut = node in cuts or belongs
+        after_cut, within = node in cuts or belongs, calls.get(node, within)
         parts[node] = current
     return parts
 
