@@ -124,11 +124,17 @@ def shipped(on: Architecture) -> list[Shipped]:
 
 
 def each_once(kernels: Iterable[Shipped]) -> Iterator[Shipped]:
-    """So many of ``kernels`` that each recipe of a form and each configuration is there, not each pair of them."""
-    seen: set[object] = set()
+    """So many of ``kernels`` that each recipe of a form and each configuration is there, not each pair of them.
+
+    First those that show both anew.
+    """
+    shown = []
     for each in kernels:
         configuration = str(each.launch().configuration)
-        shows = {configuration, (each.name.removesuffix(configuration), configuration.partition(" ")[0])}
-        if not shows <= seen:
-            yield each
-        seen |= shows
+        shown.append((each, {configuration, (each.name.removesuffix(configuration), configuration.partition(" ")[0])}))
+    seen: set[object] = set()
+    for both in (True, False):
+        for each, shows in shown:
+            if seen.isdisjoint(shows) if both else not shows <= seen:
+                yield each
+                seen |= shows

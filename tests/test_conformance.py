@@ -148,9 +148,7 @@ def _zero_points(spec: OperandSpec, m: int) -> Tensor:
     return torch.randint(-128, 128, (m, 1) if per_token else (), dtype=torch.int32)
 
 
-@functools.cache
-def reference(asked: Problem, m: int) -> Tensor:
-    given = operands(asked, m)
+def reference(asked: Problem, given: dict[str, Tensor | None]) -> Tensor:
     a, weight, block = given["a"], given["weight"], asked.scheme.weight.block
     if asked.scheme.weight_only:
         return fxq.weight_only_mm(
@@ -168,16 +166,21 @@ def reference(asked: Problem, m: int) -> Tensor:
     )
 
 
-@functools.cache
-def largest_term(asked: Problem, m: int) -> float:
+def largest_term(asked: Problem, given: dict[str, Tensor | None]) -> float:
     """The largest term of the float sums that make a result: its bias, and the products of a float activation."""
-    given = operands(asked, m)
     terms = [0.0 if given["bias"] is None else given["bias"].float().abs().max().item()]
     if asked.scheme.weight_only and given["a"].numel():
         factors = (given["b_scale"], given["b_zero_point"], asked.scheme.weight.block)
         weight = dequantize_weight(given["weight"].t(), asked.k, *factors)
         terms.append((given["a"].float().abs().max() * weight.abs().max()).item())
     return max(terms)
+
+
+@functools.cache
+def expected(asked: Problem, m: int) -> tuple[Tensor, float]:
+    """The canonical op's result of the operands, and their largest term."""
+    given = operands(asked, m)
+    return reference(asked, given), largest_term(asked, given)
 
 
 def accepted(kernel: Kernel):
@@ -200,7 +203,8 @@ def test_a_kernel_is_the_canonical_op_on_all_that_it_accepts(kernel):
         there = {name: None if x is None else x.to(DEVICE) for name, x in given.items()}
         out = run_kernel(selection, **there)
         try:
-            assert_within(out.cpu(), reference(asked, m), kernel.numerics, largest_term(asked, m))
+            result, largest = expected(asked, m)
+            assert_within(out.cpu(), result, kernel.numerics, largest)
         except AssertionError as error:
             raise AssertionError(f"{kernel.name} on {asked}: {error}") from None
         count += 1
