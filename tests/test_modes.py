@@ -10,7 +10,6 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conformance import ALL_SCHEMES, HERE, RUN_HERE, problem
@@ -18,7 +17,7 @@ from tolerances import assert_within
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -164,7 +163,8 @@ def rewritten(graph: Graph, params: list[Tensor], chosen: str, context: CompileC
     """The function of the rows that ``graph`` computes for ``context``, and its report."""
     options = Options.parse({"force_kernel": chosen, "padding": context.padding})
     state = run_passes(graph, HERE, options, frozenset(range(1, len(params) + 1)), context)
-    return lambda x: run(state.graph, x, *params)[0], report_on(state)
+    module = GraphModule(nn.Module(), state.graph)
+    return lambda x: list(module(x, *params)), report_on(state)
 
 
 def largest_terms(layer: nn.Module, x: Tensor) -> float:
