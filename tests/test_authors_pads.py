@@ -265,6 +265,37 @@ def test_rows_that_an_author_keeps_padded_are_not_padded_again(monkeypatch, dyna
     assert len(calls(state.graph, torch.sym_max)) == (1 if dynamic else 0)
 
 
+def a_fixed_number_more(x, w, ws):
+    return (torch._int_mm(F.pad(codes(x, 0.02), (0, 0, 0, 12)), w).float() * ws)[: x.shape[0]]
+
+
+def to_a_multiple(x, w, ws):
+    m = x.shape[0]
+    return (torch._int_mm(F.pad(codes(x, 0.02), (0, 0, 0, -m % 16)), w).float() * ws)[:m]
+
+
+@pytest.mark.parametrize(
+    ("flow", "dynamic", "to"),
+    [
+        (a_fixed_number_more, False, "17"),
+        (a_fixed_number_more, True, "m + 12"),
+        (to_a_multiple, False, "16"),
+        (to_a_multiple, True, "m + (PythonMod(-m, 16))"),
+    ],
+)
+def test_rows_padded_by_another_rule_go(flow, dynamic, to):
+    gone(flow, X, W, WS, dynamic=dynamic, sides=[[f"m to {to}"]])
+
+
+@pytest.mark.parametrize("fill", [7.0, float("nan")])
+def test_rows_filled_with_anything_go_where_each_row_has_a_scale_of_its_own(fill):
+    def flow(x, w, ws):
+        q, scale = per_token(rows(x, value=fill))
+        return (torch._int_mm(q, w).float() * scale * ws)[: x.shape[0]]
+
+    gone(flow, X, W, WS, sides=[["m to 17"]])
+
+
 # --- n and k ----------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +521,40 @@ def rows_of_a_batch(x, w, ws):
     return y[:M]
 
 
+def scale_padded_and_not_the_codes(x, w, ws):
+    """No operand of the matmul is padded."""
+    q, scale = per_token(x)
+    return torch._int_mm(q, w).float() * rows(scale, value=1.0)[:M] * ws
+
+
+def scale_that_is_counted(x, w, ws):
+    """The rows go, and what is computed of the padded scale stays."""
+    q, scale = per_token(x)
+    s17 = rows(scale, value=1.0)
+    return (torch._int_mm(rows(q), w).float() * s17 * ws)[:M] + s17.sum()
+
+
+def one_row_of_the_padding(x, w, ws):
+    y = quantized_rows(x, w, ws)
+    return y[:M] + y[16]
+
+
+def k_padded_with_ones_under_a_zero_point(x, w, ws):
+    q = (F.pad(x, (0, 32)) / 0.02).round() + 3
+    wide = F.pad(w, (0, 0, 0, 32), value=1)
+    return ((q.clamp(0, 255).to(torch.uint8).to(torch.int32) - 3) @ wide.to(torch.int32)).float() * ws
+
+
+def cut_by_a_negative_pad(x, w, ws):
+    return torch._int_mm(F.pad(F.pad(codes(x, 0.02), (0, 0, 0, 12)), (0, 0, 0, -12)), w).float() * ws
+
+
 NEAR_MISSES = {
+    scale_padded_and_not_the_codes: None,
+    scale_that_is_counted: "aten.sum reduces over what is padded",
+    one_row_of_the_padding: "takes one index of what is padded",
+    k_padded_with_ones_under_a_zero_point: "not known to add nothing to the sum",
+    cut_by_a_negative_pad: None,
     only_fewer: "does not drop just the padding",
     also_the_padding: "does not drop just the padding",
     not_from_the_first: "does not drop just the padding",

@@ -10,13 +10,14 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_conformance import ALL_SCHEMES, HERE, RUN_HERE, problem
 from tolerances import assert_within
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -31,7 +32,7 @@ from fx_quant.layers.linear_operands import linear_problem
 from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.passes.pipeline import run_passes
 from fx_quant.passes.reporting import report_on
-from fx_quant.scheme import Granularity, Scheme
+from fx_quant.scheme import Granularity, Numerics, Scheme
 
 ROWS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 128)
 ALIGNED, RAGGED = (64, 128), (70, 36)
@@ -60,13 +61,13 @@ class Case:
 
 
 def cases_of(chosen: Kernel) -> list[Case]:
-    """Each scheme that ``chosen`` runs here: of both sizes as it is, and of one with a pad of its author's."""
+    """Each scheme that ``chosen`` runs here of both sizes, of which one is as it is and one has a pad of its author's."""
     cases = []
-    for scheme, (n, k) in itertools.product(ALL_SCHEMES, (ALIGNED, RAGGED)):
+    for i, (scheme, (n, k)) in enumerate(itertools.product(ALL_SCHEMES, (ALIGNED, RAGGED))):
         dtypes = (scheme.activation.dtype,) if scheme.weight_only else (torch.float32, torch.bfloat16)
         for dtype in dtypes:
             if not chosen.requires.unmet(problem(scheme, n, k, dtype, dtype, 1), HERE):
-                cases += [Case(scheme, n, k, dtype, pads) for pads in (False, True)[: 1 + (n % 16 != 0)]]
+                cases.append(Case(scheme, n, k, dtype, author_pads=i % 4 in (1, 2)))
                 break
     return cases
 
@@ -162,7 +163,8 @@ def rewritten(graph: Graph, params: list[Tensor], chosen: str, context: CompileC
     """The function of the rows that ``graph`` computes for ``context``, and its report."""
     options = Options.parse({"force_kernel": chosen, "padding": context.padding})
     state = run_passes(graph, HERE, options, frozenset(range(1, len(params) + 1)), context)
-    return lambda x: run(state.graph, x, *params)[0], report_on(state)
+    module = GraphModule(nn.Module(), state.graph)
+    return lambda x: list(module(x, *params)), report_on(state)
 
 
 def largest_terms(layer: nn.Module, x: Tensor) -> float:
@@ -227,3 +229,95 @@ def test_eager_calls_whole_graphs_and_pieces_give_one_answer(name, monkeypatch):
             if m or not any(map(has_scale_of_all, model.cases)):
                 for compiled in (graph, piece):
                     assert_one_answer(compiled(x), expected, model, x, chosen)
+
+
+# --- hypothesis -------------------------------------------------------------------------------------------------------
+
+
+PADS_ROWS = (PaddingPolicy.AUTO, PaddingPolicy.ALWAYS, PaddingPolicy.VLLM)
+
+
+@st.composite
+def drawn(draw):
+    """A kernel, linears of any sizes that it runs, and the policies of the modes."""
+    chosen = kernel(draw(st.sampled_from([each.name for each in RUN_HERE])))
+    cases = []
+    for _ in range(draw(st.integers(1, 3))):
+        case = draw(st.sampled_from(cases_of(chosen)))
+        pairs = case.scheme.weight.codes_per_element
+        n, k = draw(st.integers(1, 100)), draw(st.integers(1, 128 // pairs)) * pairs
+        if not chosen.requires.unmet(problem(case.scheme, n, k, case.dtype, case.dtype, 1), HERE):
+            case = replace(case, n=n, k=k)
+        cases.append(replace(case, author_pads=draw(st.booleans())))
+    return chosen, cases, [draw(st.sampled_from(PADS_ROWS)) for _ in Mode]
+
+
+@settings(max_examples=12, deadline=None)
+@given(drawn=drawn(), rows=st.lists(st.integers(0, 40), min_size=1, max_size=3), pads=st.booleans())
+def test_any_linears_of_any_sizes_give_one_answer_in_every_mode(drawn, rows, pads):
+    chosen, cases, (of_calls, of_graphs, of_pieces) = drawn
+    model = Linears(cases)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for layer in model.layers:
+            patch.setattr(layer, "force_kernel", chosen.name)
+        plain = {m: model(sample(m)) for m in rows}
+        if pads:
+            patch.setitem(registry._KERNELS, chosen.name, padding_twin(chosen))
+            eager._remembered.cache_clear()
+        source = traced(model, None)
+        graph, _ = rewritten(*source, chosen.name, CompileContext(Mode.GRAPH, of_graphs))
+        piece, _ = rewritten(*source, chosen.name, CompileContext(Mode.PIECEWISE, of_pieces))
+        for m, expected in plain.items():
+            x = sample(m)
+            with fx_quant.mode(padding=of_calls):
+                assert_one_answer(model(x), expected, model, x, chosen)
+            if m or not any(map(has_scale_of_all, cases)):
+                for compiled in (graph, piece):
+                    assert_one_answer(compiled(x), expected, model, x, chosen)
+    clear_packed_weights()
+    eager._remembered.cache_clear()
+
+
+# --- no rows at all, and Inductor -------------------------------------------------------------------------------------
+
+
+def test_a_graph_of_no_rows_gives_what_an_eager_call_does():
+    """One scale of no rows at all is that of zeros, which a graph that is compiled for them knows."""
+    for chosen in ("cpu_int8_portable", "cpu_float8_float32"):
+        cases = [case for case in cases_of(kernel(chosen)) if has_scale_of_all(case)]
+        model = Linears(cases)
+        with torch.no_grad():
+            expected, source = model(sample(0)), traced(model, 0)
+            for mode in (Mode.GRAPH, Mode.PIECEWISE):
+                compiled, _ = rewritten(*source, chosen, CompileContext(mode))
+                assert_one_answer(compiled(sample(0)), expected, model, sample(0), kernel(chosen))
+
+
+def test_inductor_gives_that_answer_too_compiled_once():
+    """Pieces are those around a call of an op that is named; whole graph and pieces are compiled for any m."""
+    schemes = ("int8 per_token (dynamic) x int8 per_channel", "bfloat16 x int4 per_group(32)")
+    layers = [fx_quant.QuantizedLinear.from_float(nn.Linear(128, 128).bfloat16(), text) for text in schemes]
+    model = nn.Sequential(layers[0], Cut(), layers[1])
+    for options in ({}, {"piecewise": True, "splitting_ops": ["fx_quant_tests::cut"]}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="fx_quant", dynamic=True, options=options)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+            for m in ROWS[2:]:
+                x = sample(m).bfloat16()
+                expected = model(x)
+                assert_within(compiled(x), expected, Numerics.REASSOCIATED, expected.abs().max().item())
+
+
+@torch.library.custom_op("fx_quant_tests::cut", mutates_args=())
+def cut(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@cut.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Cut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return cut(x)

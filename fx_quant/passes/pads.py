@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import sympy
 from torch.fx import Graph, Node
 
 from fx_quant.passes.axes import extent
@@ -97,7 +98,7 @@ def _what(use: Use) -> str:
     added = to - kept
     least = [kept + part for part in getattr(added, "args", ()) if part != 0]
     named = len(least) == 1 and type(added).__name__ == "Max" and least[0].is_Integer
-    return f"{use.side} to {least[0] if named else to}"
+    return f"{use.side} to {least[0] if named else to.subs(kept, sympy.Symbol(use.side))}"
 
 
 class _Removal:
