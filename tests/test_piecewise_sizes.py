@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,18 +14,78 @@ from torch._dynamo.utils import counters
 
 import fx_quant
 from fx_quant.backend import RewritePass
-from fx_quant.config import Options
+from fx_quant.config import ATTENTION, Options, PaddingPolicy
 from fx_quant.errors import FxQuantError
+from fx_quant.piecewise import compile as compile_module
 from fx_quant.piecewise import progress as progress_module
+from fx_quant.piecewise.compile import compile_in_pieces
+from fx_quant.piecewise.sizes import Asked, Layout
 from fx_quant.report import PieceReport, Report
-from tests.test_piecewise import HIDDEN, Block, Cached, IntoBuffer, Opaque, blocks, compiled, compiles  # noqa: F401
+from tests.test_piecewise import HIDDEN, Cached, IntoBuffer, Opaque, blocks, compiled, compiles  # noqa: F401
 
-SIZES = [1, 2, 4, 16, 32]
-EVERY_M = [2, 0, 1, 3, 15, 16, 17, 31, 32, 33, 128]
+SIZES = (1, 2, 4, 16, 32)
+EVERY_M = (2, 0, 1, 3, 15, 16, 17, 31, 32, 33, 128)
 
 
-def sized(model, padding="always", sizes=SIZES, **options):
-    return compiled(model, compile_sizes=sizes, padding=padding, **options)
+class Pieces:
+    """Runs a model in pieces that are not compiled, and are particular about the layout of what they are given."""
+
+    def __init__(self):
+        self.compiled, self.reports = [], []
+
+    def run(self, model, sizes=SIZES, padding="always", ops=ATTENTION, dynamic=None, deterministic=False):
+        asked = Asked(tuple(sizes), PaddingPolicy(padding), deterministic)
+
+        def backend(gm, example_inputs):
+            run, report = compile_in_pieces(gm, example_inputs, ops, self.compile, asked=asked)
+            self.reports.append(report)
+            return run
+
+        return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+
+    def compile(self, piece, example_inputs):
+        nodes = piece.graph.find_nodes(op="placeholder")
+        self.compiled.append(piece)
+
+        def run(*inputs):
+            """As Inductor's code would: reads memory where the strides that were said put it."""
+            known = {}
+            for node, given in zip(nodes, inputs, strict=True):
+                value = node.meta["example_value"]
+                if isinstance(value, torch.Tensor):
+                    for size, actual in zip(value.shape, given.shape, strict=True):
+                        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                            known[size.node.expr] = actual
+            for node, given in zip(nodes, inputs, strict=True):
+                value = node.meta["example_value"]
+                if isinstance(value, torch.Tensor):
+                    if len(known) > 1:
+                        continue
+                    wanted = Layout.of(value)
+                    for symbol, number in known.items():
+                        wanted = wanted.at(symbol, number)
+                    strides = zip(given.shape, given.stride(), wanted.stride, strict=True)
+                    assert all(size == 1 or have == want for size, have, want in strides), (
+                        node,
+                        wanted,
+                        given.stride(),
+                    )
+            return piece(*inputs)
+
+        return run, Report("x86", (), ())
+
+    @property
+    def rows(self):
+        return self.reports[0].pieces
+
+
+@pytest.fixture
+def pieces():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield Pieces()
+    torch._dynamo.reset()
 
 
 def rows(m, dim=1, other=1):
@@ -37,104 +98,88 @@ def rows(m, dim=1, other=1):
     return x
 
 
-def static_sizes(graphs):
-    """The sizes of the graphs that have no symbols, by how often each was compiled."""
-    found = {}
-    for gm in graphs:
-        inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
-        found.setdefault(len(inputs), 0)
-        found[len(inputs)] += 1
-    return found
-
-
 # --- every m ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", ["always", "auto", "vllm", "never"])
+@pytest.mark.parametrize("padding", ["always", "auto"])
 @pytest.mark.parametrize(("dim", "other"), [(1, 1), (1, 3), (0, 3)])
-def test_every_m_is_right_and_nothing_compiles_twice(compiles, padding, dim, other):  # noqa: F811
+def test_every_m_is_right_and_nothing_compiles_twice(pieces, padding, dim, other):
     model = blocks(3)
-    run = sized(model, padding)
-    counters.clear()
-    for m in EVERY_M:
-        x = rows(m, dim, other)
-        assert torch.equal(run(x), model(x)), m
-    # Dynamo has graphs of its own for 0 and 1 rows.
-    assert counters["stats"]["unique_graphs"] == 3
-    count = len(compiles.graphs)
-    for m in EVERY_M:
-        x = rows(m, dim, other).mul(2)
-        assert torch.equal(run(x), model(x)), m
-    assert len(compiles.graphs) == count
-    assert counters["stats"]["unique_graphs"] == 3
-    # Three pieces for all m, three for m = 0, for m = 1 and for each size that was used.
-    used = {"always": 4, "vllm": 4, "auto": 3, "never": 3}[padding]
-    assert count == 3 * (3 + used)
+    run = pieces.run(model, padding=padding)
+    for times in (1, 2):
+        for m in EVERY_M:
+            x = rows(m, dim, other) * times
+            if m > 1:
+                torch._dynamo.mark_dynamic(x, dim)
+            assert torch.equal(run(x), model(x)), m
+        # Dynamo has graphs of its own for 0 and 1 rows: three pieces of each, three for all m, three for each size used.
+        assert counters["stats"]["unique_graphs"] == 3
+        assert len(pieces.compiled) == 3 * (3 + {"always": 4, "auto": 3}[padding])
 
 
-def test_sizes_are_compiled_on_their_first_use_and_once_for_all_layers(compiles):  # noqa: F811
+def test_sizes_are_compiled_on_their_first_use_and_once_for_all_layers(pieces):
     model = blocks(6)
-    run = sized(model)
+    run = pieces.run(model)
     run(rows(40))
-    assert len(compiles.graphs) == 3
+    assert len(pieces.compiled) == 3
     for m in (16, 16, 9, 12):
         x = rows(m)
         assert torch.equal(run(x), model(x))
-        assert len(compiles.graphs) == 6
+        assert len(pieces.compiled) == 6
     run(rows(17))
-    assert len(compiles.graphs) == 9
-    assert [row.count for row in compiles.reports[0].pieces] == [1, 5, 1]
+    assert len(pieces.compiled) == 9
+    assert [row.count for row in pieces.rows] == [1, 5, 1]
 
 
-def test_a_size_is_chosen_for_that_number_of_rows(compiles, caplog):  # noqa: F811
-    caplog.set_level("INFO", "fx_quant")
-    run = sized(blocks(2))
-    run(rows(16))
-    assert caplog.text.count("compiled a piece for m = 16") == 3
+def test_what_is_compiled_for_a_size_has_no_other(pieces):
+    """So that selection is for exactly that m."""
+    pieces.run(blocks(2))(rows(16))
+    for piece in pieces.compiled[3:]:
+        assert not any(
+            isinstance(n.meta["example_value"], torch.SymInt) for n in piece.graph.find_nodes(op="placeholder")
+        )
 
 
-@pytest.mark.parametrize(("kind", "op"), [(Opaque, "fx_quant_tests::attend"), (IntoBuffer, "fx_quant_tests.attend_into")])
-def test_ops_of_the_users_between_padded_pieces(compiles, kind, op):  # noqa: F811
+@pytest.mark.parametrize(
+    ("kind", "op"), [(Opaque, "fx_quant_tests::attend"), (IntoBuffer, "fx_quant_tests.attend_into")]
+)
+def test_ops_of_the_users_between_padded_pieces(pieces, kind, op):
     model = blocks(4, kind)
-    run = sized(model, ops=[op])
+    run = pieces.run(model, ops=[op])
     for m in (40, 7, 16, 3):
         x = rows(m)
         assert torch.equal(run(x), model(x))
-    assert all(not row.unpadded for row in compiles.reports[0].pieces)
+    assert [row.unpadded for row in pieces.rows] == ["", "", ""]
 
 
-def test_static_shapes_have_no_sizes(compiles):  # noqa: F811
+def test_static_shapes_have_no_sizes(pieces):
     model, x = blocks(2), torch.randn(1, 5, HIDDEN)
-    run = compiled(model, dynamic=False, compile_sizes=SIZES, padding="always")
-    assert torch.equal(run(x), model(x))
-    assert {row.unsized for row in compiles.reports[0].pieces} == {"no size is dynamic: it is compiled for its own"}
-    assert len(compiles.graphs) == 3
+    assert torch.equal(pieces.run(model, dynamic=False)(x), model(x))
+    assert {row.unsized for row in pieces.rows} == {"no size is dynamic: it is compiled for its own"}
+    assert len(pieces.compiled) == 3
 
 
-def test_two_dynamic_dims_have_no_sizes(compiles):  # noqa: F811
+def test_two_dynamic_dims_have_no_sizes(pieces):
     model = blocks(2)
-    run = compiled(model, dynamic=True, compile_sizes=SIZES, padding="always")
+    run = pieces.run(model, dynamic=True)
     for shape in ((2, 5), (3, 16), (16, 4)):
         x = torch.randn(*shape, HIDDEN)
         assert torch.equal(run(x), model(x))
-    assert all(row.unsized.startswith("2 sizes are dynamic: ") for row in compiles.reports[0].pieces)
-    assert len(compiles.graphs) == 3
+    assert all(row.unsized.startswith("2 sizes are dynamic: ") for row in pieces.rows)
+    assert len(pieces.compiled) == 3
 
 
-def test_one_plan_for_all_m_has_no_sizes(compiles):  # noqa: F811
-    run = sized(blocks(2), deterministic=True)
-    run(rows(7))
-    assert {row.unsized for row in compiles.reports[0].pieces} == {
-        "deterministic=True has one plan for all numbers of rows"
-    }
+def test_one_plan_for_all_m_has_no_sizes(pieces):
+    pieces.run(blocks(2), deterministic=True)(rows(7))
+    assert {row.unsized for row in pieces.rows} == {"deterministic=True has one plan for all numbers of rows"}
 
 
-def test_a_range_that_is_marked_bounds_the_sizes(compiles):  # noqa: F811
+def test_a_range_that_is_marked_bounds_the_sizes(pieces):
     model, x = blocks(2), torch.randn(1, 8, HIDDEN)
     torch._dynamo.mark_dynamic(x, 1, min=4, max=20)
-    run = sized(model)
+    run = pieces.run(model)
     assert torch.equal(run(x), model(x))
-    assert [row.sizes for row in compiles.reports[0].pieces] == [(4, 16)] * 3
+    assert [row.sizes for row in pieces.rows] == [(4, 16)] * 3
     y = torch.randn(1, 18, HIDDEN)
     assert torch.equal(run(y), model(y))
 
@@ -190,14 +235,16 @@ def many_layouts(self, x, attend):
 
 
 @pytest.mark.parametrize(
-    "step", [returns_sizes, sizes_across_a_cut, expands, tokens, views, constants, many_layouts], ids=lambda s: s.__name__
+    "step",
+    [returns_sizes, sizes_across_a_cut, expands, tokens, views, constants, many_layouts],
+    ids=lambda s: s.__name__,
 )
 @pytest.mark.parametrize(("dim", "other"), [(1, 1), (1, 3)])
-def test_padded_results_are_those_of_the_rows(compiles, step, dim, other):  # noqa: F811
+def test_padded_results_are_those_of_the_rows(pieces, step, dim, other):
     if step is sizes_across_a_cut and other == 3:
         pytest.skip("is for a batch of one")
     model = Step(step)
-    run = sized(model)
+    run = pieces.run(model)
     for m in (40, 7, 16, 3, 2, 31):
         x = rows(m, dim, other)
         actual, expected = run(x), model(x)
@@ -207,7 +254,7 @@ def test_padded_results_are_those_of_the_rows(compiles, step, dim, other):  # no
                 assert ours.shape == theirs.shape
             else:
                 assert type(ours) is int
-    assert any(row.sizes and not row.unpadded for row in compiles.reports[0].pieces)
+    assert any(row.sizes and not row.unpadded for row in pieces.rows)
 
 
 def softmax_over_rows(self, x, attend):
@@ -309,15 +356,15 @@ MIXING = {
 
 
 @pytest.mark.parametrize("step", MIXING, ids=lambda step: step.__name__)
-def test_what_mixes_rows_is_not_padded_and_says_why(compiles, step):  # noqa: F811
+def test_what_mixes_rows_is_not_padded_and_says_why(pieces, step):
     ours, theirs = Step(step), Step(step)
-    run = sized(ours)
+    run = pieces.run(ours)
     for m in (40, 7, 16, 3, 31):
         x, y = rows(m), rows(m)
         torch.testing.assert_close(run(x), theirs(y), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(x, y)
         assert torch.equal(ours.seen, theirs.seen)
-    report = compiles.reports[0]
+    report = pieces.reports[0]
     assert report.whole == ""
     assert any(MIXING[step] in row.unpadded for row in report.pieces), [row.unpadded for row in report.pieces]
     assert MIXING[step] in " ".join(str(report).split())
@@ -328,9 +375,9 @@ def test_what_mixes_rows_is_not_padded_and_says_why(compiles, step):  # noqa: F8
     assert any(MIXING[step] in row["unpadded"] for row in json.loads(told.to_json())["pieces"])
 
 
-def test_a_cache_is_written_by_pieces_that_are_not_padded(compiles):  # noqa: F811
+def test_a_cache_is_written_by_pieces_that_are_not_padded(pieces):
     model, other = blocks(3, Cached), blocks(3, Cached)
-    run = sized(model, sizes=[2, 4, 8])
+    run = pieces.run(model, [2, 4, 8])
     for m in (5, 4, 3, 8, 2):
         for block in (*model, *other):
             block.at = torch.arange(m)
@@ -340,31 +387,35 @@ def test_a_cache_is_written_by_pieces_that_are_not_padded(compiles):  # noqa: F8
             assert torch.equal(mine, theirs)
 
 
-def test_padding_repeats_the_last_row_so_that_no_index_is_out_of_range(compiles):  # noqa: F811
-    """Codes that stand for ``63 - code``: a row of zeros would read the table at 63, which it has not."""
+def test_padding_repeats_the_last_row_so_that_no_index_is_out_of_range(pieces):
+    """A row of zeros would read the table at 63, which it has not."""
 
-    def step(self, x, attend):
-        return attend(F.embedding(63 - x, self.table[:40])) * 2
+    class FromTheEnd(Step):
+        def forward(self, ids):
+            y = F.embedding(63 - ids, self.table[:40])
+            return F.scaled_dot_product_attention(y, y, y) * 2
 
-    model = Step(step)
-    run = sized(model)
+    model = FromTheEnd(None)
+    run = pieces.run(model)
     for m in (40, 7, 3):
         ids = torch.arange(m)[None] % 30 + 30
         torch._dynamo.mark_dynamic(ids, 1)
         torch.testing.assert_close(run(ids), model(ids))
-    assert all(not row.unpadded for row in compiles.reports[0].pieces)
+    assert [row.unpadded for row in pieces.rows] == ["", ""]
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------
 
 
-def test_a_size_that_cannot_be_compiled_runs_as_any_other_and_warns_once(compiles, monkeypatch):  # noqa: F811
-    from fx_quant.piecewise import compile as compile_module
-
+def test_a_size_that_cannot_be_compiled_runs_as_any_other_and_warns_once(pieces, monkeypatch):
     model = blocks(2)
-    run = sized(model)
+    run = pieces.run(model)
     run(rows(40))
-    monkeypatch.setattr(compile_module, "specialised", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+
+    def fail(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(compile_module, "specialised", fail)
     x = rows(16)
     with pytest.warns(UserWarning, match=r"could not be compiled for m = 16, .* RuntimeError\('no'\)"):
         assert torch.equal(run(x), model(x))
@@ -372,15 +423,27 @@ def test_a_size_that_cannot_be_compiled_runs_as_any_other_and_warns_once(compile
     assert torch.equal(run(rows(9)), model(rows(9)))
 
 
-def test_calls_in_inference_mode_and_under_autocast_are_right(compiles):  # noqa: F811
-    model = blocks(2)
-    for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
-        torch._dynamo.reset()
-        run = sized(model)
-        with context:
-            for m in (40, 7, 16):
-                x = rows(m)
-                torch.testing.assert_close(run(x), model(x), rtol=2e-2, atol=2e-2)
+def test_an_error_of_ours_is_for_the_caller(pieces, monkeypatch):
+    run = pieces.run(blocks(1))
+    run(rows(40))
+
+    def fail(*_):
+        raise FxQuantError("as asked")
+
+    monkeypatch.setattr(compile_module, "specialised", fail)
+    with pytest.raises(FxQuantError, match="as asked"):
+        run(rows(16))
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_sizes_are_compiled_as_the_call_runs(compiles, context):  # noqa: F811
+    model = blocks(1)
+    run = compiled(model, compile_sizes=SIZES, padding="always")
+    with context():
+        for m in (40, 7, 16):
+            x = rows(m)
+            torch.testing.assert_close(run(x), model(x), rtol=2e-2, atol=2e-2)
+    assert len(compiles.graphs) == 4
 
 
 # --- options, report and progress ---------------------------------------------------------------------------------
@@ -408,8 +471,15 @@ def test_sizes_that_cannot_be_say_why(given, says):
         Options.parse(given)
 
 
-def test_the_report_says_for_which_sizes(compiles):  # noqa: F811
-    sized(blocks(3), sizes=[4, 8])(rows(5))
+def test_a_model_in_sizes_is_the_eager_one_and_reported(compiles, caplog):  # noqa: F811
+    caplog.set_level("INFO", "fx_quant")
+    model = blocks(3)
+    run = compiled(model, compile_sizes=[4, 8], padding="always")
+    for m in (9, 5, 8, 3):
+        x = rows(m)
+        assert torch.equal(run(x), model(x))
+    assert len(compiles.graphs) == 9
+    assert caplog.text.count("compiled a piece for m = 8: cpu") == 3
     report = compiles.reports[0]
     assert report.pieces == (
         PieceReport(0, 1, 1, (4, 8)),
@@ -418,11 +488,13 @@ def test_the_report_says_for_which_sizes(compiles):  # noqa: F811
     )
     assert "piece 1 x 2: for m = 4, 8; other m: padded to the next" in str(report)
     assert Report.from_json(report.to_json()) == report
+    told = fx_quant.explain(model, rows(5), options={"piecewise": True, "compile_sizes": [4, 8], "padding": "always"})
+    assert told.pieces == tuple(replace(row, sites=None) for row in report.pieces)
 
 
-def test_the_report_says_that_a_cpu_pads_nothing_by_itself(compiles):  # noqa: F811
-    sized(blocks(2), "auto", [4, 8])(rows(5))
-    assert "other m: not padded, as padding='auto' pads no rows on a cpu" in " ".join(str(compiles.reports[0]).split())
+def test_the_report_says_that_a_cpu_pads_nothing_by_itself(pieces):
+    pieces.run(blocks(2), padding="auto")(rows(5))
+    assert "other m: not padded, as padding='auto' pads no rows on a cpu" in " ".join(str(pieces.reports[0]).split())
 
 
 def test_progress_is_shown_on_a_terminal_only(monkeypatch):
@@ -440,7 +512,7 @@ def test_inductor_compiles_sizes_and_pads_to_them():
     torch._dynamo.reset()
     model = blocks(3)
     with torch.no_grad():
-        run = sized(model, sizes=[4, 16])
+        run = compiled(model, compile_sizes=[4, 16], padding="always")
         for m in (20, 4, 3, 9, 16):
             x = rows(m)
             torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-5)
