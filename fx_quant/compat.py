@@ -135,6 +135,12 @@ def specialize_floats(graph: Graph) -> None:
                     TensorifyState.specialize(symbol.name)
             node.replace_all_uses_with(guard_scalar(value))
             graph.erase_node(node)
+    for node in list(graph.nodes):
+        # What follows of such numbers alone is one too; Dynamo itself leaves it as symbolic where it specialized them.
+        symbolic = isinstance(node.meta.get("example_value"), (torch.SymFloat, torch.SymInt, torch.SymBool))
+        if symbolic and node.op == "call_function" and not node.all_input_nodes:
+            node.replace_all_uses_with(node.target(*node.args, **node.kwargs))  # type: ignore[operator]
+            graph.erase_node(node)
 
 
 def is_subgraph(graph: Graph) -> bool:

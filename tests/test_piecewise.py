@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -438,6 +440,44 @@ def test_numbers_of_the_layers_are_their_own(compiles):
     model[2].eps = 0.7
     assert torch.equal(run(x), model(x))
     assert [row.count for row in compiles.reports[0].pieces] == [1, 2, 1, 1]
+
+
+class Scaled(Block):
+    """Takes a number that is computed of the float that Dynamo makes an input, as GPT-2's activation does of pi."""
+
+    def forward(self, x):
+        return super().forward(x * math.sqrt(2.0 / self.eps)) * math.sqrt(2.0 / self.eps)
+
+
+def test_a_number_made_of_a_float_is_one_in_each_piece(compiles):
+    model, x = blocks(3, Scaled, eps=(0.5,)), states(2, 5)
+    run = compiled(model, dynamic=True)
+    torch.testing.assert_close(run(x), model(x))
+    for block in model:
+        block.eps = 0.25
+    torch.testing.assert_close(run(x), model(x))
+    assert [report.whole for report in compiles.reports] == ["", ""]
+
+
+class Embedded(nn.Module):
+    """Its embedding has floats of its own, which reach the graph as tensors whose ``item()`` is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.blocks = nn.Embedding(16, HIDDEN, max_norm=None), blocks(3)
+
+    def forward(self, ids):
+        return self.blocks(self.embedding(ids))
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_numbers_of_an_embedding_and_static_shapes_do_not_break_a_piece(compiles, dynamic):
+    model = Embedded()
+    run = compiled(model, dynamic=dynamic)
+    for ids in (torch.arange(10).reshape(2, 5), torch.arange(12).reshape(3, 4)):
+        torch.testing.assert_close(run(ids), model(ids))
+    assert all(report.whole == "" for report in compiles.reports)
+    assert len(compiles.graphs) == (3 if dynamic else 6)
 
 
 def test_layers_of_another_shape_or_layout_are_another_graph(compiles):
