@@ -154,7 +154,7 @@ def generate(model: nn.Module, ids: Tensor, cache: str) -> Tensor:
     return _generate(model, ids, cache)[:, ids.shape[1] :]
 
 
-def _generate(model: nn.Module, ids: Tensor, cache: str, **options: Any) -> Any:
+def _generate(model: Any, ids: Tensor, cache: str, **options: Any) -> Any:
     if cache == "static":
         options["cache_implementation"] = "static"
     return model.generate(

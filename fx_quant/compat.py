@@ -243,6 +243,7 @@ def _alone(compiled: Boxed, metadata: Any) -> Boxed | None:
         or metadata.tokens
     ):
         return None
+    compiled = _bare(compiled)
     written = tuple(metadata.mutated_graph_handled_indices_seen_by_autograd)
     dynamic = [(i, set(info.dynamic_dims)) for i, info in enumerate(metadata.output_info) if info.dynamic_dims]
     if not written and not dynamic:
@@ -255,6 +256,25 @@ def _alone(compiled: Boxed, metadata: Any) -> Boxed | None:
         for i, dims in dynamic:
             marked = getattr(results[i], "_dynamo_weak_dynamic_indices", None)
             results[i]._dynamo_weak_dynamic_indices = dims.copy() if marked is None else marked | dims
+        return results
+
+    return run
+
+
+def _bare(compiled: Boxed) -> Boxed:
+    """``compiled`` without what Inductor's artefact does around its code, which matters in its first call alone."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    if not isinstance(compiled, CompiledFxGraph):
+        return compiled
+    code: Boxed | None = None
+
+    def run(inputs: list[Any]) -> Any:
+        nonlocal code
+        if code is not None:
+            return code(inputs)
+        results = compiled(inputs)
+        code = compiled.current_callable
         return results
 
     return run

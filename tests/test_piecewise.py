@@ -555,9 +555,19 @@ def test_pieces_survive_json():
     assert Report.from_json(report.to_json()) == report
 
 
-def test_inductor_compiles_the_pieces_and_serves_all_layers():
-    """The one that generates code."""
+def test_inductor_compiles_the_pieces_and_serves_all_layers(monkeypatch):
+    """The one that generates code, which is called without AOTAutograd's wrapper and counts writes as that does."""
     torch._dynamo.reset()
-    model, x = blocks(4), states(2, 5)
+    called, taking_each = [], backend._taking_each
+    monkeypatch.setattr(backend, "_taking_each", lambda boxed: called.append(boxed) or taking_each(boxed))
+    model, other, x = blocks(4, Cached), blocks(4, Cached), states(1, 2)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-5, atol=1e-5)
+        run = compiled(model)
+        for at in ([0, 1], [2, 3], [3, 7]):
+            for block in (*model, *other):
+                block.at.copy_(torch.tensor(at))
+            before = [block.keys._version for block in model]
+            torch.testing.assert_close(run(x), other(x), rtol=1e-5, atol=1e-5)
+            assert all(block.keys._version > old for block, old in zip(model, before, strict=True))
+            torch.testing.assert_close(model[3].keys, other[3].keys, rtol=1e-5, atol=1e-5)
+    assert len(called) == 3
