@@ -144,6 +144,12 @@ def specialize_floats(graph: Graph) -> None:
                     TensorifyState.specialize(symbol.name)
             node.replace_all_uses_with(guard_scalar(value))
             graph.erase_node(node)
+    for node in list(graph.nodes):
+        # What follows of such numbers alone is one too; Dynamo itself leaves it as symbolic where it specialized them.
+        symbolic = isinstance(node.meta.get("example_value"), (torch.SymFloat, torch.SymInt, torch.SymBool))
+        if symbolic and node.op == "call_function" and not node.all_input_nodes:
+            node.replace_all_uses_with(node.target(*node.args, **node.kwargs))  # type: ignore[operator]
+            graph.erase_node(node)
 
 
 def is_subgraph(graph: Graph) -> bool:
@@ -246,6 +252,7 @@ def _alone(compiled: Boxed, metadata: Any) -> Boxed | None:
         or metadata.tokens
     ):
         return None
+    compiled = _bare(compiled)
     written = tuple(metadata.mutated_graph_handled_indices_seen_by_autograd)
     dynamic = [(i, set(info.dynamic_dims)) for i, info in enumerate(metadata.output_info) if info.dynamic_dims]
     if not written and not dynamic:
@@ -258,6 +265,25 @@ def _alone(compiled: Boxed, metadata: Any) -> Boxed | None:
         for i, dims in dynamic:
             marked = getattr(results[i], "_dynamo_weak_dynamic_indices", None)
             results[i]._dynamo_weak_dynamic_indices = dims.copy() if marked is None else marked | dims
+        return results
+
+    return run
+
+
+def _bare(compiled: Boxed) -> Boxed:
+    """``compiled`` without what Inductor's artefact does around its code, which matters in its first call alone."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    if not isinstance(compiled, CompiledFxGraph):
+        return compiled
+    code: Boxed | None = None
+
+    def run(inputs: list[Any]) -> Any:
+        nonlocal code
+        if code is not None:
+            return code(inputs)
+        results = compiled(inputs)
+        code = compiled.current_callable
         return results
 
     return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -440,6 +442,44 @@ def test_numbers_of_the_layers_are_their_own(compiles):
     assert [row.count for row in compiles.reports[0].pieces] == [1, 2, 1, 1]
 
 
+class Scaled(Block):
+    """Takes a number that is computed of the float that Dynamo makes an input, as GPT-2's activation does of pi."""
+
+    def forward(self, x):
+        return super().forward(x * math.sqrt(2.0 / self.eps)) * math.sqrt(2.0 / self.eps)
+
+
+def test_a_number_made_of_a_float_is_one_in_each_piece(compiles):
+    model, x = blocks(3, Scaled, eps=(0.5,)), states(2, 5)
+    run = compiled(model, dynamic=True)
+    torch.testing.assert_close(run(x), model(x))
+    for block in model:
+        block.eps = 0.25
+    torch.testing.assert_close(run(x), model(x))
+    assert [report.whole for report in compiles.reports] == ["", ""]
+
+
+class Embedded(nn.Module):
+    """Its embedding has floats of its own, which reach the graph as tensors whose ``item()`` is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.blocks = nn.Embedding(16, HIDDEN, max_norm=None), blocks(3)
+
+    def forward(self, ids):
+        return self.blocks(self.embedding(ids))
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_numbers_of_an_embedding_and_static_shapes_do_not_break_a_piece(compiles, dynamic):
+    model = Embedded()
+    run = compiled(model, dynamic=dynamic)
+    for ids in (torch.arange(10).reshape(2, 5), torch.arange(12).reshape(3, 4)):
+        torch.testing.assert_close(run(ids), model(ids))
+    assert all(report.whole == "" for report in compiles.reports)
+    assert len(compiles.graphs) == (3 if dynamic else 6)
+
+
 def test_layers_of_another_shape_or_layout_are_another_graph(compiles):
     model, x = blocks(4), states(2, 5)
     weight = model[2].qkv.weight
@@ -515,9 +555,19 @@ def test_pieces_survive_json():
     assert Report.from_json(report.to_json()) == report
 
 
-def test_inductor_compiles_the_pieces_and_serves_all_layers():
-    """The one that generates code."""
+def test_inductor_compiles_the_pieces_and_serves_all_layers(monkeypatch):
+    """The one that generates code, which is called without AOTAutograd's wrapper and counts writes as that does."""
     torch._dynamo.reset()
-    model, x = blocks(4), states(2, 5)
+    called, taking_each = [], backend._taking_each
+    monkeypatch.setattr(backend, "_taking_each", lambda boxed: called.append(boxed) or taking_each(boxed))
+    model, other, x = blocks(4, Cached), blocks(4, Cached), states(1, 2)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-5, atol=1e-5)
+        run = compiled(model)
+        for at in ([0, 1], [2, 3], [3, 7]):
+            for block in (*model, *other):
+                block.at.copy_(torch.tensor(at))
+            before = [block.keys._version for block in model]
+            torch.testing.assert_close(run(x), other(x), rtol=1e-5, atol=1e-5)
+            assert all(block.keys._version > old for block, old in zip(model, before, strict=True))
+            torch.testing.assert_close(model[3].keys, other[3].keys, rtol=1e-5, atol=1e-5)
+    assert len(called) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ class _Step:
     """One call: which values it takes, where its results go, and what is not needed after it."""
 
     function: Callable[..., Sequence[Any]]
-    takes: tuple[int, ...]
+    takes: Callable[[list[Any]], Sequence[Any]]
     gives: tuple[tuple[int, int], ...]
     frees: tuple[int, ...]
 
@@ -40,7 +41,7 @@ def runner(cut: Split, functions: Mapping[Part, Callable[..., Sequence[Any]]], c
     steps = tuple(
         _Step(
             functions[part],
-            tuple(slots[node] for node in part.call.args),  # type: ignore[index]
+            _getter([slots[node] for node in part.call.args]),  # type: ignore[index]
             tuple((item.args[1], slots[item]) for item in part.call.users),  # type: ignore[misc]
             tuple(slots[node] for node, at in last.items() if at is part and node not in kept),
         )
@@ -53,7 +54,7 @@ def runner(cut: Split, functions: Mapping[Part, Callable[..., Sequence[Any]]], c
         for slot, constant in held:
             values[slot] = constant
         for step in steps:
-            results = step.function(*[values[slot] for slot in step.takes])
+            results = step.function(*step.takes(values))
             for item, slot in step.gives:
                 values[slot] = results[item]
             for slot in step.frees:
@@ -61,6 +62,12 @@ def runner(cut: Split, functions: Mapping[Part, Callable[..., Sequence[Any]]], c
         return tuple([each if slot < 0 else values[slot] for slot, each in returned])
 
     return run
+
+
+def _getter(slots: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    if len(slots) < 2:
+        return lambda values: [values[slot] for slot in slots]
+    return operator.itemgetter(*slots)
 
 
 def as_it_is(part: Part) -> Callable[..., Sequence[Any]]:
