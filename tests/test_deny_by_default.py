@@ -88,6 +88,15 @@ gptq_gemm.register_fake(lambda x, packed: x.new_empty(x.shape[0], packed.shape[1
 lookup.register_fake(lambda ids, table, scale: scale.new_empty(*ids.shape, table.shape[1]))
 
 
+def _unpacked_into_empty(table: Tensor, codes: Tensor) -> Tensor:
+    """Two codes of a byte through a table, as gpt-oss unpacks its experts; writes are as AOTAutograd traces them."""
+    weight = torch.empty(codes.shape[0], 2 * codes.shape[1])
+    for first, code in enumerate((codes & 0x0F, codes >> 4)):
+        half = torch.ops.aten.copy.default(weight[:, first::2], table[code.long()])
+        weight = torch.slice_scatter(weight, half, 1, first, 2**63 - 1, 2)
+    return weight
+
+
 # --- forms --------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +168,16 @@ FORMS = {
     "bilinear": Form(
         lambda x, y, w, s: F.bilinear(x, y, decoded(w, s)),
         (floats(M, K), floats(M, 8), ints(N, K, 8), scales(N, 1, 1)),
+        "",
+    ),
+    "decoded_into_an_empty_buffer": Form(
+        lambda x, table, codes, e: F.linear(x, _unpacked_into_empty(table, codes).ldexp(e)),
+        (floats(M, K), floats(16), ints(N, K // 2, dtype=UINT8), ints(N, 1, low=-3, high=3)),
+        "lookup table",
+    ),
+    "decoded_into_what_is_like_another": Form(
+        lambda x, w, s: F.linear(x, torch.ops.aten.copy.default(x.new_empty(N, K), w.float()).logaddexp(s)),
+        (floats(M, K), W, S),
         "",
     ),
     "cdist": Form(lambda x, w, s: torch.cdist(x, decoded(w, s)), (floats(M, K), W, S), "cdist"),
