@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fx_quant.compat import is_guarded, is_marked_dynamic
@@ -38,7 +39,7 @@ def in_declared_range(site: Site, declared: Sequence[SizeRange]) -> Site:
     return site
 
 
-def _may_guard(rows: Size) -> bool:
+def _may_guard(rows: torch.SymInt) -> bool:
     """Whether a guard on ``rows`` is checked, and breaks no promise of the user's."""
     return not free_unbacked_symbols(rows) and is_guarded(rows) and not is_marked_dynamic(rows)
 
