@@ -27,6 +27,7 @@ from fx_quant.compat import (
     carried_by_artefacts,
     decompositions_without_matmul,
     dump_graph,
+    kept_inputs,
     restore_matmul_decompositions,
     static_input_indices,
 )
@@ -57,6 +58,8 @@ class RewritePass(CustomGraphPass):
         options: what the user asked for.
         target: the machine to choose kernels for; None detects it from the graph's device.
         on_report: called with the report of each graph, one that came from a cache included.
+
+    ``kept`` are the positions of parameters and buffers in Dynamo's graph, where the backend has seen it.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class RewritePass(CustomGraphPass):
         self.target = target
         self.on_report = on_report
         self.reports: list[Report] = []
+        self.kept: frozenset[int] | None = None
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; on an exception it stays as it is, unless ``strict``."""
@@ -77,7 +81,7 @@ class RewritePass(CustomGraphPass):
         def passes() -> Report:
             # Which loads every provider, so that one of them may fail.
             target = self.target or detect_target(_device(graph))
-            return rewrite_graph(graph, target, self.options, static_input_indices(graph), self.context)
+            return rewrite_graph(graph, target, self.options, static_input_indices(graph, self.kept), self.context)
 
         dump_graph("FX_QUANT_BEFORE", graph)
         report = safely(passes, self.target or _device(graph), self.options)
@@ -397,6 +401,8 @@ def _compile(
     inductor_options: Mapping[str, Any] | None,
     **compile_arguments: Any,
 ) -> Any:
+    if isinstance(rewrite, RewritePass):
+        rewrite.kept = kept_inputs(gm)
     return compile_fx(
         gm,
         example_inputs,

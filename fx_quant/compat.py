@@ -83,17 +83,43 @@ def is_marked_dynamic(size: torch.SymInt) -> bool:
     return False
 
 
-def static_input_indices(graph: Graph) -> frozenset[int] | None:
-    """Positions of the inputs of ``graph`` that are parameters or buffers; None outside an AOT compile.
+def static_input_indices(graph: Graph, kept: frozenset[int] | None = None) -> frozenset[int] | None:
+    """Positions of the inputs of ``graph`` that are parameters or buffers; None where that is not known.
 
     Empty for the subgraph of a higher-order op, whose operands are whatever each call of it gives.
+
+    Args:
+        kept: positions of parameters and buffers in Dynamo's graph, which a joint graph of forward and backward is
+            told by: AOTAutograd has not said yet what it knows of it.
     """
     context = torch._guards.TracingContext.try_get()
-    if context is None or context.fw_metadata is None:
+    if context is None or (context.fw_metadata is None and kept is None):
         return None
     if is_subgraph(graph):
         return frozenset()
-    return frozenset(context.fw_metadata.static_input_indices or ())
+    if context.fw_metadata is not None:
+        return frozenset(context.fw_metadata.static_input_indices or ())
+    placeholders = graph.find_nodes(op="placeholder")
+    return frozenset(i for i, node in enumerate(placeholders) if _dynamo_position(node) in kept)  # type: ignore[operator]
+
+
+def _dynamo_position(placeholder: Node) -> int | None:
+    """Which input of Dynamo's graph a placeholder of AOTAutograd's is, or is a part of."""
+    described = placeholder.meta.get("desc")
+    while (base := getattr(described, "base", None)) is not None:
+        described = base
+    return getattr(described, "idx", None) if type(described).__name__ == "PlainAOTInput" else None
+
+
+def kept_inputs(gm: GraphModule) -> frozenset[int]:
+    """Positions of the inputs of Dynamo's ``gm`` that are parameters or buffers, but for matrices that are trained."""
+    return frozenset(i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if _is_kept(node))
+
+
+def _is_kept(placeholder: Node) -> bool:
+    value = placeholder.meta.get("example_value")
+    trained = isinstance(value, Tensor) and value.requires_grad and value.dim() > 1
+    return is_static_input(placeholder) and not trained
 
 
 def source_of(placeholder: Node) -> str | None:

@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 import torch._dynamo
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
@@ -17,8 +18,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 import fx_quant
-from fx_quant.backend import HOOK, Chain, RewritePass, config_patches, source_digest, split_options
+from fx_quant.backend import HOOK, Chain, RewritePass, compile_with, config_patches, source_digest, split_options
 from fx_quant.config import Options
+from fx_quant.diagnose.capture import run_eagerly
 from fx_quant.errors import FxQuantError, MissError, NoKernelError, UnknownNameError
 from fx_quant.passes import pipeline
 from fx_quant.scheme import Numerics
@@ -325,3 +327,32 @@ def test_training_graph_keeps_its_gradients():
         compiled(linear)(x).sum().backward()
         expected = linear.weight.sum(0).expand(4, 8)
     torch.testing.assert_close(x.grad, expected)
+
+
+class Words(nn.Module):
+    """AWQ's form in small: int32 words along n, unpacked by a vector of shifts; the bias is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("words", torch.randint(-(2**31), 2**31 - 1, (16, 2), dtype=torch.int32))
+        self.register_buffer("shifts", torch.arange(0, 32, 4, dtype=torch.int32))
+        self.register_buffer("scales", torch.rand(1, 16) + 0.5)
+        self.bias = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        codes = torch.bitwise_and(self.words[:, :, None] >> self.shifts, 15).flatten(1)
+        return x @ ((codes - 8) * self.scales) + self.bias
+
+
+def test_a_packed_weight_is_known_where_something_is_trained():
+    """AOTAutograd says only after the passes which inputs of a joint graph are buffers."""
+    torch._dynamo.reset()
+    model, x = Words(), torch.randn(4, 16)
+    rewrite = RewritePass(Options())
+
+    def backend(gm, inputs):
+        return compile_with(gm, inputs, rewrite, None, {"force_disable_caches": True}, inner_compile=run_eagerly)
+
+    torch.compile(model, backend=backend)(x)
+    (report,) = rewrite.reports
+    assert len(report.sites) + len(report.misses) + len(report.recognised) == 1

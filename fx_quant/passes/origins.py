@@ -62,7 +62,6 @@ from fx_quant.passes.nodes import (
 from fx_quant.passes.values import Environment, Unknown
 from fx_quant.scheme import INT8_DTYPES
 
-
 _EMPTY = (aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default)
 
 
@@ -320,9 +319,7 @@ class Origins:
         # A dot product in parts, whichever of its two factors is as large as the product.
         if scales and weights and brought:
             origin = replace(origin, weighted=True)
-        floats = [
-            n for n in others if self.coded(n) is None and n in self._brought and not self._undone(origin, n)
-        ]
+        floats = [n for n in others if self.coded(n) is None and n in self._brought and not self._undone(origin, n)]
         met = [n for n in floats if _fills(n, node)]
         if origin.stored and floats:
             # A scale or a zero point that is written to is one that a call brings.
