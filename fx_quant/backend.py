@@ -23,7 +23,6 @@ from torch.fx import Graph, GraphModule
 
 import fx_quant.lowerings  # cached artifacts need ops and lowerings before any pass runs
 from fx_quant.compat import (
-    beneath_wrappers,
     carried_by_artefacts,
     decompositions_without_matmul,
     dump_graph,
@@ -342,12 +341,7 @@ def _compile_in_pieces(
 
     def compiler(piece: GraphModule, inputs: Sequence[Any]) -> tuple[Any, Report]:
         rewrite = _PiecePass(options)
-        beneath: list[tuple[int, Any]] = []
-        with beneath_wrappers(beneath):
-            compiled = _compile_and_report(piece, inputs, rewrite, mode, inductor_options)
-        if len(beneath) == 1 and beneath[0][0] == len(inputs) and beneath[0][1] is not None:
-            # Each boundary costs time in every call, so AOTAutograd's wrapper is left out where it would do nothing.
-            compiled = _taking_each(beneath[0][1])
+        compiled = _compile_and_report(piece, inputs, rewrite, mode, inductor_options)
         reports = rewrite.reports or [Report(str(detect_target()), (), ())]
         return compiled, functools.reduce(Report.merged, reports)
 
@@ -361,10 +355,6 @@ def _compile_in_pieces(
     )
     _record(report)
     return with_outer_versions(compiled, example_inputs)
-
-
-def _taking_each(boxed: Callable[[list[Any]], Any]) -> Callable[..., Any]:
-    return lambda *inputs: boxed([*inputs])
 
 
 def _to_text(reports: Sequence[Report]) -> str:
