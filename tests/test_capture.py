@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import models
 import pytest
 import torch
@@ -100,6 +102,14 @@ def test_a_model_compiled_before_does_not_recompile(build, few_recompiles):
     for rows in range(1, torch._dynamo.config.recompile_limit):
         run(models.inputs(torch.float32, 2, rows))
     assert backend.graphs == before * torch._dynamo.config.recompile_limit
+
+
+def test_a_model_compiled_before_is_explained_in_a_process_that_froze_its_objects():
+    model, x = int8_linear(), models.inputs(torch.float32)
+    torch.compile(model, backend=Counting())(x)
+    gc.freeze()
+    assert len(fx_quant.explain(model, x).sites) == 1
+    assert gc.get_freeze_count() > 0
 
 
 def test_a_model_whose_recompile_limit_is_used_up_is_explained(few_recompiles):

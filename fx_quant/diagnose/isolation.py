@@ -110,8 +110,19 @@ def _functions_with(compiled: set[int]) -> list[types.FunctionType]:
     """All functions whose code, or that of a function made in it, is among ``compiled``."""
     if not compiled:
         return []
-    functions = [function for function in gc.get_objects() if type(function) is types.FunctionType]
-    return [function for function in functions if _holds(function.__code__, compiled)]
+    return [function for function in _functions() if _holds(function.__code__, compiled)]
+
+
+def _functions() -> list[types.FunctionType]:
+    """All functions there are. The collector shows none that a server froze, so that is undone for the while."""
+    frozen = gc.get_freeze_count() > 0
+    if frozen:
+        gc.unfreeze()
+    try:
+        return [function for function in gc.get_objects() if type(function) is types.FunctionType]
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 def _holds(code: types.CodeType, compiled: set[int]) -> bool:
