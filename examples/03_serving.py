@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ import fx_quant
 TOKENS = 32
 SIZES = [1, 2, 4, 8]
 BURSTS = [3, 1, 8, 5, 2, 7, 6, 4, 3, 8, 1, 11]
-OPTIONS = {"piecewise": True, "compile_sizes": SIZES, "padding": "always"}
+OPTIONS: dict[str, Any] = {"piecewise": True, "compile_sizes": SIZES, "padding": "always"}
 
 
 def batch(first: int, count: int) -> Inputs:
