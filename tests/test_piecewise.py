@@ -555,11 +555,9 @@ def test_pieces_survive_json():
     assert Report.from_json(report.to_json()) == report
 
 
-def test_inductor_compiles_the_pieces_and_serves_all_layers(monkeypatch):
-    """The one that generates code, which is called without AOTAutograd's wrapper and counts writes as that does."""
+def test_inductor_compiles_the_pieces_and_serves_all_layers():
+    """The one that generates code; writes are counted."""
     torch._dynamo.reset()
-    called, taking_each = [], backend._taking_each
-    monkeypatch.setattr(backend, "_taking_each", lambda boxed: called.append(boxed) or taking_each(boxed))
     model, other, x = blocks(4, Cached), blocks(4, Cached), states(1, 2)
     with torch.no_grad():
         run = compiled(model)
@@ -570,4 +568,3 @@ def test_inductor_compiles_the_pieces_and_serves_all_layers(monkeypatch):
             torch.testing.assert_close(run(x), other(x), rtol=1e-5, atol=1e-5)
             assert all(block.keys._version > old for block, old in zip(model, before, strict=True))
             torch.testing.assert_close(model[3].keys, other[3].keys, rtol=1e-5, atol=1e-5)
-    assert len(called) == 3
