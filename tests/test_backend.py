@@ -353,6 +353,7 @@ def test_a_packed_weight_is_known_where_something_is_trained():
     def backend(gm, inputs):
         return compile_with(gm, inputs, rewrite, None, {"force_disable_caches": True}, inner_compile=run_eagerly)
 
-    torch.compile(model, backend=backend)(x)
+    with torch.enable_grad():
+        torch.compile(model, backend=backend)(x)
     (report,) = rewrite.reports
     assert len(report.sites) + len(report.misses) + len(report.recognised) == 1
