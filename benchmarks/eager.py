@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from machine import described, machine
+from machine import add_threads, described, machine
 from stopwatch import interleaved_medians
 
 from fx_quant.errors import NoKernelError
@@ -225,14 +225,10 @@ def summary(rows: list[Row]) -> str:
 def main() -> None:
     """Measure, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    add_threads(parser)
     parser.add_argument("--quick", action="store_true", help=f"leave {SHAPES[-1][0]} x {SHAPES[-1][1]} out")
     parser.add_argument("--seconds", type=float, default=1.0, help="least time for each row (default: 1)")
     options = parser.parse_args()
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads must be 1 or more, got {options.threads}")
-        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows: list[Row] = []
     for n, k in SHAPES[:-1] if options.quick else SHAPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -34,3 +35,16 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the option ``--threads``, which sets how many threads torch has."""
+    parser.add_argument("--threads", type=_set_threads, help="threads of torch (default: torch's own choice)")
+
+
+def _set_threads(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {count}")
+    torch.set_num_threads(count)
+    return count

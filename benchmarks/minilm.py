@@ -18,7 +18,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from encoder import QUANTIZED, onednn_spoils_float8, tokenize, use_onednn
-from machine import described, machine
+from machine import add_threads, described, machine
 from sentences import SENTENCES
 from stopwatch import interleaved_medians, verify
 
@@ -46,7 +46,7 @@ def measure(model_name: str, sizes: list[int], seconds: float) -> list[dict[str,
 def main() -> None:
     """Measure, print the table, write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    add_threads(parser)
     parser.add_argument("--models", nargs="+", choices=sorted(QUANTIZED), default=sorted(QUANTIZED))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32], help="sentences in a batch (default: 1 32)")
     parser.add_argument("--seconds", type=float, default=10.0, help="least time for each row (default: 10)")
@@ -54,10 +54,6 @@ def main() -> None:
     options = parser.parse_args()
     if not all(1 <= size <= len(SENTENCES) for size in options.batch):
         parser.error(f"--batch must be 1 to {len(SENTENCES)}, got {options.batch}")
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads must be 1 or more, got {options.threads}")
-        torch.set_num_threads(options.threads)
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run eagerly and be timed
     where = machine("torchao", "transformers")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from eager import KINDS, MAX_ERROR
-from machine import described, machine
+from machine import add_threads, described, machine
 from stopwatch import interleaved_medians
 
 from fx_quant.layers.linear import QuantizedLinear
@@ -66,14 +66,10 @@ def table_rows(name: str, forced: str | None, dtype: torch.dtype, n: int, k: int
 def main() -> None:
     """Measure, print the table and how often padding was faster."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    add_threads(parser)
     parser.add_argument("--quick", action="store_true", help="a linear of 1024 x 1024 instead of 4096 x 4096")
     parser.add_argument("--seconds", type=float, default=1.0, help="least time for each row (default: 1)")
     options = parser.parse_args()
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads must be 1 or more, got {options.threads}")
-        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     size = 1024 if options.quick else 4096
     rows = []
