@@ -10,7 +10,7 @@ import logging
 import operator
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,11 +79,11 @@ class RewritePass(CustomGraphPass):
 
         def passes() -> Report:
             # Which loads every provider, so that one of them may fail.
-            target = self.target or detect_target(_device(graph))
+            target = self.target or detect_target(_device(map(tensor, graph.nodes)))
             return rewrite_graph(graph, target, self.options, static_input_indices(graph, self.kept), self.context)
 
         dump_graph("FX_QUANT_BEFORE", graph)
-        report = safely(passes, self.target or _device(graph), self.options)
+        report = safely(passes, self.target or _device(map(tensor, graph.nodes)), self.options)
         self.record(report)
         restore_matmul_decompositions(graph)
         dump_graph("FX_QUANT_AFTER", graph)
@@ -130,12 +130,9 @@ def safely(passes: Callable[[], Report], target: Target | torch.device, options:
         return Report(str(target), (), (MissReport.of_graph(f"a pass failed with {error!r}"),))
 
 
-def _device(graph: Graph) -> torch.device:
-    for node in graph.nodes:
-        value = tensor(node)
-        if value is not None and value.device.type != "cpu":
-            return value.device
-    return torch.device("cpu")
+def _device(values: Iterable[object]) -> torch.device:
+    devices = (each.device for each in values if isinstance(each, torch.Tensor))
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def _first_device() -> str:
@@ -347,9 +344,7 @@ def _compile_in_pieces(
 
     inductors = _asked(mode, inductor_options)
     whole = [why for name, why in _WHOLE.items() if inductors.get(name, _current(name))]
-    devices = [x.device for x in example_inputs if isinstance(x, torch.Tensor)]
-    device = next((each for each in devices if each.type != "cpu"), torch.device("cpu"))
-    asked = Asked.of(options, detect_target(device).platform)
+    asked = Asked.of(options, detect_target(_device(example_inputs)).platform)
     compiled, report = compile_in_pieces(
         gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole), asked, options.splitting_modules
     )

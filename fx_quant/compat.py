@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -394,98 +393,3 @@ def _scaled_mm_by_rows(
 def row_scales_on_cpu() -> contextlib.AbstractContextManager[object]:
     """Lets float8 matmuls with scales per row run op by op on a CPU, where torch 2.12 is the first that can."""
     return _RowScalesOnCpu() if _TORCH < (2, 12) else contextlib.nullcontext()
-
-
-def size_range(size: torch.SymInt) -> tuple[int, int]:
-    """The least and the largest value of the one symbol in ``size``; ``(0, 0)`` for one that is read off values."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    (symbol,) = size.node.expr.free_symbols
-    if free_unbacked_symbols(size):
-        return 0, 0
-    found = size.node.shape_env.var_to_range[symbol]
-    return int(found.lower), int(found.upper) if found.upper.is_Integer else sys.maxsize
-
-
-@contextlib.contextmanager
-def compiling_later(inputs: Sequence[Any]) -> Iterator[list[Any]]:
-    """Within, a graph can be compiled for ``inputs`` as Dynamo would have it compiled; yields what stands for them.
-
-    Nothing of the sizes is a symbol. Inputs that are the same tensor are not for the compiled graph.
-    """
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes: list[Any] = []
-    seen: set[int] = set()
-    for given in inputs:
-        if not isinstance(given, Tensor):
-            fakes.append(given)
-            continue
-        fakes.append(mode.from_tensor(given.detach() if id(given) in seen else given, static_shapes=True))
-        seen.add(id(given))
-    with tracing(TracingContext(mode)):
-        yield fakes
-
-
-def fresh_size(low: int, high: int, avoid: Collection[int]) -> tuple[torch.SymInt, Any]:
-    """A symbolic size from ``low`` to ``high`` whose hint is none of ``avoid``, and the fake mode in which it lives."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import (
-        DimDynamic,
-        ShapeEnv,
-        StatelessSymbolicContext,
-        StrictMinMaxConstraint,
-    )
-    from torch.utils._sympy.value_ranges import ValueRanges
-
-    hint = next((size for size in range(low, high + 1) if size not in avoid), high)
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    context = StatelessSymbolicContext(
-        dynamic_sizes=[DimDynamic.DYNAMIC],
-        constraint_sizes=[StrictMinMaxConstraint(vr=ValueRanges(low, high), warn_only=True)],
-    )
-    shape: Any = mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape
-    return shape[0], mode
-
-
-def functional_graph(run: Callable[..., Any], inputs: Sequence[Any], written: list[int]) -> Graph:
-    """The ATen ops of ``run`` on fake ``inputs``, none of which writes to memory, without those that do nothing.
-
-    Args:
-        written: is given the positions of the inputs that ``run`` writes to, of which the graph says nothing.
-    """
-    from torch._dispatch.python import enable_python_dispatcher
-    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.utils._pytree import tree_map_only
-
-    def functional(*given: Any) -> Any:
-        outside = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
-        with outside, FunctionalTensorMode():
-            taken = tree_map_only(Tensor, FunctionalTensor.to_functional, given)
-            results = run(*taken)
-            for position, tensor in enumerate(taken):
-                if isinstance(tensor, FunctionalTensor):
-                    torch._sync(tensor)
-                    if torch._functionalize_has_data_mutation(tensor.elem):  # type: ignore[missing-attribute]
-                        written.append(position)
-            return tree_map_only(FunctionalTensor, plain, results)
-
-    def plain(tensor: Any) -> Any:
-        torch._sync(tensor)
-        return torch._from_functional_tensor(tensor.elem)
-
-    with enable_python_dispatcher():
-        graph = make_fx(functional, tracing_mode="real")(*inputs).graph
-    graph.eliminate_dead_code()
-    return graph
-
-
-def keeping_node_meta() -> contextlib.AbstractContextManager[None]:
-    """Within, a graph that is traced from another keeps for its nodes where in the user's code they come from."""
-    from torch.fx.traceback import preserve_node_meta
-
-    return preserve_node_meta()

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fx_quant  # noqa: F401  its ops
-from fx_quant.compat import fresh_size
 from fx_quant.piecewise.independent import prove_rows
 from fx_quant.piecewise.rows import MixesRowsError, Rows
-from fx_quant.piecewise.traced import trace_function
+from fx_quant.piecewise.traced import fresh_size, trace_function
 
 D = 8
 

@@ -12,6 +12,8 @@ from fx_quant.passes.memory import written_inputs
 from fx_quant.passes.nodes import aten, dtype, is_op, shape, tensor
 from fx_quant.scheme import CODE_DTYPES
 
+_EMPTY = (aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -20,12 +22,14 @@ class Inputs:
     Args:
         constant: parameters, buffers and constants of the graph that it does not write to.
         runtime: nodes that depend on anything else.
+        brought: those of ``runtime`` that hold more than what was written to an empty tensor, which brings nothing.
         written: parameters, buffers and constants of the graph that it writes to; they are ``runtime`` too.
     """
 
     constant: frozenset[Node]
     runtime: frozenset[Node]
-    written: frozenset[Node] = frozenset()
+    brought: frozenset[Node]
+    written: frozenset[Node]
 
 
 def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inputs:
@@ -47,6 +51,7 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
     kept.update(attributes)
     constant.update(kept - written)
     runtime.update(kept & written)
+    brought = set(runtime)
     for node in graph.nodes:
         # A size depends on the input's shape alone, and what is expanded to it holds the same values in every call.
         is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
@@ -54,7 +59,9 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
         changes = node.op == "call_function" and (not is_pure(node.target) or is_op(node, aten.lift_fresh_copy.default))
         if not is_size and (changes or any(source in runtime for source in node.all_input_nodes)):
             runtime.add(node)
-    return Inputs(frozenset(constant), frozenset(runtime), frozenset(kept & written))
+            if not is_op(node, *_EMPTY) and (changes or any(source in brought for source in node.all_input_nodes)):
+                brought.add(node)
+    return Inputs(frozenset(constant), frozenset(runtime), frozenset(brought), frozenset(kept & written))
 
 
 def _looks_static(node: Node) -> bool:

@@ -21,7 +21,6 @@ from enum import IntEnum
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.ops.purity import is_pure
 from fx_quant.passes.axes import REPEAT, seen_through
 from fx_quant.passes.carriers import (
     CACHES,
@@ -61,8 +60,6 @@ from fx_quant.passes.nodes import (
 )
 from fx_quant.passes.values import Environment, Unknown
 from fx_quant.scheme import INT8_DTYPES
-
-_EMPTY = (aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default)
 
 
 class Kind(IntEnum):
@@ -115,7 +112,6 @@ class Origins:
 
     def __init__(self, graph: Graph, env: Environment, inputs: Inputs, given: Mapping[Node, Origin] | None = None):
         self._env, self._inputs = env, inputs
-        self._brought = _brought(graph, inputs)
         self._origins: dict[Node, Origin] = dict(given or {})
         # Which bytes of a call each node is computed from without a contraction, a bit for each.
         self._bytes, self._next_bit = dict[Node, int](), 1
@@ -175,7 +171,7 @@ class Origins:
             return self._cast_to_codes(node)
         if dtype(node) is torch.bool or is_float_in_bytes(node):
             return None
-        carried = self._stored_step(node, made) if node not in self._brought else self._step(node, made)
+        carried = self._stored_step(node, made) if node not in self._inputs.brought else self._step(node, made)
         if carried is not None and dtype(node) in NARROW_INTEGERS and carried.kind in (Kind.ROUNDED, Kind.PACKED):
             return replace(carried, kind=Kind.CODES)
         return carried if carried is not None else self._cast_to_codes(node)
@@ -196,12 +192,12 @@ class Origins:
         if node.op != "call_function" or dtype(node) not in LOW_BIT_DTYPES or dtype(node) in INT8_DTYPES:
             return None
         sources = [origin for n in node.all_input_nodes if (origin := self.coded(n)) is not None]
-        return sources[0] if sources else Origin(Kind.CODES, node, node not in self._brought)
+        return sources[0] if sources else Origin(Kind.CODES, node, node not in self._inputs.brought)
 
     def _added(self, node: Node) -> Origin | None:
         """What stored codes are after a product of floats was added to them, as a low-rank adapter's is."""
         added = self.coded(added_operand(node))
-        return replace(added, kind=Kind.DECODED) if added is not None and node not in self._brought else None
+        return replace(added, kind=Kind.DECODED) if added is not None and node not in self._inputs.brought else None
 
     def _cast_to_codes(self, node: Node) -> Origin | None:
         """A cast of floats to a byte."""
@@ -210,17 +206,17 @@ class Origins:
         source = dtype(node.args[0])
         if source is None or not source.is_floating_point:
             return None
-        return Origin(Kind.CODES, node, node not in self._brought)
+        return Origin(Kind.CODES, node, node not in self._inputs.brought)
 
     def _rounded(self, node: Node, made: list[tuple[Node, Origin]]) -> Origin | None:
         kind = dtype(node)
         if kind is None or not kind.is_floating_point:
             return made[0][1] if made else None
-        return Origin(Kind.ROUNDED, node, node not in self._brought)
+        return Origin(Kind.ROUNDED, node, node not in self._inputs.brought)
 
     def _of_library(self, node: Node, made: list[tuple[Node, Origin]]) -> Origin | None:
         """The result of an op that nothing is known of but its name and its operands."""
-        stored = node not in self._brought
+        stored = node not in self._inputs.brought
         if is_library_matmul(node, self):
             return None
         kind = dtype(node)
@@ -315,11 +311,13 @@ class Origins:
         scales = multiplies or is_op(node, *DIVISIONS)
         source, origin = max(full, key=lambda pair: (scales and pair in weights, pair[1].kind))
         others = [n for n in node.all_input_nodes if n is not source and dtype(n) is not torch.bool]
-        brought = set(node.all_input_nodes).difference(weight for weight, _ in weights) & self._brought
+        brought = set(node.all_input_nodes).difference(weight for weight, _ in weights) & self._inputs.brought
         # A dot product in parts, whichever of its two factors is as large as the product.
         if scales and weights and brought:
             origin = replace(origin, weighted=True)
-        floats = [n for n in others if self.coded(n) is None and n in self._brought and not self._undone(origin, n)]
+        floats = [
+            n for n in others if self.coded(n) is None and n in self._inputs.brought and not self._undone(origin, n)
+        ]
         met = [n for n in floats if _fills(n, node)]
         if origin.stored and floats:
             # A scale or a zero point that is written to is one that a call brings.
@@ -339,34 +337,23 @@ class Origins:
         """Whether bytes of a call are codes because ``by``, which is smaller, scales or shifts them."""
         if self._bytes.get(origin.source, 0) & self._bytes.get(by, 0):
             return False  # normalised by their own statistics
-        return dtype(origin.source) is torch.int8 or by in self._brought
+        return dtype(origin.source) is torch.int8 or by in self._inputs.brought
 
     def _undone(self, origin: Origin, other: Node) -> bool:
         """Whether ``other`` is what was rounded, which straight-through rounding subtracts and adds again."""
         return is_op(origin.source, *ROUNDS) and _base(origin.source.args[0]) is _base(other)
 
 
-def _brought(graph: Graph, inputs: Inputs) -> set[Node]:
-    """What may change from call to call. An empty tensor brings nothing: what it holds is what is written to it."""
-    brought: set[Node] = set()
-    for node in graph.nodes:
-        sources = [source for source in node.all_input_nodes if source in inputs.runtime]
-        written_to_empty = bool(sources) and is_pure(node.target) and brought.isdisjoint(sources)
-        if node in inputs.runtime and not is_op(node, *_EMPTY) and not written_to_empty:
-            brought.add(node)
-    return brought
-
-
 def is_library_matmul(node: Node, origins: Origins) -> bool:
     """Whether an op of which nothing is known takes a stored quantized matrix and what a call brings."""
-    if not is_opaque(node) or node not in origins._brought:
+    if not is_opaque(node) or node not in origins._inputs.brought:
         return False
     matrices = [n for n in node.all_input_nodes if len(shape(n)) > 1 and dtype(n) is not torch.bool]
     weights = [n for n in matrices if (origin := origins.coded(n)) is not None and origin.stored]
     brought = [
         n
         for n in matrices
-        if n in origins._brought and (origins.of(n) is not None or dtype(n).is_floating_point)  # type: ignore[union-attr]
+        if n in origins._inputs.brought and (origins.of(n) is not None or dtype(n).is_floating_point)  # type: ignore[union-attr]
     ]
     return bool(weights) and bool(brought)
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fx_quant.compat import compiling_later
 from fx_quant.piecewise.padded_run import SizedPiece
 from fx_quant.piecewise.progress import progress
 from fx_quant.piecewise.run import as_it_is, runner
 from fx_quant.piecewise.same import key_of, renaming
 from fx_quant.piecewise.sizes import Asked, SizePlan, copied, plan_sizes, specialised
 from fx_quant.piecewise.split import NotSplitError, Part, Split, split
+from fx_quant.piecewise.traced import compiling_later
 from fx_quant.piecewise.writes import check_writes, written_inputs
 from fx_quant.report import PieceReport, Report
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from fx_quant.passes.nodes import returned
-from fx_quant.piecewise.row_rules import RULES, Known, pointwise
+from fx_quant.piecewise import row_views  # noqa: F401  (registers its rules)
+from fx_quant.piecewise.row_rulebook import RULES, Known
+from fx_quant.piecewise.row_rules import pointwise
 from fx_quant.piecewise.rows import Call, MixesRowsError, State, factor, has, not_proven, rows_by_shape, sizes
 from fx_quant.piecewise.traced import Traced
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fx_quant.compat import as_dynamo_graph, copy_graph, size_range
+from fx_quant.compat import as_dynamo_graph, copy_graph
 from fx_quant.config import Options, PaddingPolicy
 from fx_quant.kernels.subclasses import inner_tensors
 from fx_quant.passes.axes import Extent, extent
@@ -125,7 +126,7 @@ def plan_sizes(alike: Sequence[Part], cut: Split, written: Collection[int], aske
         if asked.deterministic:
             raise NoSizesError("deterministic=True has one plan for all numbers of rows")
         symbol = _symbol(part)
-        low, high = size_range(_first_size(part, symbol))
+        low, high = _range(_first_size(part, symbol))
         if high == 0:
             raise NoSizesError(f"{symbol} is read off values")
         sizes = tuple(size for size in asked.sizes if low <= size <= high)
@@ -190,6 +191,17 @@ def _first_size(part: Part, symbol: Any) -> torch.SymInt:
         value = part.inputs[position].meta["example_value"]
         return value if dim is None else value.shape[dim]
     raise NoSizesError(f"{symbol} is no size of its inputs")
+
+
+def _range(size: torch.SymInt) -> tuple[int, int]:
+    """The least and the largest value of the one symbol in ``size``; ``(0, 0)`` for one that is read off values."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    (symbol,) = size.node.expr.free_symbols
+    if free_unbacked_symbols(size):
+        return 0, 0
+    found = size.node.shape_env.var_to_range[symbol]
+    return int(found.lower), int(found.upper) if found.upper.is_Integer else sys.maxsize
 
 
 def _reads(part: Part, symbol: Any) -> tuple[int, int | None, int]:

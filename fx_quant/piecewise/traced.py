@@ -1,17 +1,18 @@
-"""A piece as a functional graph of ATen ops, its number of rows a symbol of its own."""
+"""A piece outside of the compile that it came from: as a functional graph of ATen ops, or compiled for other inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fx_quant.compat import fresh_size, functional_graph, keeping_node_meta
 from fx_quant.piecewise.rows import MixesRowsError
 
 
@@ -58,7 +59,7 @@ def trace(module: GraphModule, symbol: Any, low: int, high: int) -> Traced:
 
     def run(*given: Any) -> Any:
         each = iter(given)
-        with keeping_node_meta():
+        with preserve_node_meta():
             return Interpreter(module, garbage_collect_values=False).run(*[build(each) for build in builders])
 
     return trace_function(run, flat, rows, mode)
@@ -80,6 +81,60 @@ def trace_function(run: Callable[..., Any], inputs: Sequence[Any], rows: torch.S
     if written:
         raise MixesRowsError("the piece writes to its inputs")
     return Traced(graph, rows.node.expr, tuple(str(guard.expr) for guard in env.guards[before:]))
+
+
+def fresh_size(low: int, high: int, avoid: Collection[int]) -> tuple[torch.SymInt, Any]:
+    """A symbolic size from ``low`` to ``high`` whose hint is none of ``avoid``, and the fake mode in which it lives."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+        StrictMinMaxConstraint,
+    )
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    hint = next((size for size in range(low, high + 1) if size not in avoid), high)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    context = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC],
+        constraint_sizes=[StrictMinMaxConstraint(vr=ValueRanges(low, high), warn_only=True)],
+    )
+    shape: Any = mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context).shape
+    return shape[0], mode
+
+
+def functional_graph(run: Callable[..., Any], inputs: Sequence[Any], written: list[int]) -> Graph:
+    """The ATen ops of ``run`` on fake ``inputs``, none of which writes to memory, without those that do nothing.
+
+    Args:
+        written: is given the positions of the inputs that ``run`` writes to, of which the graph says nothing.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._pytree import tree_map_only
+
+    def functional(*given: Any) -> Any:
+        outside = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
+        with outside, FunctionalTensorMode():
+            taken = tree_map_only(Tensor, FunctionalTensor.to_functional, given)
+            results = run(*taken)
+            for position, tensor in enumerate(taken):
+                if isinstance(tensor, FunctionalTensor):
+                    torch._sync(tensor)
+                    if torch._functionalize_has_data_mutation(tensor.elem):  # type: ignore[missing-attribute]
+                        written.append(position)
+            return tree_map_only(FunctionalTensor, plain, results)
+
+    def plain(tensor: Any) -> Any:
+        torch._sync(tensor)
+        return torch._from_functional_tensor(tensor.elem)
+
+    with enable_python_dispatcher():
+        graph = make_fx(functional, tracing_mode="real")(*inputs).graph
+    graph.eliminate_dead_code()
+    return graph
 
 
 def _flatten(value: Any, renamed: Callable[[Any], Any], flat: list[Any]) -> Callable[[Iterator[Any]], Any]:
@@ -108,3 +163,26 @@ def _flatten(value: Any, renamed: Callable[[Any], Any], flat: list[Any]) -> Call
 def _numbers(values: Sequence[Any]) -> set[int]:
     """All sizes that are numbers."""
     return {size for value in values if isinstance(value, Tensor) for size in value.shape if isinstance(size, int)}
+
+
+@contextlib.contextmanager
+def compiling_later(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    """Within, a graph can be compiled for ``inputs`` as Dynamo would have it compiled; yields what stands for them.
+
+    Nothing of the sizes is a symbol. Inputs that are the same tensor are not for the compiled graph.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes: list[Any] = []
+    seen: set[int] = set()
+    for given in inputs:
+        if not isinstance(given, Tensor):
+            fakes.append(given)
+            continue
+        fakes.append(mode.from_tensor(given.detach() if id(given) in seen else given, static_shapes=True))
+        seen.add(id(given))
+    with tracing(TracingContext(mode)):
+        yield fakes
