@@ -1,6 +1,6 @@
 """Processes that compile three models, compare them with eager and print what fx_quant says, one after the other.
 
-``python cached_process.py CACHES,save|load|plain,FILE,aot|noaot ...``: a process for each argument, that has the imports
+``python -m tests.cached_process CACHES,save|load|plain,FILE,aot|noaot ...``: a process for each argument, that has the imports
 and nothing compiled. CACHES is the folder of Inductor's caches, FILE PyTorch's own package of artefacts, and the last
 word whether AOTAutograd's cache is on.
 """
@@ -13,13 +13,13 @@ import os
 import pathlib
 import sys
 
-import models
 import torch
 import torch._functorch.config
 import torch._inductor.compile_fx
 from torch._dynamo.utils import counters
 
 import fx_quant.backend  # noqa: F401  (once for all processes)
+from tests import models
 
 
 class Missed(torch.nn.Module):

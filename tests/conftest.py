@@ -22,9 +22,9 @@ os.environ.setdefault("TORCH_WARM_POOL", "0")
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from triton_interpreter import interpreting
 
 from fx_quant.kernels.layouts import clear_packed_weights
+from tests.triton_interpreter import interpreting
 
 # For a line of the log, Dynamo empties the CPU's caches and clocks the guards of all that it compiles: 30 ms each time.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0

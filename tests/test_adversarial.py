@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from graphs import Captured, assert_within_class, calls, capture, clones, copy_of, rewrite, run, run_in_float64
-from models import ADVERSARIAL, build
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fx_quant.passes.pipeline import Rewriting, to_kernels
 from fx_quant.scheme import Numerics
+from tests.graphs import Captured, assert_within_class, calls, capture, clones, copy_of, rewrite, run, run_in_float64
+from tests.models import ADVERSARIAL, build
 
 OPERANDS = ("a_scale", "b_scale", "bias")
 REWRITTEN = sorted(set(ADVERSARIAL) - {"unrelated_int8", "uint8_image", "scale_varies_along_k", "weight_scale_on_k"}

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from graphs import Proven, assert_same_meaning, calls, capture, prove, run, trace
 from torch import Tensor, nn
 
 from fx_quant.passes.axes import own_dims
 from fx_quant.passes.rules.scaled_matmuls import scaled_product
 from fx_quant.passes.values import Codes, Product
+from tests.graphs import Proven, assert_same_meaning, calls, capture, prove, run, trace
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 INT8, UINT8, INT32, INT64, E4M3 = torch.int8, torch.uint8, torch.int32, torch.int64, torch.float8_e4m3fn

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import calls, copy_of, rewrite, trace
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
@@ -16,6 +15,7 @@ from fx_quant.passes.memory import Memory
 from fx_quant.passes.pipeline import rewrite_graph, to_kernels
 from fx_quant.passes.verify import VerificationError, verify
 from fx_quant.target import named_target
+from tests.graphs import calls, copy_of, rewrite, trace
 
 M, K, N = 4, 64, 64
 X86 = named_target("x86_vnni")

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import trace
-from models import require_uint8_int_mm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
@@ -19,6 +17,8 @@ from fx_quant.passes.axes import REPEAT, own_dims
 from fx_quant.passes.matrices import axis_of, holds_exactly, matrix_base
 from fx_quant.passes.values import Affine, Axis, Codes, ColumnSum, Product, Unknown, Value
 from fx_quant.scheme import Numerics
+from tests.graphs import trace
+from tests.models import require_uint8_int_mm
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 INT8, UINT8, E4M3, E5M2 = torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2

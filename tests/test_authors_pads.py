@@ -8,7 +8,6 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import assert_same_meaning, calls, capture, copy_of, rewrite, trace
 
 from fx_quant import Fp8LinearOp
 from fx_quant.errors import NoKernelError
@@ -18,6 +17,7 @@ from fx_quant.passes import pads, pipeline
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.passes.reporting import report_on
 from fx_quant.report import Report
+from tests.graphs import assert_same_meaning, calls, capture, copy_of, rewrite, trace
 from tests.printer import print_graph
 
 aten = torch.ops.aten

@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 
-import models
 import pytest
 import torch
 import torch._dynamo
@@ -25,6 +24,7 @@ from fx_quant.errors import FxQuantError, MissError, NoKernelError, UnknownNameE
 from fx_quant.passes import pipeline
 from fx_quant.scheme import Numerics
 from fx_quant.target import named_target
+from tests import models
 
 
 @pytest.fixture(autouse=True)

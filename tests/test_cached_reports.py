@@ -12,7 +12,7 @@ import pytest
 from fx_quant.reasons import Kind, Unmet
 from fx_quant.report import BreakReport, MissReport, RecognisedReport, Report, SiteReport, UnseenReport
 
-SCRIPT = pathlib.Path(__file__).with_name("cached_process.py")
+ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all four processes
 
 
@@ -27,7 +27,13 @@ def said(tmp_path_factory):
         "another": ("other", "load", "aot"),
     }
     arguments = [f"{folder / caches},{mode},{folder / 'package'},{cache}" for caches, mode, cache in jobs.values()]
-    out = subprocess.run([sys.executable, SCRIPT, *arguments], check=False, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "tests.cached_process", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert out.returncode == 0, out.stderr
     return dict(zip(jobs, map(json.loads, out.stdout.splitlines()), strict=True))
 

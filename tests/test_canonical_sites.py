@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import rewrite, trace
-from tolerances import assert_within
 from torch import Tensor, nn
 
 import fx_quant
 from fx_quant.scheme import Numerics
+from tests.graphs import rewrite, trace
+from tests.tolerances import assert_within
 
 pytestmark = pytest.mark.usefixtures("uncached")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 
-import models
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import fx_quant
 from fx_quant.diagnose.capture import run_eagerly
+from tests import models
 
 
 def int8_linear():

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor
 
 from fx_quant.diagnose.support import SCHEMES
@@ -29,6 +28,7 @@ from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import Unmet
 from fx_quant.scheme import INT4_DTYPES, Granularity, OperandSpec, Scheme
 from fx_quant.weights import pack_int4
+from tests.tolerances import assert_within
 
 fxq = torch.ops.fx_quant
 HERE = detect_target("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graphs import calls, capture, run, trace
-from tolerances import assert_within
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.decorators import mark_unbacked
@@ -29,6 +27,8 @@ from fx_quant.reasons import Kind
 from fx_quant.report import Report
 from fx_quant.scheme import Numerics, Scheme
 from fx_quant.target import named_target
+from tests.graphs import calls, capture, run, trace
+from tests.tolerances import assert_within
 
 AUTO, NEVER, CONSTANTS, ALWAYS, VLLM = PaddingPolicy
 FP8 = Scheme.parse("float8_e4m3fn per_tensor (dynamic) x float8_e4m3fn per_tensor")

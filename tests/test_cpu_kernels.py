@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor
 
 from fx_quant import compat
@@ -21,6 +20,7 @@ from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import without_compiler
 from fx_quant.scheme import FLOAT8_DTYPES, Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import named_target
+from tests.tolerances import assert_within
 
 fxq = torch.ops.fx_quant
 NAMES = (*(level.kernel for level in LEVELS), "cpu_float8_bf16", "cpu_float8_float32")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import prove, rewrite, trace
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 import fx_quant
 from fx_quant.passes.pipeline import holds_codes
 from fx_quant.report import Report
+from tests.graphs import prove, rewrite, trace
 
 M, K, N, B = 4, 16, 12, 3
 INT8, UINT8, E4M3 = torch.int8, torch.uint8, torch.float8_e4m3fn

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from graphs import trace
-from test_conformance import ALL_SCHEMES, EPILOGUES, HERE, RUN_HERE, operands, problem
 from torch import Tensor, nn
 
 import fx_quant
@@ -28,6 +26,8 @@ from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import Kind
 from fx_quant.scheme import Scheme
 from fx_quant.target import named_target
+from tests.graphs import trace
+from tests.test_conformance import ALL_SCHEMES, EPILOGUES, HERE, RUN_HERE, operands, problem
 
 EAGER, GRAPH = (CompileContext(mode, deterministic=True) for mode in (Mode.EAGER, Mode.GRAPH))
 ROWS = 130

@@ -13,8 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._inductor.config
-from graphs import capture as captured_graphs
-from test_goldens import assert_golden, golden_text
 
 from fx_quant.compat import row_scales_on_cpu
 from fx_quant.report import MissReport, Report, SiteReport
@@ -26,6 +24,8 @@ from tests.dialects.registry import FLOWS, Flow, flow, load, matching
 from tests.dialects.table import is_as_expected, reason_list, result_table, summary, wrong
 from tests.dialects.variants import ALL, FEW, Variant
 from tests.dialects.weights import HandLinear, float_bias, float_weight
+from tests.graphs import capture as captured_graphs
+from tests.test_goldens import assert_golden, golden_text
 
 GOLDENS = Path(__file__).parent / "goldens" / "dialects"
 TARGET = "x86_vnni"

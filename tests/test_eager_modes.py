@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graphs import capture
 from torch import nn
 
 import fx_quant
@@ -22,6 +21,7 @@ from fx_quant.linear_kernels.fp8_linear import Fp8LinearOp
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Scheme
 from fx_quant.target import named_target
+from tests.graphs import capture
 
 INT8 = Scheme.parse("int8 per_token (dynamic) x int8 per_channel")
 FP8 = Problem(

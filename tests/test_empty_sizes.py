@@ -6,9 +6,6 @@ import itertools
 
 import pytest
 import torch
-from graphs import prove, rewrite, trace
-from test_conformance import ALL_SCHEMES, DEVICE, EPILOGUES, HERE, RUN_HERE, operands, problem, reference
-from tolerances import assert_within
 from torch import Tensor, nn
 
 from fx_quant.kernels.context import EAGER
@@ -17,6 +14,9 @@ from fx_quant.kernels.layouts import clear_packed_weights, layouts
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import select
 from fx_quant.scheme import INT4_DTYPES, Numerics
+from tests.graphs import prove, rewrite, trace
+from tests.test_conformance import ALL_SCHEMES, DEVICE, EPILOGUES, HERE, RUN_HERE, operands, problem, reference
+from tests.tolerances import assert_within
 
 fxq = torch.ops.fx_quant
 INT8, F32, E4M3 = torch.int8, torch.float32, torch.float8_e4m3fn

@@ -7,7 +7,6 @@ import re
 import sys
 from dataclasses import replace
 
-import models
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from fx_quant.diagnose.check import CheckReport, Error, SiteCheck, error_of
 from fx_quant.errors import NoKernelError, ToleranceError, UnknownNameError
 from fx_quant.report import MissReport, Report
 from fx_quant.target import named_target
+from tests import models
 
 
 class TwoLayers(torch.nn.Module):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import calls, rewrite, run, trace
 from torch import Tensor
 
 from fx_quant.ops.constants import forget_all
 from fx_quant.ops.fold import can_fold, with_several_results
 from fx_quant.passes.pipeline import to_kernels
+from tests.graphs import calls, rewrite, run, trace
 from tests.printer import program_lines
 
 ops = torch.ops.fx_quant

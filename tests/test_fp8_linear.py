@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor, nn
 
 import fx_quant.linear_kernels.fp8_linear
@@ -19,6 +18,7 @@ from fx_quant.linear_kernels.fp8_linear import Fp8LinearOp
 from fx_quant.ops import MATMUL_TAGS, dequantize, register
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import named_target
+from tests.tolerances import assert_within
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 M, N, K = 5, 24, 48

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from graphs import Captured, capture
-from models import ADVERSARIAL, POSITIVE, build, inputs
 
 from fx_quant.passes.sites import Miss, Recognised, Site
+from tests.graphs import Captured, capture
+from tests.models import ADVERSARIAL, POSITIVE, build, inputs
 
 GOLDENS = Path(__file__).parent / "goldens" / "graphs"
 

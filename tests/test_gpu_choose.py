@@ -10,7 +10,6 @@ from functools import partial
 
 import pytest
 import torch
-from triton_interpreter import needs_triton
 
 from fx_quant.__main__ import main
 from fx_quant.diagnose.gpu_linears import default_scheme, dispatch, linears
@@ -32,6 +31,7 @@ from fx_quant.kernels.triton.tuner import (
 )
 from fx_quant.target import named_target
 from fx_quant.tuning.search import Budget, decide_all
+from tests.triton_interpreter import needs_triton
 
 E4M3, BF16, I8 = torch.float8_e4m3fn, torch.bfloat16, torch.int8
 H100 = architecture("sm90")

@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from triton_interpreter import needs_triton
 
 from fx_quant.kernels.triton.architectures import architecture
 from fx_quant.kernels.triton.launch import Configuration, Launch
 from tests.cross_compile import Compiled
 from tests.gpu_gates import TARGETS, broken_gates, gated, golden
 from tests.gpu_shipped import each_once, shipped
+from tests.triton_interpreter import needs_triton
 
 # Of the kernels of an architecture, so that processes share them.
 PARTS = 8

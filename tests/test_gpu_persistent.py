@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor
-from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 from fx_quant.kernels.triton.architectures import architecture, architecture_of
 from fx_quant.kernels.triton.launch import Configuration
@@ -18,6 +16,8 @@ from fx_quant.kernels.triton.persistent import CONFIGURATIONS, plan_scaled_mm, u
 from fx_quant.kernels.triton.scaled_mm import FORMS
 from fx_quant.scheme import Numerics
 from tests.cross_compile import compile_launch
+from tests.tolerances import assert_within
+from tests.triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int8

@@ -10,9 +10,7 @@ from functools import partial
 import pytest
 import torch
 from packaging.version import Version
-from tolerances import assert_within
 from torch import Tensor
-from triton_interpreter import call, compiler_is_real, every_variant, needs_triton, why_not
 
 from fx_quant.kernels.triton import semaphores, swapped
 from fx_quant.kernels.triton.architectures import Architecture, architecture
@@ -24,6 +22,8 @@ from fx_quant.kernels.triton.split import split_by_steps, unfit_split
 from fx_quant.kernels.triton.swapped import CONFIGURATIONS, best_split
 from fx_quant.scheme import Numerics
 from tests.cross_compile import Compiled, compile_launch
+from tests.tolerances import assert_within
+from tests.triton_interpreter import call, compiler_is_real, every_variant, needs_triton, why_not
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_interpreter import compiler_is_real, every_variant, needs_triton
 
 from fx_quant.kernels.triton.architectures import architecture
 from fx_quant.kernels.triton.operands import ScaledOperands, scaled_operands
 from fx_quant.kernels.triton.tile import CONFIGURATIONS, plan_scaled_mm, unfit
 from tests.cross_compile import compile_launch
+from tests.triton_interpreter import compiler_is_real, every_variant, needs_triton
 
 BF16, I8, I32 = torch.bfloat16, torch.int8, torch.int32
 E4M3, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz

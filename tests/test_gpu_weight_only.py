@@ -7,9 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor
-from triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 import fx_quant.kernels.triton.weight_only_kernels  # noqa: F401  (registers the ops)
 from fx_quant.kernels.layouts import pack_weight
@@ -28,6 +26,8 @@ from fx_quant.kernels.triton.weight_only import (
 )
 from fx_quant.scheme import Numerics
 from tests.cross_compile import compile_launch
+from tests.tolerances import assert_within
+from tests.triton_interpreter import call, compiler_is_real, every_variant, needs_triton
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32

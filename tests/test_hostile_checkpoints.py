@@ -25,12 +25,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint import FP8, Tiny, args, compressed, group, save, shard, tiny_state
 from torch import Tensor, nn
 
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.loading.checkpoint import CheckpointError, load_quantized_, scheme_of_group
 from fx_quant.loading.checkpoint_patterns import Patterns
+from tests.test_checkpoint import FP8, Tiny, args, compressed, group, save, shard, tiny_state
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 

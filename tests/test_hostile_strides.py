@@ -9,7 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_conformance import (
+from torch import Tensor
+
+from fx_quant.kernels.context import EAGER
+from fx_quant.kernels.eager import run_kernel
+from fx_quant.kernels.layouts import clear_packed_weights
+from fx_quant.kernels.select import select
+from fx_quant.scheme import INT4_DTYPES
+from tests.test_conformance import (
     DEVICE,
     HERE,
     RUN_HERE,
@@ -20,13 +27,6 @@ from test_conformance import (
     problem,
     reference,
 )
-from torch import Tensor
-
-from fx_quant.kernels.context import EAGER
-from fx_quant.kernels.eager import run_kernel
-from fx_quant.kernels.layouts import clear_packed_weights
-from fx_quant.kernels.select import select
-from fx_quant.scheme import INT4_DTYPES
 
 
 @pytest.fixture(autouse=True)

@@ -168,3 +168,12 @@ def test_no_module_imports_itself_through_others():
     """Anywhere in a file: an import inside a function is an arrow too."""
     graph = {module: imports(path) & MODULES.keys() - {module} for module, path in MODULES.items()}
     assert [module for module in MODULES if reaches_itself(module, graph)] == []
+
+
+def test_a_module_of_the_tests_has_one_name():
+    """Imported by two names it would run twice: PyTorch then frees the ops that its first run defined, while that run's
+    functions still call them."""
+    tests = Path(__file__).parent
+    own = {path.stem for path in tests.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    scripts = [*tests.rglob("*.py"), *(tests.parent / "benchmarks").glob("*.py")]
+    assert [(str(path), name) for path in scripts for name in imports(path) if name.split(".")[0] in own] == []

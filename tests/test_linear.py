@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import TOLERANCES, assert_within
 from torch import Tensor, nn
 
 import fx_quant
@@ -31,6 +30,7 @@ from fx_quant.scheme import (
     Scheme,
 )
 from fx_quant.weights import INT4, unpack_int4
+from tests.tolerances import TOLERANCES, assert_within
 
 N, K = 40, 64
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor, nn
 
 import fx_quant.linear_kernels as lk
@@ -31,6 +30,7 @@ from fx_quant.linear_kernels.classes import FAMILIES, derived_classes, families
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import Target, named_target, named_targets
 from fx_quant.weights import INT4, UINT4, pack_int4
+from tests.tolerances import assert_within
 
 if TYPE_CHECKING:
     from decimal import Decimal

@@ -6,11 +6,11 @@ import operator
 
 import pytest
 import torch
-from graphs import calls, capture, run, trace
-from models import build, inputs
 from torch._functorch.compile_utils import fx_graph_cse
 
 from fx_quant.passes.merge import call_key, common_subexpressions_merged
+from tests.graphs import calls, capture, run, trace
+from tests.models import build, inputs
 from tests.printer import print_graph
 
 aten = torch.ops.aten

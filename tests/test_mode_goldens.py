@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from graphs import trace
-from printer import print_graph
-from test_goldens import assert_golden
-from test_realise import VIEWS, Recorded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,6 +20,10 @@ from fx_quant.passes.reporting import report_on
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Scheme, dtype_name
 from fx_quant.target import named_target
+from tests.graphs import trace
+from tests.printer import print_graph
+from tests.test_goldens import assert_golden
+from tests.test_realise import VIEWS, Recorded
 
 GOLDENS = Path(__file__).parent / "goldens" / "modes"
 N, K = 30, 60  # neither in multiples of 16

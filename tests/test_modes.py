@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conformance import ALL_SCHEMES, HERE, RUN_HERE, problem
-from tolerances import assert_within
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,6 +31,8 @@ from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.passes.pipeline import run_passes
 from fx_quant.passes.reporting import report_on
 from fx_quant.scheme import Granularity, Numerics, Scheme
+from tests.test_conformance import ALL_SCHEMES, HERE, RUN_HERE, problem
+from tests.tolerances import assert_within
 
 ROWS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 128)
 ALIGNED, RAGGED = (64, 128), (70, 36)

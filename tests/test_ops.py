@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from models import inputs
-from tolerances import assert_within
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fx_quant.ops  # noqa: F401  (registers the ops)
 from fx_quant.scheme import Numerics
+from tests.models import inputs
+from tests.tolerances import assert_within
 
 ops = torch.ops.fx_quant
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -7,14 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import calls, run, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conformance import HERE
-from test_conformance import operands as operands_of_problem
-from test_deterministic import accepted as accepted_problems
-from test_realise import Recorded
-from tolerances import assert_within
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,6 +27,12 @@ from fx_quant.passes.pipeline import to_canonical, to_kernels
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import named_target
+from tests.graphs import calls, run, trace
+from tests.test_conformance import HERE
+from tests.test_conformance import operands as operands_of_problem
+from tests.test_deterministic import accepted as accepted_problems
+from tests.test_realise import Recorded
+from tests.tolerances import assert_within
 
 ops = torch.ops.fx_quant
 E4M3 = torch.float8_e4m3fn

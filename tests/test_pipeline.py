@@ -7,8 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import calls, capture, clones, copy_of, rewrite, run, run_in_float64, trace
-from models import ADVERSARIAL, Int8Linear, build, inputs
 from torch import Tensor, nn
 from torch.fx import Graph
 
@@ -26,6 +24,8 @@ from fx_quant.passes.verify import VerificationError, verify
 from fx_quant.report import Report
 from fx_quant.scheme import Numerics
 from fx_quant.target import named_target
+from tests.graphs import calls, capture, clones, copy_of, rewrite, run, run_in_float64, trace
+from tests.models import ADVERSARIAL, Int8Linear, build, inputs
 from tests.printer import print_graph
 
 ops = torch.ops.fx_quant

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -24,6 +23,7 @@ from fx_quant.loading.adapters.base import decoded_weight
 from fx_quant.loading.prepare import needs_prepare
 from fx_quant.scheme import INT4_DTYPES, Numerics
 from fx_quant.weights import unpack_int4
+from tests.tolerances import assert_within
 
 K, N = 256, 100  # n is ragged: a block of 128 rows is cut short, and no kernel's alignment divides it
 

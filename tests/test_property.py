@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from decoded_recipes import Decoded, decoded_recipes, function_of_decoded, tensors_of
-from graphs import Proven, assert_roundings_allowed, assert_same_meaning, copy_of, prove, rewrite, run, trace
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from tolerances import assert_within
 from torch import Tensor
 from torch.fx import Graph
 
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.scheme import Numerics
+from tests.decoded_recipes import Decoded, decoded_recipes, function_of_decoded, tensors_of
+from tests.graphs import Proven, assert_roundings_allowed, assert_same_meaning, copy_of, prove, rewrite, run, trace
+from tests.tolerances import assert_within
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FLOATS = (F32, BF16, F16)

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from graphs import calls, copy_of, rewrite, trace
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
@@ -16,6 +15,7 @@ from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.passes.rulebook import _RULES
+from tests.graphs import calls, copy_of, rewrite, trace
 
 aten, prims = torch.ops.aten, torch.ops.prims
 M, K, N = 4, 64, 32

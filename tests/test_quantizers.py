@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import run, trace
 from torch import Tensor
 
 from fx_quant.passes.quantizers import Quantizer, recognise_quantizer
+from tests.graphs import run, trace
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_conformance import ALL_SCHEMES, EPILOGUES, activation_scale, problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
@@ -24,6 +23,7 @@ from fx_quant.passes.canonical import CANONICAL
 from fx_quant.problem import Problem
 from fx_quant.scheme import INT4_DTYPES, Scheme
 from fx_quant.target import named_target
+from tests.test_conformance import ALL_SCHEMES, EPILOGUES, activation_scale, problem
 
 aten, prims = torch.ops.aten, torch.ops.prims
 # Views, and names for one result of several: no work.

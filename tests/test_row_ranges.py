@@ -6,9 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graphs import calls
-from test_context import Int8Linear, Rewritten, sample
-from tolerances import assert_within
 from torch._dynamo.decorators import mark_unbacked
 
 from fx_quant.backend import RewritePass
@@ -23,6 +20,9 @@ from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import Kind
 from fx_quant.scheme import Numerics, Scheme
 from fx_quant.target import named_target
+from tests.graphs import calls
+from tests.test_context import Int8Linear, Rewritten, sample
+from tests.tolerances import assert_within
 
 X86 = named_target("x86_vnni")
 INT8 = Scheme.parse("int8 per_token (dynamic) x int8 per_channel")

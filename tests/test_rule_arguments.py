@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the ops of PT2E
-from graphs import copy_of, trace
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fx_quant.passes import annotate, rulebook
+from tests.graphs import copy_of, trace
 
 aten, pt2e = torch.ops.aten, torch.ops.quantized_decomposed
 NUMBERS = [math.inf, -math.inf, math.nan, -0.0, 0, 1, True, False, 1e300, 2**31, -(2**63), 2**70, 200, 3.5, 7, -1, 2]

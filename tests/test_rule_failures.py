@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the ops of PT2E
-from graphs import calls, copy_of, rewrite, run, trace
 from torch import Tensor
 from torch.fx import Graph
 
@@ -22,6 +21,7 @@ from fx_quant.passes import rewrite as rewrite_pass
 from fx_quant.passes.failures import Failure
 from fx_quant.passes.pipeline import rewrite_graph, to_kernels
 from fx_quant.target import named_target
+from tests.graphs import calls, copy_of, rewrite, run, trace
 
 aten, pt2e = torch.ops.aten, torch.ops.quantized_decomposed
 X86 = named_target("x86_vnni")

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import assert_same_meaning, prove, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
 from fx_quant.passes.nodes import arguments, spell_by_schema
 from fx_quant.passes.rulebook import _RULES
+from tests.graphs import assert_same_meaning, prove, run
 
 aten, prims = torch.ops.aten, torch.ops.prims
 INT8, UINT8, INT32, INT64, F32 = torch.int8, torch.uint8, torch.int32, torch.int64, torch.float32

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import assert_same_meaning, prove, rewrite, run, trace
 from torch import Tensor
+
+from tests.graphs import assert_same_meaning, prove, rewrite, run, trace
 
 K, N = 64, 48
 INT8 = torch.int8

@@ -14,8 +14,6 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 import torchao.quantization as torchao
-from graphs import calls, rewrite, trace
-from tolerances import assert_within
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
@@ -28,6 +26,8 @@ from fx_quant.ops import constants, fingerprint
 from fx_quant.ops.fingerprint import CALLS
 from fx_quant.passes.pipeline import to_kernels
 from fx_quant.scheme import Numerics
+from tests.graphs import calls, rewrite, trace
+from tests.tolerances import assert_within
 
 pytestmark = pytest.mark.usefixtures("uncached")
 

@@ -11,9 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from tolerances import TOLERANCES, assert_within
 from torch import Tensor
-from triton_interpreter import ask, compiler_is_real, from_bytes, needs_triton, to_bytes
 
 import fx_quant.kernels.triton.scaled_mm_kernels  # noqa: F401  (registers the ops)
 from fx_quant.errors import NoKernelError
@@ -28,6 +26,8 @@ from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import named_target
 from tests.cross_compile import Compiled, compile_launch
+from tests.tolerances import TOLERANCES, assert_within
+from tests.triton_interpreter import ask, compiler_is_real, from_bytes, needs_triton, to_bytes
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int32

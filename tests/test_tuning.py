@@ -9,8 +9,6 @@ import warnings
 
 import pytest
 import torch
-from test_cpu_decoded import E4M3, INT4, INT8, OPS, assert_is_sum, both, factors, packed, weight
-from tolerances import assert_within
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
@@ -26,6 +24,8 @@ from fx_quant.kernels.layouts import pack_weight
 from fx_quant.scheme import Numerics
 from fx_quant.target import named_target
 from fx_quant.tuning import saved as measurements
+from tests.test_cpu_decoded import E4M3, INT4, INT8, OPS, assert_is_sum, both, factors, packed, weight
+from tests.tolerances import assert_within
 
 fxq = torch.ops.fx_quant
 

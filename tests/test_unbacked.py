@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import calls, capture, run, trace
 from torch import Tensor, nn
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -16,6 +15,7 @@ from fx_quant.passes.emit import Emitter
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.report import Report
 from fx_quant.target import named_target
+from tests.graphs import calls, capture, run, trace
 
 K, N = 64, 32
 X86 = named_target("x86_vnni")

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_within
 from torch import Tensor, nn
 
 import fx_quant.linear_kernels as lk
@@ -30,6 +29,7 @@ from fx_quant.weights import (
     normalize_e4m3fn_to_e4m3fnuz,
     requantize_with_max_scale,
 )
+from tests.tolerances import assert_within
 
 fxq = torch.ops.fx_quant
 E4M3 = torch.float8_e4m3fn

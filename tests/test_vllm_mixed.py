@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor, nn
 
 from fx_quant.backend import static_input_indices
@@ -27,6 +26,7 @@ from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.target import named_target
+from tests.tolerances import assert_within
 
 fxq = torch.ops.fx_quant
 F32, BF16, F16, I8, U8, I32 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int32

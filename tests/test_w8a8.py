@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_within
 from torch import Tensor
 
 import fx_quant.kernels.cutlass
@@ -19,6 +18,7 @@ from fx_quant.errors import NoKernelError, UnknownNameError
 from fx_quant.kernels.select import DISABLED_VARIABLE
 from fx_quant.scheme import Granularity, Numerics, OperandSpec
 from fx_quant.target import named_target
+from tests.tolerances import assert_within
 
 E4M3, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 M, N, K = 5, 32, 48

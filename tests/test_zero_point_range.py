@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import assert_same_meaning, calls, copy_of, prove, rewrite, run, trace
 from torch import Tensor
 
 from fx_quant.layers.linear import QuantizedLinear
@@ -16,6 +15,7 @@ from fx_quant.passes.ranges import bounds_of
 from fx_quant.passes.values import Codes
 from fx_quant.scheme import Scheme
 from fx_quant.weights import pack_int4
+from tests.graphs import assert_same_meaning, calls, copy_of, prove, rewrite, run, trace
 
 aten, fxq = torch.ops.aten, torch.ops.fx_quant
 INT8, UINT8, INT16, INT32, INT64, F32 = torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32
