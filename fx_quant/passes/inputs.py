@@ -54,12 +54,14 @@ def classify_inputs(graph: Graph, static_indices: frozenset[int] | None) -> Inpu
     brought = set(runtime)
     for node in graph.nodes:
         # A size depends on the input's shape alone, and what is expanded to it holds the same values in every call.
-        is_size = isinstance(node.meta.get("val"), (int, torch.SymInt))
+        if isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            continue
         # A literal of the code is copied in every call.
         changes = node.op == "call_function" and (not is_pure(node.target) or is_op(node, aten.lift_fresh_copy.default))
-        if not is_size and (changes or any(source in runtime for source in node.all_input_nodes)):
+        sources = node.all_input_nodes
+        if changes or not runtime.isdisjoint(sources):
             runtime.add(node)
-            if not is_op(node, *_EMPTY) and (changes or any(source in brought for source in node.all_input_nodes)):
+            if not is_op(node, *_EMPTY) and (changes or not brought.isdisjoint(sources)):
                 brought.add(node)
     return Inputs(frozenset(constant), frozenset(runtime), frozenset(brought), frozenset(kept & written))
 

@@ -69,8 +69,6 @@ def remove_pads(graph: Graph, inputs: Inputs, kept: Mapping[PadName, str]) -> li
     Raises:
         UnremovableError: pads that are to be in ``kept``.
     """
-    if not any(map(may_pad, graph.nodes)):
-        return []
     nodes = attempt(PaddedNodes, graph, inputs.runtime, rule_of, may_pad)
     if isinstance(nodes, Failure):
         return []

@@ -42,6 +42,7 @@ from fx_quant.passes.rewrite import (
 from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.row_ranges import in_declared_range
 from fx_quant.passes.rulebook import starts_codes
+from fx_quant.passes.rules.padded import may_pad
 from fx_quant.passes.sites import Recognised, Site, SizeMiss, find_sites
 from fx_quant.passes.specialize import specialize_weights
 from fx_quant.passes.values import Product, sources
@@ -75,7 +76,8 @@ def drop_identities(state: Rewriting) -> None:
 
 def drop_pads(state: Rewriting) -> None:
     """Pads that an author wrote for eager calls go, where nothing that is left depends on them."""
-    state.pads = remove_pads(state.graph, classify_inputs(state.graph, state.static_indices), state.kept_pads)
+    if any(map(may_pad, state.graph.nodes)):
+        state.pads = remove_pads(state.graph, classify_inputs(state.graph, state.static_indices), state.kept_pads)
 
 
 def find(state: Rewriting) -> None:
@@ -350,13 +352,14 @@ def rewrite_graph(
         MissError: ``options.strict`` and a quantized matmul was missed.
         NoKernelError: the forced kernel cannot run a site.
     """
-    state = run_passes(graph, target, options, static_indices, context)
-    report = report_on(state)
-    if options.strict and report.misses:
-        raise MissError(f"strict=True and {len(report.misses)} quantized matmuls were missed.\n{report}")
-    if state.rows:
-        replace_contents(graph, state.graph)
-    return report
+    with collector_paused():
+        state = run_passes(graph, target, options, static_indices, context)
+        report = report_on(state)
+        if options.strict and report.misses:
+            raise MissError(f"strict=True and {len(report.misses)} quantized matmuls were missed.\n{report}")
+        if state.rows:
+            replace_contents(graph, state.graph)
+        return report
 
 
 @contextlib.contextmanager
