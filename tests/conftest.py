@@ -64,12 +64,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+if not torch.accelerator.is_available():
+    # `torch.manual_seed` would format the stack for the day when there is one, which takes half a millisecond.
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = lambda _: None
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Each test starts from seed 0 and without compiled code of another test."""
-    # Without a GPU, `torch.manual_seed` formats the stack for the day when there is one, which takes half a millisecond.
-    seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-    seed(0)
+    torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
