@@ -24,7 +24,10 @@ import torch._functorch.config
 import torch._inductor.config
 
 from fx_quant.kernels.layouts import clear_packed_weights
+from tests.instruction_sets import believe_this_cpu
 from tests.triton_interpreter import interpreting
+
+believe_this_cpu()
 
 # For a line of the log, Dynamo empties the CPU's caches and clocks the guards of all that it compiles: 30 ms each time.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0

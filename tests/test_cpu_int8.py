@@ -157,6 +157,7 @@ from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.lowerings import cpu_template
 from fx_quant.kernels.cpu.plans import DEFAULT
+from tests.instruction_sets import believe_this_cpu
 
 # A process for each, which has the imports and has asked nothing of this CPU.
 for capability, *elsewhere in json.loads(sys.argv[1]):
@@ -167,6 +168,7 @@ for capability, *elsewhere in json.loads(sys.argv[1]):
 else:
     sys.exit()
 os.environ["ATEN_CPU_CAPABILITY"] = capability
+believe_this_cpu()
 
 # Two blocks of rows go over k in three parts.
 cpu_template.table = lambda kind: DEFAULT.replaced(7, chunk_k=64)
@@ -226,7 +228,8 @@ print(json.dumps([torch.backends.cpu.get_cpu_capability(), found]))
 def in_process(code: str, *arguments: str, **env: str) -> list[Any]:
     """The JSON of each line that a process prints."""
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **env}, timeout=280)
+    env, root = {**os.environ, **env}, Path(__file__).parent.parent
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env, cwd=root, timeout=280)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
