@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 import fx_quant.backend  # noqa: F401  (once for all processes)
 from tests import models
+from tests.instruction_sets import believe_this_cpu
 
 
 class Missed(torch.nn.Module):
@@ -79,6 +80,11 @@ def compile_all(caches: str, mode: str, file: str, cache: str) -> None:
 
 
 def main(jobs: list[str]) -> None:
+    believe_this_cpu()
+    # What Dynamo and AOTAutograd import when they are first used, once for all processes.
+    torch.compile(torch.sin, backend="aot_eager")(torch.ones(2))
+    torch._dynamo.reset()
+    counters.clear()
     for job in jobs:
         child = os.fork()
         if child == 0:

@@ -24,7 +24,10 @@ import torch._functorch.config
 import torch._inductor.config
 
 from fx_quant.kernels.layouts import clear_packed_weights
+from tests.instruction_sets import believe_this_cpu
 from tests.triton_interpreter import interpreting
+
+believe_this_cpu()
 
 # For a line of the log, Dynamo empties the CPU's caches and clocks the guards of all that it compiles: 30 ms each time.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
@@ -64,12 +67,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+if not torch.accelerator.is_available():
+    # `torch.manual_seed` would format the stack for the day when there is one, which takes half a millisecond.
+    torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = lambda _: None
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Each test starts from seed 0 and without compiled code of another test."""
-    # Without a GPU, `torch.manual_seed` formats the stack for the day when there is one, which takes half a millisecond.
-    seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-    seed(0)
+    torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 

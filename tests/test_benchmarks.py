@@ -284,7 +284,7 @@ def test_a_small_case_end_to_end(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "cpu.py"), "linears", "--schemes", "w8a8", "--shapes", "64x64"]
     command += ["--rows", "1", "64", "--dtypes", "float32", "--threads", "1", "--seconds", "0.1"]
     # One layer, instead of as many as outgrow the last-level cache.
-    command += ["--peers", "eager", "quantize_dynamic", "--quick", "--cache", "1024", "--json", str(path)]
+    command += ["--peers", "eager", "--quick", "--cache", "1024", "--json", str(path)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr

@@ -46,6 +46,11 @@ BOTH = [
 both = pytest.mark.parametrize("float_dtype", BOTH)
 
 
+def paired(*values: object) -> list:
+    """Each dtype with one of ``values``, which the code treats alike for both."""
+    return [pytest.param(*each.values, value, marks=each.marks) for each, value in zip(BOTH, values, strict=True)]
+
+
 @pytest.fixture(params=["native", "unpacked"])
 def way(request, monkeypatch):
     """The native code, and what runs on a machine without the instructions."""
@@ -358,7 +363,8 @@ def assert_each_is_its_sum(kinds, float_dtype, all_rows):
 
 @both
 def test_the_compiled_matmul_is_the_sum_for_any_rows(float_dtype):
-    assert_each_is_its_sum(KINDS, float_dtype, (7, 2, 390))
+    """Codes are decoded otherwise to each dtype, their factors are read alike."""
+    assert_each_is_its_sum(KINDS if float_dtype is BF16 else KINDS[:5], float_dtype, (7, 2, 390))
 
 
 @both
@@ -367,8 +373,7 @@ def test_the_compiled_matmul_is_the_sum_for_one_row(float_dtype):
     assert_each_is_its_sum(KINDS[::2] if float_dtype is BF16 else KINDS[1::2], float_dtype, (1,))
 
 
-@both
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("float_dtype", "transposed"), paired(False, True))
 def test_the_compiled_matmul_scales_groups_of_both(float_dtype, transposed):
     n, k, block = 130, 300, (128, 128)
     w = weight(n, k, E4M3)
@@ -397,8 +402,7 @@ def test_a_scale_and_a_zero_point_of_one_buffer(float_dtype):
     assert_is_sum(torch.compile(run)(a, both_of), a, w, both_of[:, 2:].float(), both_of[:, :2], block)
 
 
-@both
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("float_dtype", "threads"), paired(1, 3))
 def test_what_follows_is_fused(float_dtype, threads):
     n, k = 200, 64
     w, scale = weight(n, k, INT8), torch.rand(n) * 1e-2

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,15 +142,33 @@ def test_amx_compiles():
 
 # --- compiled, at each width of Inductor's vectors ----------------------------------------------------------------
 
+PORTABLE = "cpu_int8_portable"
+OF_AVX2 = ("cpu_int8_avx_vnni", "cpu_int8_avx2", PORTABLE)
+
 COMPILED = r"""
 import json
+import os
 import re
+import sys
 import torch
+import torch._inductor.compile_fx
 from torch._inductor.utils import run_and_get_code
 from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.lowerings import cpu_template
 from fx_quant.kernels.cpu.plans import DEFAULT
+from tests.instruction_sets import believe_this_cpu
+
+# A process for each, which has the imports and has asked nothing of this CPU.
+for capability, *elsewhere in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        break
+    assert os.waitpid(child, 0)[1] == 0, capability
+else:
+    sys.exit()
+os.environ["ATEN_CPU_CAPABILITY"] = capability
+believe_this_cpu()
 
 # Two blocks of rows go over k in three parts.
 cpu_template.table = lambda kind: DEFAULT.replaced(7, chunk_k=64)
@@ -161,64 +180,80 @@ bias, scale = torch.randn(70), torch.rand(70)
 found = {level.kernel: [] for level in levels}
 
 # All levels in one graph, which takes less time to compile than one for each; each of another number of columns, so that no kernel
-# has the epilogue of another.
-weights = {level.kernel: w[: 70 - i] for i, level in enumerate(levels)}
+# has the epilogue of another. What is named is compiled for vectors of another width.
+compiled = [level for level in levels if level.kernel not in elsewhere]
+weights = {level.kernel: w[: 70 - i] for i, level in enumerate(compiled)}
 operands = {
     level.kernel: pack_weight(weights[level.kernel], "vnni") if level.dot.packed else weights[level.kernel].t()
-    for level in levels
+    for level in compiled
 }
+bare = compiled[0].kernel
 
 @torch.compile
 def run(a, a_scale):
     outs = {}
     for name, b in operands.items():
         op, n = getattr(torch.ops.fx_quant, name), len(weights[name])
-        acc = op(a, b, None, None, None, n, torch.int32)
-        outs[name] = acc, op(a, b, a_scale, scale[:n], bias[:n], n, torch.bfloat16).relu()
-    return outs
+        y = op(a, b, a_scale, scale[:n], bias[:n], n, torch.float32)
+        outs[name] = y, y.bfloat16().relu()
+    n = len(weights[bare])
+    return getattr(torch.ops.fx_quant, bare)(a, operands[bare], None, None, None, n, torch.int32), outs
 
 for m in (7, 40):
     a, a_scale = torch.randint(-128, 128, (m, 131), dtype=torch.int8), torch.rand(m, 1)
     torch._dynamo.mark_dynamic(a, 0)
     torch._dynamo.mark_dynamic(a_scale, 0)
-    outs, code = run_and_get_code(run, a, a_scale)
-    for name, (got_acc, got_y) in outs.items():
+    if m == 7:
+        (got_acc, outs), code = run_and_get_code(run, a, a_scale)
+    else:
+        got_acc, outs = run(a, a_scale)
+    for name, (got_y, got_rounded) in outs.items():
         acc = (a.double() @ weights[name].t().double()).int()
         n = len(weights[name])
-        y = (acc.float() * a_scale * scale[:n] + bias[:n]).bfloat16().relu()
-        found[name] += [torch.equal(got_acc, acc), torch.equal(got_y, y)]
+        y = acc.float() * a_scale * scale[:n] + bias[:n]
+        found[name] += [torch.equal(got_y, y), torch.equal(got_rounded, y.bfloat16().relu())]
+        if name == bare:
+            found[name].append(torch.equal(got_acc, acc))
     if m == 7:
-        # All are templates, the second of each level with its epilogue inside.
+        # All are templates, those of the results with their epilogue inside.
         code = "".join(code)
-        for level in levels:
-            found[level.kernel].append(len(re.findall(rf"fxq_tile<{level.dot.struct}>\(\s*state", code)) == 2)
-            found[level.kernel].append(code.count("async_compile.cpp_pybinding(") == 2 * len(levels))
-print(json.dumps(found))
+        for level in compiled:
+            calls = len(re.findall(rf"fxq_tile<{level.dot.struct}>\(\s*state", code))
+            found[level.kernel].append(calls == 1 + (level.kernel == bare))
+            found[level.kernel].append(code.count("async_compile.cpp_pybinding(") == len(compiled) + 1)
+print(json.dumps([torch.backends.cpu.get_cpu_capability(), found]))
 """
 
 
-def in_process(code: str, **env: str):
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **env}, timeout=280)
+def in_process(code: str, *arguments: str, **env: str) -> list[Any]:
+    """The JSON of each line that a process prints."""
+    command = [sys.executable, "-c", code, *arguments]
+    env, root = {**os.environ, **env}, Path(__file__).parent.parent
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env, cwd=root, timeout=280)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What was found of each level, by the capability that PyTorch is held to."""
+    jobs = [["avx512", *OF_AVX2], ["avx2"], ["default"]]
+    # Inductor's own caches do not know of the capability.
+    no_caches = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    found = in_process(COMPILED, json.dumps(jobs), **no_caches)
+    return dict(zip((name for name, *_ in jobs), found, strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("capability", "left"),
-    [
-        ("avx512", {level.kernel for level in LEVELS}),
-        ("avx2", {"cpu_int8_avx_vnni", "cpu_int8_avx2", "cpu_int8_portable"}),
-        ("default", {"cpu_int8_portable"}),
-    ],
+    ("capability", "left", "elsewhere"),
+    [("avx512", {level.kernel for level in LEVELS}, OF_AVX2), ("avx2", set(OF_AVX2), ()), ("default", {PORTABLE}, ())],
 )
-def test_every_level_is_compiled_with_its_epilogue(capability, left):
-    # Inductor's own caches do not know this variable.
-    no_caches = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
-    found = in_process(COMPILED, ATEN_CPU_CAPABILITY=capability, **no_caches)
+def test_every_level_is_compiled_with_its_epilogue(compiled, capability, left, elsewhere):
+    held, found = compiled[capability]
+    assert held.lower() in (capability, "no avx")
     assert set(found) == left & {level.kernel for level in HERE}
-    assert all(all(each) for each in found.values()), found
+    assert all(all(each) and bool(each) != (name in elsewhere) for name, each in found.items()), found
 
 
 # --- torch._int_mm ------------------------------------------------------------------------------------------------
@@ -247,6 +282,6 @@ print(json.dumps({
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "DEFAULT"])
 def test_int_mm_is_chosen_only_where_it_does_not_saturate(isa):
     """oneDNN's int8 matmul adds pairs of products in 16 bits on CPUs without VNNI."""
-    found = in_process(INT_MM, ONEDNN_MAX_CPU_ISA=isa)
+    (found,) = in_process(INT_MM, ONEDNN_MAX_CPU_ISA=isa)
     assert found["says"] == found["is"]
     assert bool(found["reasons"]) != found["is"]

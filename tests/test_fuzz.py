@@ -17,7 +17,7 @@ from tests.fuzz.oracle import judge
 from tests.fuzz.planted import PLANTS
 from tests.fuzz.run import smallest
 
-GRAPHS = int(os.environ.get("FX_QUANT_EXAMPLES", "150"))
+GRAPHS = int(os.environ.get("FX_QUANT_EXAMPLES", "80"))
 
 # The first program that showed each mistake when last looked for, so that it need not be looked for. Where the programs
 # have changed since, it is: `python -m tests.promises` prints how many each takes.

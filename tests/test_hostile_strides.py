@@ -14,7 +14,8 @@ from torch import Tensor
 from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.layouts import clear_packed_weights
-from fx_quant.kernels.select import select
+from fx_quant.kernels.padding import plan_padding
+from fx_quant.kernels.select import Selection
 from fx_quant.scheme import INT4_DTYPES
 from tests.test_conformance import (
     DEVICE,
@@ -92,7 +93,8 @@ def test_a_kernel_computes_what_its_operands_hold(kernel, layout):
         hostile = {name: x if x is None or not x.dim() else LAYOUTS[layout](x) for name, x in given.items()}
         plain = {name: x if x is None else x.contiguous().clone() for name, x in hostile.items()}
         clear_packed_weights()
-        selection = select(asked, HERE, force_kernel=kernel.name, context=EAGER)
+        # What `select` gives, as test_conformance says.
+        selection = Selection(asked, HERE, kernel, plan_padding(asked, kernel, EAGER), (), EAGER)
         there = {name: None if x is None else x.to(DEVICE) for name, x in hostile.items()}
         found = run_kernel(selection, **there)
         try:

@@ -67,18 +67,24 @@ def kernels_of(code: list[str]) -> list[str]:
 
 @needs_vnni
 @pytest.mark.parametrize(
-    ("n", "k", "rows"),
-    [(1, 1, ROWS), (15, 3, ROWS), (64, 4, ROWS), (65, 7, [*ROWS, 0, 1]), (200, 129, ROWS), (128, 64, [7, 400])],
+    ("sizes", "rows"),
+    [([(1, 1), (15, 3), (64, 4), (200, 129), (128, 64)], [*ROWS, 400]), ([(65, 7)], [7, 0, 1])],
 )
-def test_int8_accumulator_is_exact(n, k, rows):
-    w = codes(n, k)
-    run = torch.compile(linear("cpu_int8_vnni", w))
+def test_int8_accumulator_is_exact(sizes, rows):
+    """All sizes ``(n, k)`` in one graph."""
+    weights = [codes(n, k) for n, k in sizes]
+    linears = [linear("cpu_int8_vnni", w) for w in weights]
+
+    @torch.compile
+    def run(given):
+        return [each(a, None, None, None, torch.int32) for each, a in zip(linears, given, strict=True)]
+
     for m in rows:
-        a = codes(m, k)
+        given = [codes(m, k) for _, k in sizes]
         if m > 1:
-            dynamic_rows(a)
-        out = run(a, None, None, None, torch.int32)
-        assert torch.equal(out, (a.long() @ w.t().long()).int()), m
+            dynamic_rows(*given)
+        for out, a, w in zip(run(given), given, weights, strict=True):
+            assert torch.equal(out, (a.long() @ w.t().long()).int()), (m, w.shape)
 
 
 @needs_vnni
@@ -172,7 +178,7 @@ def test_int8_activation_is_a_view_made_in_the_graph():
 
 
 @needs_vnni
-@pytest.mark.parametrize(("threads", "m", "n"), [(1, 40, 65), (2, 1, 65), (3, 40, 65), (3, 40, 640), (8, 40, 65)])
+@pytest.mark.parametrize(("threads", "m", "n"), [(1, 40, 65), (2, 1, 65), (3, 40, 640), (8, 40, 65)])
 def test_int8_with_any_number_of_threads(threads, m, n):
     w, a = codes(n, 9), codes(m, 9)
     with torch._inductor.config.patch({"cpp.threads": threads}):
@@ -186,21 +192,26 @@ def test_int8_with_any_number_of_threads(threads, m, n):
 @pytest.mark.parametrize(
     "name", [pytest.param("cpu_float8_bf16", marks=needs_bf16), pytest.param("cpu_float8_float32")]
 )
-@pytest.mark.parametrize(
-    ("a_dtype", "w_dtype", "n", "k"),
-    [(E4M3, E4M3, 200, 129), (E5M2, E4M3, 65, 7), (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, 15, 64)],
-)
-def test_float8_is_within_float32_summation_of_float64(name, a_dtype, w_dtype, n, k):
-    w, b_scale, bias = codes(n, k, w_dtype), torch.rand(n), torch.randn(n)
-    run = torch.compile(linear(name, w))
+def test_float8_is_within_float32_summation_of_float64(name):
+    """All pairs of dtypes in one graph."""
+    pairs = [(E4M3, E4M3, 200, 129), (E5M2, E4M3, 65, 7), (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, 15, 64)]
+    operands = [(codes(n, k, w_dtype), torch.rand(n), torch.randn(n)) for _, w_dtype, n, k in pairs]
+    linears = [linear(name, w) for w, _, _ in operands]
+
+    @torch.compile
+    def run(given, operands):
+        each = zip(linears, given, operands, strict=True)
+        return [run(*of_a, b_scale, bias, torch.float32) for run, of_a, (_, b_scale, bias) in each]
+
     for m in (7, 64):
-        a, a_scale = codes(m, k, a_dtype), torch.rand(m, 1)
-        dynamic_rows(a, a_scale)
-        out = run(a, a_scale, b_scale, bias, torch.float32)
-        exact = (a.double() @ w.double().t()) * a_scale * b_scale + bias
-        # k + 4 roundings, each of at most 2**-24 of the sum of magnitudes.
-        magnitude = (a.double().abs() @ w.double().abs().t()) * a_scale * b_scale + bias.abs()
-        assert ((out - exact).abs() <= magnitude * (k + 4) * 2.0**-24).all()
+        given = [(codes(m, k, a_dtype), torch.rand(m, 1)) for a_dtype, _, _, k in pairs]
+        for of_a in given:
+            dynamic_rows(*of_a)
+        for out, (a, a_scale), (w, b_scale, bias) in zip(run(given, operands), given, operands, strict=True):
+            exact = (a.double() @ w.double().t()) * a_scale * b_scale + bias
+            # k + 4 roundings, each of at most 2**-24 of the sum of magnitudes.
+            magnitude = (a.double().abs() @ w.double().abs().t()) * a_scale * b_scale + bias.abs()
+            assert ((out - exact).abs() <= magnitude * (a.shape[1] + 4) * 2.0**-24).all(), (a.dtype, w.dtype)
 
 
 @needs_bf16

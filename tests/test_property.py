@@ -26,7 +26,7 @@ from tests.tolerances import assert_within
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FLOATS = (F32, BF16, F16)
 INT8, UINT8, E4M3 = torch.int8, torch.uint8, torch.float8_e4m3fn
-EXAMPLES = int(os.environ.get("FX_QUANT_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FX_QUANT_EXAMPLES", "40"))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -322,7 +324,7 @@ def rows_of(value, at, rows):
     return split.narrow(at.dim + 1, 0, rows)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=int(os.environ.get("FX_QUANT_EXAMPLES", "60")), deadline=None)
 @given(st.lists(st.sampled_from(range(len(STEPS))), min_size=1, max_size=7), st.sampled_from([(2, 3), (4, 9), (5, 8)]))
 def test_the_rows_of_what_is_proven_do_not_see_padding(steps, sizes):
     def program(a):

@@ -385,8 +385,9 @@ CONFIGS = {
 
 
 def quantized_by_torchao(config: str, seed: int) -> nn.Module:
+    """Two linears of int8 codes that are packed together, or one."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K)).eval()
+    model = nn.Sequential(*(nn.Linear(K, K) for _ in range(1 + (config == "dynamic int8")))).eval()
     torchao.quantize_(model, CONFIGS[config]())
     return model
 

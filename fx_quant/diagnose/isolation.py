@@ -10,7 +10,7 @@ import contextlib
 import gc
 import types
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def _code_of_their_own() -> Iterator[None]:
     known, mine = convert_frame.input_codes, convert_frame.Tracker()
     seen = [code for reference in known.seen if (code := reference()) is not None]
     # By identity, as code objects that read alike are equal.
-    compiled = {id(code) for code in seen if _has_entries(code)}
+    compiled = {id(code): code for code in seen if _has_entries(code)}
     swapped = [(function, function.__code__) for function in _functions_with(compiled)]
     convert_frame.input_codes = mine
     try:
@@ -106,26 +106,30 @@ def _has_entries(code: types.CodeType) -> bool:
     return bool(_debug_get_cache_entry_list(code) or _debug_get_precompile_entries(code))
 
 
-def _functions_with(compiled: set[int]) -> list[types.FunctionType]:
+def _functions_with(compiled: Mapping[int, types.CodeType]) -> list[types.FunctionType]:
     """All functions whose code, or that of a function made in it, is among ``compiled``."""
     if not compiled:
         return []
-    return [function for function in _functions() if _holds(function.__code__, compiled)]
+    # What is made in a function is of its file, so that of most functions nothing is read but its name.
+    files = {code.co_filename for code in compiled.values()}
+    return [function for function in _functions_of(files) if _holds(function.__code__, compiled)]
 
 
-def _functions() -> list[types.FunctionType]:
-    """All functions there are. The collector shows none that a server froze, so that is undone for the while."""
+def _functions_of(files: Collection[str]) -> list[types.FunctionType]:
+    """All functions of ``files``. The collector shows none that a server froze, so that is undone for the while."""
     frozen = gc.get_freeze_count() > 0
     if frozen:
         gc.unfreeze()
     try:
-        return [function for function in gc.get_objects() if type(function) is types.FunctionType]
+        return [
+            each for each in gc.get_objects() if type(each) is types.FunctionType and each.__code__.co_filename in files
+        ]
     finally:
         if frozen:
             gc.freeze()
 
 
-def _holds(code: types.CodeType, compiled: set[int]) -> bool:
+def _holds(code: types.CodeType, compiled: Collection[int]) -> bool:
     return id(code) in compiled or any(_holds(inner, compiled) for inner in _inner(code))
 
 

@@ -87,10 +87,11 @@ class Requires:
             unmet.append(Unmet(Kind.CAPABILITY, f"needs sm{least} or newer, target is {target.arch}"))
         if capability is not None and most is not None and capability > most:
             unmet.append(Unmet(Kind.CAPABILITY, f"needs sm{most} or older, target is {target.arch}"))
-        unmet += [
-            Unmet(Kind.FEATURE, f"needs {feature}, which {target.arch} has not", feature)
-            for feature in sorted(self.features - target.features)
-        ]
+        if not self.features <= target.features:
+            unmet += [
+                Unmet(Kind.FEATURE, f"needs {feature}, which {target.arch} has not", feature)
+                for feature in sorted(self.features - target.features)
+            ]
         for package, needed in self.packages.items():
             version = target.version(package)
             if version is None:
@@ -111,22 +112,21 @@ class Requires:
             mine_a.covers(pair[0]) and mine_b.covers(pair[1]) for mine_a, mine_b in self.granularities
         ):
             unmet.append(Unmet(Kind.GRANULARITY, f"has no {pair[0]} x {pair[1]} scales"))
-        dtypes = _one_of(map(dtype_name, self.scale_dtypes))
-        unmet += [
-            Unmet(Kind.SCALE_DTYPE, f"takes scales of {dtypes}, got {dtype_name(operand.scale_dtype)}")
-            for operand in (activation, weight)
-            if operand.granularity != Granularity.UNSCALED and operand.scale_dtype not in self.scale_dtypes
-        ]
-        unmet += [
-            Unmet(Kind.ZERO_POINT, f"has no zero point of the {name}")
-            for name, operand in (("activation", activation), ("weight", weight))
-            if not operand.symmetric and name not in self.asymmetric
-        ]
-        asked = f"asked for {dtype_name(problem.out_dtype)}"
-        if self.out_dtypes and problem.out_dtype not in self.out_dtypes:
-            unmet.append(Unmet(Kind.OUT_DTYPE, f"returns {_one_of(map(dtype_name, self.out_dtypes))}, {asked}"))
-        if self.out_as_activation and problem.out_dtype != activation.dtype:
-            unmet.append(Unmet(Kind.OUT_DTYPE, f"returns the activation's {dtype_name(activation.dtype)}, {asked}"))
+        for operand in (activation, weight):
+            if operand.scale_dtype not in self.scale_dtypes and operand.granularity != Granularity.UNSCALED:
+                dtypes = _one_of(map(dtype_name, self.scale_dtypes))
+                text = f"takes scales of {dtypes}, got {dtype_name(operand.scale_dtype)}"
+                unmet.append(Unmet(Kind.SCALE_DTYPE, text))
+        for name, operand in (("activation", activation), ("weight", weight)):
+            if not operand.symmetric and name not in self.asymmetric:
+                unmet.append(Unmet(Kind.ZERO_POINT, f"has no zero point of the {name}"))
+        out = problem.out_dtype
+        if self.out_dtypes and out not in self.out_dtypes:
+            text = f"returns {_one_of(map(dtype_name, self.out_dtypes))}, asked for {dtype_name(out)}"
+            unmet.append(Unmet(Kind.OUT_DTYPE, text))
+        if self.out_as_activation and out != activation.dtype:
+            text = f"returns the activation's {dtype_name(activation.dtype)}, asked for {dtype_name(out)}"
+            unmet.append(Unmet(Kind.OUT_DTYPE, text))
         unmet += self.unmet_by_bias(problem.bias, problem.out_dtype)
         if not self.paddable and (problem.n % self.align or problem.k % self.align):
             unmet.append(Unmet(Kind.ALIGNMENT, self.alignment_of(problem)))

@@ -109,19 +109,25 @@ def _names(kernel: Kernel) -> frozenset[str]:
 
 
 def verdicts(
-    problem: Problem, target: Target, disabled: Collection[str] = (), context: CompileContext = GRAPH
+    problem: Problem,
+    target: Target,
+    disabled: Collection[str] = (),
+    context: CompileContext = GRAPH,
+    among: Collection[str] | None = None,
 ) -> tuple[Verdict, ...]:
     """What stands against each kernel running ``problem`` on ``target``, the best kernel first.
 
     Args:
         disabled, context: as for ``select``.
+        among: names of the kernels that are asked; None for all.
 
     Raises:
         UnknownNameError: a name is not known.
     """
     check_kernel_names(disabled)
     off = frozenset(disabled) | disabled_kernels()
-    return tuple(Verdict(candidate.name, _unmet(candidate, problem, target, off, context)) for candidate in kernels())
+    asked = (candidate for candidate in kernels() if among is None or candidate.name in among)
+    return tuple(Verdict(candidate.name, _unmet(candidate, problem, target, off, context)) for candidate in asked)
 
 
 def select(

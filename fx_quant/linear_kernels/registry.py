@@ -79,8 +79,7 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
     @classmethod
     def verdicts(cls, problem: Problem, target: Target) -> list[Verdict]:
         """What ``select`` says of the class's kernels, the best one first; each is off where the class is disabled."""
-        names = cls.KERNELS
-        mine = [verdict for verdict in verdicts(problem, target) if verdict.kernel in names]
+        mine = list(verdicts(problem, target, among=cls.KERNELS))
         if cls.__name__ in disabled_kernels():
             mine = [replace(verdict, unmet=tuple(dict.fromkeys((DISABLED, *verdict.unmet)))) for verdict in mine]
         return mine
