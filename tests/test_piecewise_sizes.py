@@ -184,6 +184,20 @@ def test_a_number_that_changes_from_call_to_call_is_no_size(pieces):
     assert "is a number and no tensor's size" in unsized
 
 
+def test_a_piece_that_is_given_nothing_but_a_size_leaves_it_dynamic(pieces):
+    model = blocks(1)
+
+    def with_numbers(x):
+        numbers = torch.arange(x.shape[1])  # all there is before the first cut
+        return F.scaled_dot_product_attention(x, x, x) + model(x) * numbers[:, None]
+
+    run = pieces.run(with_numbers)
+    for m in (7, 5, 4):
+        x = rows(m)
+        assert torch.equal(run(x), with_numbers(x)), m
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_the_largest_size_may_be_the_least_number_of_rows(pieces):
     model = blocks(1)
     run = pieces.run(model, sizes=(4, 16))
