@@ -13,7 +13,7 @@ from torch import nn
 
 import fx_quant
 from fx_quant.config import PaddingPolicy
-from fx_quant.errors import NoKernelError, UnknownNameError
+from fx_quant.errors import FxQuantError, NoKernelError, UnknownNameError
 from fx_quant.kernels.context import EAGER, GRAPH, CompileContext, Mode, of_call
 from fx_quant.kernels.eager import eager_selection
 from fx_quant.linear_kernels import init_fp8_linear_kernel
@@ -97,6 +97,27 @@ def test_a_block_may_be_entered_within_itself():
 def test_an_unknown_name_is_refused_before_the_block(wrong):
     with pytest.raises(UnknownNameError, match="Did you mean"):
         fx_quant.mode(**wrong)
+
+
+def test_a_block_that_ends_within_another_ends_alone():
+    def generator():
+        with fx_quant.mode("piecewise"):
+            yield
+
+    suspended = generator()
+    next(suspended)
+    with fx_quant.mode("graph"):
+        suspended.close()
+        assert of_call(None) == replace(EAGER, mode=Mode.GRAPH)
+    assert of_call(None) == EAGER
+    fx_quant.mode("graph").__exit__(None, None, None)  # never entered
+    assert of_call(None) == EAGER
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, 0])
+def test_deterministic_is_a_bool(wrong):
+    with pytest.raises(FxQuantError, match="'deterministic' must be True or False, got"):
+        fx_quant.mode(deterministic=wrong)
 
 
 def test_other_threads_and_tasks_do_not_see_a_block():

@@ -175,6 +175,47 @@ def test_one_plan_for_all_m_has_no_sizes(pieces):
     assert {row.unsized for row in pieces.rows} == {"deterministic=True has one plan for all numbers of rows"}
 
 
+def test_a_number_that_changes_from_call_to_call_is_no_size(pieces):
+    model = blocks(1)
+    run = pieces.run(lambda x, number: model(x * number) + number)
+    x = torch.randn(1, 3, HIDDEN)
+    for number in (3, 4, -5, 7):
+        assert torch.equal(run(x, number), model(x * number) + number)
+    unsized = {row.unsized.partition(" ")[2] for report in pieces.reports[1:] for row in report.pieces}
+    assert "is a number and no tensor's size" in unsized
+
+
+def test_a_piece_that_is_given_nothing_but_a_size_leaves_it_dynamic(pieces):
+    model = blocks(1)
+
+    def with_numbers(x):
+        numbers = torch.arange(x.shape[1])  # all there is before the first cut
+        return F.scaled_dot_product_attention(x, x, x) + model(x) * numbers[:, None]
+
+    run = pieces.run(with_numbers)
+    for m in (7, 5, 4):
+        x = rows(m)
+        assert torch.equal(run(x), with_numbers(x)), m
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_largest_size_may_be_the_least_number_of_rows(pieces):
+    model = blocks(1)
+    run = pieces.run(model, sizes=(4, 16))
+    for m in (20, 16, 17):
+        x = torch.randn(1, m, HIDDEN)
+        torch._dynamo.mark_dynamic(x, 1, min=16, max=64)
+        assert torch.equal(run(x), model(x)), m
+    assert [(row.sizes, row.unpadded) for row in pieces.rows] == [((16,), "")] * 2
+
+
+def test_a_graph_of_nothing_but_its_cut_is_whole_and_says_so(pieces):
+    run = pieces.run(F.scaled_dot_product_attention)
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind()
+    assert torch.equal(run(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert pieces.reports[0].whole == "there is nothing to compile before, between or after its cuts"
+
+
 def test_a_range_that_is_marked_bounds_the_sizes(pieces):
     model, x = blocks(2), torch.randn(1, 8, HIDDEN)
     torch._dynamo.mark_dynamic(x, 1, min=4, max=20)

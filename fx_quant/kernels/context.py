@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fx_quant.config import Options, PaddingPolicy, parse_padding, parse_ranges
-from fx_quant.errors import unknown_name
+from fx_quant.errors import FxQuantError, must, unknown_name
 from fx_quant.problem import SizeRange
 
 
@@ -41,7 +41,7 @@ class CompileContext:
 
     Raises:
         UnknownNameError: no such mode or policy.
-        FxQuantError: ranges that are none.
+        FxQuantError: ranges that are none, or a ``deterministic`` that is no bool.
     """
 
     mode: Mode = Mode.GRAPH
@@ -50,6 +50,11 @@ class CompileContext:
     ranges: tuple[SizeRange, ...] = ()
 
     def __post_init__(self) -> None:
+        must(
+            isinstance(self.deterministic, bool),
+            f"'deterministic' must be True or False, got {self.deterministic!r}",
+            FxQuantError,
+        )
         object.__setattr__(self, "mode", _parse_mode(self.mode))
         object.__setattr__(self, "padding", parse_padding(self.padding))
         object.__setattr__(self, "ranges", parse_ranges(self.ranges))
@@ -71,8 +76,15 @@ def _parse_mode(name: str | Mode) -> Mode:
 EAGER = CompileContext(Mode.EAGER)
 GRAPH = CompileContext(Mode.GRAPH)
 
-# The contexts of the `with` blocks that this thread or task is in, the innermost last.
-_ENTERED: ContextVar[tuple[CompileContext, ...]] = ContextVar("fx_quant_entered", default=(EAGER,))
+# The `with` blocks that this thread or task is in, each with its context, the innermost last.
+_ENTERED: ContextVar[tuple[tuple[AbstractContextManager[CompileContext], CompileContext], ...]] = ContextVar(
+    "fx_quant_entered", default=()
+)
+
+
+def _current() -> CompileContext:
+    entered = _ENTERED.get()
+    return entered[-1][1] if entered else EAGER
 
 
 def mode(
@@ -97,6 +109,7 @@ def mode(
 
     Raises:
         UnknownNameError: no such mode or policy.
+        FxQuantError: a ``deterministic`` that is no bool.
     """
     asked = {"mode": mode, "padding": padding, "deterministic": deterministic}
     return _Block({name: value for name, value in asked.items() if value is not None})
@@ -113,17 +126,20 @@ class _Block(AbstractContextManager[CompileContext]):
         # What is traced is planned by its compile; Dynamo looks at neither the variable nor the block.
         if torch.compiler.is_compiling():
             return GRAPH
-        entered = _ENTERED.get()
-        context = replace(entered[-1], **self._changes)
-        _ENTERED.set((*entered, context))
+        context = replace(_current(), **self._changes)
+        _ENTERED.set((*_ENTERED.get(), (self, context)))
         return context
 
     def __exit__(self, *_: object) -> None:
-        if not torch.compiler.is_compiling():
-            _ENTERED.set(_ENTERED.get()[:-1])
+        if torch.compiler.is_compiling():
+            return
+        # Its own entry, which is not the last where a generator is closed within another block.
+        entered = _ENTERED.get()
+        last = max((i for i, (block, _) in enumerate(entered) if block is self), default=len(entered))
+        _ENTERED.set((*entered[:last], *entered[last + 1 :]))
 
 
 def of_call(own: CompileContext | None) -> CompileContext:
     """What an eager call is planned for: as ``mode`` says, with the policy and the determinism of ``own`` if given."""
-    entered = _ENTERED.get()[-1]
+    entered = _current()
     return entered if own is None else replace(own, mode=entered.mode)

@@ -102,7 +102,10 @@ def _pieces(gm: GraphModule, ops: Collection[str], modules: Collection[str], ask
     written = {first: written_inputs(first) for first in firsts.values()}
     first_of = {part: firsts[key] for part, key in alike.items()}
     check_writes(cut, {part: written[first] for part, first in first_of.items()})
-    return _Pieces(cut, first_of, written)
+    pieces = _Pieces(cut, first_of, written)
+    if not pieces.compiled():
+        raise NotSplitError("there is nothing to compile before, between or after its cuts")
+    return pieces
 
 
 def pieces_of(

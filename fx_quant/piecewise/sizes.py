@@ -142,8 +142,9 @@ def plan_sizes(alike: Sequence[Part], cut: Split, written: Collection[int], aske
     try:
         _check_memory(alike, cut, written)
         inputs = _inputs(part, symbol, sizes)
-        # A size is 2 or more here: of one row some ops make another graph.
-        states = _prove(part, symbol, max(low, 2), max(*sizes, 3))
+        # A size is 2 or more here: of one row some ops make another graph. And it is several, or it were no symbol.
+        least = max(low, 2)
+        states = _prove(part, symbol, least, max(*sizes, least + 1))
         _check_outputs(part, symbol, states)
     except MixesRowsError as error:
         return SizePlan(sizes, "", str(error), symbol, reads, (), outputs)
@@ -194,14 +195,16 @@ def _first_size(part: Part, symbol: Any) -> torch.SymInt:
 
 
 def _range(size: torch.SymInt) -> tuple[int, int]:
-    """The least and the largest value of the one symbol in ``size``; ``(0, 0)`` for one that is read off values."""
+    """The least value, of 0 and more, and the largest of the one symbol in ``size``; ``(0, 0)`` if read off values."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     (symbol,) = size.node.expr.free_symbols
     if free_unbacked_symbols(size):
         return 0, 0
     found = size.node.shape_env.var_to_range[symbol]
-    return int(found.lower), int(found.upper) if found.upper.is_Integer else sys.maxsize
+    # A number that a model is given has no bounds; one of them may be infinite.
+    low, high = (int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper))
+    return max(low or 0, 0), sys.maxsize if high is None else high
 
 
 def _reads(part: Part, symbol: Any) -> tuple[int, int | None, int]:

@@ -55,7 +55,9 @@ def written_inputs(part: Part) -> frozenset[int]:
             writes to memory that it is given twice.
     """
     values = [node.meta.get("example_value") for node in part.inputs]
-    mode = next((each.fake_mode for value in values for each in _fakes(value)), None)
+    # Of all that it makes: a part may be given nothing but the sizes of what it makes.
+    made = (node.meta.get("example_value") for node in part.module.graph.nodes)
+    mode = next((each.fake_mode for value in made for each in _fakes(value)), None)
     env = None if mode is None else mode.shape_env
     ignoring = contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
     before = [_view(value) for value in values]
