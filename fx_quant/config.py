@@ -169,13 +169,16 @@ def _range(given: Any) -> SizeRange:
     raise FxQuantError(f"a range of option 'ranges' must be low..high with 0 <= low <= high, got {given!r}")
 
 
+# Made once: the Dynamo of PyTorch 2.11 does not trace a loop over an enum.
+_POLICIES = {str(policy): policy for policy in PaddingPolicy}
+
+
 def parse_padding(name: str | PaddingPolicy) -> PaddingPolicy:
     """A padding policy by name.
 
     Raises:
         UnknownNameError: no such policy.
     """
-    policies = {str(policy): policy for policy in PaddingPolicy}
-    if str(name) not in policies:
-        raise unknown_name("padding policy", str(name), policies)
-    return policies[str(name)]
+    if str(name) not in _POLICIES:
+        raise unknown_name("padding policy", str(name), _POLICIES)
+    return _POLICIES[str(name)]

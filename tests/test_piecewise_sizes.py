@@ -59,8 +59,8 @@ class Pieces:
             for node, given in zip(nodes, inputs, strict=True):
                 value = node.meta["example_value"]
                 if isinstance(value, torch.Tensor):
-                    if len(known) > 1:
-                        continue
+                    if len(known) > 1 or not given.numel():
+                        continue  # strides of nothing are nobody's concern
                     wanted = Layout.of(value)
                     for symbol, number in known.items():
                         wanted = wanted.at(symbol, number)

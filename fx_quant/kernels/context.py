@@ -66,11 +66,14 @@ class CompileContext:
         return cls(mode, options.padding, options.deterministic, options.ranges)
 
 
+# Made once, as for padding policies.
+_MODES = {str(mode): mode for mode in Mode}
+
+
 def _parse_mode(name: str | Mode) -> Mode:
-    modes = {str(mode): mode for mode in Mode}
-    if str(name) not in modes:
-        raise unknown_name("mode", str(name), modes)
-    return modes[str(name)]
+    if str(name) not in _MODES:
+        raise unknown_name("mode", str(name), _MODES)
+    return _MODES[str(name)]
 
 
 EAGER = CompileContext(Mode.EAGER)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Interpreter, Node
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -63,7 +64,8 @@ def written_inputs(part: Part) -> frozenset[int]:
     before = [_view(value) for value in values]
     writes = _Writes()
     try:
-        with mode or contextlib.nullcontext(), ignoring, writes:
+        # As Dynamo runs them: ops of C++ that other ops make up may ask a size that is not known.
+        with mode or contextlib.nullcontext(), enable_python_dispatcher(), ignoring, writes:
             Interpreter(part.module, garbage_collect_values=False).run(*values)
     except Exception as error:
         raise NotSplitError(f"{part.call.target} does not run on fake tensors: {error!r}") from error
