@@ -27,6 +27,7 @@ from fx_quant.compat import (
     decompositions_without_matmul,
     dump_graph,
     kept_inputs,
+    marked_dynamic,
     restore_matmul_decompositions,
     static_input_indices,
 )
@@ -96,7 +97,10 @@ class RewritePass(CustomGraphPass):
             self.on_report(report)
 
     def uuid(self) -> object:
-        """Key of Inductor's caches: our sources, options, context, target, the kernels, their versions and plans."""
+        """Key of Inductor's caches: our sources, options, context, target, the kernels, their versions and plans.
+
+        And which sizes are marked as dynamic: what is compiled for others may have guards, which they refuse.
+        """
         target = self.target or detect_target(_first_device())
         return (
             source_digest(),
@@ -106,6 +110,7 @@ class RewritePass(CustomGraphPass):
             tuple(kernel.name for kernel in kernels()),
             tuple(sorted(disabled_kernels())),
             repr(sorted(tuned_tables().items())),
+            marked_dynamic(),
             torch.__version__,
         )
 

@@ -64,22 +64,27 @@ def is_guarded(size: torch.SymInt) -> bool:
 
 def is_marked_dynamic(size: torch.SymInt) -> bool:
     """Whether the user marked ``size`` as dynamic, so that making it static is an error."""
+    return not _marked(size.node.shape_env).isdisjoint(size.node.expr.free_symbols)
+
+
+def marked_dynamic() -> tuple[str, ...]:
+    """The symbols of the sizes that the user marked as dynamic in the graph that is being compiled."""
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    return () if mode is None or mode.shape_env is None else tuple(sorted(map(str, _marked(mode.shape_env))))
+
+
+def _marked(env: Any) -> set[Any]:
     from torch.fx.experimental.symbolic_shapes import RelaxedUnspecConstraint, StrictMinMaxConstraint
 
-    env = size.node.shape_env
-    symbols = size.node.expr.free_symbols
+    found: set[Any] = set()
     for tracked in env.tracked_fakes or ():
         constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
         for of, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
             strict = isinstance(constraint, (RelaxedUnspecConstraint, StrictMinMaxConstraint))
-            if (
-                strict
-                and not constraint.warn_only
-                and isinstance(of, torch.SymInt)
-                and of.node.expr.free_symbols & symbols
-            ):
-                return True
-    return False
+            if strict and not constraint.warn_only and isinstance(of, torch.SymInt):
+                found |= of.node.expr.free_symbols
+    return found
 
 
 def static_input_indices(graph: Graph, kept: frozenset[int] | None = None) -> frozenset[int] | None:

@@ -184,3 +184,21 @@ def test_what_is_no_range_is_refused(wrong):
 def test_ranges_are_part_of_the_key_of_artefacts():
     keys = {repr(RewritePass(Options.parse({"ranges": r}), X86).uuid()) for r in ([], ["..16"], ["..17"])}
     assert len(keys) == 3
+
+
+def test_sizes_that_are_marked_are_part_of_the_key_of_artefacts():
+    """An artefact of a size without a mark has a guard on it, which a size with a mark refuses."""
+    keys = []
+
+    def backend(gm, _):
+        keys.append(repr(RewritePass(Options.parse({"ranges": ["..16"]}), X86).uuid()))
+        return gm
+
+    marks = torch._dynamo.maybe_mark_dynamic, torch._dynamo.mark_dynamic
+    for mark in (*marks, *marks):
+        torch._dynamo.reset()
+        x = sample(5)
+        mark(x, 0)
+        torch.compile(torch.sin, backend=backend)(x)
+    assert keys[:2] == keys[2:]
+    assert keys[0] != keys[1]
