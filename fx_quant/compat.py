@@ -398,3 +398,11 @@ def _scaled_mm_by_rows(
 def row_scales_on_cpu() -> contextlib.AbstractContextManager[object]:
     """Lets float8 matmuls with scales per row run op by op on a CPU, where torch 2.12 is the first that can."""
     return _RowScalesOnCpu() if _TORCH < (2, 12) else contextlib.nullcontext()
+
+
+def not_compiled_alone(function: Callable[..., Any]) -> None:
+    """``function`` runs as it is where Python calls it; where Dynamo traces a caller it traces it too."""
+    # What torch._dynamo.eval_frame.skip_code calls, which would import all of Dynamo.
+    dynamo = torch._C._dynamo.eval_frame
+    alone = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.DEFAULT)
+    dynamo.set_code_exec_strategy(function.__code__, alone)

@@ -221,6 +221,28 @@ def test_a_graph_captured_in_a_block_is_planned_by_its_options(policy):
     assert [row.selection.context for row in captured.state.rows.values()] == [captured.state.context]
 
 
+def test_what_a_graph_break_leaves_to_python_is_still_in_its_block():
+    model, contexts = layer(), []
+
+    @torch._dynamo.disable
+    def note():
+        contexts.append(of_call(None))
+
+    def call(x):
+        with fx_quant.mode("piecewise", padding="never", deterministic=True):
+            x = model(x)
+            note()
+            x = x + 1
+        note()
+        return x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(X), call(X))
+    assert contexts == [CompileContext("piecewise", "never", deterministic=True), EAGER] * 2
+
+
 def test_a_block_inside_of_compiled_code_is_traced_away():
     model, graphs = layer(), []
 

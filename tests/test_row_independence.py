@@ -179,6 +179,11 @@ NEAR_MISSES = {
         "aten.native_group_norm takes the number of rows as a value",
     ),
     "dropout": (lambda a: F.dropout(a, 0.5, training=True), [x("m", D)], "draws random numbers"),
+    "PyTorch's attention, which drops no scores": (
+        lambda a: F.scaled_dot_product_attention(a, a, a),
+        [x(1, 2, "m", D)],
+        "is an op of which it is not known whether it mixes rows",
+    ),
     "roll of rows": (lambda a: a.roll(1, 0), [x("m", D)], "aten.roll works along dim 0"),
     "roll of all": (lambda a: a.roll(1), [x("m", D)], "aten.roll moves values from row to row"),
     "flip of rows": (lambda a: a.flip(0), [x("m", D)], "aten.flip works along dim 0"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fx_quant.compat import not_compiled_alone
 from fx_quant.config import Options, PaddingPolicy, parse_padding, parse_ranges
 from fx_quant.errors import FxQuantError, must, unknown_name
 from fx_quant.problem import SizeRange
@@ -140,6 +141,11 @@ class _Block(AbstractContextManager[CompileContext]):
         entered = _ENTERED.get()
         last = max((i for i, (block, _) in enumerate(entered) if block is self), default=len(entered))
         _ENTERED.set((*entered[:last], *entered[last + 1 :]))
+
+
+# Around what cannot be traced of a traced block, Dynamo has Python enter it again, and would compile that by itself.
+not_compiled_alone(_Block.__enter__)
+not_compiled_alone(_Block.__exit__)
 
 
 def of_call(own: CompileContext | None) -> CompileContext:
