@@ -58,8 +58,8 @@ class FxqCodeRows {
       }
     }
   }
-  int32_t start(int64_t row, int64_t piece) const {
-    return starts_[row * pieces.size() + piece];
+  const int32_t* starts(int64_t row) const {
+    return starts_.data() + row * static_cast<int64_t>(pieces.size());
   }
   // sum_k (a[k] - zero_point)
   float sum(int64_t row, int64_t piece) const {
@@ -149,22 +149,84 @@ struct FxqPieces {
   alignas(64) float code_sums[FXQ_GROUPS][FXQ_PANEL];
 };
 
+// Those of one group, from one column on.
+struct FxqPieceFactors {
+  const float *scale, *zero_point, *code_sum;
+};
+
+// acc[r][j] += row_scale * scale * (sum - zero points) of piece ``i``; PLAIN is the scale of the weight alone.
+template <typename DOT, bool PLAIN, typename DECODE, int ROWS, int COLUMNS>
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_add_scaled(
+    const typename DOT::Vec (&sum)[ROWS][COLUMNS],
+    const FxqCodeRows<DOT, DECODE>& rows,
+    int64_t row,
+    int64_t i,
+    const FxqPieceFactors& factors,
+    float* acc) {
+  using Float = typename DOT::Float;
+  const FxqWeight& w = rows.weight;
+  const FxqPiece piece = rows.pieces[i];
+  // Once for all pieces of a group.
+  const bool shifts_rows = !PLAIN && w.code_sum.kind != FXQ_NONE && piece.from == piece.group * w.group;
+  const bool shifts_columns = !PLAIN && w.zero_point.kind != FXQ_NONE;
+  const bool scales_rows = !PLAIN && w.row_scale != nullptr;
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j++) {
+      const int64_t c = j * DOT::LANES;
+      Float value = DOT::floats(sum[r][j]), factor, out;
+      if (shifts_rows) {
+        std::memcpy(&factor, factors.code_sum + c, sizeof(factor));
+        value = DOT::less(value, DOT::all(rows.zero_point(row + r)), factor);
+      }
+      if (shifts_columns) {
+        std::memcpy(&factor, factors.zero_point + c, sizeof(factor));
+        value = DOT::less(value, DOT::all(rows.sum(row + r, i)), factor);
+      }
+      if (scales_rows) {
+        value = DOT::times(value, DOT::all(rows.scale(row + r, piece.group)));
+      }
+      factor = DOT::all(1.0f);
+      if (PLAIN || w.scale.kind != FXQ_NONE) {
+        std::memcpy(&factor, factors.scale + c, sizeof(factor));
+      }
+      std::memcpy(&out, acc + r * FXQ_PANEL + c, sizeof(out));
+      out = DOT::plus(out, value, factor);
+      std::memcpy(acc + r * FXQ_PANEL + c, &out, sizeof(out));
+    }
+  }
+}
+
+template <typename DOT, typename DECODE, int ROWS, int COLUMNS>
+FXQ_TARGET __attribute__((noinline)) void fxq_add_shifted(
+    const typename DOT::Vec (&sum)[ROWS][COLUMNS],
+    const FxqCodeRows<DOT, DECODE>& rows,
+    int64_t row,
+    int64_t i,
+    const FxqPieceFactors& factors,
+    float* acc) {
+  fxq_add_scaled<DOT, false>(sum, rows, row, i, factors, acc);
+}
+
 // acc[ROWS][64] of the rows from ``row`` on, and some pieces.
 template <typename DOT, typename DECODE, bool NIBBLES, int ROWS>
 FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
     int64_t row, const FxqCodeRows<DOT, DECODE>& rows, const FxqPieces& chunk, const FxqAhead (&asked)[4], float* acc) {
   using Vec = typename DOT::Vec;
-  using Float = typename DOT::Float;
   constexpr int COLUMNS = DOT::columns(ROWS);
   constexpr int PASSES = FXQ_PANEL / (COLUMNS * DOT::LANES);
   const FxqWeight& w = rows.weight;
-  FxqAhead ahead = asked[0], factors[3] = {asked[1], asked[2], asked[3]};
-  const int64_t begin = rows.pieces[chunk.first].from;
+  const bool is_plain = w.scale.kind != FXQ_NONE && w.zero_point.kind == FXQ_NONE &&
+      w.code_sum.kind == FXQ_NONE && w.row_scale == nullptr;
+  FxqAhead ahead = asked[0], more[3] = {asked[1], asked[2], asked[3]};
+  const int64_t begin = rows.pieces[chunk.first].from, all = rows.pieces.size();
+  const int32_t* starts = rows.starts(row);
   for (int64_t i = chunk.first; i < chunk.first + chunk.count; i++) {
     const FxqPiece piece = rows.pieces[i];
     const int64_t count = piece.to - piece.from, group = piece.group - chunk.group;
     const int8_t* a = rows.data + row * rows.stride + piece.from;
-    for (FxqAhead& factor : factors) {
+    for (FxqAhead& factor : more) {
       for (int64_t line = 0; line < factor.step; line += 64, factor.at += 64) {
         __builtin_prefetch(factor.at);
       }
@@ -191,7 +253,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
       for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; j++) {
-          sum[r][j] = DOT::splat(rows.start(row + r, i));
+          sum[r][j] = DOT::splat(starts[r * all + i]);
         }
       }
       if constexpr (NIBBLES) {
@@ -199,34 +261,23 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
       } else {
         fxq_products<DOT, ROWS, COLUMNS>(sum, lanes, b + column * 4, groups, rest, ahead);
       }
+      const FxqPieceFactors factors{chunk.scales[group] + column, chunk.zero_points[group] + column,
+                                    chunk.code_sums[group] + column};
+      if (is_plain) {
+        fxq_add_scaled<DOT, true>(sum, rows, row, i, factors, acc + column);
+      } else {
+        Vec copy[ROWS][COLUMNS]; // what a function is given the address of is not in registers
 #pragma GCC unroll 6
-      for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 8
-        for (int j = 0; j < COLUMNS; j++) {
-          const int64_t c = column + j * DOT::LANES;
-          Float value = DOT::floats(sum[r][j]), factor, out;
-          // Once for all pieces of a group.
-          if (w.code_sum.kind != FXQ_NONE && piece.from == piece.group * w.group) {
-            std::memcpy(&factor, chunk.code_sums[group] + c, sizeof(factor));
-            value = DOT::less(value, DOT::all(rows.zero_point(row + r)), factor);
+          for (int j = 0; j < COLUMNS; j++) {
+            copy[r][j] = sum[r][j];
           }
-          if (w.zero_point.kind != FXQ_NONE) {
-            std::memcpy(&factor, chunk.zero_points[group] + c, sizeof(factor));
-            value = DOT::less(value, DOT::all(rows.sum(row + r, i)), factor);
-          }
-          if (w.row_scale != nullptr) {
-            value = DOT::times(value, DOT::all(rows.scale(row + r, piece.group)));
-          }
-          std::memcpy(&out, acc + r * FXQ_PANEL + c, sizeof(out));
-          if (w.scale.kind != FXQ_NONE) {
-            std::memcpy(&factor, chunk.scales[group] + c, sizeof(factor));
-          } else {
-            factor = DOT::all(1.0f);
-          }
-          out = DOT::plus(out, value, factor);
-          std::memcpy(acc + r * FXQ_PANEL + c, &out, sizeof(out));
         }
+        fxq_add_shifted<DOT>(copy, rows, row, i, factors, acc + column);
       }
+      // gcc would carry sums from piece to piece beside those that it stores, and has no registers for them.
+      __asm__ volatile("" ::: "memory");
     }
   }
 }
