@@ -101,7 +101,9 @@ def kept_parts(selection: Selection, operands: Operands, constant: Collection[st
 def _sums(problem: Problem) -> str:
     """The layout of the sums of the weight's codes: over k, or over each group where scales or bytes have several."""
     weight = problem.scheme.weight
-    return "sums" if weight.group is None and not weight.packed else group_sums(weight.group or problem.k, weight.packed)
+    return (
+        "sums" if weight.group is None and not weight.packed else group_sums(weight.group or problem.k, weight.packed)
+    )
 
 
 def realise(face: Face[Value], selection: Selection, operands: Operands[Value], kept: dict[str, Value]) -> Value:

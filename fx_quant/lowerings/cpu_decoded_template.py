@@ -1,7 +1,8 @@
 """A C++ template around the matmuls that decode a packed weight in registers: it yields the scaled sums of a panel.
 
 ``acc[m, n] = sum_j row_scale[m, j] * scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j])`` in float32,
-of what is there, less the zero point of the row where ``a`` is codes; scales that do not vary along k, bias, cast and what follows are the epilogue, fused by the scheduler.
+of what is there, and with the row's zero point taken off codes ``a``; scales that do not vary along k, bias, cast and
+what follows are the epilogue, fused by the scheduler.
 """
 
 from __future__ import annotations

@@ -273,9 +273,7 @@ def _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, b_zero_poi
     )
 
 
-def _scaled_mm_fake(
-    a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, b_zero_point=None, block=None
-):
+def _scaled_mm_fake(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, b_zero_point=None, block=None):
     _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, b_zero_point, block)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 

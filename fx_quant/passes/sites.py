@@ -243,7 +243,9 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
         return Recognised(node, _EMPTY)
     activation = OperandSpec(
         dtype_of(operands.a),
-        _scale_granularity(operands.a_scale, _block_of_rows(operands, k), Granularity.PER_TOKEN),
+        _scale_granularity(
+            operands.a_scale, _block_of_rows(operands.a_scale, operands.block, k), Granularity.PER_TOKEN
+        ),
         dynamic=operands.a_scale in inputs.runtime,
         symmetric=operands.a_zero_point is None,
         scale_dtype=scale_dtype_of(dtype(operands.a_scale)),
@@ -267,13 +269,12 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
     return Site(node, node, None, problem, problem.scheme, str(problem.scheme))
 
 
-def _block_of_rows(operands: Operands[Node], k: int) -> tuple[int, int] | None:
+def _block_of_rows(a_scale: Node | None, block: tuple[int, int] | None, k: int) -> tuple[int, int] | None:
     """The block of the activation where its scales vary along k; one scale may be for a whole row beside groups."""
-    if operands.block is None or operands.a_scale is None:
+    if block is None or a_scale is None:
         return None
-    groups = -(-k // operands.block[1])
-    sizes = shape(operands.a_scale)
-    return (1, operands.block[1]) if len(sizes) == 2 and same_size(sizes[1], groups) else None
+    sizes = shape(a_scale)
+    return (1, block[1]) if len(sizes) == 2 and same_size(sizes[1], -(-k // block[1])) else None
 
 
 def _scale_granularity(scale: Node | None, block: tuple[int, int] | None, named: Granularity) -> Granularity:

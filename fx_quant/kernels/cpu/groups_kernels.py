@@ -9,7 +9,6 @@ import functools
 import itertools
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from fx_quant.kernels.cpu.decode import decoded_matmul, groups_of

@@ -291,9 +291,14 @@ inline void fxq_some_rows(
     const FxqAhead (&asked)[4],
     float* acc) {
   static_assert(DOT::ROWS == 6);
+  if constexpr (NIBBLES || !DECODE::IS_NIBBLES) {
+    if (count <= 2) {
+      return count == 1 ? fxq_piece_rows<DOT, DECODE, NIBBLES, 1>(row, rows, chunk, asked, acc)
+                        : fxq_piece_rows<DOT, DECODE, NIBBLES, 2>(row, rows, chunk, asked, acc);
+    }
+  }
+  // Several tiles have three rows at least.
   switch (count) {
-    case 1: return fxq_piece_rows<DOT, DECODE, NIBBLES, 1>(row, rows, chunk, asked, acc);
-    case 2: return fxq_piece_rows<DOT, DECODE, NIBBLES, 2>(row, rows, chunk, asked, acc);
     case 3: return fxq_piece_rows<DOT, DECODE, NIBBLES, 3>(row, rows, chunk, asked, acc);
     case 4: return fxq_piece_rows<DOT, DECODE, NIBBLES, 4>(row, rows, chunk, asked, acc);
     case 5: return fxq_piece_rows<DOT, DECODE, NIBBLES, 5>(row, rows, chunk, asked, acc);
