@@ -236,6 +236,7 @@ _EMPTY = "a size of the matmul is 0, so there is nothing to multiply"
 def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
     """The site of a canonical op that stands in the source graph, as ``QuantizedLinear`` puts it there."""
     operands = operands_of(node)
+    a_scale = operands.a_scale
     n, k = shape(operands.b)[1], shape(operands.a)[1]
     if not isinstance(n, int) or not isinstance(k, int):
         return SizeMiss(node, node, _dynamic(n, k))
@@ -243,12 +244,10 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
         return Recognised(node, _EMPTY)
     activation = OperandSpec(
         dtype_of(operands.a),
-        _scale_granularity(
-            operands.a_scale, _block_of_rows(operands.a_scale, operands.block, k), Granularity.PER_TOKEN
-        ),
-        dynamic=operands.a_scale in inputs.runtime,
+        _scale_granularity(a_scale, _block_of_rows(a_scale, operands.block, k), Granularity.PER_TOKEN),
+        dynamic=a_scale in inputs.runtime,
         symmetric=operands.a_zero_point is None,
-        scale_dtype=scale_dtype_of(dtype(operands.a_scale)),
+        scale_dtype=scale_dtype_of(dtype(a_scale)),
     )
     packed = not same_size(shape(operands.b)[0], k)
     weight = OperandSpec(
