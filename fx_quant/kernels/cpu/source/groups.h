@@ -154,8 +154,11 @@ struct FxqPieceFactors {
   const float *scale, *zero_point, *code_sum;
 };
 
-// acc[r][j] += row_scale * scale * (sum - zero points) of piece ``i``; PLAIN is the scale of the weight alone.
-template <typename DOT, bool PLAIN, typename DECODE, int ROWS, int COLUMNS>
+// What is done to a sum beside multiplying it by the scale of the weight.
+enum class FxqShift { NONE, ROWS, ANY };
+
+// acc[r][j] += row_scale * scale * (sum - zero points) of piece ``i``.
+template <typename DOT, FxqShift SHIFT, typename DECODE, int ROWS, int COLUMNS>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_add_scaled(
     const typename DOT::Vec (&sum)[ROWS][COLUMNS],
     const FxqCodeRows<DOT, DECODE>& rows,
@@ -167,9 +170,11 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_add_scaled(
   const FxqWeight& w = rows.weight;
   const FxqPiece piece = rows.pieces[i];
   // Once for all pieces of a group.
-  const bool shifts_rows = !PLAIN && w.code_sum.kind != FXQ_NONE && piece.from == piece.group * w.group;
-  const bool shifts_columns = !PLAIN && w.zero_point.kind != FXQ_NONE;
-  const bool scales_rows = !PLAIN && w.row_scale != nullptr;
+  constexpr bool ANY = SHIFT == FxqShift::ANY;
+  const bool shifts_rows = SHIFT != FxqShift::NONE && (!ANY || w.code_sum.kind != FXQ_NONE);
+  const bool shifts_columns = ANY && w.zero_point.kind != FXQ_NONE;
+  const bool scales_rows = ANY && w.row_scale != nullptr;
+  const float once = piece.from == piece.group * w.group ? 1.0f : 0.0f;
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 8
@@ -178,7 +183,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_add_scaled(
       Float value = DOT::floats(sum[r][j]), factor, out;
       if (shifts_rows) {
         std::memcpy(&factor, factors.code_sum + c, sizeof(factor));
-        value = DOT::less(value, DOT::all(rows.zero_point(row + r)), factor);
+        value = DOT::less(value, DOT::all(once * rows.zero_point(row + r)), factor);
       }
       if (shifts_columns) {
         std::memcpy(&factor, factors.zero_point + c, sizeof(factor));
@@ -188,7 +193,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_add_scaled(
         value = DOT::times(value, DOT::all(rows.scale(row + r, piece.group)));
       }
       factor = DOT::all(1.0f);
-      if (PLAIN || w.scale.kind != FXQ_NONE) {
+      if (!ANY || w.scale.kind != FXQ_NONE) {
         std::memcpy(&factor, factors.scale + c, sizeof(factor));
       }
       std::memcpy(&out, acc + r * FXQ_PANEL + c, sizeof(out));
@@ -198,7 +203,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_add_scaled(
   }
 }
 
-template <typename DOT, typename DECODE, int ROWS, int COLUMNS>
+template <typename DOT, FxqShift SHIFT, typename DECODE, int ROWS, int COLUMNS>
 FXQ_TARGET __attribute__((noinline)) void fxq_add_shifted(
     const typename DOT::Vec (&sum)[ROWS][COLUMNS],
     const FxqCodeRows<DOT, DECODE>& rows,
@@ -206,7 +211,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_add_shifted(
     int64_t i,
     const FxqPieceFactors& factors,
     float* acc) {
-  fxq_add_scaled<DOT, false>(sum, rows, row, i, factors, acc);
+  fxq_add_scaled<DOT, SHIFT>(sum, rows, row, i, factors, acc);
 }
 
 // acc[ROWS][64] of the rows from ``row`` on, and some pieces.
@@ -217,8 +222,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
   constexpr int COLUMNS = DOT::columns(ROWS);
   constexpr int PASSES = FXQ_PANEL / (COLUMNS * DOT::LANES);
   const FxqWeight& w = rows.weight;
-  const bool is_plain = w.scale.kind != FXQ_NONE && w.zero_point.kind == FXQ_NONE &&
-      w.code_sum.kind == FXQ_NONE && w.row_scale == nullptr;
+  const bool is_any = w.scale.kind == FXQ_NONE || w.zero_point.kind != FXQ_NONE || w.row_scale != nullptr;
+  const FxqShift shift = is_any ? FxqShift::ANY : w.code_sum.kind == FXQ_NONE ? FxqShift::NONE : FxqShift::ROWS;
   FxqAhead ahead = asked[0], more[3] = {asked[1], asked[2], asked[3]};
   const int64_t begin = rows.pieces[chunk.first].from, all = rows.pieces.size();
   const int32_t* starts = rows.starts(row);
@@ -259,12 +264,12 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
       if constexpr (NIBBLES) {
         fxq_nibble_products<DOT, ROWS, COLUMNS>(sum, lanes, b + column * 4, count, ahead);
       } else {
-        fxq_products<DOT, ROWS, COLUMNS>(sum, lanes, b + column * 4, groups, rest, ahead);
+        fxq_products<DOT, ROWS, COLUMNS, true>(sum, lanes, b + column * 4, groups, rest, ahead);
       }
       const FxqPieceFactors factors{chunk.scales[group] + column, chunk.zero_points[group] + column,
                                     chunk.code_sums[group] + column};
-      if (is_plain) {
-        fxq_add_scaled<DOT, true>(sum, rows, row, i, factors, acc + column);
+      if (shift == FxqShift::NONE) {
+        fxq_add_scaled<DOT, FxqShift::NONE>(sum, rows, row, i, factors, acc + column);
       } else {
         Vec copy[ROWS][COLUMNS]; // what a function is given the address of is not in registers
 #pragma GCC unroll 6
@@ -274,7 +279,11 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
             copy[r][j] = sum[r][j];
           }
         }
-        fxq_add_shifted<DOT>(copy, rows, row, i, factors, acc + column);
+        if (shift == FxqShift::ROWS) {
+          fxq_add_shifted<DOT, FxqShift::ROWS>(copy, rows, row, i, factors, acc + column);
+        } else {
+          fxq_add_shifted<DOT, FxqShift::ANY>(copy, rows, row, i, factors, acc + column);
+        }
       }
       // gcc would carry sums from piece to piece beside those that it stores, and has no registers for them.
       __asm__ volatile("" ::: "memory");

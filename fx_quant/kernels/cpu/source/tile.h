@@ -59,7 +59,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_group(
 }
 
 // acc[ROWS][COLUMNS] += ``groups`` groups of rows x columns of a panel at b, then ``rest`` elements of a last group
-template <typename DOT, int ROWS, int COLUMNS>
+template <typename DOT, int ROWS, int COLUMNS, bool ASKS = (ROWS > 2)>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
     typename DOT::Vec (&acc)[ROWS][COLUMNS],
     FxqLanes a,
@@ -70,7 +70,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
   constexpr int LINES = COLUMNS * sizeof(typename DOT::Codes) / 64;
   for (int64_t g = 0; g < groups; g++, b += 256) {
     // For one row or two the hardware asks in time.
-    if (ROWS > 2) {
+    if (ASKS) {
 #pragma GCC unroll 4
       for (int line = 0; line < LINES; line++) {
         __builtin_prefetch(ahead.at);
