@@ -55,6 +55,9 @@ GROUPS = (
     "float16 x uint4 per_group(32) asymmetric",
     "int8 per_group(32) (dynamic) x int8 per_group(32)",
     "int8 per_group(64) (dynamic) x int8 per_block(16, 64)",
+    "int8 per_token asymmetric (dynamic) x uint4 per_group(64) asymmetric",
+    "int8 per_token (dynamic) x int4 per_channel",
+    "int8 per_tensor (static) x int8 per_block(16, 32) asymmetric",
     "bfloat16 x int8 per_group(32) asymmetric",
     "bfloat16 x uint8 per_tensor asymmetric",
     "bfloat16 x float8_e5m2 per_block(128, 128)",
@@ -92,11 +95,11 @@ def activation_codes(spec: OperandSpec, m: int, k: int) -> Tensor:
 
 
 def activation_scale(scheme: Scheme, m: int, k: int) -> Tensor | None:
-    spec, block = scheme.activation, scheme.weight.block
+    spec = scheme.activation
     if not spec.quantized:
         return None
-    if block is not None:
-        return torch.rand(m, -(-k // block[1])) + 0.1
+    if spec.block is not None:
+        return torch.rand(m, spec.scales_along(k)) + 0.1
     return torch.rand(m, 1) + 0.1 if spec.granularity == Granularity.PER_TOKEN else torch.tensor(0.25)
 
 
@@ -162,6 +165,7 @@ def reference(asked: Problem, given: dict[str, Tensor | None]) -> Tensor:
         given["bias"],
         asked.out_dtype,
         a_zero_point=given["a_zero_point"],
+        b_zero_point=given["b_zero_point"],
         block=block,
     )
 

@@ -433,7 +433,7 @@ def test_what_follows_is_fused(float_dtype, threads):
         ("bfloat16 x uint4 per_group(128) asymmetric", "x86_vnni", "cpu_weight_only_int4_bf16"),
         ("float32 x int4 per_channel", "x86_vnni", "cpu_weight_only_int4_float32"),
         ("float16 x int8 per_tensor", "x86_vnni", "cpu_weight_only_float32"),
-        ("int8 per_group(64) x int8 per_group(64)", "x86_vnni", "cpu_int8_blocks_bf16"),
+        ("int8 per_group(64) x int8 per_group(64)", "x86_vnni", "cpu_int8_groups_vnni"),
         ("float8_e4m3fn per_group(128) x float8_e4m3fn per_block(128, 128)", "x86_vnni", "cpu_float8_blocks_bf16"),
         ("bfloat16 x int8 per_channel", "x86", "cpu_weight_only_int8"),
         ("float32 x int8 per_channel", "x86", "pytorch_weight_only"),

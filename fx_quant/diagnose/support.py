@@ -22,6 +22,8 @@ SCHEMES = (
     "int8 per_tensor (static) x int8 per_channel",
     "int8 per_token asymmetric (dynamic) x int8 per_channel",
     "int8 per_tensor asymmetric (static) x int8 per_channel",
+    "int8 per_token (dynamic) x int4 per_group(32)",
+    "int8 per_token asymmetric (dynamic) x int8 per_group(32)",
     "float8_e4m3fn per_tensor (dynamic) x float8_e4m3fn per_tensor",
     "float8_e4m3fn per_tensor (static) x float8_e4m3fn per_tensor",
     "float8_e4m3fn per_tensor (static) x float8_e4m3fn per_channel",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.kernels.huge_pages import in_huge_pages
-from fx_quant.ops import KEEPING_TAGS, MATMUL_TAGS, register
+from fx_quant.ops import KEEPING_TAGS, MATMUL_TAGS, register, unpack_nibbles
 from fx_quant.ops.constants import Mark, forget, forget_all, remembered, view_of
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
@@ -32,6 +32,7 @@ PANEL = 64
 TRANSPOSED = ".t"
 FACTOR_PANELS = "factor_panels"
 _PADDED = re.compile(r"padded_(\d+)x(\d+)")
+_SUMS = re.compile(r"(nibble_)?sums_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,19 @@ def _from_int4_words(packed: Tensor, n: int, k: int) -> Tensor:
     return _from_panels(quads.contiguous(), n, k)
 
 
+def _vnni_int4(weight: Tensor) -> Tensor:
+    """``[n, k / 2]`` bytes (code + 8, even k low) -> ``[ceil(n/64), ceil(k/8), 256]``; missing codes are 0."""
+    panels = _to_panels(unpack_nibbles(weight), 8)
+    # k 0..3 of a column are the low nibbles of four bytes, k 4..7 the high ones.
+    return (panels[..., :4] | panels[..., 4:] << 4).flatten(2)
+
+
+def _from_vnni_int4(packed: Tensor, n: int, k: int) -> Tensor:
+    columns = packed.unflatten(2, (PANEL, 4))
+    nibbles = _from_panels(torch.cat((columns & 15, columns >> 4), -1), n, 2 * k)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
 def _factor_panels(factor: Tensor) -> Tensor:
     """``[n, groups]`` -> contiguous ``[ceil(n/64), groups, 64]``, zeros where there is no column."""
     n, groups = factor.shape
@@ -180,6 +194,15 @@ for _layout in (
         pack=_int4_words,
         unpack=_from_int4_words,
     ),
+    # The same for int8 products: a register of bytes is 8 k of 16 columns, the first four k in the low halves.
+    Layout(
+        name="vnni_int4",
+        weights=frozenset({torch.uint8}),
+        dtype=torch.uint8,
+        shape=lambda n, k: (-(-n // PANEL), -(-k // 4), 4 * PANEL),
+        pack=_vnni_int4,
+        unpack=_from_vnni_int4,
+    ),
     # Scales and zero points ``[n, groups]`` as the kernels that walk panels read them.
     Layout(
         name=FACTOR_PANELS,
@@ -226,6 +249,9 @@ def packed_layout(name: str) -> Layout:
     sizes = _PADDED.fullmatch(name)
     if sizes is not None:
         return _padded(int(sizes[1]), int(sizes[2]))
+    group = _SUMS.fullmatch(name)
+    if group is not None:
+        return _group_sums(int(group[2]), group[1] is not None)
     if name not in _LAYOUTS:
         raise unknown_name("layout", name, _LAYOUTS)
     return _LAYOUTS[name]
@@ -245,6 +271,31 @@ def _padded(rows: int, columns: int) -> Layout:
         shape=lambda n, k: (rows, columns),
         pack=lambda weight: F.pad(weight, (0, columns - weight.shape[1], 0, rows - weight.shape[0])).contiguous(),
         unpack=lambda packed, n, k: packed[:n, :k],
+    )
+
+
+def group_sums(group: int, packed: bool) -> str:
+    """The name of the layout of sums of codes of ``group`` neighbours along k, ``packed`` int4 or int8, in panels."""
+    return f"{'nibble_' if packed else ''}sums_{group}"
+
+
+@functools.cache
+def _group_sums(group: int, packed: bool) -> Layout:
+    def pack(weight: Tensor) -> Tensor:
+        codes = unpack_nibbles(weight).to(torch.int8) - 8 if packed else weight
+        whole = F.pad(codes, (0, -codes.shape[1] % group)).unflatten(1, (-1, group))
+        return _factor_panels(whole.sum(2, dtype=dtype))
+
+    # Read for each group, so as small as they may be.
+    dtype = torch.int16 if group * (8 if packed else 128) <= 2**15 else torch.int32
+    bytes_of_group = group // 2 if packed else group
+    return Layout(
+        name=group_sums(group, packed),
+        weights=frozenset({torch.uint8 if packed else torch.int8}),
+        dtype=dtype,
+        shape=lambda n, k: (-(-n // PANEL), -(-k // bytes_of_group), PANEL),
+        pack=pack,
+        unpack=None,
     )
 
 

@@ -50,7 +50,7 @@ class Padding:
         scheme = problem.scheme
         by_row = bool(scheme.activation.scale_shape(1, problem.k))
         before, after = (scheme.weight.scale_shape(*size) for size in ((problem.n, problem.k), (self.n, self.k)))
-        more_groups = scheme.weight.block is not None and before[1] != after[1]
+        more_groups = scheme.activation.group is not None and before[1] != after[1]
         grows = {
             "a": (0, rows or k),
             "a_scale": (1, scheme.activation.quantized and ((rows and by_row) or more_groups)),

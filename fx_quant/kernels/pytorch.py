@@ -17,6 +17,7 @@ from fx_quant.kernels.registry import (
     E4M3_PAIRS,
     FLOAT8_PAIRS,
     FNUZ_PAIRS,
+    INT4_PAIRS,
     INT8_PAIRS,
     ROCM,
     ROW_SCALES,
@@ -113,6 +114,16 @@ def _dequantized_blocks(a, b, a_scale, b_scale, bias, n, out_dtype, *, block=Non
     return dequantize(wide @ dequantize_weight(b, a.shape[1], b_scale, None, block), None, None, bias, out_dtype)
 
 
+def _dequantized_groups(
+    a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
+) -> Tensor:
+    """The weight dequantized in float32, and a float matmul of the activation's codes, whose scales are of rows."""
+    wide = a.float() if a_zero_point is None else a.float() - a_zero_point
+    b_scale = torch.ones((), device=a.device) if b_scale is None else b_scale
+    weight = dequantize_weight(b, a.shape[1], b_scale, b_zero_point, block)
+    return dequantize(wide @ weight, a_scale, None, bias, out_dtype)
+
+
 def weight_only(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
     """The weight dequantized to the activation's dtype, or the result's where that is wider, and a float matmul.
 
@@ -130,6 +141,7 @@ for _name, _body in (
     ("pytorch_scaled_mm_block", _scaled_mm_blocks),
     ("pytorch_channelwise", _channelwise),
     ("pytorch_dequantized_block", _dequantized_blocks),
+    ("pytorch_dequantized_groups", _dequantized_groups),
     ("pytorch_weight_only", weight_only),
 ):
     register_op(_name, _body)
@@ -287,6 +299,31 @@ register_kernel(
     ),
     priority=1,
 )
+_ROWS = (Granularity.PER_TENSOR, Granularity.PER_TOKEN)
+_GROUPS = frozenset(itertools.product(_ROWS, (Granularity.ANY_GROUP, Granularity.ANY_BLOCK)))
+for _name, _pairs, _granularities in (
+    ("pytorch_dequantized_groups", INT8_PAIRS, _GROUPS),
+    ("pytorch_dequantized_int4_groups", INT4_PAIRS, _GROUPS | ROW_SCALES),
+):
+    register_kernel(
+        Kernel(
+            name=_name,
+            provider="pytorch",
+            linear_kernel="TorchInt8ScaledMMLinearKernel",
+            op="pytorch_dequantized_groups",
+            dequantizes=True,
+            requires=Requires(
+                platforms=_ANYWHERE,
+                codes=_pairs,
+                granularities=_granularities,
+                out_dtypes=FLOAT_DTYPES,
+                asymmetric=ACTIVATION | WEIGHT,
+            ),
+            numerics=Numerics.REASSOCIATED,
+            note="the weight dequantized to float32, then a float matmul of the activation's codes",
+        ),
+        priority=1,
+    )
 register_kernel(
     Kernel(
         name="pytorch_weight_only",

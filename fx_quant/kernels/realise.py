@@ -11,9 +11,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from fx_quant.kernels.layouts import FACTOR_PANELS, padded
+from fx_quant.kernels.layouts import FACTOR_PANELS, group_sums, padded
 from fx_quant.kernels.select import Selection
-from fx_quant.problem import Size
+from fx_quant.problem import Problem, Size
 
 aten = torch.ops.aten
 Value = TypeVar("Value")
@@ -90,12 +90,20 @@ def kept_parts(selection: Selection, operands: Operands, constant: Collection[st
         # Codes of int4 beyond k meet zeros of the activation, whatever they decode to.
         parts["b"] = "b", padded(padding.n, padding.k // problem.scheme.weight.codes_per_element)
     if operands.a_zero_point is not None and "b" in constant:
-        parts["b_sum"] = "b", "sums"
+        parts["b_sum"] = "b", _sums(problem)
     if kernel.panel_factors and operands.block is not None and operands.block[0] == 1:
         for name in ("b_scale", "b_zero_point"):
             if name in constant and getattr(operands, name) is not None:
                 parts[name] = name, FACTOR_PANELS
     return parts
+
+
+def _sums(problem: Problem) -> str:
+    """The layout of the sums of the weight's codes: over k, or over each group where scales or bytes have several."""
+    weight = problem.scheme.weight
+    return (
+        "sums" if weight.group is None and not weight.packed else group_sums(weight.group or problem.k, weight.packed)
+    )
 
 
 def realise(face: Face[Value], selection: Selection, operands: Operands[Value], kept: dict[str, Value]) -> Value:
@@ -149,16 +157,21 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
     elif more or (padding.n, padding.k) != (problem.n, problem.k):
         down, across = problem.scheme.weight.scale_shape(padding.n, padding.k)
         a_scale = factors["a_scale"]
-        factors["a_scale"] = grown(a_scale, (more, across - face.shape(a_scale)[1]), 1) if a_scale is not None else None
+        if problem.scheme.activation.group is None:
+            factors["a_scale"] = more_rows(a_scale, 1)
+        elif a_scale is not None:
+            factors["a_scale"] = grown(a_scale, (more, across - face.shape(a_scale)[1]), 1)
+        factors["a_zero_point"] = more_rows(factors["a_zero_point"], 0)
         for name, fill in (("b_scale", 1), ("b_zero_point", 0)):
             if name not in kept:
                 factors[name] = to_shape(factors[name], (down, across), fill)
     sums = kept.get("b_sum")
-    if operands.a_zero_point is not None and sums is None:
+    is_by_group = _sums(problem) != "sums"
+    if operands.a_zero_point is not None and sums is None and not is_by_group:
         sums = face.call(aten.sum.dim_IntList, operands.b, [0], dtype=torch.int32)
     given = {
         "a_zero_point": factors["a_zero_point"],
-        "b_sum": more_columns(sums, 0),
+        "b_sum": sums if is_by_group else more_columns(sums, 0),
         "b_zero_point": factors["b_zero_point"],
         "block": operands.block,
     }

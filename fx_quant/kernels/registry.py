@@ -18,7 +18,7 @@ from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.ops import MATMUL_TAGS, check_scaled_mm, dequantize, register
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.reasons import Kind, Unmet
-from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, Granularity, Numerics, dtype_name
+from fx_quant.scheme import FLOAT8_DTYPES, FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics, dtype_name
 from fx_quant.target import Target
 
 ENTRY_POINT_GROUP = "fx_quant.kernels"
@@ -46,6 +46,7 @@ class Requires:
         align: ``n`` and ``k`` must be multiples; a violation is met by padding where ``paddable``.
         align_n: ``n`` must be a multiple of it too, and is not padded to it.
         whole_groups: ``k`` must be a multiple of the group that shares a scale.
+        group_multiple: the group that shares a scale must be a multiple of it.
         max_k: largest ``k`` it accepts.
         rows: numbers of rows that it accepts, which are to hold all that a problem may have; None for any. A kernel
             that has one way for few rows and another for many is one op, which looks at the rows of each call
@@ -71,6 +72,7 @@ class Requires:
     align_n: int = 1
     paddable: bool = True
     whole_groups: bool = False
+    group_multiple: int = 1
     max_k: int | None = None
     rows: SizeRange | None = None
     asymmetric: frozenset[str] = frozenset()
@@ -134,6 +136,9 @@ class Requires:
             unmet.append(Unmet(Kind.ALIGNMENT, f"needs n in multiples of {self.align_n}, got n={problem.n}"))
         if self.whole_groups and weight.group is not None and problem.k % weight.group:
             unmet.append(Unmet(Kind.ALIGNMENT, f"needs k in whole groups of {weight.group}, got k={problem.k}"))
+        if weight.group is not None and weight.group % self.group_multiple:
+            multiple = f"needs groups in multiples of {self.group_multiple}, got {weight.group}"
+            unmet.append(Unmet(Kind.GRANULARITY, multiple))
         if self.max_k is not None and problem.k > self.max_k:
             unmet.append(Unmet(Kind.MAX_K, f"needs k <= {self.max_k}, got k={problem.k}"))
         if self.rows is not None and not self.rows.covers(problem.m):
@@ -181,7 +186,8 @@ class Kernel:
 
     ``a`` is ``[m, k]`` codes (cast to ``a_dtype`` first when that is set) or, for a weight-only kernel, the float
     activation; ``b`` the weight in ``layout``, or as ``[k, n]`` codes when ``layout`` is None. ``b_sum [n]`` is given
-    with ``a_zero_point``: the sum of ``b``'s codes over k. The rest is as in ``fx_quant::scaled_mm``, and in
+    with ``a_zero_point``: the sum of ``b``'s codes over k; with ``block`` or packed int4 it is in the layout of
+    ``kernels.layouts.group_sums``. The rest is as in ``fx_quant::scaled_mm``, and in
     ``fx_quant::weight_only_mm`` where ``a`` is float.
 
     Args:
@@ -306,6 +312,7 @@ CPU, CUDA, ROCM = frozenset({"cpu"}), frozenset({"cuda"}), frozenset({"rocm"})
 # Operands that may have a zero point.
 ACTIVATION, WEIGHT = frozenset({"activation"}), frozenset({"weight"})
 INT8_PAIRS = frozenset({(torch.int8, torch.int8)})
+INT4_PAIRS = frozenset((torch.int8, codes) for codes in INT4_DTYPES)
 # The deepest sum of int8 products that an int32 holds: 128 * 128 * k is below 2**31.
 INT8_MAX_K = 131071
 FLOAT8_PAIRS = frozenset((a, b) for a in FLOAT8_DTYPES for b in FLOAT8_DTYPES)

@@ -106,8 +106,9 @@ def apply_linear(
             a, weight.t(), weight_scale, weight_zero_point, bias, out_dtype, block=block
         )
     else:
+        extras = {} if weight_zero_point is None else {"b_zero_point": weight_zero_point}
         out = torch.ops.fx_quant.scaled_mm(
-            a, weight.t(), a_scale, weight_scale, bias, out_dtype, a_zero_point=a_zero_point, block=block
+            a, weight.t(), a_scale, weight_scale, bias, out_dtype, a_zero_point=a_zero_point, block=block, **extras
         )
     return without_gradient(out.reshape(*x.shape[:-1], n), x)
 

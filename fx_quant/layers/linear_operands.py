@@ -49,15 +49,20 @@ def check_scheme(scheme: Scheme) -> None:
         spec.symmetric or spec.dtype not in FLOAT8_DTYPES,
         lambda: f"an asymmetric weight must have an integer dtype, got {scheme}",
     )
+    takes_zero_point = activation.dtype is torch.int8 and (spec.packed or spec.group is not None)
     must(
-        scheme.weight_only or spec.symmetric,
-        lambda: f"beside a quantized activation the weight must be symmetric, got {scheme}",
+        scheme.weight_only or spec.symmetric or takes_zero_point,
+        lambda: (
+            f"beside a quantized activation the weight must be symmetric, got {scheme}; a zero point is for int4 or "
+            "groups beside int8"
+        ),
     )
     if scheme.weight_only:
         return
     check_activation(activation)
+    whole_rows = activation.dtype is torch.int8 and activation.group is None
     must(
-        activation.group == spec.group,
+        activation.group == spec.group or whole_rows,
         lambda: (
             f"scales vary along k in groups of one size or not at all, got {scheme}"
             + ("" if spec.group is None else f"; the activation must be per_group({spec.group})")

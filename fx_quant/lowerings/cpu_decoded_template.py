@@ -1,7 +1,8 @@
 """A C++ template around the matmuls that decode a packed weight in registers: it yields the scaled sums of a panel.
 
 ``acc[m, n] = sum_j row_scale[m, j] * scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j])`` in float32,
-of what is there; scales that do not vary along k, bias, cast and what follows are the epilogue, fused by the scheduler.
+of what is there, and with the row's zero point taken off codes ``a``; scales that do not vary along k, bias, cast and
+what follows are the epilogue, fused by the scheduler.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ extern "C" {{export_declaration}}
     const int64_t lda = {{kernel.stride(A, 0)}};
     const auto a = reinterpret_cast<const Dot::A*>(&{{kernel.index(A, [0, 0])}});
     FxqWeight weight{};
-    weight.codes = reinterpret_cast<const uint8_t*>(&{{kernel.index(B, [0, 0, 0, 0])}});
+    weight.codes = reinterpret_cast<const uint8_t*>(&{{kernel.index(B, [0] * B.get_size()|length)}});
     weight.n = N;
     weight.k = K;
     weight.group = {{group}};
@@ -47,10 +48,14 @@ extern "C" {{export_declaration}}
     weight.row_scale_stride = {{kernel.stride(R, 0)}};
     weight.row_scale_group_stride = {{kernel.stride(R, 1)}};
 {%- endif %}
+{%- if P is defined %}
+    weight.row_zero_point = &{{kernel.index(P, [0] * P.get_size()|length)}};
+    weight.row_zero_point_stride = {{row_zero_point_stride}};
+{%- endif %}
 """
     + SHARE
     + DECODED_LOOP.substitute(
-        sums="""{{kernel.define_stack_allocated_buffer("acc", [384, 64], decode.dot.acc_dtype)}}
+        sums="""{{kernel.define_stack_allocated_buffer("acc", [384, 64], float32)}}
         static_assert(FXQ_CHUNK_ROWS == 384 && FXQ_PANEL == 64);""",
         panel=N_START.rstrip("\n"),
         store=STORE.rstrip("\n"),
@@ -85,12 +90,15 @@ class DecodedTemplate(TileTemplate):
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The weight's factors as ``FxqFactor`` has them."""
-        named = (("scale", inputs.get("S")), ("zero_point", inputs.get("Z")))
-        factors = [(field, node, *self._factor(node)) for field, node in named if node is not None]
+        named = (("scale", "S"), ("zero_point", "Z"), ("code_sum", "C"))
+        factors = [(field, inputs[name], *self._factor(inputs[name])) for field, name in named if name in inputs]
+        point = inputs.get("P")
         return {
             "decode": self.decode,
             "group": self.k if self.block is None else self.block[1],
             "factors": factors,
+            "row_zero_point_stride": 0 if point is None or _is_single(point) else point.get_stride()[0],
+            "float32": torch.float32,
         }
 
     def _factor(self, node: Any) -> tuple[int | None, int, Any, Any, Any]:
@@ -100,8 +108,11 @@ class DecodedTemplate(TileTemplate):
             return kind, 1, *reversed(stride)
         if self.block is not None:
             return kind, self.block[0], *stride, 0
-        is_single = all(size == 1 for size in node.get_size())
-        return kind, 1, 0 if is_single else stride[-1], 0, 0
+        return kind, 1, 0 if _is_single(node) else stride[-1], 0, 0
+
+
+def _is_single(node: Any) -> bool:
+    return all(size == 1 for size in node.get_size())
 
 
 def _in_memory(x: ir.TensorBox, dtype: torch.dtype | None) -> ir.IRNode:
@@ -121,8 +132,15 @@ def decoded_matmul(
     b_scale: ir.TensorBox | None,
     b_zero_point: ir.TensorBox | None,
     block: Sequence[int] | None,
+    a_zero_point: ir.TensorBox | None = None,
+    b_sum: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
-    """``[m, n]`` float32 sums of ``a [m, k]`` and packed ``b``; scaled with ``block`` only, as scales vary along k."""
+    """``[m, n]`` float32 sums of ``a [m, k]`` and packed ``b``; scaled with ``block`` only, as scales vary along k.
+
+    Args:
+        a_scale: that of groups of ``a``; None where it does not vary along k.
+        a_zero_point, b_sum: that of codes ``a``, and the sums of the weight's codes over each group, in panels.
+    """
     inputs: dict[str, ir.IRNode] = {"A": with_contiguous_rows(a), "B": contiguous(b)}
     if block is not None:
         assert b_scale is not None
@@ -131,6 +149,8 @@ def decoded_matmul(
         inputs["Z"] = _in_memory(b_zero_point, torch.int32 if factor_kind(b_zero_point.get_dtype()) is None else None)
     if block is not None and a_scale is not None:
         inputs["R"] = _in_memory(a_scale, torch.float32)
+    if a_zero_point is not None and b_sum is not None:
+        inputs |= {"P": _in_memory(a_zero_point, torch.int32), "C": _in_memory(b_sum, None)}
     m, k = inputs["A"].get_size()
     layout = ir.FixedLayout(inputs["A"].get_device_or_error(), torch.float32, [m, n])
     return DecodedTemplate(decode, inputs, layout, int(n), int(k), block).generate().output_node()

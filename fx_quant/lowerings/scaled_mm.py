@@ -16,8 +16,9 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.virtualized import V
 
 import fx_quant.kernels.cpu.tiled_kernels  # noqa: F401
-from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of
+from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of, groups_of
 from fx_quant.kernels.cpu.decoded_kernels import DECODED_OPS, fixed_name
+from fx_quant.kernels.cpu.groups_kernels import GROUP_LEVELS
 from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.cpu.native import BFLOAT16, Dot
 from fx_quant.kernels.pytorch import CUDA_INT_MM_ROWS
@@ -122,6 +123,29 @@ for _name in DECODED_OPS:
         register_lowering(_op, type_promotion_kind=None)(_decoded(_op, fixed=_fixed))
 
 
+def _groups(op: torch._ops.OpOverload, dot: Dot) -> Callable:
+    """The lowering of int8 products with scales along k: these inside, those of whole rows as the epilogue."""
+
+    def lowering(
+        a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
+    ) -> TensorBox:
+        decode = groups_of(dot, len(b.get_size()) == 3)
+        if not (can_render(dot, a, n) and decode.takes(block)):
+            extras = {"a_zero_point": a_zero_point, "b_sum": b_sum, "b_zero_point": b_zero_point, "block": block}
+            return _extern(op)(a, b, a_scale, b_scale, bias, n, out_dtype, **extras)
+        by_row = block is None or a_scale is None or len(a_scale.get_size()) < 2 or a_scale.get_size()[1] == 1
+        of_groups = None if by_row else a_scale
+        acc = decoded_matmul(decode, a, b, n, of_groups, b_scale, b_zero_point, block, a_zero_point, b_sum)
+        return _dequantize(acc, a_scale if by_row else None, b_scale if block is None else None, bias, out_dtype)
+
+    return lowering
+
+
+for _groups_level in GROUP_LEVELS:
+    _op = getattr(fxq, _groups_level.op).default
+    register_lowering(_op, type_promotion_kind=None)(_groups(_op, _groups_level.dot))
+
+
 @register_lowering(fxq.cpu_float8_float32.default, type_promotion_kind=None)
 def cpu_float8_float32(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
     """Float matmul of widened codes, epilogue fused by Inductor."""
@@ -194,10 +218,12 @@ def pytorch_channelwise(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox
 
 
 @register_lowering(fxq.scaled_mm.default, type_promotion_kind=None)
-def scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None) -> TensorBox:
+def scaled_mm(
+    a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, b_zero_point=None, block=None
+) -> TensorBox:
     """``torch._int_mm`` and the epilogue for int8 on a CPU where that is exact; the op's own body elsewhere."""
-    plain = a_zero_point is None and block is None and 0 not in (*a.get_size(), *b.get_size())
+    plain = a_zero_point is None and b_zero_point is None and block is None and 0 not in (*a.get_size(), *b.get_size())
     if plain and int_mm_is_exact() and a.get_device().type == "cpu" and a.get_dtype() == b.get_dtype() == torch.int8:
         return pytorch_int_mm(a, b, a_scale, b_scale, bias, b.get_size()[1], out_dtype)
-    extras = {"a_zero_point": a_zero_point, "block": block}
+    extras = {"a_zero_point": a_zero_point, "b_zero_point": b_zero_point, "block": block}
     return _extern(fxq.scaled_mm.default)(a, b, a_scale, b_scale, bias, out_dtype, **extras)

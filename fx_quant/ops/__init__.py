@@ -7,7 +7,7 @@ stays opaque to AOTAutograd, runs eagerly on every device, and Inductor may stil
 from __future__ import annotations
 
 from fx_quant.ops import fold
-from fx_quant.ops.decode import decode, repeat_blocks, unpack_nibbles
+from fx_quant.ops.decode import decode, repeat_blocks, unpack_codes, unpack_nibbles
 from fx_quant.ops.library import KEEPING_TAGS, LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
 from fx_quant.ops.quantize import (
     check_quantize,
@@ -25,7 +25,7 @@ from fx_quant.ops.scaled_mm import (
     dequantize,
     scaled_mm,
 )
-from fx_quant.ops.weight_only_mm import check_weight_only_mm, dequantize_weight, unpack_codes, weight_only_mm
+from fx_quant.ops.weight_only_mm import check_weight_only_mm, dequantize_weight, weight_only_mm
 from fx_quant.ops.zero_points import split_zero_point
 
 __all__ = [

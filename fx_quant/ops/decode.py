@@ -40,3 +40,11 @@ def repeat_blocks(values: Tensor, block: Sequence[int], shape: Sequence[int]) ->
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """``[..., 2 k]`` of 0..15 from bytes ``[..., k]``, the low nibble of each first."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def unpack_codes(b: Tensor, k: int) -> Tensor:
+    """Codes ``[k, n]`` of ``b``: itself, or int8 codes -8..7 of nibbles ``[k / 2, n]`` (code + 8, even k low)."""
+    if b.shape[0] == k:
+        return b
+    weight = b.t()  # as it usually lies in memory
+    return (unpack_nibbles(weight).to(torch.int8) - 8).t()

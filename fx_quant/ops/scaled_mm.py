@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fx_quant.ops.decode import repeat_blocks, unpack_codes
 from fx_quant.ops.library import MATMUL_TAGS, register
 from fx_quant.scheme import FLOAT8_DTYPES, INT8_DTYPES, dtype_name
 
@@ -107,7 +108,6 @@ def check_scaled_mm(
             lambda: f"{op}: b_scale must have one element or shape [n] = [{n}], got {list(b_scale.shape)}",
         )
     if a_zero_point is not None:
-        torch._check(block is None, lambda: f"{op}: block scales take no a_zero_point; quantize symmetrically")
         torch._check(
             a_dtype in INT8_DTYPES and a_zero_point.dtype is torch.int32 and _fits_rows(a_zero_point, a_rows),
             lambda: (
@@ -130,8 +130,13 @@ def check_blocks(a_rows, k, n, a_scale, b_scale, block, op: str) -> None:
     )
     along_k = _blocks(k, block[1])
     torch._check(
-        a_scale is None or (a_scale.dim() == 2 and a_scale.shape[0] == a_rows and a_scale.shape[1] == along_k),
-        lambda: f"{op}: a_scale must have shape [m, k / block] = [{a_rows}, {along_k}], got {list(a_scale.shape)}",
+        a_scale is None
+        or (a_scale.dim() == 2 and a_scale.shape[0] == a_rows and a_scale.shape[1] == along_k)
+        or _fits_rows(a_scale, a_rows),
+        lambda: (
+            f"{op}: a_scale must have one element or shape [m, 1] or [m, k / block] = [{a_rows}, {along_k}], "
+            f"got {list(a_scale.shape)}"
+        ),
     )
     along_n = _blocks(n, block[0])
     torch._check(
@@ -155,6 +160,7 @@ def scaled_mm(
     out_dtype: torch.dtype,
     *,
     a_zero_point: Tensor | None = None,
+    b_zero_point: Tensor | None = None,
     block: Sequence[int] | None = None,
 ) -> Tensor:
     """Matrix product of two quantized operands.
@@ -162,50 +168,83 @@ def scaled_mm(
     ``out[m, n] = cast(float32(sum_k (a[m, k] - a_zero_point) * b[k, n]) * a_scale * b_scale + bias[n])``; the sum is
     int32 for integer codes and float32 for float8, the rest float32 in this order. With ``block = [r, c]`` the scales
     vary along k: ``out = cast(sum_j float32(sum_{k in j} a b) * a_scale[m, j] * b_scale[n / r, j] + bias)`` over the
-    blocks ``j`` of ``c`` neighbours along k.
+    blocks ``j`` of ``c`` neighbours along k, the zero points taken off ``a`` and ``b`` in the sums of the blocks.
 
     Args:
         a: ``[m, k]``, int8 or float8.
-        b: ``[k, n]``, same family as ``a``; usually a transposed ``[n, k]`` weight.
-        a_scale: one element or ``[m, 1]``, float32; None is 1. With ``block``: ``[m, ceil(k / c)]``.
+        b: ``[k, n]``, same family as ``a``; usually a transposed ``[n, k]`` weight. Beside integer codes also int4
+            codes in uint8 ``[k / 2, n]``, two to a byte along k: ``code + 8``, the even k in the low nibble.
+        a_scale: one element or ``[m, 1]``, float32; None is 1. With ``block`` also ``[m, ceil(k / c)]``.
         b_scale: one element, ``[n]`` or ``[1, n]``, float32; None is 1. With ``block``: ``[ceil(n / r), ceil(k / c)]``.
         bias: ``[n]``, any float dtype, added in float32.
         out_dtype: dtype of the result; ``torch.int32`` returns the raw accumulator of integer codes.
         a_zero_point: int32, one element or ``[m, 1]``; None is 0. Integer codes only.
+        b_zero_point: integers of the shape of ``b_scale``; None is 0. Integer codes only. Beside it a sum is in
+            float32, where int32 might not hold it.
         block: rows and columns of the weight ``[n, k]`` that share one scale, or None.
 
     A zero scale gives zeros. ``m == 0`` returns an empty tensor.
     """
-    _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, block)
-    if block is not None:
+    _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, b_zero_point, block)
+    if a.dtype in INT8_DTYPES:
+        b = unpack_codes(b, a.shape[1])
+    if block is not None or b_zero_point is not None:
         assert b_scale is not None
-        acc = accumulate_blocks(a, b, a_scale, b_scale, block)
-        return dequantize(acc, None, None, bias, out_dtype).contiguous()
+        if block is None:
+            assert b_zero_point is not None
+            block = (1, max(a.shape[1], 1))
+            b_scale, b_zero_point = (x.reshape(-1, 1).expand(b.shape[1], 1) for x in (b_scale, b_zero_point))
+            is_by_block = False
+        else:
+            is_by_block = a_scale is not None and a_scale.dim() == 2 and a_scale.shape[1] == b_scale.shape[1]
+        of_blocks = a_scale if is_by_block else None
+        acc = accumulate_blocks(a, b, of_blocks, b_scale, b_zero_point, block, a_zero_point=a_zero_point)
+        return dequantize(acc, None if is_by_block else a_scale, None, bias, out_dtype).contiguous()
     acc = accumulate(a, b)
     if a_zero_point is not None:
         acc = correct(acc, a_zero_point, column_sums(b))
     return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
 
 
-def accumulate_blocks(a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor, block: Sequence[int]) -> Tensor:
+def accumulate_blocks(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor,
+    b_zero_point: Tensor | None,
+    block: Sequence[int],
+    *,
+    a_zero_point: Tensor | None = None,
+) -> Tensor:
     """``sum_j float32(sum_{k in j} a b) * a_scale[m, j] * b_scale[n / r, j]``, float32 ``[m, n]``."""
     rows, columns = block
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
+    shifted = a_zero_point is not None or b_zero_point is not None
+    if shifted:
+        # Exact, as every sum of integers that float64 holds.
+        a, b = a.double(), b.double()
+        a = a if a_zero_point is None else a - a_zero_point
+        b = b if b_zero_point is None else b - repeat_blocks(b_zero_point, block, b.t().shape).t()
     for j in range(_blocks(a.shape[1], columns)):
         along = slice(j * columns, (j + 1) * columns)
-        part = accumulate(a[:, along], b[along]).float()
+        part = (a[:, along] @ b[along] if shifted else accumulate(a[:, along], b[along])).float()
         scale = b_scale[:, j].float().repeat_interleave(rows)[: b.shape[1]]
         out += (part if a_scale is None else part * a_scale[:, j : j + 1].float()) * scale
     return out
 
 
 def _check_operands(a, b) -> None:
+    both_int8 = a.dtype in INT8_DTYPES and b.dtype in INT8_DTYPES
     torch._check(
-        a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[0],
-        lambda: f"scaled_mm: a and b must be [m, k] and [k, n], got {list(a.shape)} and {list(b.shape)}",
+        a.dim() == 2
+        and b.dim() == 2
+        and (a.shape[1] == b.shape[0] or (both_int8 and b.dtype is torch.uint8 and a.shape[1] == 2 * b.shape[0])),
+        lambda: (
+            "scaled_mm: a and b must be [m, k] and [k, n], or [k / 2, n] of two int4 codes to a byte, "
+            f"got {list(a.shape)} and {list(b.shape)}"
+        ),
     )
     both_float8 = a.dtype in FLOAT8_DTYPES and b.dtype in FLOAT8_DTYPES
-    both_int8 = a.dtype in INT8_DTYPES and b.dtype in INT8_DTYPES
     torch._check(
         both_float8 or both_int8,
         lambda: (
@@ -214,21 +253,34 @@ def _check_operands(a, b) -> None:
     )
 
 
-def _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, block) -> None:
+def _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, b_zero_point, block) -> None:
     _check_operands(a, b)
     (m, k), n = a.shape, b.shape[1]
     extras = {"a_zero_point": a_zero_point, "block": block}
     check_scaled_mm(m, a.dtype, k, n, a_scale, b_scale, bias, out_dtype, "scaled_mm", **extras)
+    torch._check(
+        b_zero_point is None
+        or (
+            b_scale is not None
+            and a.dtype in INT8_DTYPES
+            and b_zero_point.shape == b_scale.shape
+            and not b_zero_point.dtype.is_floating_point
+        ),
+        lambda: (
+            "scaled_mm: b_zero_point must be integers of the shape of b_scale, beside integer codes, "
+            f"got {dtype_name(b_zero_point.dtype)} {list(b_zero_point.shape)} beside {dtype_name(a.dtype)}"
+        ),
+    )
 
 
-def _scaled_mm_fake(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, block=None):
-    _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, block)
+def _scaled_mm_fake(a, b, a_scale, b_scale, bias, out_dtype, *, a_zero_point=None, b_zero_point=None, block=None):
+    _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, b_zero_point, block)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
 register(
     "scaled_mm(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, ScalarType out_dtype, *, "
-    "Tensor? a_zero_point=None, SymInt[]? block=None) -> Tensor",
+    "Tensor? a_zero_point=None, Tensor? b_zero_point=None, SymInt[]? block=None) -> Tensor",
     scaled_mm,
     _scaled_mm_fake,
     MATMUL_TAGS,

@@ -7,18 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fx_quant.ops.decode import decode, unpack_nibbles
+from fx_quant.ops.decode import decode, unpack_codes
 from fx_quant.ops.library import MATMUL_TAGS, register
 from fx_quant.ops.scaled_mm import check_blocks, check_epilogue, dequantize, fits_columns
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, dtype_name
-
-
-def unpack_codes(b: Tensor, k: int) -> Tensor:
-    """Codes ``[k, n]`` of ``b``: itself, or int8 codes -8..7 of nibbles ``[k / 2, n]`` (code + 8, even k low)."""
-    if b.shape[0] == k:
-        return b
-    weight = b.t()  # as it usually lies in memory
-    return (unpack_nibbles(weight).to(torch.int8) - 8).t()
 
 
 def dequantize_weight(

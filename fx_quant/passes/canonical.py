@@ -19,9 +19,9 @@ def operands_of(node: Node) -> Operands[Node]:
         a, b, b_scale, b_zero_point, bias, out_dtype = args_of(node)
         operands = Operands(a, b, None, b_scale, bias, out_dtype, b_zero_point=b_zero_point, block=_block(node))
     else:
-        zero_point = node.kwargs.get("a_zero_point")
-        assert zero_point is None or isinstance(zero_point, Node)
-        operands = Operands(*args_of(node), a_zero_point=zero_point, block=_block(node))
+        zero_points = {f"{name}_zero_point": node.kwargs.get(f"{name}_zero_point") for name in "ab"}
+        assert all(point is None or isinstance(point, Node) for point in zero_points.values())
+        operands = Operands(*args_of(node), **zero_points, block=_block(node))
     return operands
 
 

@@ -236,6 +236,7 @@ _EMPTY = "a size of the matmul is 0, so there is nothing to multiply"
 def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
     """The site of a canonical op that stands in the source graph, as ``QuantizedLinear`` puts it there."""
     operands = operands_of(node)
+    a_scale = operands.a_scale
     n, k = shape(operands.b)[1], shape(operands.a)[1]
     if not isinstance(n, int) or not isinstance(k, int):
         return SizeMiss(node, node, _dynamic(n, k))
@@ -243,10 +244,10 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
         return Recognised(node, _EMPTY)
     activation = OperandSpec(
         dtype_of(operands.a),
-        _scale_granularity(operands.a_scale, operands.block and (1, operands.block[1]), Granularity.PER_TOKEN),
-        dynamic=operands.a_scale in inputs.runtime,
+        _scale_granularity(a_scale, _block_of_rows(a_scale, operands.block, k), Granularity.PER_TOKEN),
+        dynamic=a_scale in inputs.runtime,
         symmetric=operands.a_zero_point is None,
-        scale_dtype=scale_dtype_of(dtype(operands.a_scale)),
+        scale_dtype=scale_dtype_of(dtype(a_scale)),
     )
     packed = not same_size(shape(operands.b)[0], k)
     weight = OperandSpec(
@@ -265,6 +266,14 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
         constant_weight=_is_constant_matrix(operands.b, None, inputs),
     )
     return Site(node, node, None, problem, problem.scheme, str(problem.scheme))
+
+
+def _block_of_rows(a_scale: Node | None, block: tuple[int, int] | None, k: int) -> tuple[int, int] | None:
+    """The block of the activation where its scales vary along k; one scale may be for a whole row beside groups."""
+    if block is None or a_scale is None:
+        return None
+    sizes = shape(a_scale)
+    return (1, block[1]) if len(sizes) == 2 and same_size(sizes[1], -(-k // block[1])) else None
 
 
 def _scale_granularity(scale: Node | None, block: tuple[int, int] | None, named: Granularity) -> Granularity:

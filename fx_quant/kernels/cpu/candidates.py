@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fx_quant.errors import FxQuantError
-from fx_quant.kernels.cpu.decode import decode_of, decoded_matmul
+from fx_quant.kernels.cpu.decode import decode_of, decoded_matmul, is_int4
 from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.cpu.native import BFLOAT16, Dot, matmul
 from fx_quant.kernels.cpu.plans import PlanTable, default_table
@@ -170,7 +170,8 @@ def _tile(dot: Dot, a: Tensor, n: int, b: Tensor, plans: PlanTable) -> Tensor | 
 def _decoded(
     a: Tensor, n: int, scale: Tensor, block: tuple[int, int] | None, b: Tensor, plans: PlanTable
 ) -> Tensor | None:
-    return decoded_matmul(a, b, n, None, scale, None, None, torch.float32, block, plans)
+    decode = decode_of(a.dtype, b.dtype, is_int4(b))
+    return decoded_matmul(decode, a, b, n, None, scale, None, None, torch.float32, block, plans)
 
 
 def _verify(kernel: TunedKernel, shape: Shape, results: Sequence[Tensor | None], tables: Sequence[PlanTable]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fx_quant.kernels.cpu.native import AVX512, BFLOAT16, FLOAT32, PLAN, TILE, Dot, for_target, load, source
 from fx_quant.kernels.cpu.plans import FIXED, PlanTable, table
+from fx_quant.ops import dequantize
 from fx_quant.scheme import FLOAT8_DTYPES
 
 # Bytes become bfloat16 by a table of 128 bytes.
@@ -26,8 +27,16 @@ _DECODED_BFLOAT16 = replace(
     features=BFLOAT16.features | {"avx512_vbmi"},
 )
 _DOTS = {torch.bfloat16: _DECODED_BFLOAT16, torch.float32: FLOAT32}
+_GROUP_CODES = {False: "FxqPackedBytes", True: "FxqPackedNibbles"}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
-_KINDS = {"FxqSigned": "int8", "FxqUnsigned": "int8", "FxqFloat8": "float8", "FxqNibbles": "int4"}
+_KINDS = {
+    "FxqSigned": "decoded_int8",
+    "FxqUnsigned": "decoded_int8",
+    "FxqFloat8": "decoded_float8",
+    "FxqNibbles": "decoded_int4",
+    "FxqPackedBytes": "groups",
+    "FxqPackedNibbles": "int4_groups",
+}
 _FACTOR_KINDS = {
     torch.float32: 1,
     torch.int8: 2,
@@ -36,6 +45,7 @@ _FACTOR_KINDS = {
     torch.int64: 5,
     torch.bfloat16: 6,
     torch.float16: 7,
+    torch.int16: 8,
 }
 # The last dim of layout `int4_words`, eight k of a column; that of `pairs` and `columns` is less.
 INT4_BYTES = 4
@@ -61,9 +71,14 @@ class Decode:
     fixed: bool = False
 
     @property
+    def scales_itself(self) -> bool:
+        """Whether its eager call has an epilogue; else it returns the sums, and PyTorch does the rest."""
+        return self.dot.vector_bits == 512
+
+    @property
     def kind(self) -> str:
         """What its plans are called in ``plans.py``; signed and unsigned bytes share them."""
-        return f"{self.dot.kind}_decoded_{_KINDS[self.codes]}"
+        return f"{self.dot.kind}_{_KINDS[self.codes]}"
 
     def plans(self) -> PlanTable:
         """The plans in force; where the order is fixed one that no measurement changes."""
@@ -90,10 +105,22 @@ def decode_of(a_dtype: torch.dtype, code_dtype: torch.dtype, int4: bool, fixed: 
     is_bf16 = a_dtype is torch.bfloat16
     codes = "FxqNibbles" if int4 else _BYTES[code_dtype]
     decoder = "decode_bf16.h" if is_bf16 else "decode_float32.h"
-    files = ("codes.h", decoder, "factors.h", "rows.h", "panel.h")
+    files = ("codes.h", decoder, "factor.h", "factors.h", "rows.h", "panel.h")
     native = f"#define FXQ_SETS {1 if fixed else 2}\n{dot.source}\n{source(*files)}"
     step = 8 if int4 else 2 if is_bf16 else 1
     return Decode(dot, codes, f"{_table(code_dtype)}{native}", step, fixed)
+
+
+@functools.cache
+def groups_of(dot: Dot, int4: bool) -> Decode:
+    """How packed int8 codes (``int4``: two codes to a byte) meet int8 codes of an activation, by ``dot``.
+
+    A plan does not change the order of its sums.
+    """
+    is_512 = dot.vector_bits == 512
+    files = ("factor.h", "factors.h" if is_512 else "factors_plain.h", "rows.h", "groups.h")
+    step = 8 if int4 else 4
+    return Decode(dot, _GROUP_CODES[int4], f"{dot.source}\n{source(*files)}", step)
 
 
 def _table(dtype: torch.dtype) -> str:
@@ -111,7 +138,7 @@ def _table(dtype: torch.dtype) -> str:
 DECODED_LOOP = string.Template(r"""        $sums
         for (int64_t m_start = share.row_begin; m_start < share.row_end; m_start += FXQ_CHUNK_ROWS) {
             const int64_t m_end = std::min(m_start + FXQ_CHUNK_ROWS, share.row_end);
-            const FxqRows<Dot::A> rows(a + m_start * lda, lda, m_end - m_start, weight, !Decode::SUBTRACTS);
+            const auto rows = fxq_rows<Dot, Decode>(a + m_start * lda, lda, m_start, m_end - m_start, weight);
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
 $panel
                 fxq_panel<Dot, Decode>(
@@ -128,7 +155,7 @@ _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
 
 class _Factor(ctypes.Structure):
-    """``FxqFactor`` of ``kernels/cpu/source/factors.h``."""
+    """``FxqFactor`` of ``kernels/cpu/source/factor.h``."""
 
     _fields_ = (
         ("kind", _SIZE),
@@ -141,7 +168,7 @@ class _Factor(ctypes.Structure):
 
 
 class _Weight(ctypes.Structure):
-    """``FxqWeight`` of ``kernels/cpu/source/panel.h``."""
+    """``FxqWeight`` of ``kernels/cpu/source/rows.h``."""
 
     _fields_ = (
         ("codes", _ADDRESS),
@@ -153,11 +180,14 @@ class _Weight(ctypes.Structure):
         ("row_scale", _ADDRESS),
         ("row_scale_stride", _SIZE),
         ("row_scale_group_stride", _SIZE),
+        ("row_zero_point", _ADDRESS),
+        ("row_zero_point_stride", _SIZE),
+        ("code_sum", _Factor),
     )
 
 
 class _Epilogue(ctypes.Structure):
-    """``FxqEpilogue`` of ``kernels/cpu/source/eager_decoded.h``."""
+    """``FxqEpilogue`` of ``kernels/cpu/source/eager_decoded.h`` and ``eager_plain.h``."""
 
     _fields_ = (
         ("a_scale", _ADDRESS),
@@ -200,7 +230,7 @@ _EAGER_LOOP = DECODED_LOOP.substitute(
 
 @functools.cache
 def _compiled(decode: Decode) -> Callable[..., None] | None:
-    native = f"{decode.source}\n{source('eager_decoded.h')}"
+    native = f"{decode.source}\n{source('eager_decoded.h' if decode.scales_itself else 'eager_plain.h')}"
     code = _EAGER.substitute(plan=PLAN, source=native, dot=decode.dot.struct, codes=decode.codes, loop=_EAGER_LOOP)
     library = load(decode.dot.name, code)
     if library is None:
@@ -231,11 +261,16 @@ def _column_stride(x: Tensor | None) -> int:
     return 0 if x is None or x.numel() == 1 else x.stride(-1)
 
 
+def _row_stride(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 1 else x.stride(0)
+
+
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
 def decoded_matmul(
+    decode: Decode,
     a: Tensor,
     b: Tensor,
     n: int,
@@ -247,20 +282,23 @@ def decoded_matmul(
     block: Sequence[int] | None,
     plans: PlanTable | None = None,
     *,
-    fixed: bool = False,
+    a_zero_point: Tensor | None = None,
+    b_sum: Tensor | None = None,
 ) -> Tensor | None:
     """The equation above of ``a [m, k]`` and packed ``b``; None where the native code cannot run.
 
     Args:
-        a: ``[m, k]``, bfloat16 or float32.
-        b: in layout ``pairs``, ``columns`` or ``int4_words`` (``kernels/layouts.py``).
+        decode: how the two meet.
+        a: ``[m, k]``, bfloat16 or float32; or int8 codes.
+        b: in a layout of ``kernels/layouts.py``: ``pairs``, ``columns`` or ``int4_words`` beside a float, ``vnni`` or
+            ``vnni_int4`` beside codes.
         n: columns of the result.
         a_scale, b_scale, b_zero_point, bias, out_dtype, block: as in ``fx_quant::scaled_mm`` and ``weight_only_mm``;
             factors of groups may also be in panels, ``[ceil(n / 64), groups, 64]``.
         plans: those in force for the kernel unless given.
-        fixed: sum each row in one order, however many rows there are.
+        a_zero_point: of codes ``a``, as in ``fx_quant::scaled_mm``, beside ``b_sum``.
+        b_sum: the sums of the weight's codes over each group, in panels.
     """
-    decode = decode_of(a.dtype, b.dtype, is_int4(b), fixed)
     if a.device.type != "cpu" or not decode.takes(block):
         return None
     function = _compiled(decode)
@@ -268,9 +306,10 @@ def decoded_matmul(
         return None
     a = a if a.stride(1) == 1 or a.shape[1] == 1 else a.contiguous()
     m, k = a.shape
-    out = a.new_empty((m, n), dtype=out_dtype)
+    native_dtype = out_dtype if decode.scales_itself else torch.float32
+    out = a.new_empty((m, n), dtype=native_dtype)
     if not (m and n):
-        return out
+        return out.to(out_dtype)
     # Kept alive until the call is over.
     a_scale, bias = (None if x is None else x.float() for x in (a_scale, bias))
     if b_scale is not None and (block is None or factor_kind(b_scale.dtype) is None):
@@ -279,17 +318,26 @@ def decoded_matmul(
     if b_zero_point is not None and factor_kind(b_zero_point.dtype) is None:
         b_zero_point = b_zero_point.to(torch.int32)
     weight = _Weight(b.data_ptr(), n, k, max(k, 1), zero_point=_factor(b_zero_point, block))
-    epilogue = _Epilogue(bias=_address(bias), kind=_OUT_KINDS[out_dtype], out=out.data_ptr())
-    if block is None:
-        epilogue.a_scale, epilogue.b_scale = _address(a_scale), _address(b_scale)
-        epilogue.a_scale_stride = 0 if a_scale is None or a_scale.numel() == 1 else a_scale.stride(0)
-        epilogue.b_scale_stride = _column_stride(b_scale)
-    else:
+    if block is not None:
         weight.group, weight.scale = block[1], _factor(b_scale, block)
-        if a_scale is not None:
-            weight.row_scale = a_scale.data_ptr()
-            weight.row_scale_stride, weight.row_scale_group_stride = a_scale.stride()
+    by_group = block is not None and not is_by_row(a_scale)
+    if by_group and a_scale is not None:
+        weight.row_scale = a_scale.data_ptr()
+        weight.row_scale_stride, weight.row_scale_group_stride = a_scale.stride()
+    if a_zero_point is not None and b_sum is not None:
+        weight.row_zero_point, weight.row_zero_point_stride = a_zero_point.data_ptr(), _row_stride(a_zero_point)
+        weight.code_sum = _factor(b_sum, block)
+    rest = None if by_group else a_scale, b_scale if block is None else None, bias
+    epilogue = _Epilogue(kind=_OUT_KINDS[native_dtype], out=out.data_ptr())
+    if decode.scales_itself:
+        epilogue.a_scale, epilogue.b_scale, epilogue.bias = map(_address, rest)
+        epilogue.a_scale_stride, epilogue.b_scale_stride = _row_stride(rest[0]), _column_stride(rest[1])
     plans = decode.plans() if plans is None else plans
     operands = (a.data_ptr(), a.stride(0), m, ctypes.byref(weight), ctypes.byref(epilogue))
     function(*operands, plans.array, torch.get_num_threads())
-    return out
+    return out if decode.scales_itself else dequantize(out, *rest, out_dtype)
+
+
+def is_by_row(a_scale: Tensor | None) -> bool:
+    """Whether ``a_scale`` is one element or one for each row: ``[m, 1]``."""
+    return a_scale is not None and (a_scale.dim() < 2 or a_scale.shape[1] == 1)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.cpu.decode import INT4_BYTES, decoded_matmul, is_int4
+from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of, decoded_matmul, is_int4
 from fx_quant.kernels.layouts import packed_layout
 from fx_quant.kernels.registry import (
     CPU,
@@ -40,11 +41,12 @@ def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, b
     Args:
         fixed: each row is summed in one order, however many there are.
     """
-    out = decoded_matmul(a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block, fixed=fixed)
+    how = decode_of(a.dtype, b.dtype, is_int4(b), fixed)
+    out = decoded_matmul(how, a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block)
     if out is not None:
         return out
     k = a.shape[1]
-    b_scale, b_zero_point = _by_rows(b_scale, n), _by_rows(b_zero_point, n)
+    b_scale, b_zero_point = rows_of_panels(b_scale, n), rows_of_panels(b_zero_point, n)
     if a_scale is not None and block is not None:
         a, a_scale = decode(a, a_scale, block=(1, block[1])), None
     b_scale = torch.ones((), device=a.device) if b_scale is None else b_scale
@@ -55,7 +57,7 @@ def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, b
     return dequantize(sums, a_scale, None, bias, out_dtype)
 
 
-def _by_rows(factor: Tensor | None, n: int) -> Tensor | None:
+def rows_of_panels(factor: Tensor | None, n: int) -> Tensor | None:
     """``factor [n, groups]`` of one in panels; any other as it is."""
     if factor is None or factor.dim() < 3:
         return factor
@@ -69,11 +71,12 @@ def unpacked(b: Tensor, n: int, k: int) -> Tensor:
     return unpack(b, n, k // 2 if is_int4(b) else k).t()
 
 
-def _fake(name: str):
+def fake_of_panels(name: str) -> Callable[..., Tensor]:
+    """The fake function of an op whose factors may be in panels."""
     fake = fake_kernel(name)
 
     def of_panels(a, b, a_scale, b_scale, bias, n, out_dtype, **more) -> Tensor:
-        return fake(a, b, a_scale, _by_rows(b_scale, n), bias, n, out_dtype, **more)
+        return fake(a, b, a_scale, rows_of_panels(b_scale, n), bias, n, out_dtype, **more)
 
     return of_panels
 
@@ -87,8 +90,8 @@ def fixed_name(op: str) -> str:
 
 
 for _name in DECODED_OPS:
-    register_op(_name, _decoded, _fake(_name))
-    register_op(fixed_name(_name), functools.partial(_decoded, fixed=True), _fake(fixed_name(_name)))
+    register_op(_name, _decoded, fake_of_panels(_name))
+    register_op(fixed_name(_name), functools.partial(_decoded, fixed=True), fake_of_panels(fixed_name(_name)))
 
 _AVX512 = frozenset({"avx512", "cpp_compiler"})
 _BF16 = _AVX512 | {"avx512_bf16", "avx512_vbmi"}

@@ -73,7 +73,8 @@ TILE = ("share.h", "tile.h")
 
 def for_target(instructions: str, *names: str) -> str:
     """Files of ``kernels/cpu/source``, compiled for ``instructions`` as compilers call them."""
-    return f'#define FXQ_TARGET __attribute__((target("{instructions}")))\n{source(*names)}'
+    target = f'#define FXQ_TARGET __attribute__((target("{instructions}")))'
+    return f"{target}\n#define FXQ_INLINE FXQ_TARGET __attribute__((always_inline)) inline\n{source(*names)}"
 
 
 INT8_AMX = Dot(
@@ -104,7 +105,7 @@ INT8_AVX512 = Dot(
 INT8_AVX_VNNI = Dot(
     name="fxq_int8_avx_vnni",
     struct="FxqInt8AvxVnni",
-    source=for_target("avx2,avxvnni", "int8_avx2.h", "int8_avx_vnni.h", *TILE),
+    source=for_target("avx2,fma,avxvnni", "int8_avx2.h", "int8_avx_vnni.h", *TILE),
     acc_dtype=torch.int32,
     features=frozenset({"avx2", "avx_vnni"}),
     vector_bits=256,
@@ -112,7 +113,7 @@ INT8_AVX_VNNI = Dot(
 INT8_AVX2 = Dot(
     name="fxq_int8_avx2",
     struct="FxqInt8Avx2",
-    source=for_target("avx2", "int8_avx2.h", *TILE),
+    source=for_target("avx2,fma", "int8_avx2.h", *TILE),
     acc_dtype=torch.int32,
     features=frozenset({"avx2"}),
     vector_bits=256,

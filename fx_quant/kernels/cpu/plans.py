@@ -140,6 +140,11 @@ DEFAULTS: Mapping[str, PlanTable] = MappingProxyType(
     {
         "int8_vnni": _NEARER.replaced(18, chunk_k=256).replaced(ANY_ROWS, chunk_k=4096),
         "bf16": _NEARER.replaced(18, chunk_k=128).replaced(128, chunk_k=1024),
+        # Two codes to a byte take twice as long to multiply as to read, so that memory is asked later.
+        **dict.fromkeys(
+            (f"int8_{level}_{codes}" for level in ("vnni", "avx512") for codes in ("groups", "int4_groups")),
+            DEFAULT.replaced(2, ahead=2048).replaced(6, ahead=2048).replaced(18, chunk_k=256),
+        ),
     }
 )
 

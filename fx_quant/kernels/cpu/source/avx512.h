@@ -51,6 +51,28 @@ struct FxqAvx512Int8 : FxqAvx512 {
   FXQ_TARGET __attribute__((always_inline)) static void store(Acc* out, Vec acc) {
     _mm512_store_si512(out, acc);
   }
+
+  // For groups.h: codes of 4 bits, and float32 of sums.
+  using Float = __m512;
+
+  FXQ_TARGET __attribute__((always_inline)) static Codes nibbles(Codes bytes, int half) {
+    return _mm512_and_si512(half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float floats(Vec acc) {
+    return _mm512_cvtepi32_ps(acc);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float all(float value) {
+    return _mm512_set1_ps(value);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float times(Float x, Float y) {
+    return _mm512_mul_ps(x, y);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float plus(Float sum, Float x, Float y) {
+    return _mm512_fmadd_ps(x, y, sum);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float less(Float sum, Float x, Float y) {
+    return _mm512_fnmadd_ps(x, y, sum);
+  }
 };
 
 } // namespace

@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#define FXQ_INLINE FXQ_TARGET __attribute__((always_inline)) inline
-
 namespace {
 
 struct FxqSigned {

@@ -44,6 +44,28 @@ struct FxqInt8Avx2 {
     _mm256_store_si256(reinterpret_cast<__m256i*>(out), acc);
   }
 
+  // For groups.h: codes of 4 bits, and float32 of sums.
+  using Float = __m256;
+
+  FXQ_TARGET __attribute__((always_inline)) static Codes nibbles(Codes bytes, int half) {
+    return _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float floats(Vec acc) {
+    return _mm256_cvtepi32_ps(acc);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float all(float value) {
+    return _mm256_set1_ps(value);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float times(Float x, Float y) {
+    return _mm256_mul_ps(x, y);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float plus(Float sum, Float x, Float y) {
+    return _mm256_fmadd_ps(x, y, sum);
+  }
+  FXQ_TARGET __attribute__((always_inline)) static Float less(Float sum, Float x, Float y) {
+    return _mm256_fnmadd_ps(x, y, sum);
+  }
+
   // Even and odd bytes of ``count`` codes, with their signs, as pairs of 16-bit lanes; zeros up to a whole register.
   template <int64_t N>
   FXQ_TARGET static void widen(const A* a, int64_t count, int32_t (&out)[2][N]) {

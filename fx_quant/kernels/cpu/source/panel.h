@@ -38,6 +38,13 @@ FXQ_INLINE void fxq_step(
   }
 }
 
+// ``count`` rows from row ``first`` of an activation on, which is at a.
+template <typename DOT, typename DECODE>
+inline FxqRows<typename DOT::A> fxq_rows(
+    const typename DOT::A* a, int64_t lda, int64_t, int64_t count, const FxqWeight& w) {
+  return FxqRows<typename DOT::A>(a, lda, count, w, !DECODE::SUBTRACTS);
+}
+
 // Part of a panel: k from begin to end, at codes, and the factors of its groups, the first of which is ``group``.
 struct FxqChunk {
   int64_t begin, end, group;

@@ -12,6 +12,10 @@ struct FxqWeight {
   FxqFactor scale, zero_point;
   const float* row_scale;
   int64_t row_scale_stride, row_scale_group_stride;
+  // Of int8 activations only: their zero point for each row, and the sums of the weight's codes over each group.
+  const int32_t* row_zero_point;
+  int64_t row_zero_point_stride;
+  FxqFactor code_sum;
 };
 
 inline float fxq_float(float value) {

@@ -4,6 +4,15 @@
 #include <cstdint>
 #include <cstring>
 
+// Inductor turns this off for the loops that it writes itself.
+#if defined(__clang__)
+#define FXQ_VECTORIZED
+#define FXQ_VECTORIZE _Pragma("clang loop vectorize(enable)")
+#else
+#define FXQ_VECTORIZED __attribute__((optimize("O3", "tree-loop-vectorize")))
+#define FXQ_VECTORIZE
+#endif
+
 namespace {
 
 constexpr int64_t FXQ_PANEL = 64;

@@ -24,17 +24,28 @@ struct FxqLanes {
   int64_t row, part;
 };
 
-// acc[r][j] += row r x register j of columns, for one group whose lanes are at ``lane(r, part)`` and columns at b
-template <typename DOT, int ROWS, int COLUMNS, typename LANE>
+// Registers of columns at ``at``.
+template <typename DOT>
+struct FxqColumns {
+  const char* at;
+
+  FXQ_TARGET __attribute__((always_inline)) typename DOT::Codes operator()(int j) const {
+    typename DOT::Codes codes;
+    std::memcpy(&codes, at + j * sizeof(codes), sizeof(codes));
+    return codes;
+  }
+};
+
+// acc[r][j] += row r x register j of columns, for one group whose lanes are at ``lane(r, part)`` and columns ``b(j)``
+template <typename DOT, int ROWS, int COLUMNS, typename B, typename LANE>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_group(
-    typename DOT::Vec (&acc)[ROWS][COLUMNS], const char* b, LANE lane) {
+    typename DOT::Vec (&acc)[ROWS][COLUMNS], B b, LANE lane) {
 #pragma GCC unroll 2
   for (int part = 0; part < DOT::PARTS; part++) {
     typename DOT::Codes columns[COLUMNS];
 #pragma GCC unroll 8
     for (int j = 0; j < COLUMNS; j++) {
-      std::memcpy(&columns[j], b + j * sizeof(columns[j]), sizeof(columns[j]));
-      columns[j] = DOT::part(columns[j], part);
+      columns[j] = DOT::part(b(j), part);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
@@ -48,7 +59,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_group(
 }
 
 // acc[ROWS][COLUMNS] += ``groups`` groups of rows x columns of a panel at b, then ``rest`` elements of a last group
-template <typename DOT, int ROWS, int COLUMNS>
+template <typename DOT, int ROWS, int COLUMNS, bool ASKS = (ROWS > 2)>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
     typename DOT::Vec (&acc)[ROWS][COLUMNS],
     FxqLanes a,
@@ -59,21 +70,21 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_products(
   constexpr int LINES = COLUMNS * sizeof(typename DOT::Codes) / 64;
   for (int64_t g = 0; g < groups; g++, b += 256) {
     // For one row or two the hardware asks in time.
-    if (ROWS > 2) {
+    if (ASKS) {
 #pragma GCC unroll 4
       for (int line = 0; line < LINES; line++) {
         __builtin_prefetch(ahead.at);
         ahead.at += ahead.step;
       }
     }
-    fxq_group<DOT, ROWS, COLUMNS>(acc, b, [&](int r, int part) {
+    fxq_group<DOT, ROWS, COLUMNS>(acc, FxqColumns<DOT>{b}, [&](int r, int part) {
       int32_t lane;
       std::memcpy(&lane, a.data + r * a.row + part * a.part + g * 4, sizeof(lane));
       return lane;
     });
   }
   if (rest) {
-    fxq_group<DOT, ROWS, COLUMNS>(acc, b, [&](int r, int part) {
+    fxq_group<DOT, ROWS, COLUMNS>(acc, FxqColumns<DOT>{b}, [&](int r, int part) {
       int32_t lane = 0;
       std::memcpy(&lane, a.data + r * a.row + part * a.part + groups * 4, rest * sizeof(typename DOT::A));
       return lane;
