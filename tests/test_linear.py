@@ -756,7 +756,13 @@ DYNAMIC, STATIC = INT8[0], "int8 per_tensor (static) x int8 per_channel"
         ("float32 x int8 per_group(0)", CODES, SCALE, {}, "a weight must be per_tensor, per_channel, per_group"),
         ("float32 x float8_e4m3fn per_channel asymmetric", CODES, SCALE, {}, "asymmetric weight must have an integer"),
         ("int8 per_token x int8 per_channel asymmetric", CODES, SCALE, {}, "the weight must be symmetric"),
-        ("int8 per_token x int8 per_group(2)", CODES, SCALE, {}, r"the activation must be per_group\(2\)"),
+        (
+            "float8_e4m3fn per_token x float8_e4m3fn per_group(2)",
+            CODES,
+            SCALE,
+            {},
+            r"the activation must be per_group\(2\)",
+        ),
         (
             "float8_e4m3fn per_group(2) x float8_e4m3fn per_channel",
             CODES,

@@ -64,7 +64,7 @@ def canonical(asked: Problem, a, weight, a_scale, b_scale, bias, a_zero_point, b
     ops, block = torch.ops.fx_quant, asked.scheme.weight.block
     if asked.scheme.weight_only:
         return ops.weight_only_mm(a, weight.t(), b_scale, b_zero_point, bias, asked.out_dtype, block=block)
-    more = {"a_zero_point": a_zero_point, "block": block}
+    more = {"a_zero_point": a_zero_point, "b_zero_point": b_zero_point, "block": block}
     return ops.scaled_mm(a, weight.t(), a_scale, b_scale, bias, asked.out_dtype, **more)
 
 

@@ -29,6 +29,7 @@ from fx_quant.kernels.registry import (
     register_op,
 )
 from fx_quant.ops import correct, decode, dequantize, dequantize_weight
+from fx_quant.ops import scaled_mm as canonical_scaled_mm
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, HALF_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _MIXED_E5M2 = frozenset(
@@ -117,11 +118,11 @@ def _dequantized_blocks(a, b, a_scale, b_scale, bias, n, out_dtype, *, block=Non
 def _dequantized_groups(
     a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
 ) -> Tensor:
-    """The weight dequantized in float32, and a float matmul of the activation's codes, whose scales are of rows."""
-    wide = a.float() if a_zero_point is None else a.float() - a_zero_point
-    b_scale = torch.ones((), device=a.device) if b_scale is None else b_scale
-    weight = dequantize_weight(b, a.shape[1], b_scale, b_zero_point, block)
-    return dequantize(wide @ weight, a_scale, None, bias, out_dtype)
+    """The canonical op: exact sums of each group, then scaled."""
+    if b_scale is None and block is None and b_zero_point is not None:
+        b_scale = torch.ones_like(b_zero_point, dtype=torch.float32)
+    points = {"a_zero_point": a_zero_point, "b_zero_point": b_zero_point}
+    return canonical_scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, **points, block=block)
 
 
 def weight_only(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
@@ -319,8 +320,8 @@ for _name, _pairs, _granularities in (
                 out_dtypes=FLOAT_DTYPES,
                 asymmetric=ACTIVATION | WEIGHT,
             ),
-            numerics=Numerics.REASSOCIATED,
-            note="the weight dequantized to float32, then a float matmul of the activation's codes",
+            numerics=Numerics.SAME_ACCUM,
+            note="exact sums of each group by float64 matmuls, then scaled",
         ),
         priority=1,
     )
