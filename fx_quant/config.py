@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Integral
 from typing import Any
 
 from fx_quant.errors import FxQuantError, unknown_name
@@ -118,12 +119,13 @@ def _names(option: str, of: str, names: Any, *, piecewise: bool) -> tuple[str, .
 
 def _compile_sizes(sizes: Any, *, piecewise: bool) -> tuple[int, ...]:
     if not isinstance(sizes, (list, tuple, set, frozenset, range)) or not all(
-        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes
+        isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0  # NumPy's too
+        for size in sizes
     ):
         raise FxQuantError(f"option 'compile_sizes' must be a list of numbers of rows, 1 or more, got {sizes!r}")
     if sizes and not piecewise:
         raise FxQuantError("option 'compile_sizes' needs 'piecewise': True beside it, as sizes are those of pieces")
-    return tuple(sorted(set(sizes)))
+    return tuple(sorted({int(size) for size in sizes}))
 
 
 def option_names() -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -495,7 +496,7 @@ def test_sizes_are_compiled_as_the_call_runs(compiles, context):  # noqa: F811
 
 def test_sizes_are_read_and_in_the_key_of_caches():
     plain = Options.parse({"piecewise": True})
-    some = Options.parse({"piecewise": True, "compile_sizes": [8, 1, 2, 2]})
+    some = Options.parse({"piecewise": True, "compile_sizes": [8, 1, np.int64(2), 2]})
     assert (plain.compile_sizes, some.compile_sizes) == ((), (1, 2, 8))
     assert RewritePass(plain).uuid() != RewritePass(some).uuid()
 
