@@ -240,8 +240,8 @@ def _check_operands(a, b) -> None:
         and b.dim() == 2
         and (a.shape[1] == b.shape[0] or (both_int8 and b.dtype is torch.uint8 and a.shape[1] == 2 * b.shape[0])),
         lambda: (
-            "scaled_mm: a and b must be [m, k] and [k, n], or [k / 2, n] of two int4 codes to a byte, "
-            f"got {list(a.shape)} and {list(b.shape)}"
+            f"scaled_mm: a and b must be [m, k] and [k, n], got {list(a.shape)} and {list(b.shape)}; "
+            "b of two int4 codes to a byte is [k / 2, n]"
         ),
     )
     both_float8 = a.dtype in FLOAT8_DTYPES and b.dtype in FLOAT8_DTYPES

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
+from fx_quant.kernels.realise import Operands
 from fx_quant.kernels.select import Verdict
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.axes import Dims
@@ -242,14 +243,14 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
         return SizeMiss(node, node, _dynamic(n, k))
     if 0 in (n, k):
         return Recognised(node, _EMPTY)
+    packed = not same_size(shape(operands.b)[0], k)
     activation = OperandSpec(
         dtype_of(operands.a),
-        _scale_granularity(a_scale, _block_of_rows(a_scale, operands.block, k), Granularity.PER_TOKEN),
+        _scale_granularity(a_scale, _block_of_rows(operands, k, packed=packed), Granularity.PER_TOKEN),
         dynamic=a_scale in inputs.runtime,
         symmetric=operands.a_zero_point is None,
         scale_dtype=scale_dtype_of(dtype(a_scale)),
     )
-    packed = not same_size(shape(operands.b)[0], k)
     weight = OperandSpec(
         torch.int4 if packed else dtype_of(operands.b),  # pyrefly: ignore[missing-attribute]
         _scale_granularity(operands.b_scale, operands.block, Granularity.PER_CHANNEL),
@@ -268,12 +269,19 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
     return Site(node, node, None, problem, problem.scheme, str(problem.scheme))
 
 
-def _block_of_rows(a_scale: Node | None, block: tuple[int, int] | None, k: int) -> tuple[int, int] | None:
-    """The block of the activation where its scales vary along k; one scale may be for a whole row beside groups."""
-    if block is None or a_scale is None:
+def _block_of_rows(operands: Operands, k: int, *, packed: bool) -> tuple[int, int] | None:
+    """The block of the activation where its scales vary along k; one scale may be for a whole row beside groups.
+
+    Where one group has all of k it is both: a block, but for what only whole rows have kernels for.
+    """
+    scale, block = operands.a_scale, operands.block
+    if block is None or scale is None:
         return None
-    sizes = shape(a_scale)
-    return (1, block[1]) if len(sizes) == 2 and same_size(sizes[1], -(-k // block[1])) else None
+    count = -(-k // block[1])
+    if count == 1 and (packed or operands.a_zero_point is not None):
+        return None
+    sizes = shape(scale)
+    return (1, block[1]) if len(sizes) == 2 and same_size(sizes[1], count) else None
 
 
 def _scale_granularity(scale: Node | None, block: tuple[int, int] | None, named: Granularity) -> Granularity:

@@ -81,7 +81,7 @@ def _aten_scaled_mm(env: PaddedNodes, node: Node) -> PaddedDims:
 def _scaled_mm(env: PaddedNodes, node: Node) -> PaddedDims:
     given = arguments(node)
     if given["block"] is not None:
-        return _rows_alone(env, node, given["a"], given["a_scale"])
+        return _rows_alone(env, node, given["a"], given["a_scale"], given["a_zero_point"])
     # A zero point of a stands in the padded part of k too, unless b is 0 there.
     dims = env.of(given["a"]).get(1), env.of(given["b"]).get(0)
     if given["a_zero_point"] is not None and (dims[1] is None or dims[1].tail is not Tail.ZERO) and any(dims):
@@ -91,12 +91,12 @@ def _scaled_mm(env: PaddedNodes, node: Node) -> PaddedDims:
 
 
 def _weight_only_mm(env: PaddedNodes, node: Node) -> PaddedDims:
-    return _rows_alone(env, node, arguments(node)["x"], None)
+    return _rows_alone(env, node, arguments(node)["x"])
 
 
-def _rows_alone(env: PaddedNodes, node: Node, a: Node, a_scale: Node | None) -> PaddedDims:
-    """A matmul of which nothing but rows is seen through: those of ``a``, and of its scales if there are some."""
-    by_row = (a,) if a_scale is None else (a, a_scale)
+def _rows_alone(env: PaddedNodes, node: Node, a: Node, *factors: Node | None) -> PaddedDims:
+    """A matmul of which nothing but rows is seen through: those of ``a``, and of factors of each row."""
+    by_row = (a, *(each for each in factors if each is not None and not is_single(each)))
     if any(set(env.of(arg)) - ({0} if arg in by_row else set()) for arg in node.all_input_nodes):
         raise LookupError("only the rows of a matmul of blocks, or of a float activation, are seen through")
     rows = [env.of(each)[0] for each in by_row if env.of(each)]
