@@ -319,6 +319,7 @@ for _name, _pairs, _granularities in (
                 granularities=_granularities,
                 out_dtypes=FLOAT_DTYPES,
                 asymmetric=ACTIVATION | WEIGHT,
+                paddable=False,  # beside both zero points what is padded along k would count
             ),
             numerics=Numerics.SAME_ACCUM,
             note="exact sums of each group by float64 matmuls, then scaled",
