@@ -135,6 +135,11 @@ def _choose(problem: Problem, target: Target, options: Options, context: Compile
         return error
 
 
+_NOT_PACKED = (
+    "4-bit codes beside a quantized activation are packed for a QuantizedLinear alone; the source's own steps stay"
+)
+
+
 def _select(state: Rewriting, site: Site, selection: Selection | NoKernelError) -> None:
     """Give ``site`` its kernel, or say why it is left as it is."""
     if isinstance(selection, NoKernelError):
@@ -142,6 +147,8 @@ def _select(state: Rewriting, site: Site, selection: Selection | NoKernelError) 
             state.miss(site, str(selection))
         else:
             state.recognised.append(_left(site, site.product, state, selection.verdicts))
+    elif site.product is not None and site.problem.scheme.weight.packed and not site.problem.scheme.weight_only:
+        state.recognised.append(Recognised(site.gemm, _NOT_PACKED, site, selection.verdicts))
     elif site.product is not None and selection.kernel.dequantizes and state.options.force_kernel is None:
         state.recognised.append(_left(site, site.product, state, selection.verdicts))
     else:
