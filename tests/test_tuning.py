@@ -258,7 +258,9 @@ def test_decoded_sums_are_within_their_class_under_every_plan(float_dtype, dtype
     n, k = 130, 1300
     a, w, scale = torch.randn(m, k).to(float_dtype), weight(n, k, dtype), torch.rand(factors(n, k, block))
     zero_point = None if dtype is E4M3 else torch.randint(-8, 8, scale.shape, dtype=torch.int8)
-    arguments = (a, packed(w, dtype, float_dtype), n, None, scale, zero_point, None, torch.float32, block)
+    b = packed(w, dtype, float_dtype)
+    how = decode.decode_of(a.dtype, b.dtype, decode.is_int4(b))
+    arguments = (how, a, b, n, None, scale, zero_point, None, torch.float32, block)
     expected = decode.decoded_matmul(*arguments, DEFAULT)
     assert_within(decode.decoded_matmul(*arguments, WILD), expected, Numerics.REASSOCIATED)
 
