@@ -98,6 +98,10 @@ def scaled_operands(
             f"got {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} for n={n}"
         ),
     )
+    torch._check(
+        block is None or a_zero_point is None,
+        lambda: f"{name}: block scales take no a_zero_point; quantize symmetrically",
+    )
     check_scaled_mm(m, a.dtype, k, n, a_scale, b_scale, bias, out_dtype, name, a_zero_point=a_zero_point, block=block)
     if a_zero_point is None:
         b_sum = None
