@@ -22,7 +22,7 @@ from fx_quant.target import named_target
 fxq = torch.ops.fx_quant
 BF16, F32, INT8, UINT8 = torch.bfloat16, torch.float32, torch.int8, torch.uint8
 HERE = [level for level in GROUP_LEVELS if level.dot.exists_here()]
-every_level = pytest.mark.parametrize("op", [level.op for level in HERE])
+every_level = pytest.mark.parametrize("op", [level.kernel for level in HERE])
 both_widths = pytest.mark.parametrize("bits", [8, 4])
 
 # Rows of a tile, of two and of more than a chunk; ragged columns; k of part of a step, one group and several.
@@ -170,8 +170,8 @@ def test_scales_in_half_precision_are_read_as_they_are(bits):
             given = (case.scale * 1e-5).to(dtype)  # float16 has no normal numbers there
             case.scale = given.float()
             arguments, extras = case.arguments()
-            out = getattr(fxq, level.op)(*arguments[:3], given, *arguments[4:], **extras)
-            assert torch.equal(out, case.run(level.op))
+            out = getattr(fxq, level.kernel)(*arguments[:3], given, *arguments[4:], **extras)
+            assert torch.equal(out, case.run(level.kernel))
 
 
 @both_widths
@@ -223,7 +223,7 @@ def test_sums_of_groups_fit_their_dtype(bits, group, dtype):
 @both_widths
 def test_opcheck(bits):
     arguments, extras = Case(6, 70, 64, bits, 32, "ab").arguments()
-    torch.library.opcheck(getattr(fxq, HERE[0].op), arguments, extras)
+    torch.library.opcheck(getattr(fxq, HERE[0].kernel), arguments, extras)
 
 
 # --- layers and graphs ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fx_quant.kernels.registry import (
     INT8_PAIRS,
     ROCM,
     ROW_SCALES,
+    ROWS_BY_GROUPS,
     TENSOR_SCALES,
     WEIGHT,
     Kernel,
@@ -300,11 +301,9 @@ register_kernel(
     ),
     priority=1,
 )
-_ROWS = (Granularity.PER_TENSOR, Granularity.PER_TOKEN)
-_GROUPS = frozenset(itertools.product(_ROWS, (Granularity.ANY_GROUP, Granularity.ANY_BLOCK)))
 for _name, _pairs, _granularities in (
-    ("pytorch_dequantized_groups", INT8_PAIRS, _GROUPS),
-    ("pytorch_dequantized_int4_groups", INT4_PAIRS, _GROUPS | ROW_SCALES),
+    ("pytorch_dequantized_groups", INT8_PAIRS, ROWS_BY_GROUPS),
+    ("pytorch_dequantized_int4_groups", INT4_PAIRS, ROWS_BY_GROUPS | ROW_SCALES),
 ):
     register_kernel(
         Kernel(

@@ -322,11 +322,11 @@ FNUZ_PAIRS = frozenset({(torch.float8_e4m3fnuz, torch.float8_e4m3fnuz)})
 ROCM_FLOAT8 = (("float8", E4M3_PAIRS, ""), ("float8_fnuz", FNUZ_PAIRS, "_fnuz"))
 TENSOR_SCALES = frozenset({(Granularity.PER_TENSOR, Granularity.PER_TENSOR)})
 # Scales that leave the sum: one or one a row of the activation, one or one a column of the result.
-ROW_SCALES = frozenset(
-    itertools.product(
-        (Granularity.PER_TENSOR, Granularity.PER_TOKEN), (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)
-    )
-)
+_ROWS = (Granularity.PER_TENSOR, Granularity.PER_TOKEN)
+ROW_SCALES = frozenset(itertools.product(_ROWS, (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)))
+_GROUPS = (Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
+ROWS_BY_GROUPS = frozenset(itertools.product(_ROWS, _GROUPS))
+BLOCK_SCALES = frozenset(itertools.product((Granularity.ANY_GROUP,), _GROUPS))
 
 
 def weight_scales(*weights: Granularity) -> frozenset[tuple[Granularity, Granularity]]:

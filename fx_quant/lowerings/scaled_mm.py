@@ -142,7 +142,7 @@ def _groups(op: torch._ops.OpOverload, dot: Dot) -> Callable:
 
 
 for _groups_level in GROUP_LEVELS:
-    _op = getattr(fxq, _groups_level.op).default
+    _op = getattr(fxq, _groups_level.kernel).default
     register_lowering(_op, type_promotion_kind=None)(_groups(_op, _groups_level.dot))
 
 

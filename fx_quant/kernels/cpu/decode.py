@@ -105,7 +105,7 @@ def decode_of(a_dtype: torch.dtype, code_dtype: torch.dtype, int4: bool, fixed: 
     is_bf16 = a_dtype is torch.bfloat16
     codes = "FxqNibbles" if int4 else _BYTES[code_dtype]
     decoder = "decode_bf16.h" if is_bf16 else "decode_float32.h"
-    files = ("codes.h", decoder, "factor.h", "factors.h", "rows.h", "panel.h")
+    files = ("codes.h", decoder, "factor.h", "factors.h", "factor_kinds.h", "rows.h", "panel.h")
     native = f"#define FXQ_SETS {1 if fixed else 2}\n{dot.source}\n{source(*files)}"
     step = 8 if int4 else 2 if is_bf16 else 1
     return Decode(dot, codes, f"{_table(code_dtype)}{native}", step, fixed)
@@ -117,8 +117,8 @@ def groups_of(dot: Dot, int4: bool) -> Decode:
 
     A plan does not change the order of its sums.
     """
-    is_512 = dot.vector_bits == 512
-    files = ("factor.h", "factors.h" if is_512 else "factors_plain.h", "rows.h", "groups.h")
+    read = "factors.h" if dot.vector_bits == 512 else "factors_plain.h"
+    files = ("factor.h", read, "factor_kinds.h", "rows.h", "groups.h")
     step = 8 if int4 else 4
     return Decode(dot, _GROUP_CODES[int4], f"{dot.source}\n{source(*files)}", step)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of, decoded_matmul, is_int4
 from fx_quant.kernels.layouts import packed_layout
 from fx_quant.kernels.registry import (
+    BLOCK_SCALES,
     CPU,
     FLOAT8_PAIRS,
     INT8_PAIRS,
@@ -32,7 +33,6 @@ from fx_quant.ops import decode, dequantize, dequantize_weight
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, INT4_DTYPES, Granularity, Numerics
 
 _ANY_SCALES = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
-_BLOCKS = frozenset((Granularity.ANY_GROUP, weight) for weight in (Granularity.ANY_GROUP, Granularity.ANY_BLOCK))
 
 
 def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, fixed=False, **_) -> Tensor:
@@ -172,7 +172,7 @@ for _codes, _pairs, _class in (
                     platforms=CPU,
                     features=_features,
                     codes=_pairs,
-                    granularities=_BLOCKS,
+                    granularities=BLOCK_SCALES,
                     out_dtypes=FLOAT_DTYPES,
                     constant_weight=True,
                 ),

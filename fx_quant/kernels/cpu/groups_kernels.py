@@ -6,20 +6,23 @@ The products of a group are summed in int32, and the sums scaled in registers; s
 from __future__ import annotations
 
 import functools
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from fx_quant.kernels.cpu.decode import decoded_matmul, groups_of
 from fx_quant.kernels.cpu.decoded_kernels import fake_of_panels, rows_of_panels
+from fx_quant.kernels.cpu.int8_kernels import Level
 from fx_quant.kernels.cpu.native import INT8_AVX2, INT8_AVX512, INT8_AVX_VNNI, INT8_VNNI, Dot
 from fx_quant.kernels.layouts import packed_layout
 from fx_quant.kernels.registry import (
     ACTIVATION,
+    BLOCK_SCALES,
     CPU,
     INT4_PAIRS,
     INT8_PAIRS,
+    ROW_SCALES,
+    ROWS_BY_GROUPS,
     WEIGHT,
     Kernel,
     Requires,
@@ -27,31 +30,14 @@ from fx_quant.kernels.registry import (
     register_op,
 )
 from fx_quant.ops import scaled_mm
-from fx_quant.scheme import FLOAT_DTYPES, Granularity, Numerics
+from fx_quant.scheme import FLOAT_DTYPES, Numerics
 
-
-@dataclass(frozen=True)
-class GroupLevel:
-    """One instruction set: the op, which takes weights of 8 and of 4 bits.
-
-    Args:
-        op: name.
-        dot: the native code.
-        priority: of its kernels.
-        note: how it multiplies.
-    """
-
-    op: str
-    dot: Dot
-    priority: int
-    note: str
-
-
+# The op takes weights of 8 and of 4 bits, and has the name of the kernel of 8.
 GROUP_LEVELS = (
-    GroupLevel("cpu_int8_groups_vnni", INT8_VNNI, 33, "vpdpbusd"),
-    GroupLevel("cpu_int8_groups_avx_vnni", INT8_AVX_VNNI, 28, "256-bit vpdpbusd"),
-    GroupLevel("cpu_int8_groups_avx512", INT8_AVX512, 27, "512-bit vpmaddwd"),
-    GroupLevel("cpu_int8_groups_avx2", INT8_AVX2, 26, "256-bit vpmaddwd"),
+    Level("cpu_int8_groups_vnni", INT8_VNNI, 33, "vpdpbusd"),
+    Level("cpu_int8_groups_avx_vnni", INT8_AVX_VNNI, 28, "256-bit vpdpbusd"),
+    Level("cpu_int8_groups_avx512", INT8_AVX512, 27, "512-bit vpmaddwd"),
+    Level("cpu_int8_groups_avx2", INT8_AVX2, 26, "256-bit vpmaddwd"),
 )
 
 
@@ -100,31 +86,26 @@ def _groups(
     )
 
 
-_ROWS = (Granularity.PER_TENSOR, Granularity.PER_TOKEN)
-_GROUPS = (Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
-_GRANULARITIES = frozenset(itertools.product((*_ROWS, Granularity.ANY_GROUP), _GROUPS))
-_WHOLE_ROWS = frozenset(itertools.product(_ROWS, (Granularity.PER_TENSOR, Granularity.PER_CHANNEL)))
-
 for _level in GROUP_LEVELS:
-    register_op(_level.op, functools.partial(_groups, dot=_level.dot), fake_of_panels(_level.op))
-    _suffix = _level.op.removeprefix("cpu_int8_groups_")
+    register_op(_level.kernel, functools.partial(_groups, dot=_level.dot), fake_of_panels(_level.kernel))
+    _suffix = _level.kernel.removeprefix("cpu_int8_groups_")
     _requires = Requires(
         platforms=CPU,
         features=_level.dot.features | {"cpp_compiler"},
         codes=INT8_PAIRS,
-        granularities=_GRANULARITIES,
+        granularities=ROWS_BY_GROUPS | BLOCK_SCALES,
         asymmetric=ACTIVATION | WEIGHT,
         out_dtypes=FLOAT_DTYPES,
         group_multiple=32,
         constant_weight=True,
     )
     _kernel = Kernel(
-        name=_level.op,
+        name=_level.kernel,
         provider="cpu",
         linear_kernel="CPUInt8ScaledMMLinearKernel",
-        op=_level.op,
+        op=_level.kernel,
         # Integers have no order, and a row's sums of groups are added in one whatever stands beside it.
-        fixed_op=_level.op,
+        fixed_op=_level.kernel,
         requires=_requires,
         numerics=Numerics.SAME_ACCUM,
         note=f"int32 sums of each group by our {_level.note} tiles, scaled in registers, epilogue fused",
@@ -136,7 +117,7 @@ for _level in GROUP_LEVELS:
         replace(
             _kernel,
             name=f"cpu_int8_int4_{_suffix}",
-            requires=replace(_requires, codes=INT4_PAIRS, granularities=_GRANULARITIES | _WHOLE_ROWS),
+            requires=replace(_requires, codes=INT4_PAIRS, granularities=_requires.granularities | ROW_SCALES),
             note=f"packed int4 widened in registers, {_kernel.note}",
             layout="vnni_int4",
         ),

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t FXQ_PIECE = 512;
 
-// How codes are packed: bytes of FXQ_BYTES_OFFSET more than the code, or halves of bytes of 8 more.
+// How codes are packed: bytes of 128 more than the code, or halves of bytes of 8 more.
 struct FxqPackedBytes {
   static constexpr bool IS_NIBBLES = false;
   static constexpr int64_t STEP = 4, BYTES = 64; // k that are packed together, and bytes of one k of a panel
