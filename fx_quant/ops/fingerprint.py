@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CALLS = 512
+CALLS = 2048
 WHOLE = 1024
 _FIXED = 2
 _LINE = 64
 # Rows that are looked at together are mostly in one page, and a digest is kept for each such share.
-_LEAST_SHARE = 4
+_LEAST_SHARE = 8
 # Between two shares of one tensor: few rows need no more, but where they are long all of their bytes do.
 _MOST_CALLS = 8
 _GOLDEN = (5**0.5 - 1) / 2  # of all lines: far from both ends, and in another row and column than the first
