@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,16 @@ def way(request, monkeypatch):
     """The native code, and what runs on a machine without the instructions."""
     if request.param == "unpacked":
         monkeypatch.setattr(native.Dot, "exists_here", lambda _: False)
+    return request.param
+
+
+@pytest.fixture(params=["tiles", "registers"])
+def tiles(request, monkeypatch):
+    """With the tiles of AMX and without."""
+    if request.param == "registers":
+        monkeypatch.setattr(decode, "AMX_BFLOAT16", replace(decode.AMX_BFLOAT16, features=frozenset({"another"})))
+    elif not decode.AMX_BFLOAT16.exists_here():
+        pytest.skip("needs AMX")
     return request.param
 
 
@@ -207,6 +218,25 @@ def test_scales_of_the_activation_too(float_dtype, block, dtype, m):
         )
         assert_is_sum(out, a.float(), w, b_scale, None, block, a_scale)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@both
+@pytest.mark.parametrize("dtype", [INT8, UINT8, E4M3, INT4], ids=str)
+@pytest.mark.parametrize("group", [None, 8, 32, 64])
+def test_a_panel_is_decoded_once_for_many_rows(float_dtype, dtype, group, tiles):
+    """One tile of rows and two, full or not, and the last k of no tile; more k than are decoded at once."""
+    n, k = 70, 1096
+    block = None if group is None else (1, group)
+    w = weight(n, k, dtype)
+    size = factors(n, k, block)
+    scale = torch.rand(size) + 0.5
+    point = None if dtype is E4M3 else torch.randint(-8, 8, size, dtype=torch.int32)
+    for m in (8, 17, 33, 48, 100, 260):
+        a = torch.randn(m, k).to(float_dtype)
+        a_scale = None if block is None or m % 2 else torch.rand(m, size[1]) + 0.5
+        given = (packed(w, dtype, float_dtype), a_scale, scale, None, n, F32)
+        out = OPS[float_dtype](a, *given, b_zero_point=point, block=None if block is None else list(block))
+        assert_is_sum(out, a, w, scale, point, block, a_scale)
 
 
 @both

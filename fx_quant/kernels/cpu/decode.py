@@ -27,6 +27,16 @@ _DECODED_BFLOAT16 = replace(
     features=BFLOAT16.features | {"avx512_vbmi"},
 )
 _DOTS = {torch.bfloat16: _DECODED_BFLOAT16, torch.float32: FLOAT32}
+AMX_BFLOAT16 = replace(
+    _DECODED_BFLOAT16,
+    source="#define FXQ_AMX\n"
+    + for_target(f"{AVX512},avx512bf16,avx512vbmi,amx-tile,amx-bf16", "avx512.h", "bf16.h", *TILE, "amx.h"),
+    features=_DECODED_BFLOAT16.features | {"amx"},
+)
+# Rows from which on a panel is decoded once for all. Registers decode it anew for every six, which takes up to a fifth
+# of the time, and writing it down takes as long as 48 rows do. Tiles of AMX read memory alone. Where a row must come out
+# the same for any number of rows neither is done.
+_MANY_ROWS, _MANY_ROWS_OF_TILES = 48, 8
 _GROUP_CODES = {False: "FxqPackedBytes", True: "FxqPackedNibbles"}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
 _KINDS = {
@@ -94,19 +104,24 @@ def is_int4(b: Tensor) -> bool:
     return b.shape[-1] == INT4_BYTES
 
 
-@functools.cache
 def decode_of(a_dtype: torch.dtype, code_dtype: torch.dtype, int4: bool, fixed: bool = False) -> Decode:
     """How codes of ``code_dtype`` (``int4``: two to a byte) meet an activation of ``a_dtype``, bfloat16 or float32.
 
     Args:
         fixed: sum each row in one order, however many rows there are.
     """
-    dot = _DOTS[a_dtype]
-    is_bf16 = a_dtype is torch.bfloat16
+    in_tiles = a_dtype is torch.bfloat16 and not fixed and AMX_BFLOAT16.exists_here()
+    return _decode_of(AMX_BFLOAT16 if in_tiles else _DOTS[a_dtype], code_dtype, int4, fixed)
+
+
+@functools.cache
+def _decode_of(dot: Dot, code_dtype: torch.dtype, int4: bool, fixed: bool) -> Decode:
+    is_bf16, in_tiles = dot.kind == BFLOAT16.kind, dot is AMX_BFLOAT16
     codes = "FxqNibbles" if int4 else _BYTES[code_dtype]
     decoder = "decode_bf16.h" if is_bf16 else "decode_float32.h"
     files = ("codes.h", decoder, "factor.h", "factors.h", "factor_kinds.h", "rows.h", "panel.h")
-    native = f"#define FXQ_SETS {1 if fixed else 2}\n{dot.source}\n{source(*files)}"
+    many = "INT64_MAX" if fixed else _MANY_ROWS_OF_TILES if in_tiles else _MANY_ROWS
+    native = f"#define FXQ_SETS {1 if fixed else 2}\n#define FXQ_MANY {many}\n{dot.source}\n{source(*files)}"
     step = 8 if int4 else 2 if is_bf16 else 1
     return Decode(dot, codes, f"{_table(code_dtype)}{native}", step, fixed)
 
@@ -136,8 +151,10 @@ def _table(dtype: torch.dtype) -> str:
 # ``$sums`` declares ``acc``, ``$panel`` says where a panel starts, and ``$store`` takes ``acc``, which is the panel for
 # rows ``m_start`` to ``m_end``, to where it belongs.
 DECODED_LOOP = string.Template(r"""        $sums
-        for (int64_t m_start = share.row_begin; m_start < share.row_end; m_start += FXQ_CHUNK_ROWS) {
-            const int64_t m_end = std::min(m_start + FXQ_CHUNK_ROWS, share.row_end);
+        const FxqPasses passes(share.row_end - share.row_begin, weight.k * sizeof(Dot::A));
+        for (int64_t pass = 0; pass < passes.count; pass++) {
+            const int64_t m_start = share.row_begin + passes.start(pass);
+            const int64_t m_end = share.row_begin + passes.start(pass + 1);
             const auto rows = fxq_rows<Dot, Decode>(a + m_start * lda, lda, m_start, m_end - m_start, weight);
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
 $panel

@@ -80,7 +80,9 @@ def for_target(instructions: str, *names: str) -> str:
 INT8_AMX = Dot(
     name="fxq_int8_amx",
     struct="FxqInt8Amx",
-    source=for_target(f"{AVX512},avx512vnni,amx-tile,amx-int8", "avx512.h", "int8_vnni.h", *TILE, "int8_amx.h"),
+    source=for_target(
+        f"{AVX512},avx512vnni,amx-tile,amx-int8", "avx512.h", "int8_vnni.h", *TILE, "amx.h", "int8_amx.h"
+    ),
     acc_dtype=torch.int32,
     features=frozenset({"avx512", "avx512_vnni", "amx"}),
     vector_bits=512,

@@ -79,7 +79,7 @@ struct FxqWords<FxqFloat8> {
 
 template <typename CODES>
 struct FxqDecode {
-  static constexpr bool SUBTRACTS = false;
+  static constexpr bool SUBTRACTS = false, CORRECTS = true, IN_CACHE = false;
   static constexpr int64_t STEP = 2, PARTS = 1;
   static constexpr int64_t BYTES = 64; // of one k of a panel
 
@@ -96,7 +96,7 @@ struct FxqDecode {
 
 template <>
 struct FxqDecode<FxqNibbles> {
-  static constexpr bool SUBTRACTS = false;
+  static constexpr bool SUBTRACTS = false, CORRECTS = true, IN_CACHE = false;
   static constexpr int64_t STEP = 8, PARTS = 4;
   static constexpr int64_t BYTES = 32;
 

@@ -6,7 +6,7 @@ namespace {
 
 template <typename CODES>
 struct FxqDecode {
-  static constexpr bool SUBTRACTS = true;
+  static constexpr bool SUBTRACTS = true, CORRECTS = false, IN_CACHE = false;
   static constexpr int64_t STEP = 1, PARTS = 1;
   static constexpr int64_t BYTES = 64; // of one k of a panel
 
@@ -23,7 +23,7 @@ struct FxqDecode {
 
 template <>
 struct FxqDecode<FxqNibbles> {
-  static constexpr bool SUBTRACTS = true;
+  static constexpr bool SUBTRACTS = true, CORRECTS = false, IN_CACHE = false;
   static constexpr int64_t STEP = 8, PARTS = 8;
   static constexpr int64_t BYTES = 32;
 

@@ -1,10 +1,42 @@
-// A float activation times a panel of a packed weight, whose codes are decoded in registers and never stored.
+// A float activation times a panel of a packed weight, whose codes are decoded in registers: for each tile of few rows,
+// and once for all of many, which then find them in cache.
 //
 // acc[rows][64] = sum_j scale[j] * sum_{k in j} a[k] * (code[k] - zero_point[j]) over the groups j along k. In float32
 // zero points are taken off the codes, which is exact. bfloat16 has no cheap way to: there they are taken off the sum,
 // multiplied by sum_{k in j} a[k].
 
 namespace {
+
+constexpr int64_t FXQ_WIDE_ROWS = FXQ_MANY; // from so many on a panel is decoded once
+constexpr int64_t FXQ_WIDE_K = 512;         // of so many k at a time: 64 KiB of bfloat16
+
+// One part of a step of a panel at codes, decoded, less the zero point where that is taken off the codes.
+template <typename DECODE>
+FXQ_INLINE void fxq_columns(const uint8_t* codes, int part, const float* zero_point, __m512i (&columns)[4]) {
+  DECODE::columns(codes, part, columns);
+  if (DECODE::SUBTRACTS && zero_point != nullptr) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const __m512 less = _mm512_sub_ps(_mm512_castsi512_ps(columns[j]), _mm512_load_ps(zero_point + j * 16));
+      columns[j] = _mm512_castps_si512(less);
+    }
+  }
+}
+
+// Columns that ``DECODE`` has decoded, 256 bytes for each part of a step.
+template <typename DECODE>
+struct FxqWide {
+  static constexpr bool SUBTRACTS = false, CORRECTS = DECODE::CORRECTS, IN_CACHE = true;
+  static constexpr int64_t STEP = DECODE::STEP, PARTS = DECODE::PARTS;
+  static constexpr int64_t BYTES = 256 * PARTS / STEP;
+
+  FXQ_INLINE static void columns(const uint8_t* p, int part, __m512i (&out)[4]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      out[j] = _mm512_load_si512(p + part * 256 + j * 64);
+    }
+  }
+};
 
 // acc[SETS][ROWS][64] += a[ROWS][STEP] x the STEP k of a panel at codes; parts take turns with the sets.
 template <typename DOT, typename DECODE, int ROWS, int SETS>
@@ -17,14 +49,7 @@ FXQ_INLINE void fxq_step(
 #pragma GCC unroll 8
   for (int part = 0; part < DECODE::PARTS; part++) {
     __m512i columns[4];
-    DECODE::columns(codes, part, columns);
-    if (DECODE::SUBTRACTS && zero_point != nullptr) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        const __m512 less = _mm512_sub_ps(_mm512_castsi512_ps(columns[j]), _mm512_load_ps(zero_point + j * 16));
-        columns[j] = _mm512_castps_si512(less);
-      }
-    }
+    fxq_columns<DECODE>(codes, part, zero_point, columns);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
       int32_t lane;
@@ -42,7 +67,7 @@ FXQ_INLINE void fxq_step(
 template <typename DOT, typename DECODE>
 inline FxqRows<typename DOT::A> fxq_rows(
     const typename DOT::A* a, int64_t lda, int64_t, int64_t count, const FxqWeight& w) {
-  return FxqRows<typename DOT::A>(a, lda, count, w, !DECODE::SUBTRACTS);
+  return FxqRows<typename DOT::A>(a, lda, count, w, DECODE::CORRECTS);
 }
 
 // Part of a panel: k from begin to end, at codes, and the factors of its groups, the first of which is ``group``.
@@ -52,6 +77,19 @@ struct FxqChunk {
   alignas(64) float scales[FXQ_GROUPS][FXQ_PANEL];
   alignas(64) float zero_points[FXQ_GROUPS][FXQ_PANEL];
 };
+
+// out[16] += sum, less ``all`` times the zero point, by the scales of its row and its group; null is none.
+FXQ_INLINE void fxq_add(
+    __m512 sum, const float* zero_point, float all, const float* row_scale, const float* scale, float* out) {
+  if (zero_point != nullptr) {
+    sum = _mm512_fnmadd_ps(_mm512_set1_ps(all), _mm512_load_ps(zero_point), sum);
+  }
+  if (row_scale != nullptr) {
+    sum = _mm512_mul_ps(sum, _mm512_set1_ps(*row_scale));
+  }
+  const __m512 before = _mm512_load_ps(out);
+  _mm512_store_ps(out, scale ? _mm512_fmadd_ps(sum, _mm512_load_ps(scale), before) : _mm512_add_ps(sum, before));
+}
 
 // acc[ROWS][64] of the rows from ``row`` on, which are ``first`` + row.. of the activation, and one chunk.
 template <typename DOT, typename DECODE, int ROWS>
@@ -72,7 +110,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
   for (int64_t i = 0; k < chunk.end; i++, group++) {
     const int64_t end = std::min(chunk.end, (group + 1) * w.group);
     const float* zero_point = w.zero_point.kind == FXQ_NONE ? nullptr : chunk.zero_points[i];
-    const bool corrects = !DECODE::SUBTRACTS && zero_point != nullptr && k == group * w.group;
+    const float* scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i];
+    const bool corrects = DECODE::CORRECTS && zero_point != nullptr && k == group * w.group;
     typename DOT::Vec sum[SETS][ROWS][4];
 #pragma GCC unroll 2
     for (int set = 0; set < SETS; set++) {
@@ -85,15 +124,17 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
       }
     }
     for (; k + DECODE::STEP <= end; k += DECODE::STEP) {
+      if (!DECODE::IN_CACHE) {
 #pragma GCC unroll 4
-      for (int64_t line = 0; line < DECODE::STEP * DECODE::BYTES; line += 64) {
-        _mm_prefetch(ahead.at, _MM_HINT_T0);
-        ahead.at += ahead.step;
+        for (int64_t line = 0; line < DECODE::STEP * DECODE::BYTES; line += 64) {
+          _mm_prefetch(ahead.at, _MM_HINT_T0);
+          ahead.at += ahead.step;
+        }
+        _mm_prefetch(scales.at, _MM_HINT_T0);
+        scales.at += scales.step;
+        _mm_prefetch(zero_points.at, _MM_HINT_T0);
+        zero_points.at += zero_points.step;
       }
-      _mm_prefetch(scales.at, _MM_HINT_T0);
-      scales.at += scales.step;
-      _mm_prefetch(zero_points.at, _MM_HINT_T0);
-      zero_points.at += zero_points.step;
       fxq_step<DOT, DECODE, ROWS, SETS>(sum, a + k, rows.stride, codes, zero_point);
       codes += DECODE::STEP * DECODE::BYTES;
     }
@@ -117,27 +158,236 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
         if (SETS == 2) {
           value = _mm512_add_ps(value, sum[SETS - 1][r][j]);
         }
-        if (corrects) {
-          const __m512 all = _mm512_set1_ps(rows.sum(row + r, group));
-          value = _mm512_fnmadd_ps(all, _mm512_load_ps(zero_point + j * 16), value);
-        }
-        if (row_scale != nullptr) {
-          value = _mm512_mul_ps(value, _mm512_set1_ps(*row_scale));
-        }
-        float* out = acc + r * FXQ_PANEL + j * 16;
-        if (w.scale.kind != FXQ_NONE) {
-          value = _mm512_fmadd_ps(value, _mm512_load_ps(chunk.scales[i] + j * 16), _mm512_load_ps(out));
-        } else {
-          value = _mm512_add_ps(value, _mm512_load_ps(out));
-        }
-        _mm512_store_ps(out, value);
+        fxq_add(
+            value,
+            corrects ? zero_point + j * 16 : nullptr,
+            corrects ? rows.sum(row + r, group) : 0.0f,
+            row_scale,
+            scale == nullptr ? nullptr : scale + j * 16,
+            acc + r * FXQ_PANEL + j * 16);
       }
     }
   }
 }
 
-// acc[count][64] of rows that are first.. of the activation; groups are multiples of DECODE::STEP. A chunk of the panel
-// is multiplied by all rows before the next one, at most plan.chunk_k of it.
+#ifdef FXQ_AMX
+// The tiles of a thread: sums 0 to 3, a 4 and 5, b 6 and 7, for up to 32 rows and 32 columns.
+struct FxqBf16Tiles : FxqTiles {
+  static constexpr int64_t ROWS = 32, DEEP = 32; // k of one tile
+};
+
+// Adds 32 k at b, 256 bytes from one pair to the next, to the sums of one or two tiles of rows of a.
+template <bool TWO>
+FXQ_INLINE void fxq_bf16_step(const uint16_t* a, int64_t bytes, const uint8_t* b) {
+  _tile_loadd(4, a, bytes);
+  _tile_loadd(6, b, 256);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, b + 64, 256);
+  _tile_dpbf16ps(1, 4, 7);
+  if (TWO) {
+    _tile_loadd(5, a + 16 * (bytes / 2), bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// sums[32 rows][32 columns] = a x the ``count`` k at b; ``rest`` are the rows of a of what is left of k, and zeros.
+template <bool TWO>
+FXQ_TARGET __attribute__((noinline)) void fxq_bf16_tiles(
+    const uint16_t* a, int64_t bytes, const uint16_t* rest, const uint8_t* b, int64_t count, float* sums) {
+  constexpr int64_t DEEP = FxqBf16Tiles::DEEP;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  int64_t k = 0;
+  for (; k + DEEP <= count; k += DEEP) {
+    fxq_bf16_step<TWO>(a + k, bytes, b + k * 128);
+  }
+  if (k < count) {
+    fxq_bf16_step<TWO>(rest, DEEP * sizeof(*rest), b + k * 128);
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  if (TWO) {
+    _tile_stored(2, sums + 16 * 32, 128);
+    _tile_stored(3, sums + 16 * 32 + 16, 128);
+  }
+}
+
+// acc[count][64] of a chunk that is decoded at ``wide``; its groups are multiples of 32 k, or one.
+template <typename DECODE>
+FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
+    int64_t first,
+    int64_t count,
+    const FxqRows<uint16_t>& rows,
+    const FxqWeight& w,
+    const FxqChunk& chunk,
+    const uint8_t* wide,
+    float* acc) {
+  constexpr int64_t ROWS = FxqBf16Tiles::ROWS, DEEP = FxqBf16Tiles::DEEP;
+  FxqBf16Tiles tiles;
+  alignas(64) float sums[ROWS * 32];
+  alignas(64) uint16_t rest[ROWS * DEEP] = {};
+  const int64_t blocks = (count + ROWS - 1) / ROWS, left = (chunk.end - chunk.begin) % DEEP;
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t row = count * block / blocks, height = count * (block + 1) / blocks - row;
+    const uint16_t* const a = rows.data + row * rows.stride;
+    tiles.configure(height);
+    for (int64_t r = 0; left && r < height; r++) {
+      std::memcpy(rest + r * DEEP, a + r * rows.stride + chunk.end - left, left * sizeof(*a));
+    }
+    int64_t k = chunk.begin, group = chunk.group;
+    for (int64_t i = 0; k < chunk.end; i++, group++) {
+      const int64_t end = std::min(chunk.end, (group + 1) * w.group);
+      const bool corrects = w.zero_point.kind != FXQ_NONE && k == group * w.group;
+      for (int64_t column = 0; column < FXQ_PANEL; column += 32) {
+        const uint8_t* const b = wide + (k - chunk.begin) * 128 + column * 4;
+        const auto multiply = height > 16 ? fxq_bf16_tiles<true> : fxq_bf16_tiles<false>;
+        multiply(a + k, rows.stride * sizeof(*a), rest, b, end - k, sums);
+        const float* const scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i] + column;
+        float* const out = acc + row * FXQ_PANEL + column;
+        if (!corrects && w.row_scale == nullptr && scale != nullptr) {
+          const __m512 left_scale = _mm512_load_ps(scale), right_scale = _mm512_load_ps(scale + 16);
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < height; r++) {
+            float* const at = out + r * FXQ_PANEL;
+            const __m512 left = _mm512_load_ps(sums + r * 32), right = _mm512_load_ps(sums + r * 32 + 16);
+            _mm512_store_ps(at, _mm512_fmadd_ps(left, left_scale, _mm512_load_ps(at)));
+            _mm512_store_ps(at + 16, _mm512_fmadd_ps(right, right_scale, _mm512_load_ps(at + 16)));
+          }
+          continue;
+        }
+        for (int64_t r = 0; r < height; r++) {
+          const float* row_scale = w.row_scale == nullptr
+              ? nullptr
+              : w.row_scale + (first + row + r) * w.row_scale_stride + group * w.row_scale_group_stride;
+          const float all = corrects ? rows.sum(row + r, group) : 0.0f;
+#pragma GCC unroll 2
+          for (int64_t c = 0; c < 32; c += 16) {
+            fxq_add(
+                _mm512_load_ps(sums + r * 32 + c),
+                corrects ? chunk.zero_points[i] + column + c : nullptr,
+                all,
+                row_scale,
+                scale == nullptr ? nullptr : scale + c,
+                out + r * FXQ_PANEL + c);
+          }
+        }
+      }
+      k = end;
+    }
+  }
+}
+#endif
+
+// Of up to six rows.
+template <typename DOT, typename DECODE>
+inline void fxq_chunk_tile(
+    int64_t count,
+    int64_t first,
+    int64_t row,
+    const FxqRows<typename DOT::A>& rows,
+    const FxqWeight& w,
+    const FxqChunk& chunk,
+    const FxqAhead (&ahead)[3],
+    float* out) {
+  switch (count) {
+    case 1: return fxq_chunk_rows<DOT, DECODE, 1>(first, row, rows, w, chunk, ahead, out);
+    case 2: return fxq_chunk_rows<DOT, DECODE, 2>(first, row, rows, w, chunk, ahead, out);
+    case 3: return fxq_chunk_rows<DOT, DECODE, 3>(first, row, rows, w, chunk, ahead, out);
+    case 4: return fxq_chunk_rows<DOT, DECODE, 4>(first, row, rows, w, chunk, ahead, out);
+    case 5: return fxq_chunk_rows<DOT, DECODE, 5>(first, row, rows, w, chunk, ahead, out);
+    default: return fxq_chunk_rows<DOT, DECODE, 6>(first, row, rows, w, chunk, ahead, out);
+  }
+}
+
+// Goes from one chunk to the next: whole groups, or part of one, of at most ``most`` k; false behind the last. Groups are
+// multiples of DECODE::STEP.
+template <typename DECODE>
+FXQ_TARGET inline bool fxq_next(const FxqWeight& w, int64_t panel, int64_t most, FxqChunk& chunk) {
+  if (chunk.end == w.k) {
+    return false;
+  }
+  chunk.codes += (chunk.end - chunk.begin + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP * DECODE::BYTES;
+  chunk.begin = chunk.end;
+  const int64_t groups = std::min(FXQ_GROUPS, most / w.group);
+  chunk.group = chunk.begin / w.group;
+  chunk.end = groups ? (chunk.group + groups) * w.group : std::min(chunk.begin + most, (chunk.group + 1) * w.group);
+  chunk.end = std::min(chunk.end, w.k);
+  const int64_t read = (chunk.end - 1) / w.group - chunk.group + 1;
+  fxq_read(w.scale, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.scales);
+  fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.zero_points);
+  return true;
+}
+
+// The columns of a chunk, decoded, to ``out``, where zeros follow up to a multiple of 32 k.
+template <typename DECODE>
+FXQ_TARGET __attribute__((noinline)) void fxq_widen(
+    const FxqPlan& plan, const FxqWeight& w, const FxqChunk& chunk, uint8_t* out) {
+  const uint8_t* codes = chunk.codes;
+  int64_t k = chunk.begin, group = chunk.group;
+  for (int64_t i = 0; k < chunk.end; i++, group++) {
+    const int64_t end = std::min(chunk.end, (group + 1) * w.group);
+    const float* zero_point = w.zero_point.kind == FXQ_NONE ? nullptr : chunk.zero_points[i];
+    for (; k < end; k += DECODE::STEP) {
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < DECODE::STEP * DECODE::BYTES; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + plan.ahead + line, _MM_HINT_T0);
+      }
+#pragma GCC unroll 8
+      for (int part = 0; part < DECODE::PARTS; part++, out += 256) {
+        __m512i columns[4];
+        fxq_columns<DECODE>(codes, part, zero_point, columns);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+          _mm512_store_si512(out + j * 64, columns[j]);
+        }
+      }
+      codes += DECODE::STEP * DECODE::BYTES;
+    }
+    k = end;
+  }
+  const int64_t steps = (k - chunk.begin + DECODE::STEP - 1) / DECODE::STEP, all = (k - chunk.begin + 31) / 32 * 32;
+  std::memset(out, 0, std::max<int64_t>(0, all / DECODE::STEP - steps) * DECODE::PARTS * 256);
+}
+
+// fxq_panel of many rows.
+template <typename DOT, typename DECODE>
+FXQ_TARGET __attribute__((noinline)) void fxq_wide_panel(
+    const FxqPlan& plan,
+    int64_t first,
+    int64_t count,
+    const FxqRows<typename DOT::A>& rows,
+    const FxqWeight& w,
+    int64_t panel,
+    FxqChunk& chunk,
+    float* acc) {
+  using Wide = FxqWide<DECODE>;
+  alignas(64) uint8_t wide[FXQ_WIDE_K * Wide::BYTES];
+  FxqChunk decoded = chunk;
+  while (fxq_next<DECODE>(w, panel, std::min(plan.chunk_k, FXQ_WIDE_K), chunk)) {
+    fxq_widen<DECODE>(plan, w, chunk, wide);
+#ifdef FXQ_AMX
+    if (w.group % FxqBf16Tiles::DEEP == 0 || w.group >= w.k) {
+      fxq_chunk_tiles<DECODE>(first, count, rows, w, chunk, wide, acc);
+      continue;
+    }
+#endif
+    decoded = chunk;
+    decoded.codes = wide;
+    const FxqAhead none = {reinterpret_cast<const char*>(wide), 0}, ahead[] = {none, none, none};
+    const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t row = count * tile / tiles;
+      fxq_chunk_tile<DOT, Wide>(
+          count * (tile + 1) / tiles - row, first, row, rows, w, decoded, ahead, acc + row * FXQ_PANEL);
+    }
+  }
+}
+
+// acc[count][64] of rows that are first.. of the activation. A chunk of the panel is multiplied by all rows before the
+// next one, at most plan.chunk_k of it.
 template <typename DOT, typename DECODE>
 FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     const FxqPlan& plan,
@@ -147,20 +397,16 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     const FxqWeight& w,
     int64_t panel,
     float* acc) {
-  const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
-  const int64_t groups = std::min(FXQ_GROUPS, plan.chunk_k / w.group);
   FxqChunk chunk;
+  chunk.begin = chunk.end = 0;
   chunk.codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
   std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
-  for (chunk.begin = 0; chunk.begin < w.k; chunk.begin = chunk.end) {
-    // Whole groups, or part of one.
-    chunk.group = chunk.begin / w.group;
-    chunk.end = groups ? (chunk.group + groups) * w.group
-                       : std::min(chunk.begin + plan.chunk_k, (chunk.group + 1) * w.group);
-    chunk.end = std::min(chunk.end, w.k);
+  if (count >= FXQ_WIDE_ROWS) {
+    return fxq_wide_panel<DOT, DECODE>(plan, first, count, rows, w, panel, chunk, acc);
+  }
+  const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+  while (fxq_next<DECODE>(w, panel, plan.chunk_k, chunk)) {
     const int64_t read = (chunk.end - 1) / w.group - chunk.group + 1;
-    fxq_read(w.scale, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.scales);
-    fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.zero_points);
     const int64_t bytes = (chunk.end - chunk.begin + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP * DECODE::BYTES;
     const int64_t steps = bytes / (DECODE::STEP * DECODE::BYTES);
     const FxqAhead factors[] = {
@@ -171,17 +417,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
       const FxqAhead none = {reinterpret_cast<const char*>(chunk.codes), 0};
       const FxqAhead ahead[] = {
           fxq_ahead(plan, tile, tiles, chunk.codes, bytes), tile ? none : factors[0], tile ? none : factors[1]};
-      float* out = acc + row * FXQ_PANEL;
-      switch (count * (tile + 1) / tiles - row) {
-        case 1: fxq_chunk_rows<DOT, DECODE, 1>(first, row, rows, w, chunk, ahead, out); break;
-        case 2: fxq_chunk_rows<DOT, DECODE, 2>(first, row, rows, w, chunk, ahead, out); break;
-        case 3: fxq_chunk_rows<DOT, DECODE, 3>(first, row, rows, w, chunk, ahead, out); break;
-        case 4: fxq_chunk_rows<DOT, DECODE, 4>(first, row, rows, w, chunk, ahead, out); break;
-        case 5: fxq_chunk_rows<DOT, DECODE, 5>(first, row, rows, w, chunk, ahead, out); break;
-        default: fxq_chunk_rows<DOT, DECODE, 6>(first, row, rows, w, chunk, ahead, out);
-      }
+      fxq_chunk_tile<DOT, DECODE>(
+          count * (tile + 1) / tiles - row, first, row, rows, w, chunk, ahead, acc + row * FXQ_PANEL);
     }
-    chunk.codes += bytes;
   }
 }
 

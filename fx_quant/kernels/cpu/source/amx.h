@@ -1,0 +1,40 @@
+// The tiles of AMX as a thread has them, for up to 32 rows and 32 columns.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace {
+
+// The tiles of a thread: sums 0 to 3, a 4 and 5, b 6 and 7. They are let go of when the thread's part is done.
+struct FxqTiles {
+  int64_t rows = 0;
+
+  FXQ_TARGET void configure(int64_t wanted) {
+    if (rows == wanted) {
+      return;
+    }
+    struct {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t bytes[16];
+      uint8_t rows[16];
+    } config{};
+    config.palette = 1;
+    const uint8_t upper = std::min<int64_t>(wanted, 16), lower = wanted > 16 ? wanted - 16 : 16;
+    const uint8_t heights[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    for (int tile = 0; tile < 8; tile++) {
+      config.rows[tile] = heights[tile];
+      config.bytes[tile] = 64;
+    }
+    _tile_loadconfig(&config);
+    rows = wanted;
+  }
+  FXQ_TARGET ~FxqTiles() {
+    if (rows) {
+      _tile_release();
+    }
+  }
+};
+
+} // namespace
