@@ -34,8 +34,8 @@ AMX_BFLOAT16 = replace(
     features=_DECODED_BFLOAT16.features | {"amx"},
 )
 # Rows from which on a panel is decoded once for all. Registers decode it anew for every six, which takes up to a fifth
-# of the time, and writing it down takes as long as 48 rows do. Tiles of AMX read memory alone. Where a row must come out
-# the same for any number of rows neither is done.
+# of the time, and writing it down takes as long as 48 rows do. Tiles of AMX read memory alone. Where a row must come
+# out the same for any number of rows neither is done.
 _MANY_ROWS, _MANY_ROWS_OF_TILES = 48, 8
 _GROUP_CODES = {False: "FxqPackedBytes", True: "FxqPackedNibbles"}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}

@@ -1,8 +1,8 @@
 """Kernels for x86 CPUs that leave the weight packed in 8 or 4 bits and decode it panel by panel.
 
-One op for each dtype that is multiplied: the activation is bfloat16 (``vdpbf16ps``, and tiles of AMX for many rows where
-the CPU has them) or float32 (fused multiply-add). A
-weight-only kernel gives it the float activation, a block-scaled one the activation's codes, which are exact in it.
+One op for each dtype that is multiplied: the activation is bfloat16 (``vdpbf16ps``, and tiles of AMX for many rows
+where the CPU has them) or float32 (fused multiply-add). A weight-only kernel gives it the float activation, a
+block-scaled one the activation's codes, which are exact in it.
 """
 
 from __future__ import annotations
