@@ -87,14 +87,21 @@ def parser() -> argparse.ArgumentParser:
     linears.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/linears.json)")
     linears.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG or SVG (needs matplotlib)")
     models = commands.add_parser("models", help="whole models")
-    models.add_argument("--models", nargs="+", choices=tuple(cpu_models.WORKLOADS), default=["decoder", "minilm"])
+    models.add_argument("--models", nargs="+", choices=tuple(cpu_models.WORKLOADS), help="default: all; quick: decoder")
     variants = tuple(cpu_models.VARIANTS)
     models.add_argument(
-        "--variants", nargs="+", choices=variants, default=variants, metavar="NAME", help=", ".join(variants)
+        "--variants", nargs="+", choices=variants, metavar="NAME", help=f"these and no others: {', '.join(variants)}"
     )
-    models.add_argument("--threads", nargs="+", type=positive, default=[1], help="default: 1")
+    families = ("all", *cpu_models.FAMILIES)
+    models.add_argument("--peers", nargs="+", choices=families, default=["all"], help="whom to compare ours with")
+    schemes = cpu_models.SCHEMES
+    models.add_argument("--schemes", nargs="+", choices=schemes, default=schemes)
+    models.add_argument("--threads", nargs="+", type=positive, help="default: 1; quick: 1 and all")
+    models.add_argument("--prompt", type=positive, default=cpu_models.PROMPT, help="tokens of it (default: 128)")
+    models.add_argument("--huge-pages", action="store_true", help="ask for them for every variant's weights")
+    models.add_argument("--quick", action="store_true", help="the decoder in our layers and in llama.cpp, 3 rounds")
     models.add_argument("--layers", type=positive, default=6, help="of the decoder (default: 6)")
-    models.add_argument("--rounds", type=positive, default=5, help="turns of each variant (default: 5)")
+    models.add_argument("--rounds", type=positive, help="turns of each variant (default: 5, quick 3)")
     models.add_argument("--seconds", type=float, default=1.0, help="least time of a phase in a turn (default: 1)")
     models.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
     models.add_argument(
@@ -103,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/models.json)")
     table = commands.add_parser("table", help="print what earlier runs wrote")
     table.add_argument("files", nargs="+", type=Path)
+    table.add_argument("--markdown", action="store_true", help="whole models as the README has them")
     table.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG or SVG (needs matplotlib)")
     return parser
 
@@ -176,11 +184,15 @@ def linears(options: argparse.Namespace) -> int:
 def models(options: argparse.Namespace) -> int:
     """Run the variants of the models, print and write what they gave."""
     rows: list[dict[str, Any]] = []
-    given = {"layers": options.layers, "seconds": options.seconds, "lock": options.lock}
-    for threads, model in product(options.threads, options.models):
-        asked = [{"model": model, "name": name, "threads": threads, **given} for name in options.variants]
-        rows += cpu_turns.measured(asked, options.rounds, options.timeout)
-        write(options.json or RESULTS / "models.json", rows, rounds=options.rounds, seconds=options.seconds)
+    quick, rounds = options.quick, options.rounds or (3 if options.quick else 5)
+    kept = ("layers", "prompt", "seconds", "lock", "huge_pages")
+    given = {name: getattr(options, name) for name in kept}
+    threads = options.threads or (sorted({1, os.cpu_count() or 1}) if quick else [1])
+    for count, model in product(threads, options.models or (["decoder"] if quick else cpu_models.WORKLOADS)):
+        names = options.variants or cpu_models.chosen(model, options.peers, options.schemes, quick=quick)
+        asked = [{"model": model, "name": name, "threads": count, **given} for name in names]
+        rows += cpu_turns.measured(asked, rounds, options.timeout)
+        write(options.json or RESULTS / "models.json", rows, rounds=rounds, seconds=options.seconds)
     print(described(machine(*PACKAGES)))
     print(f"\n{cpu_models.table(rows)}")
     return 1 if any(row["status"] == cpu_turns.FAILED for row in rows) else 0
@@ -208,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for file in options.files for row in json.loads(file.read_text())["rows"]]
         whole = [row for row in rows if "variant" in row]
         if whole:
-            print(cpu_models.table(whole))
+            print(cpu_models.table(whole, "github" if options.markdown else "simple"))
         if len(whole) < len(rows):
             report([row for row in rows if "variant" not in row], options.plot)
         return 0

@@ -88,6 +88,7 @@ KINDS: Mapping[str, Kind] = {
     "f8a16": Kind("{} x float8_e4m3fn per_channel", False, _FLOAT),
     "w4a16-g128": Kind("{} x uint4 per_group(128) asymmetric", False, _FLOAT),
     "w4a16-g32": Kind("{} x uint4 per_group(32) asymmetric", False, _FLOAT),
+    "w4a8-g32": Kind("int8 per_token (dynamic) x int4 per_group(32)", False, _INT8),
     "fp8": Kind("float8_e4m3fn per_token (dynamic) x float8_e4m3fn per_channel", True, _BF16),
     "fp8-tensor": Kind("float8_e4m3fn per_tensor (dynamic) x float8_e4m3fn per_tensor", True, _BF16),
     "fp8-block": Kind("float8_e4m3fn per_group(128) x float8_e4m3fn per_block(128, 128)", False, _FLOAT),

@@ -2,15 +2,18 @@
 
 ``cpu.py models`` runs each variant in a process of its own, ``python benchmarks/cpu_models.py FILE``, which reads what
 to measure from FILE, prepares it, says what became of that, and then times a turn whenever it is asked
-(``cpu_turns.py``). Errors are relative, to the float32 model run eagerly. A decode is one token after a prompt of 128.
+(``cpu_turns.py``). Errors are relative, to the float32 model run eagerly. A decode is one token after a prompt.
 Torch compiles twice, since a length of 1 is always a graph of its own.
+
+What is counted, of every variant alike: *prepare* is to quantize, convert, write and load; *compile* the first call of
+each phase; *resident* the process after its first calls, *empty* the same before it had a model; *weights* what the
+prepared model keeps of them, embedding included, where that can be told. The *peak* is that of compiling and of the
+first calls, when the float model is gone; of llama.cpp, which loads a file, that of its whole process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import json
 import os
 import sys
@@ -21,19 +24,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cpu_llama_cpp
 import torch
 from cpu_cases import KINDS, Source, operands_of, relative_error, source
-from cpu_decoder import Size, decoder
-from cpu_measure import failure, locked
+from cpu_decoder import Decoder, Size, decoder
+from cpu_gguf import write_decoder
+from cpu_measure import failure
 from cpu_model_runtimes import Phases, Runs, onnxruntime_start, openvino_start
-from cpu_peers import FROZEN, TUNED, inductor_quantizer
+from cpu_peers import FROZEN, QUANTIZED, TUNED, inductor_quantizer
+from cpu_process import answer, locked, memory, reset_peak, seconds_of_calls
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 from fx_quant.layers.quantize_model import quantize_
 
-PROMPT = 128
+PROMPT = 128  # tokens, where no other number is asked for
 WRONG = 0.5  # a result whose error is larger has nothing to do with the model's
 
 
@@ -53,16 +59,16 @@ class Workload:
     tokens: Mapping[str, int]
 
 
-def decoder_workload(layers: int) -> Workload:
-    """The decoder of ``cpu_decoder``: a prompt, then a token."""
-    model = decoder(Size(layers=layers))
-    ids = torch.randint(0, model.size.vocab, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    phases = {"prefill": (ids, torch.arange(PROMPT)), "decode": (ids[:, :1].clone(), torch.tensor([PROMPT]))}
-    return Workload(model, torch.bfloat16, phases, {"prefill": PROMPT, "decode": 1})
+def decoder_workload(layers: int, prompt: int) -> Workload:
+    """The decoder of ``cpu_decoder``: a prompt, then a token, in a cache of twice the prompt."""
+    model = decoder(Size(layers=layers, context=2 * prompt))
+    ids = torch.randint(0, model.size.vocab, (1, prompt), generator=torch.Generator().manual_seed(0))
+    phases = {"prefill": (ids, torch.arange(prompt)), "decode": (ids[:, :1].clone(), torch.tensor([prompt]))}
+    return Workload(model, torch.bfloat16, phases, {"prefill": prompt, "decode": 1})
 
 
-def minilm_workload(layers: int) -> Workload:
-    """MiniLM-L6 with its weights: one sentence, and 32 of them; ``layers`` is not asked."""
+def minilm_workload(layers: int, prompt: int) -> Workload:
+    """MiniLM-L6 with its weights: one sentence, and 32 of them; neither argument is asked."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
     from encoder import float32, tokenize
     from sentences import SENTENCES
@@ -71,7 +77,7 @@ def minilm_workload(layers: int) -> Workload:
     return Workload(float32(), torch.float32, phases, {name: inputs[0].numel() for name, inputs in phases.items()})
 
 
-WORKLOADS: Mapping[str, Callable[[int], Workload]] = {"decoder": decoder_workload, "minilm": minilm_workload}
+WORKLOADS: Mapping[str, Callable[[int, int], Workload]] = {"decoder": decoder_workload, "minilm": minilm_workload}
 
 
 # --- how a model is quantized -----------------------------------------------------------------------------------------
@@ -154,6 +160,9 @@ class Variant:
         dtype: of the activations; None is the workload's.
         start: ``(model, phases, threads) -> runs`` of another runtime.
         plain: the variant of plain Inductor on the same source, for the ratio of compile times.
+        schemes: what ``--schemes`` selects it by.
+        gguf: the blocks that llama.cpp, which runs a decoder only, has the weights in.
+        quick: belongs to the short benchmark.
     """
 
     prepare: Callable[..., nn.Module] | None = None
@@ -162,38 +171,75 @@ class Variant:
     dtype: torch.dtype | None = None
     start: Callable[[nn.Module, Phases, int], Runs] | None = None
     plain: str = ""
+    schemes: tuple[str, ...] = ("w8a8",)
+    gguf: str = ""
+    quick: bool = False
 
 
 _AO = partial(torchao, config="Int8DynamicActivationInt8WeightConfig")
 _AO_WEIGHT = partial(torchao, config="Int8WeightOnlyConfig")
 _W8A8, _W8A16 = partial(by_hand, scheme="w8a8"), partial(by_hand, scheme="w8a16")
-_W4A16 = partial(packed, scheme="w4a16-g128")
-BF16 = torch.bfloat16
+_W4A16, _W4A8 = partial(packed, scheme="w4a16-g128"), partial(packed, scheme="w4a8-g32")
+_FLOAT, _BY_8, _BY_4, _4_BY_8 = ("float",), ("w8a16",), ("w4a16",), ("w4a8",)
+F32, BF16 = torch.float32, torch.bfloat16
 VARIANTS: Mapping[str, Variant] = {
-    "float32": Variant(as_float, "inductor", dtype=torch.float32),
-    "bfloat16": Variant(as_float, "inductor", dtype=BF16),
-    "bfloat16 frozen": Variant(as_float, "inductor", FROZEN, BF16),
+    "float32": Variant(as_float, "inductor", dtype=F32, schemes=_FLOAT),
+    "bfloat16": Variant(as_float, "inductor", dtype=BF16, schemes=_FLOAT),
+    "bfloat16 frozen": Variant(as_float, "inductor", FROZEN, BF16, schemes=_FLOAT),
     "fx_quant w8a8": Variant(_W8A8, "fx_quant", plain="inductor w8a8"),
     "inductor w8a8": Variant(_W8A8, "inductor"),
-    "fx_quant w8a8 float32": Variant(_W8A8, "fx_quant", dtype=torch.float32, plain="inductor w8a8 float32"),
-    "fx_quant w8a8 float32 frozen": Variant(_W8A8, "fx_quant", FROZEN, torch.float32),
-    "inductor w8a8 float32": Variant(_W8A8, "inductor", dtype=torch.float32),
-    "fx_quant w8a16": Variant(_W8A16, "fx_quant", plain="inductor w8a16"),
-    "inductor w8a16": Variant(_W8A16, "inductor"),
-    "fx_quant w4a16": Variant(_W4A16, "fx_quant"),
+    "fx_quant w8a8 float32": Variant(_W8A8, "fx_quant", dtype=F32, plain="inductor w8a8 float32"),
+    "fx_quant w8a8 float32 frozen": Variant(_W8A8, "fx_quant", FROZEN, F32),
+    "fx_quant quantize_ w8a8 float32": Variant(partial(packed, scheme="w8a8"), "fx_quant", dtype=F32, quick=True),
+    "inductor w8a8 float32": Variant(_W8A8, "inductor", dtype=F32),
+    "fx_quant w8a16": Variant(_W8A16, "fx_quant", plain="inductor w8a16", schemes=_BY_8),
+    "inductor w8a16": Variant(_W8A16, "inductor", schemes=_BY_8),
+    "fx_quant w4a16": Variant(_W4A16, "fx_quant", schemes=_BY_4, quick=True),
+    "fx_quant w4a8": Variant(_W4A8, "fx_quant", schemes=_4_BY_8),
+    "fx_quant w4a8 float32": Variant(_W4A8, "fx_quant", dtype=F32, schemes=_4_BY_8, quick=True),
     "torchao w8a8": Variant(_AO, "inductor"),
     "torchao w8a8 by fx_quant": Variant(_AO, "fx_quant", plain="torchao w8a8"),
     "torchao w8a8 max-autotune": Variant(partial(_AO, passes=True), "inductor", TUNED),
-    "torchao w8a8 float32 max-autotune": Variant(partial(_AO, passes=True), "inductor", TUNED, torch.float32),
-    "torchao w8a16 max-autotune": Variant(partial(_AO_WEIGHT, passes=True), "inductor", TUNED),
-    "quantize_dynamic x86": Variant(partial(dynamic, engine="x86"), dtype=torch.float32),
-    "quantize_dynamic onednn": Variant(partial(dynamic, engine="onednn"), dtype=torch.float32),
-    "onnxruntime float32": Variant(start=partial(onnxruntime_start, int8=False)),
+    "torchao w8a8 float32 max-autotune": Variant(partial(_AO, passes=True), "inductor", TUNED, F32),
+    "torchao w8a16 max-autotune": Variant(partial(_AO_WEIGHT, passes=True), "inductor", TUNED, schemes=_BY_8),
+    "quantize_dynamic x86": Variant(partial(dynamic, engine="x86"), dtype=F32),
+    "quantize_dynamic onednn": Variant(partial(dynamic, engine="onednn"), dtype=F32),
+    "onnxruntime float32": Variant(start=partial(onnxruntime_start, int8=False), schemes=_FLOAT),
     "onnxruntime int8": Variant(start=partial(onnxruntime_start, int8=True)),
-    "openvino float32": Variant(start=partial(openvino_start, int8=False)),
-    "openvino bfloat16": Variant(start=partial(openvino_start, int8=False, precision="bf16")),
+    "openvino float32": Variant(start=partial(openvino_start, int8=False), schemes=_FLOAT),
+    "openvino bfloat16": Variant(start=partial(openvino_start, int8=False, precision="bf16"), schemes=_FLOAT),
     "openvino int8": Variant(start=partial(openvino_start, int8=True)),
+    "llama.cpp Q8_0": Variant(gguf="Q8_0", schemes=("w8a8", "w8a16"), quick=True),
+    "llama.cpp Q4_0": Variant(gguf="Q4_0", schemes=("w4a8", "w4a16"), quick=True),
 }
+OURS = "fx_quant"
+
+
+def family(name: str) -> str:
+    """What ``--peers`` selects the variant ``name`` by."""
+    first = name.split(maxsplit=1)[0]
+    return "float" if first in ("float32", "bfloat16") else first
+
+
+FAMILIES = tuple(dict.fromkeys(map(family, VARIANTS)))
+SCHEMES = tuple(dict.fromkeys(scheme for variant in VARIANTS.values() for scheme in variant.schemes))
+
+
+def chosen(model: str, peers: Sequence[str], schemes: Sequence[str], *, quick: bool = False) -> list[str]:
+    """Names of the variants of ``schemes`` that run ``model``; ours always.
+
+    Args:
+        peers: families, or ``all``.
+        quick: only those of the short benchmark.
+    """
+    return [
+        name
+        for name, variant in VARIANTS.items()
+        if (family(name) in (OURS, *peers) or "all" in peers)
+        and set(variant.schemes) & set(schemes)
+        and (variant.quick or not quick)
+        and (model == "decoder" or not variant.gguf)
+    ]
 
 
 def _torch_runs(model: nn.Module, variant: Variant, phases: Phases) -> Runs:
@@ -208,37 +254,48 @@ def _torch_runs(model: nn.Module, variant: Variant, phases: Phases) -> Runs:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def memory(name: str) -> float:
-    """MiB of this process: ``VmRSS`` now, or ``VmHWM``, the most since ``reset_peak``."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
+def weight_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, what is inside of a tensor subclass too, each storage once; a cache is no weight."""
+    inside: list[Any] = [
+        tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not name.startswith(("keys_", "values_"))
+    ]
+    storages: dict[int, int] = {}
+    while inside:
+        tensor = inside.pop()
+        if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+            inside += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        else:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
-def reset_peak() -> None:
-    """Give freed memory back, and count the peak from here."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+def _found(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of its variant whatever becomes of it."""
+    return {
+        "variant": asked["name"],
+        **{key: asked[key] for key in ("model", "threads", "layers", "prompt", "huge_pages")},
+    }
 
 
 @torch.no_grad()
-def turns(
-    model: str, name: str, *, threads: int, layers: int, seconds: float, lock: str = ""
-) -> Iterator[dict[str, Any]]:
-    """First what became of the variant ``name`` of ``model``, then for each turn the seconds of each phase's calls.
+def turns(asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """First what became of the variant that is asked for, then for each turn the seconds of each phase's calls.
 
     One that cannot run has no turns.
+
+    Args:
+        asked: ``model`` and the variant's ``name``; ``threads``, ``layers``, tokens of the ``prompt``; ``seconds`` of
+            a phase in a turn; a file to ``lock``; whether the process was started for ``huge_pages``.
     """
+    threads, lock = asked["threads"], asked["lock"]
     torch.set_num_threads(threads)
-    workload, variant = WORKLOADS[model](layers), VARIANTS[name]
+    found: dict[str, Any] = {**_found(asked), "empty_mib": memory("VmRSS")}
+    workload, variant = WORKLOADS[asked["model"]](asked["layers"], asked["prompt"]), VARIANTS[asked["name"]]
     dtype = variant.dtype or workload.dtype
     expected = {phase: workload.model(*inputs).double() for phase, inputs in workload.phases.items()}
     float_model, tokens = workload.model, workload.tokens
-    found: dict[str, Any] = {"model": model, "variant": name, "threads": threads, "layers": layers}
     runs: Runs = {}
     # Freezing is read while Dynamo traces, which is at the first call of each phase.
     config = inductor_config.patch(**variant.config) if variant.config else contextlib.nullcontext()
@@ -250,7 +307,10 @@ def turns(
                     runs = variant.start(float_model, workload.phases, threads)
                 else:
                     assert variant.prepare is not None
-                    runs = _torch_runs(variant.prepare(float_model, dtype), variant, workload.phases)
+                    prepared = variant.prepare(float_model, dtype)
+                    found["weights_mib"] = weight_bytes(prepared) / 2**20
+                    runs = _torch_runs(prepared, variant, workload.phases)
+                    del prepared
                 found["prepare_s"] = time.perf_counter() - start
             del workload, float_model
             reset_peak()
@@ -278,20 +338,47 @@ def turns(
     yield found
     while found["status"] in ("ok", "wrong"):
         with locked(lock, alone=True), torch.compiler.set_stance("fail_on_recompile"):
-            taken = {phase: _seconds(run, seconds) for phase, run in runs.items()}
+            taken = {phase: seconds_of_calls(run, asked["seconds"]) for phase, run in runs.items()}
         yield taken
 
 
-def _seconds(run: Callable[[], object], seconds: float) -> list[float]:
-    """Of each call but the first, which finds the caches full of others' data, for about ``seconds``."""
-    run()
-    taken: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(taken) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return taken
+@torch.no_grad()
+def hand_over(asked: Mapping[str, Any], path: Path) -> None:
+    """Write the decoder for llama.cpp, and become the process that runs it, which has no torch.
+
+    Its logits must be those of the decoder with the weights that were written, up to its quantization of activations.
+    Returns where that process cannot be.
+
+    Args:
+        asked: as for ``turns``.
+        path: the file that ``asked`` is from; others are written beside it.
+
+    Raises:
+        ImportError: llama.cpp is not there.
+    """
+    library, kind = cpu_llama_cpp.library(), VARIANTS[asked["name"]].gguf
+    torch.set_num_threads(asked["threads"])
+    workload = decoder_workload(asked["layers"], asked["prompt"])
+    model, gguf, phases = workload.model, path.with_name("model.gguf"), {}
+    assert isinstance(model, Decoder)
+
+    def say(weights: str) -> None:
+        """Write what ``model`` gives with its present weights."""
+        for phase, (ids, positions) in workload.phases.items():
+            logits = path.with_name(f"{phase}.{weights}")
+            logits.write_bytes(model(ids, positions).float().numpy().tobytes())
+            given = phases.setdefault(phase, {"ids": ids[0].tolist(), "after": int(positions[0])})
+            given[weights] = str(logits)
+
+    say("float")
+    start = time.perf_counter()
+    write_decoder(model, kind, gguf)
+    found = {**_found(asked), "tokens": dict(workload.tokens), "prepare_s": time.perf_counter() - start}
+    say("decoded")
+    files = {"library": str(library), "gguf": str(gguf), "phases": phases, "found": found}
+    given = {"context": model.size.context, "tolerance": QUANTIZED, **files}
+    path.write_text(json.dumps({**asked, **given}))
+    os.execv(sys.executable, [sys.executable, cpu_llama_cpp.__file__, str(path)])
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -301,17 +388,37 @@ def compile_ratio(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     """Compile seconds over those of plain Inductor on the same source; None where it was not run."""
     plain = VARIANTS[row["variant"]].plain
     for other in rows:
-        same = all(other[key] == row[key] for key in ("model", "threads", "layers"))
+        same = all(other.get(key) == row.get(key) for key in ("model", "threads", "layers", "prompt", "huge_pages"))
         if same and other["variant"] == plain and "compile_s" in other and "compile_s" in row:
             return row["compile_s"] / other["compile_s"]
     return None
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each model and number of threads."""
-    tables = []
-    for model, threads in dict.fromkeys((row["model"], row["threads"]) for row in rows):
-        some = [row for row in rows if (row["model"], row["threads"]) == (model, threads)]
+_HEADERS = {
+    "prepare s": "prepare_s",
+    "compile s": "compile_s",
+    "peak MiB": "peak_mib",
+    "resident MiB": "steady_mib",
+    "empty MiB": "empty_mib",
+    "weights MiB": "weights_mib",
+}
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else f"{value:.1f}" if key.endswith("_s") else f"{value:.0f}"
+
+
+def table(rows: Sequence[Mapping[str, Any]], form: str = "simple") -> str:
+    """A table for each model, prompt and number of threads, and how ours stand to llama.cpp.
+
+    Args:
+        form: ``simple``, within 120 columns, or ``github``.
+    """
+    keys = ("model", "threads", "prompt", "huge_pages")
+    tables, across = [], " " if form == "github" else "\n"
+    for group in dict.fromkeys(tuple(row.get(key) for key in keys) for row in rows):
+        some = [row for row in rows if tuple(row.get(key) for key in keys) == group]
         phases = next((list(row["tokens_per_s"]) for row in some if "tokens_per_s" in row), [])
         lines: list[tuple[str, ...]] = []
         for row in some:
@@ -319,32 +426,62 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 lines.append((row["variant"], row["status"][:60]))
                 continue
             ratio = compile_ratio(row, rows)
-            lines.append(
-                (
-                    row["variant"],
-                    *(f"{row['tokens_per_s'][phase]:.1f}" for phase in phases),
-                    f"{row['prepare_s']:.1f}",
-                    f"{row['compile_s']:.1f}",
-                    "" if ratio is None else f"{ratio:.2f}",
-                    f"{row['peak_mib']:.0f}",
-                    f"{row['steady_mib']:.0f}",
-                    f"{row['error']:.3f}" + " wrong" * (row["status"] == "wrong"),
-                )
-            )
-        what = f"{model}, threads {threads}"
-        rates = [f"{phase} tokens/s" for phase in phases]
-        headers = (what, *rates, "prepare s", "compile s", "/ inductor", "peak MiB", "steady MiB", "error")
-        tables.append(tabulate(lines, headers=headers, tablefmt="simple", disable_numparse=True))
+            cells = [_cell(row, key) for key in _HEADERS.values()]
+            cells.insert(2, "" if ratio is None else f"{ratio:.2f}")
+            rates = [f"{row['tokens_per_s'][phase]:.1f}" for phase in phases]
+            error = f"{row['error']:.3f}" + " wrong" * (row["status"] == "wrong")
+            lines.append((row["variant"], *rates, *cells, error))
+        model, threads, prompt, huge = group
+        what = f"{model}, threads {threads}" + f", prompt {prompt}" * (model == "decoder" and prompt is not None)
+        titles = [*(f"{phase} tokens/s" for phase in phases), *list(_HEADERS)[:2], "/ plain", *list(_HEADERS)[2:]]
+        headers = (what + ", huge pages" * bool(huge), *(across.join(each.rsplit(" ", 1)) for each in titles), "error")
+        tables.append(tabulate(lines, headers=headers, tablefmt=form, disable_numparse=True))
+        if to := to_llama_cpp(some, form):
+            tables.append(to)
+    if any(row["status"] == "needs llama.cpp" for row in rows):
+        tables.append(cpu_llama_cpp.ABSENT)
     return "\n\n".join(tables)
+
+
+def _own_mib(row: Mapping[str, Any]) -> float | None:
+    """What the process holds beyond an empty one and its weights."""
+    keys = ("steady_mib", "empty_mib", "weights_mib")
+    return row[keys[0]] - row[keys[1]] - row[keys[2]] if all(key in row for key in keys) else None
+
+
+def to_llama_cpp(rows: Sequence[Mapping[str, Any]], form: str = "simple") -> str:
+    """Of each variant of ours, the tokens a second over those of llama.cpp with as many bits; empty without it.
+
+    The last columns are what each process holds beyond its weights and an empty process.
+    """
+    ran = [row for row in rows if "tokens_per_s" in row and row["status"] == "ok"]
+    peers = [row for row in ran if VARIANTS[row["variant"]].gguf]
+    lines = []
+    for row in ran:
+        for peer in peers:
+            if family(row["variant"]) == OURS and set(VARIANTS[row["variant"]].schemes) & set(
+                VARIANTS[peer["variant"]].schemes
+            ):
+                rates = [f"{rate / peer['tokens_per_s'][phase]:.2f}" for phase, rate in row["tokens_per_s"].items()]
+                own = ["" if mib is None else f"{mib:.0f}" for mib in (_own_mib(row), _own_mib(peer))]
+                lines.append((row["variant"], peer["variant"], *rates, *own))
+    if not lines:
+        return ""
+    headers = ("ours", "to", *peers[0]["tokens_per_s"], "own MiB", "its own MiB")
+    return tabulate(lines, headers=headers, tablefmt=form, disable_numparse=True)
 
 
 def main() -> None:
     """Prepare what the file says, then take a turn for each line that comes in; results are lines too."""
-    results, ours = os.fdopen(os.dup(1), "w"), turns(**json.loads(Path(sys.argv[1]).read_text()))
-    os.dup2(2, 1)  # what libraries print is no result
-    print(json.dumps(next(ours)), file=results, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(next(ours)), file=results, flush=True)
+    path = Path(sys.argv[1])
+    asked = json.loads(path.read_text())
+    if VARIANTS[asked["name"]].gguf:
+        try:
+            hand_over(asked, path)
+        except ImportError as error:
+            print(json.dumps({**_found(asked), "status": f"needs {error.name or error}"}), flush=True)
+            return
+    answer(turns(asked))
 
 
 if __name__ == "__main__":
