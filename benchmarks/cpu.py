@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for file in options.files for row in json.loads(file.read_text())["rows"]]
         whole = [row for row in rows if "variant" in row]
         if whole:
-            print(cpu_models.table(whole, "github" if options.markdown else "simple"))
+            print(cpu_models.table(whole, markdown=options.markdown))
         if len(whole) < len(rows):
             report([row for row in rows if "variant" not in row], options.plot)
         return 0

@@ -1,8 +1,8 @@
 """llama.cpp by its shared libraries: where they are, and a GGUF decoder timed in a process that has no torch.
 
-``python benchmarks/cpu_llama_cpp.py FILE`` reads what ``cpu_models.py`` wrote into FILE: the model, what its logits must
-be, and what to time. It answers as that does, in turns. What is a struct in llama.cpp's interface is never spelled out
-here, since each version adds to it: it is a block of bytes that llama.cpp fills with its defaults and takes back.
+``python benchmarks/cpu_llama_cpp.py FILE`` reads what ``cpu_models.py`` wrote into FILE: the model, what its logits
+must be, and what to time. It answers as that does, in turns. The structs of llama.cpp's interface, to which versions
+add, are not spelled out here: one is a block of bytes that llama.cpp fills with its defaults and takes back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_uint8, c_uint32, c_uint64, c_void_p
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ def library() -> Path:
 
 
 def version(path: Path) -> str:
-    """Of the library, as its file's name or the npm package's build says it, and which of ggml's for a CPU is loaded."""
+    """Of the library, as its file's name or the npm package's build says it, and which of ggml's for a CPU is used."""
     built, maps = path.parent / "_nlcBuildMetadata.json", Path("/proc/self/maps")
     if built.exists():
         release = str(json.loads(built.read_text())["buildOptions"]["llamaCpp"]["release"])
@@ -85,8 +85,9 @@ _READ = 0  # the load mode that reads the file into memory
 
 # Results and arguments of what is called.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_backend_dev_by_type": (c_void_p, [c_int32]),
+    "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
     "ggml_backend_load_all_from_path": (None, [c_char_p]),
-    "ggml_backend_reg_by_name": (c_void_p, [c_char_p]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_threadpool_params_init": (None, [POINTER(Opaque), c_int32]),
     "llama_attach_threadpool": (None, [c_void_p, c_void_p, c_void_p]),
@@ -96,7 +97,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_decode": (c_int32, [c_void_p, Opaque]),
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_get_memory": (c_void_p, [c_void_p]),
-    "llama_get_model": (c_void_p, [c_void_p]),
     "llama_init_from_model": (c_void_p, [c_void_p, Opaque]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
@@ -110,25 +110,41 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+def declare(lib: ctypes.CDLL, signatures: Mapping[str, tuple[Any, list[Any]]]) -> None:
+    """Give functions of ``lib`` their results and arguments.
+
+    Raises:
+        AttributeError: this version has no such function.
+    """
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+
+
 def loaded(path: Path) -> ctypes.CDLL:
     """The library and those it needs, ggml's among them, with the one for this CPU registered."""
     found = ctypes.CDLL(str(path))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
+    declare(found, _SIGNATURES)
     found.ggml_backend_load_all_from_path(str(path.parent).encode())
     found.llama_backend_init()
     return found
 
 
+_CPU = 0  # ggml's type of device
+
+
+def of_cpu(lib: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Callable[..., Any] | None:
+    """A function that ggml's library for this CPU gives by ``name``; None where it does not."""
+    cpu = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_type(_CPU))
+    found = lib.ggml_backend_reg_get_proc_address(cpu, name.encode())
+    return ctypes.CFUNCTYPE(result, *arguments)(found) if found else None
+
+
 def threadpool(lib: ctypes.CDLL, threads: int) -> int | None:
-    """Threads that stay, as llama.cpp's own programs make them; None in a build that uses OpenMP's."""
-    new = lib.ggml_backend_reg_get_proc_address(lib.ggml_backend_reg_by_name(b"CPU"), b"ggml_threadpool_new")
-    if not new:
-        return None
-    wanted = Opaque()
+    """Threads that stay, as llama.cpp's own programs make them; None in a build that cannot."""
+    new, wanted = of_cpu(lib, "ggml_threadpool_new", c_void_p, POINTER(Opaque)), Opaque()
     lib.ggml_threadpool_params_init(ctypes.byref(wanted), threads)
-    return ctypes.CFUNCTYPE(c_void_p, POINTER(Opaque))(new)(ctypes.byref(wanted))
+    return None if new is None else new(ctypes.byref(wanted))
 
 
 class Session:
