@@ -103,10 +103,10 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--threads", nargs="+", type=positive, help="default: 1; quick: 1 and all")
     models.add_argument("--prompt", type=positive, default=cpu_variants.PROMPT, help="tokens of it (default: 128)")
     models.add_argument("--huge-pages", action="store_true", help="ask for them for every variant's weights")
-    models.add_argument("--quick", action="store_true", help="the decoder in our layers and in llama.cpp, 3 rounds")
-    models.add_argument("--layers", type=positive, default=6, help="of the decoder (default: 6)")
+    models.add_argument("--quick", action="store_true", help="a short decoder, in our layers and in llama.cpp")
+    models.add_argument("--layers", type=positive, help="of the decoder (default: 6, quick 2)")
     models.add_argument("--rounds", type=positive, help="turns of each variant (default: 5, quick 3)")
-    models.add_argument("--seconds", type=float, default=1.0, help="least time of a phase in a turn (default: 1)")
+    models.add_argument("--seconds", type=float, help="least time of a phase in a turn (default: 1, quick 0.5)")
     models.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
     models.add_argument(
         "--timeout", type=float, default=1200, help="seconds that a variant may take to prepare (default: 1200)"
@@ -188,16 +188,18 @@ def linears(options: argparse.Namespace) -> int:
 def models(options: argparse.Namespace) -> int:
     """Run the variants of the models, print and write what they gave."""
     rows: list[dict[str, Any]] = []
-    quick, rounds = options.quick, options.rounds or (3 if options.quick else 5)
-    kept = ("layers", "prompt", "seconds", "lock", "huge_pages")
-    given = {name: getattr(options, name) for name in kept}
+    quick = options.quick
+    rounds, layers, seconds = (3, 2, 0.5) if quick else (5, 6, 1.0)
+    rounds, layers, seconds = options.rounds or rounds, options.layers or layers, options.seconds or seconds
+    given = {"layers": layers, "seconds": seconds, "prompt": options.prompt, "lock": options.lock}
+    given["huge_pages"] = options.huge_pages
     threads = options.threads or (sorted({1, os.cpu_count() or 1}) if quick else [1])
     for count, model in product(threads, options.models or (["decoder"] if quick else cpu_variants.WORKLOADS)):
         names = options.variants or cpu_variants.chosen(model, options.peers, options.schemes, quick=quick)
         names = [name for name in names if cpu_variants.runs(name, model)]
         asked = [{"model": model, "name": name, "threads": count, **given} for name in names]
         rows += cpu_turns.measured(asked, rounds, options.timeout)
-        write(options.json or RESULTS / "models.json", rows, rounds=rounds, seconds=options.seconds)
+        write(options.json or RESULTS / "models.json", rows, rounds=rounds, seconds=seconds)
     print(described(machine(*PACKAGES)))
     print(f"\n{cpu_model_table.table(rows)}")
     return 1 if any(row["status"] == cpu_turns.FAILED for row in rows) else 0

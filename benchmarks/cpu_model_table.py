@@ -66,7 +66,12 @@ def table(rows: Sequence[Mapping[str, Any]], *, markdown: bool = False) -> str:
         titles = [*(f"{phase} tokens/s" for phase in phases), *_COLUMNS]
         headers = [(f"{model}, threads {threads}", ", ".join(below))]
         headers += [(title, unit) for title, _, unit in (each.rpartition(" ") for each in titles)]
-        tables.append(form([*headers, ("error", "")], lines))
+        headers.append(("error", ""))
+        told = [i for i in range(len(headers)) if any(line[i] for line in lines if len(line) == len(headers))]
+        if told:  # older results say less
+            lines = [tuple(line[i] for i in told) if len(line) == len(headers) else line for line in lines]
+            headers = [headers[i] for i in told]
+        tables.append(form(headers, lines))
         if to := to_llama_cpp(some):
             tables.append(form(*to))
     tables += dict.fromkeys(row["runtime"] for row in rows if "runtime" in row)
@@ -89,7 +94,7 @@ def _text(headers: Headers, lines: Lines) -> str:
 
 def _markdown(headers: Headers, lines: Lines) -> str:
     """As the README has tables."""
-    titles = [" ".join(filter(None, header)) for header in headers]
+    titles = [", ".join(filter(None, headers[0])), *(" ".join(filter(None, header)) for header in headers[1:])]
     padded = [(*line, *[""] * (len(headers) - len(line))) for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *padded))
 
