@@ -95,6 +95,7 @@ def turns(asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     config = inductor_config.patch(**variant.config) if variant.config else contextlib.nullcontext()
     try:
         with config:
+            reset_peak()
             with locked(lock, alone=False):
                 start = time.perf_counter()
                 if variant.start is not None:
@@ -106,6 +107,7 @@ def turns(asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                     runs = _torch_runs(prepared, variant, workload.phases)
                     del prepared
                 found["prepare_s"] = time.perf_counter() - start
+            found["prepare_peak_mib"] = memory("VmHWM")  # the float model, and what is made of it
             del workload, float_model
             reset_peak()
             got, found["compile_s"] = {}, 0.0
@@ -141,7 +143,6 @@ def hand_over(asked: Mapping[str, Any], path: Path) -> None:
     """Write the decoder for llama.cpp, and become the process that runs it, which has no torch.
 
     Its logits must be those of the decoder with the weights that were written, up to its quantization of activations.
-    Returns where that process cannot be.
 
     Args:
         asked: as for ``turns``.
