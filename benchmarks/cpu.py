@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--peers", nargs="+", choices=families, default=["all"], help="whom to compare ours with")
     schemes = cpu_variants.SCHEMES
     models.add_argument("--schemes", nargs="+", choices=schemes, default=schemes)
-    models.add_argument("--threads", nargs="+", type=positive, help="default: 1; quick: 1 and all")
+    models.add_argument("--threads", nargs="+", type=positive, help="default: 1; quick: all")
     models.add_argument("--prompt", type=positive, default=cpu_variants.PROMPT, help="tokens of it (default: 128)")
     models.add_argument("--huge-pages", action="store_true", help="ask for them for every variant's weights")
     models.add_argument("--quick", action="store_true", help="a short decoder, in our layers and in llama.cpp")
@@ -193,7 +193,7 @@ def models(options: argparse.Namespace) -> int:
     rounds, layers, seconds = options.rounds or rounds, options.layers or layers, options.seconds or seconds
     given = {"layers": layers, "seconds": seconds, "prompt": options.prompt, "lock": options.lock}
     given["huge_pages"] = options.huge_pages
-    threads = options.threads or (sorted({1, os.cpu_count() or 1}) if quick else [1])
+    threads = options.threads or [(os.cpu_count() or 1) if quick else 1]
     for count, model in product(threads, options.models or (["decoder"] if quick else cpu_variants.WORKLOADS)):
         names = options.variants or cpu_variants.chosen(model, options.peers, options.schemes, quick=quick)
         names = [name for name in names if cpu_variants.runs(name, model)]

@@ -236,7 +236,7 @@ def turns(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 to.append(relative_error(logits[: len(expected)], expected))
         found["error"], found["own_error"] = max(errors), max(own)
         found["peak_mib"] = memory("VmHWM")
-        found["steady_mib"] = memory("VmRSS")
+        found["steady_mib"], found["file_mib"] = memory("VmRSS"), memory("RssFile")
         right = found["own_error"] <= asked["tolerance"]
         found["status"] = "ok" if right else "wrong"
     except Exception as error:  # noqa: BLE001  (a peer may fail in any way; the table says how)

@@ -31,7 +31,7 @@ def locked(path: str, *, alone: bool) -> Iterator[None]:
 
 
 def memory(name: str) -> float:
-    """MiB of this process: ``VmRSS`` now, or ``VmHWM``, the most since ``reset_peak``."""
+    """MiB of this process: ``VmRSS`` now, ``RssFile`` of those mapped from files, ``VmHWM`` the most since a reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
