@@ -2,13 +2,18 @@
 
 The weight is in Q8_0 or Q4_0 blocks, in the layout that llama.cpp would choose on this CPU; the activation is float32,
 which ggml quantizes itself, by blocks of 32.
+
+With AMX, ggml configures the tiles of a thread once and for all, while PyTorch's and our kernels configure them as they
+need them and release them: in a thread that both share, ggml's next tile instruction is an illegal one. So what may use
+tiles is called in a thread of its own, which costs a call some tens of microseconds.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_bool, c_int32, c_int64, c_size_t, c_void_p
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, c_bool, c_char_p, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -33,6 +38,7 @@ _ROWS = 512  # of the activation for which llama.cpp asks whether a layout is su
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_add_inplace": (c_void_p, [c_void_p, c_void_p, c_void_p]),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, [c_void_p, c_void_p]),
+    "ggml_backend_buft_name": (c_char_p, [c_void_p]),
     "ggml_backend_buffer_free": (None, [c_void_p]),
     "ggml_backend_cpu_buffer_from_ptr": (c_void_p, [c_void_p, c_size_t]),
     "ggml_backend_dev_buffer_type": (c_void_p, [c_void_p]),
@@ -99,8 +105,17 @@ def blocks(each: Operands, kind: str) -> Blocks:
     return quantized(each.weight, kind)
 
 
-def _weight(cpu: _Cpu, each: Operands, kind: str) -> int:
-    """The tensor of the weight, in the first layout that multiplies it."""
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor, whether its layout is for AMX, and the bias."""
+
+    tensor: int
+    tiles: bool
+    bias: Tensor | None
+
+
+def _weight(cpu: _Cpu, each: Operands, kind: str) -> _Weight:
+    """The weight, in the first layout that multiplies it."""
     lib, (n, k) = cpu.lib, each.weight.shape
     stored = blocks(each, kind).stored().contiguous()
     for layout in cpu.layouts:
@@ -110,14 +125,14 @@ def _weight(cpu: _Cpu, each: Operands, kind: str) -> int:
         x = lib.ggml_new_tensor_2d(scratch, F32, k, _ROWS)
         if lib.ggml_backend_dev_supports_op(cpu.device, lib.ggml_mul_mat(scratch, weight, x)):
             lib.ggml_backend_tensor_set(weight, stored.data_ptr(), 0, stored.nbytes)
-            return weight
+            return _Weight(weight, lib.ggml_backend_buft_name(layout) == b"AMX", each.bias)
         lib.ggml_backend_buffer_free(buffer)
     raise RuntimeError(f"ggml has no matmul of {kind} with n = {n}, k = {k} here")
 
 
-def _prepare(case: Case, layers: Sequence[Operands], *, kind: str) -> list[tuple[int, Tensor | None]]:
+def _prepare(case: Case, layers: Sequence[Operands], *, kind: str) -> list[_Weight]:
     cpu = _cpu(case.threads)
-    return [(_weight(cpu, each, kind), each.bias) for each in layers]
+    return [_weight(cpu, each, kind) for each in layers]
 
 
 def _placed(cpu: _Cpu, tensor: int, data: Tensor) -> None:
@@ -126,25 +141,35 @@ def _placed(cpu: _Cpu, tensor: int, data: Tensor) -> None:
     cpu.lib.ggml_backend_tensor_alloc(buffer, tensor, data.data_ptr())
 
 
-def _finish(case: Case, state: list[tuple[int, Tensor | None]], x: Tensor) -> Call:
+@cache
+def _apart() -> ThreadPoolExecutor:
+    """The thread whose tiles are ggml's."""
+    return ThreadPoolExecutor(1)
+
+
+def _finish(case: Case, state: list[_Weight], x: Tensor) -> Call:
     cpu = _cpu(case.threads)
     lib, context, m = cpu.lib, cpu.context(), x.shape[0]
     graph, a = lib.ggml_new_graph(context), lib.ggml_new_tensor_2d(context, F32, case.k, m)
     _placed(cpu, a, x)
     outputs = [torch.empty(m, case.n) for _ in state]
-    for (weight, bias), out in zip(state, outputs, strict=True):
-        y = lib.ggml_mul_mat(context, weight, a)
+    for weight, out in zip(state, outputs, strict=True):
+        y = lib.ggml_mul_mat(context, weight.tensor, a)
         _placed(cpu, y, out)
-        if bias is not None:
+        if weight.bias is not None:
             b = lib.ggml_new_tensor_1d(context, F32, case.n)
-            _placed(cpu, b, bias)
+            _placed(cpu, b, weight.bias)
             y = lib.ggml_add_inplace(context, y, b)
         lib.ggml_build_forward_expand(graph, y)
+    tiles = m > 1 and any(weight.tiles for weight in state)  # a single row is multiplied without
 
     def call(given: Tensor) -> list[Tensor]:
         if given.data_ptr() != x.data_ptr():
             raise ValueError("the graph is of one activation's memory; finish another for another")
-        status = lib.ggml_backend_graph_compute(cpu.backend, graph)
+        if tiles:
+            status = _apart().submit(lib.ggml_backend_graph_compute, cpu.backend, graph).result()
+        else:
+            status = lib.ggml_backend_graph_compute(cpu.backend, graph)
         if status:
             raise RuntimeError(f"ggml_backend_graph_compute gave {status}")
         return outputs
