@@ -82,7 +82,7 @@ def _cpu(threads: int) -> _Cpu:
     backend = lib.ggml_backend_dev_init(device, None)
     set_threads = cpu_llama_cpp.of_cpu(lib, "ggml_backend_set_n_threads", None, c_void_p, c_int32)
     set_pool = cpu_llama_cpp.of_cpu(lib, "ggml_backend_cpu_set_threadpool", None, c_void_p, c_void_p)
-    pool = cpu_llama_cpp.threadpool(lib, threads)
+    pool = cpu_llama_cpp.threadpool(lib, threads, patient=True)
     assert set_threads is not None
     set_threads(backend, threads)
     if set_pool is not None and pool:

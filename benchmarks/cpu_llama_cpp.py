@@ -140,10 +140,20 @@ def of_cpu(lib: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Callabl
     return ctypes.CFUNCTYPE(result, *arguments)(found) if found else None
 
 
-def threadpool(lib: ctypes.CDLL, threads: int) -> int | None:
-    """Threads that stay, as llama.cpp's own programs make them; None in a build that cannot."""
+_POLL, _USUAL = 520, 50  # offset of how long a thread looks out for work, of 100, in what a pool is made of; its value
+
+
+def threadpool(lib: ctypes.CDLL, threads: int, *, patient: bool = False) -> int | None:
+    """Threads that stay, as llama.cpp's own programs make them; None in a build that cannot.
+
+    Args:
+        patient: between two graphs they sleep, and so leave the cores to others, instead of looking out for the next.
+    """
     new, wanted = of_cpu(lib, "ggml_threadpool_new", c_void_p, POINTER(Opaque)), Opaque()
     lib.ggml_threadpool_params_init(ctypes.byref(wanted), threads)
+    poll = wanted.at(c_uint32, _POLL)
+    if patient and poll.value == _USUAL:
+        poll.value = 0
     return None if new is None else new(ctypes.byref(wanted))
 
 
