@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cpu_process import answer, locked, memory, seconds_of_calls
+from cpu_process import answer, huge_pages, locked, memory, seconds_of_calls
 
 VARIABLE = "LLAMA_CPP"
 ABSENT = (
@@ -247,6 +247,7 @@ def turns(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         found["error"], found["own_error"] = max(errors), max(own)
         found["peak_mib"] = memory("VmHWM")
         found["steady_mib"], found["file_mib"] = memory("VmRSS"), memory("RssFile")
+        found["huge_mib"] = huge_pages()
         right = found["own_error"] <= asked["tolerance"]
         found["status"] = "ok" if right else "wrong"
     except Exception as error:  # noqa: BLE001  (a peer may fail in any way; the table says how)

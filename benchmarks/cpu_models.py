@@ -31,7 +31,7 @@ from cpu_gguf import write_decoder
 from cpu_measure import failure
 from cpu_model_runtimes import Phases, Runs
 from cpu_peers import QUANTIZED
-from cpu_process import answer, locked, memory, reset_peak, seconds_of_calls
+from cpu_process import answer, huge_pages, locked, memory, reset_peak, seconds_of_calls
 from cpu_variants import VARIANTS, WORKLOADS, Variant, decoder_workload
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
@@ -48,8 +48,13 @@ def _torch_runs(model: nn.Module, variant: Variant, phases: Phases) -> Runs:
     return {phase: partial(call, *inputs) for phase, inputs in phases.items()}
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, what is inside of a tensor subclass too, each storage once; a cache is no weight."""
+def weight_bytes(model: nn.Module) -> int | None:
+    """Of parameters and buffers, what is inside of a tensor subclass too, each storage once; a cache is no weight.
+
+    None where ``quantize_dynamic`` packed weights into what is no tensor.
+    """
+    if any(hasattr(module, "_packed_params") for module in model.modules()):
+        return None
     inside: list[Any] = [
         tensor
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -103,7 +108,9 @@ def turns(asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 else:
                     assert variant.prepare is not None
                     prepared = variant.prepare(float_model, dtype)
-                    found["weights_mib"] = weight_bytes(prepared) / 2**20
+                    nbytes = weight_bytes(prepared)
+                    if nbytes is not None:
+                        found["weights_mib"] = nbytes / 2**20
                     runs = _torch_runs(prepared, variant, workload.phases)
                     del prepared
                 found["prepare_s"] = time.perf_counter() - start
@@ -120,7 +127,7 @@ def turns(asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         found["error"] = max(errors.values())
         found["peak_mib"] = memory("VmHWM")
         reset_peak()
-        found["steady_mib"] = memory("VmRSS")
+        found["steady_mib"], found["huge_mib"] = memory("VmRSS"), huge_pages()
         found["tokens"] = dict(tokens)
         with torch.compiler.set_stance("fail_on_recompile"):
             for run in runs.values():

@@ -38,6 +38,15 @@ def memory(name: str) -> float:
     return float("nan")
 
 
+def huge_pages() -> float:
+    """MiB of this process that lie in huge pages; NaN where the kernel does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            if line.startswith("AnonHugePages:"):
+                return int(line.split()[1]) / 1024
+    return float("nan")
+
+
 def reset_peak() -> None:
     """Give freed memory back, and count the peak from here."""
     gc.collect()

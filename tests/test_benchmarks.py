@@ -314,6 +314,8 @@ def test_weights_are_counted_once_and_caches_are_not():
     assert cpu_models.weight_bytes(model) == 4 * (linears + turns)
     model.head.weight = model.embedding.weight
     assert cpu_models.weight_bytes(model) == 4 * (linears - TINY.vocab * TINY.hidden + turns)
+    model.head._packed_params = object()  # as quantize_dynamic's modules have them
+    assert cpu_models.weight_bytes(model) is None
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
