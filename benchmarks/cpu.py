@@ -3,7 +3,8 @@
 ``python benchmarks/cpu.py linears [--quick]`` times single linears, ``... models`` whole models (cpu_models.py), and
 ``... table FILE ...`` prints what earlier runs wrote. Each case has a process of its own, in which all ways take turns
 and each is compared with float64 before it is timed; of a model, each variant has one, and the processes take turns.
-Peers that are not installed are left out, and named.
+Peers that are not installed are left out, and named; of llama.cpp, which no package of Python's has ready-made, the
+table says how to get it.
 
 Times are medians. Linears of few rows are timed as a list of distinct weights larger than the last-level cache, so that
 m = 1 reads its weight from memory, as a decode does. Ratios are the peer's time over ours: above 1 we are faster.
@@ -23,9 +24,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import cpu_models
+import cpu_model_table
 import cpu_table
 import cpu_turns
+import cpu_variants
 from cpu_cases import KINDS, ROWS, SHAPES, Case
 from cpu_measure import Settings
 from cpu_ways import FAMILIES
@@ -87,15 +89,24 @@ def parser() -> argparse.ArgumentParser:
     linears.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/linears.json)")
     linears.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG or SVG (needs matplotlib)")
     models = commands.add_parser("models", help="whole models")
-    models.add_argument("--models", nargs="+", choices=tuple(cpu_models.WORKLOADS), default=["decoder", "minilm"])
-    variants = tuple(cpu_models.VARIANTS)
     models.add_argument(
-        "--variants", nargs="+", choices=variants, default=variants, metavar="NAME", help=", ".join(variants)
+        "--models", nargs="+", choices=tuple(cpu_variants.WORKLOADS), help="default: all; quick: decoder"
     )
-    models.add_argument("--threads", nargs="+", type=positive, default=[1], help="default: 1")
-    models.add_argument("--layers", type=positive, default=6, help="of the decoder (default: 6)")
-    models.add_argument("--rounds", type=positive, default=5, help="turns of each variant (default: 5)")
-    models.add_argument("--seconds", type=float, default=1.0, help="least time of a phase in a turn (default: 1)")
+    variants = tuple(cpu_variants.VARIANTS)
+    models.add_argument(
+        "--variants", nargs="+", choices=variants, metavar="NAME", help=f"these and no others: {', '.join(variants)}"
+    )
+    families = ("all", *cpu_variants.FAMILIES)
+    models.add_argument("--peers", nargs="+", choices=families, default=["all"], help="whom to compare ours with")
+    schemes = cpu_variants.SCHEMES
+    models.add_argument("--schemes", nargs="+", choices=schemes, default=schemes)
+    models.add_argument("--threads", nargs="+", type=positive, help="default: 1; quick: all")
+    models.add_argument("--prompt", type=positive, default=cpu_variants.PROMPT, help="tokens of it (default: 128)")
+    models.add_argument("--huge-pages", action="store_true", help="ask for them for every variant's weights")
+    models.add_argument("--quick", action="store_true", help="a short decoder, in our layers and in llama.cpp")
+    models.add_argument("--layers", type=positive, help="of the decoder (default: 6, quick 2)")
+    models.add_argument("--rounds", type=positive, help="turns of each variant (default: 5, quick 3)")
+    models.add_argument("--seconds", type=float, help="least time of a phase in a turn (default: 1, quick 0.5)")
     models.add_argument("--lock", default="", metavar="FILE", help="flock it: shared to compile, alone to time")
     models.add_argument(
         "--timeout", type=float, default=1200, help="seconds that a variant may take to prepare (default: 1200)"
@@ -103,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--json", type=Path, metavar="FILE", help="results (default: benchmarks/results/models.json)")
     table = commands.add_parser("table", help="print what earlier runs wrote")
     table.add_argument("files", nargs="+", type=Path)
+    table.add_argument("--markdown", action="store_true", help="whole models as the README has them")
     table.add_argument("--plot", type=Path, metavar="FILE", help="also draw a PNG or SVG (needs matplotlib)")
     return parser
 
@@ -176,13 +188,20 @@ def linears(options: argparse.Namespace) -> int:
 def models(options: argparse.Namespace) -> int:
     """Run the variants of the models, print and write what they gave."""
     rows: list[dict[str, Any]] = []
-    given = {"layers": options.layers, "seconds": options.seconds, "lock": options.lock}
-    for threads, model in product(options.threads, options.models):
-        asked = [{"model": model, "name": name, "threads": threads, **given} for name in options.variants]
-        rows += cpu_turns.measured(asked, options.rounds, options.timeout)
-        write(options.json or RESULTS / "models.json", rows, rounds=options.rounds, seconds=options.seconds)
+    quick = options.quick
+    rounds, layers, seconds = (3, 2, 0.5) if quick else (5, 6, 1.0)
+    rounds, layers, seconds = options.rounds or rounds, options.layers or layers, options.seconds or seconds
+    given = {"layers": layers, "seconds": seconds, "prompt": options.prompt, "lock": options.lock}
+    given["huge_pages"] = options.huge_pages
+    threads = options.threads or [(os.cpu_count() or 1) if quick else 1]
+    for count, model in product(threads, options.models or (["decoder"] if quick else cpu_variants.WORKLOADS)):
+        names = options.variants or cpu_variants.chosen(model, options.peers, options.schemes, quick=quick)
+        names = [name for name in names if cpu_variants.runs(name, model)]
+        asked = [{"model": model, "name": name, "threads": count, **given} for name in names]
+        rows += cpu_turns.measured(asked, rounds, options.timeout)
+        write(options.json or RESULTS / "models.json", rows, rounds=rounds, seconds=seconds)
     print(described(machine(*PACKAGES)))
-    print(f"\n{cpu_models.table(rows)}")
+    print(f"\n{cpu_model_table.table(rows)}")
     return 1 if any(row["status"] == cpu_turns.FAILED for row in rows) else 0
 
 
@@ -208,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for file in options.files for row in json.loads(file.read_text())["rows"]]
         whole = [row for row in rows if "variant" in row]
         if whole:
-            print(cpu_models.table(whole))
+            print(cpu_model_table.table(whole, markdown=options.markdown))
         if len(whole) < len(rows):
             report([row for row in rows if "variant" not in row], options.plot)
         return 0

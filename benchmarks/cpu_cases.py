@@ -88,6 +88,7 @@ KINDS: Mapping[str, Kind] = {
     "f8a16": Kind("{} x float8_e4m3fn per_channel", False, _FLOAT),
     "w4a16-g128": Kind("{} x uint4 per_group(128) asymmetric", False, _FLOAT),
     "w4a16-g32": Kind("{} x uint4 per_group(32) asymmetric", False, _FLOAT),
+    "w4a8-g32": Kind("int8 per_token (dynamic) x int4 per_group(32)", False, _INT8),
     "fp8": Kind("float8_e4m3fn per_token (dynamic) x float8_e4m3fn per_channel", True, _BF16),
     "fp8-tensor": Kind("float8_e4m3fn per_tensor (dynamic) x float8_e4m3fn per_tensor", True, _BF16),
     "fp8-block": Kind("float8_e4m3fn per_group(128) x float8_e4m3fn per_block(128, 128)", False, _FLOAT),
@@ -242,6 +243,15 @@ class WeightOnly(Source):
         return F.linear(x, (weight * self.scale[..., None]).flatten(1).to(x.dtype))
 
 
+class Int8Groups(WeightOnly):
+    """Each token to int8 and back, then a linear of the dequantized weight, whose scales are of groups."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The codes of the activation are multiplied as floats."""
+        codes, scale = int8_per_token(x)
+        return super().forward(codes.float() * scale).to(x.dtype)
+
+
 class Float8Tokens(Source):
     """Each token to float8, ``torch._scaled_mm`` with unit scales to float32, then both scales and the bias."""
 
@@ -284,6 +294,7 @@ class Float8Blocks(Source):
 _SOURCES: Mapping[str, type[Source]] = {
     "w8a8": Int8Dynamic,
     "w8a8-static": Int8Static,
+    "w4a8-g32": Int8Groups,
     "fp8": Float8Tokens,
     "fp8-tensor": Float8Tensor,
     "fp8-block": Float8Blocks,
@@ -308,7 +319,7 @@ def for_fx_quant(case: Case, operands: Operands) -> nn.Module:
 
 def exact(case: Case, operands: Operands, x: Tensor) -> Tensor:
     """The scheme's result in float64, of the activation as the source quantizes it."""
-    if case.scheme == "w8a8":
+    if case.scheme in ("w8a8", "w4a8-g32"):
         codes, scale = int8_per_token(x)
         decoded = codes.double() * scale.double()
     elif case.scheme == "w8a8-static":

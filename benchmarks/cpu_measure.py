@@ -6,13 +6,12 @@ the rows back into it.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from cpu_cases import (
     wide_layers_needed,
 )
 from cpu_peers import Call, Way
+from cpu_process import locked
 from cpu_ways import ALWAYS, chosen
 from torch import Tensor, nn
 
@@ -64,19 +64,6 @@ class Settings:
     static: bool = False
     lock: str = ""
     cache: int = 0
-
-
-@contextlib.contextmanager
-def locked(path: str, *, alone: bool) -> Iterator[None]:
-    """Hold the lock of the file ``path``: with others, or ``alone``. Without a path, nothing."""
-    if not path:
-        yield
-        return
-    import fcntl
-
-    with Path(path).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        yield
 
 
 @dataclass(eq=False)

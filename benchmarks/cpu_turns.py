@@ -24,10 +24,15 @@ SCRIPT = Path(__file__).resolve().parent / "cpu_models.py"
 FAILED = "failed: see the standard error"
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Variables of a process that runs on ``threads``."""
+# glibc asks for huge pages for what it allocates, and PyTorch for its tensors.
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def environment(threads: int, *, huge_pages: bool = False) -> dict[str, str]:
+    """Variables of a process that runs on ``threads``, in huge pages where asked and where the kernel has them."""
     # The runtimes' thread pools read the number when they are loaded; torch is told again.
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    usual = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    return usual | _HUGE_PAGES if huge_pages else usual
 
 
 class Ended(Exception):
@@ -47,7 +52,9 @@ class Running:
         self.log, self.timeout = folder / "log", timeout
         path = folder / "asked.json"
         path.write_text(json.dumps(asked))
-        env = environment(asked["threads"]) | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        env = environment(asked["threads"], huge_pages=asked.get("huge_pages", False)) | {
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")
+        }
         with self.log.open("w") as said:
             self.process = subprocess.Popen(
                 [sys.executable, str(SCRIPT), str(path)],
@@ -112,12 +119,8 @@ def measured(asked: Sequence[Mapping[str, Any]], rounds: int, timeout: float) ->
         for i, each in enumerate(asked):
             print(f"{i + 1} of {len(asked)}: {each['model']}, {each['name']}", file=sys.stderr, flush=True)
             running = stack.enter_context(started(each, timeout))
-            row = {
-                "model": each["model"],
-                "variant": each["name"],
-                "threads": each["threads"],
-                "layers": each["layers"],
-            }
+            known = ("model", "threads", "layers", "prompt", "huge_pages")
+            row = {"variant": each["name"], **{key: each[key] for key in known if key in each}}
             try:
                 rows.append(running.result())
             except Ended as error:

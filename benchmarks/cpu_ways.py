@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cpu_cases import Case
+from cpu_ggml import GGML_WAYS
 from cpu_peers import TORCH_WAYS, Way
 from cpu_runtimes import RUNTIME_WAYS
 
-WAYS: tuple[Way, ...] = (*TORCH_WAYS, *RUNTIME_WAYS)
+WAYS: tuple[Way, ...] = (*TORCH_WAYS, *RUNTIME_WAYS, *GGML_WAYS)
 ALWAYS = ("fx_quant", "inductor")
 FAMILIES = tuple(dict.fromkeys(way.family for way in WAYS))
 
