@@ -168,6 +168,8 @@ for capability, *elsewhere in json.loads(sys.argv[1]):
 else:
     sys.exit()
 os.environ["ATEN_CPU_CAPABILITY"] = capability
+# A header is compiled ahead in the time of nine kernels, and this is all that is compiled for the other capabilities.
+torch._inductor.config.cpp_cache_precompile_headers = capability == "avx512"
 believe_this_cpu()
 
 # Two blocks of rows go over k in three parts.

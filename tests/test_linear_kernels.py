@@ -457,15 +457,15 @@ SCHEMES = [
 ]
 
 
-def faces(config: Any, target: Target) -> tuple[str | None, str | None]:
-    """The kernel that ``select`` chooses, and the one that runs a layer of the class that is chosen."""
+def faces(config: Any, target: Target, possible: dict[Any, Any]) -> tuple[str | None, str | None]:
+    """The kernel that ``select`` chooses, and the one that runs a layer of the class that is chosen of ``possible``."""
     family = next(f for f in FAMILIES if type(config) in f.__orig_bases__[0].__args__)
     try:
         selected = select(config.problem(), target).kernel.name
     except NoKernelError:
         selected = None
     try:
-        cls = lk.choose_scaled_mm_linear_kernel(config, lk.possible_kernels(family), target)
+        cls = lk.choose_scaled_mm_linear_kernel(config, possible[family], target)
         return selected, cls(config)._chosen(config.problem(), target).name
     except NoKernelError:
         return selected, None
@@ -475,7 +475,8 @@ def faces(config: Any, target: Target) -> tuple[str | None, str | None]:
 @pytest.mark.parametrize("name", named_targets())
 def test_both_faces_choose_the_same_kernel_for_every_scheme(name, libraries):
     target = named_target(name, packages={"torch": torch.__version__, **libraries})
-    chosen = {config: faces(config, target) for config in SCHEMES}
+    possible = {family: lk.possible_kernels(family) for family in FAMILIES}
+    chosen = {config: faces(config, target, possible) for config in SCHEMES}
     assert {config: each for config, each in chosen.items() if each[0] != each[1]} == {}
     assert any(selected for selected, _ in chosen.values())
 
@@ -483,8 +484,9 @@ def test_both_faces_choose_the_same_kernel_for_every_scheme(name, libraries):
 @pytest.mark.parametrize("off", ["TorchInt8ScaledMMLinearKernel", "pytorch", "cpu_int8_portable,pytorch_int_mm"])
 def test_both_faces_leave_out_what_is_disabled(off, monkeypatch):
     monkeypatch.setenv("FX_QUANT_DISABLED_KERNELS", off)
+    possible = {family: lk.possible_kernels(family) for family in FAMILIES}
     for name in ("arm", "x86", "x86_vnni", "sm80"):
-        selected, of_class = faces(int8(), named_target(name))
+        selected, of_class = faces(int8(), named_target(name), possible)
         assert selected == of_class != "pytorch_int_mm"
 
 

@@ -398,6 +398,9 @@ MIXING = {
     summed_so_far: "aten.cumsum works along dim 1",
 }
 
+# One that is found at an op, one at an input, one at an output and one at a size: ``explain`` traces each once more.
+EXPLAINED = (softmax_over_rows, writes_a_buffer, returns_views, divided_by_rows)
+
 
 @pytest.mark.parametrize("step", MIXING, ids=lambda step: step.__name__)
 def test_what_mixes_rows_is_not_padded_and_says_why(pieces, step):
@@ -412,11 +415,11 @@ def test_what_mixes_rows_is_not_padded_and_says_why(pieces, step):
     assert report.whole == ""
     assert any(MIXING[step] in row.unpadded for row in report.pieces), [row.unpadded for row in report.pieces]
     assert MIXING[step] in " ".join(str(report).split())
-    told = fx_quant.explain(
-        Step(step), rows(7), options={"piecewise": True, "compile_sizes": SIZES, "padding": "always"}
-    )
-    assert [row.unpadded for row in told.pieces] == [row.unpadded for row in report.pieces]
-    assert any(MIXING[step] in row["unpadded"] for row in json.loads(told.to_json())["pieces"])
+    if step in EXPLAINED:
+        options = {"piecewise": True, "compile_sizes": SIZES, "padding": "always"}
+        told = fx_quant.explain(Step(step), rows(7), options=options)
+        assert [row.unpadded for row in told.pieces] == [row.unpadded for row in report.pieces]
+        assert any(MIXING[step] in row["unpadded"] for row in json.loads(told.to_json())["pieces"])
 
 
 def test_a_cache_is_written_by_pieces_that_are_not_padded(pieces):
