@@ -184,6 +184,95 @@ def test_the_packed_weight_of_another_call_is_packed_again():
         torch.testing.assert_close(run(state.graph, *inputs)[0], run(source, *inputs)[0], rtol=1e-5, atol=1e-4)
 
 
+# --- int8 codes, as torchao's 8da4w stores those of 4 bits -------------------------------------------------------
+
+W = drawn(8, N, K, low=-8, dtype=INT8)
+ZEROS = torch.zeros(N, K // GROUP, dtype=INT8)
+FAR = torch.randint(-(2**30), 2**30, (16, 1), dtype=INT32)
+
+
+def eight_bits(x, codes, s, z):
+    rows, scale, point = asymmetric(x)
+    return F.linear((rows.float() - point) * scale, groups(codes, s, z))
+
+
+def in_bfloat16(x, codes, s, z):
+    rows, scale, point = asymmetric(x)
+    weight = (codes.unflatten(1, (-1, GROUP)).bfloat16() - z[..., None]) * s.bfloat16()[..., None]
+    return F.linear((rows.bfloat16() - point.bfloat16()) * scale.bfloat16(), weight.flatten(1))
+
+
+@pytest.mark.parametrize("form", [eight_bits, in_bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_fake_quantized_activation_and_groups_with_zero_points_are_a_product_of_integers(form, dynamic):
+    inputs = (X, W, SG, ZEROS)
+    graph = trace(form, *inputs, dynamic=dynamic)
+    state = rewrite(graph)
+    (site,), (row,) = state.rows, state.rows.values()
+    assert site.words == "int8 per_token asymmetric (dynamic) x int8 per_group(32) asymmetric"
+    assert row.selection.kernel.name == "cpu_int8_groups_vnni"
+    assert_same_meaning(state.before, state.graph, inputs)
+    # A byte for each group is read.
+    assert operands_of(row.op).b_zero_point.meta["val"].dtype is INT8
+    exact, _ = run_in_float64(state.before, *inputs)
+    to_kernels(state)
+    actual, _ = run(state.graph, *inputs)
+    error = (actual[0].double() - exact[0]).norm() / exact[0].norm()
+    assert error < (1e-6 if form is eight_bits else 1e-2)
+
+
+NOT_INTEGERS = {
+    "zero_point_along_k": (
+        lambda a, w, s, z: (
+            ((a.unflatten(1, (-1, GROUP)).float() - z[:16, :, None]) * 0.1).flatten(1) @ groups(w, s).t()
+        ),
+        "the zero point of a varies along k, so it cannot leave the sum",
+    ),
+    "zero_point_far_out": (
+        lambda a, w, s, z, far: ((a.float() - far) * 0.1) @ groups(w, s).t(),
+        "a zero point of a that may lie far out, beside scales that vary along k",
+    ),
+    "rows_of_other_groups": (
+        lambda a, w, s, z: (
+            ((a.unflatten(1, (-1, 16)).float() - 3) * s[:16].repeat(1, 2)[..., None]).flatten(1) @ groups(w, s, z).t()
+        ),
+        "the scales of a and b have groups of different sizes along k",
+    ),
+}
+
+
+@pytest.mark.parametrize(("form", "obstacle"), NOT_INTEGERS.values(), ids=NOT_INTEGERS)
+def test_what_no_sum_of_groups_states_is_of_a_float_activation(form, obstacle):
+    codes = drawn(128, 16, K, low=-128, dtype=INT8)
+    inputs = (codes, W, SG, ZG, *([FAR] if "far" in obstacle else []))
+    state = rewrite(trace(form, *inputs))
+    (site,), (row,) = state.rows, state.rows.values()
+    assert site.product.obstacle == obstacle
+    assert row.selection.kernel.name.startswith("cpu_weight_only")
+    assert_same_meaning(state.before, state.graph, inputs)
+
+
+def test_a_zero_point_that_is_written_to_before_the_matmul_is_a_miss():
+    def written(x, codes, s, z):
+        rows, scale, point = asymmetric(x)
+        weight = groups(codes, s, z)
+        z.add_(1)
+        return F.linear((rows.float() - point) * scale, weight)
+
+    state = rewrite(trace(written, X, W, SG, ZG.clone()))
+    assert [miss.rule for miss in state.misses] == ["z_1 is written to before the rewritten matmul would read it"]
+
+
+def test_an_activation_that_was_decoded_more_coarsely_than_the_result_stays_a_float():
+    def coarse(x, codes, s, z):
+        rows, scale, point = asymmetric(x)
+        decoded = (rows.bfloat16() - point.bfloat16()) * scale.bfloat16()
+        return F.linear(decoded.float(), groups(codes, s, z))
+
+    ((name, _),) = kernels_of(coarse, X, W, SG, ZG)
+    assert name.startswith("cpu_weight_only")
+
+
 # --- what is not packed -----------------------------------------------------------------------------------------
 
 

@@ -257,9 +257,16 @@ def _weight_factors(emitter: Emitter, site: Site, product: Product) -> tuple[Nod
     point = combined(emitter, points, root, aten.add.Tensor)
     if point is None:
         return scale, None
+    if isinstance(product.a, Codes) and _in_int8([*every, (shift, shift)]):
+        point = emitter.cast(point, torch.int8, like=root)
     if scale is None:
         scale = number(emitter, 1.0, root, weight.scale_dtype)
     return _alike(emitter, scale, point, root)
+
+
+def _in_int8(bounds: Sequence[tuple[int, int]]) -> bool:
+    """Whether int8, a byte for each group to read, holds the sum of what lies within ``bounds``."""
+    return sum(low for low, _ in bounds) >= -128 and sum(high for _, high in bounds) <= 127
 
 
 def _with_room(emitter: Emitter, point: Node, bounds: tuple[int, int], shift: int, like: Node) -> Node:
