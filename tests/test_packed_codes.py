@@ -289,6 +289,10 @@ def test_a_sum_that_is_returned_is_one_of_bytes():
     assert kernels_of(summed, X, PACKED) == [("cpu_int8_vnni", INT8)]
 
 
+def test_what_is_to_be_exact_is_one_of_bytes_as_packed_codes_are_summed_in_float32():
+    assert kernels_of(products, X, PACKED, S, numerics="exact") == [("cpu_int8_vnni", INT8)]
+
+
 def test_codes_of_17_values_are_bytes():
     def wide(x, packed, s):
         codes, scale = per_token(x)

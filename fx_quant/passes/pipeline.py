@@ -50,6 +50,7 @@ from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
 from fx_quant.problem import Problem
 from fx_quant.report import Report
+from fx_quant.scheme import Numerics
 from fx_quant.target import Target
 
 Pass = Callable[[Rewriting], None]
@@ -141,8 +142,12 @@ def _ask(
 
 
 def _pays(state: Rewriting, site: Site, selection: Selection) -> bool:
-    """Whether the kernel is faster than the source's own steps, or is to run whatever it costs."""
-    return site.product is None or not selection.kernel.dequantizes or state.options.force_kernel is not None
+    """Whether the kernel is as exact as was asked and faster than the source's own steps, or is to run anyhow."""
+    kernel, options = selection.kernel, state.options
+    if site.product is None or options.force_kernel is not None:
+        return True
+    is_exact = kernel.numerics is Numerics.EXACT or options.numerics is not Numerics.EXACT
+    return is_exact and not kernel.dequantizes
 
 
 def _leave(state: Rewriting, site: Site, outcome: Selection | NoKernelError | Failure) -> None:
@@ -182,6 +187,7 @@ def _choose(problem: Problem, target: Target, options: Options, context: Compile
 def _left(site: Site, product: Product, state: Rewriting, verdicts: tuple[Verdict, ...]) -> Recognised:
     context = state.context
     asked = ", deterministic" if context.deterministic else ""
+    asked += ", exactly" if state.options.numerics is Numerics.EXACT else ""
     asked += (
         f", with padding='{context.padding}'"
         if context.padding in (PaddingPolicy.NEVER, PaddingPolicy.CONSTANTS)
