@@ -244,15 +244,21 @@ def _quantize_in_float64(
     return _codes_in_float64(x, scale, **codes_arguments), scale
 
 
-def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype=None, *, a_zero_point=None, block=None):
-    a, b = a.double(), b.double()
+def _scaled_mm_in_float64(
+    a, b, a_scale, b_scale, bias, out_dtype=None, *, a_zero_point=None, b_zero_point=None, block=None
+):
+    a, b = a.double(), _unpacked(b, a.shape[1])
     if a_zero_point is not None:
         a = a - a_zero_point
     if block is not None:
-        a = a if a_scale is None else a * a_scale.repeat_interleave(block[1], 1)[:, : a.shape[1]]
-        a_scale, b_scale, b = None, None, _decoded(b, b_scale, None, block)
+        by_group = a_scale is not None and a_scale.dim() == 2 and a_scale.shape[1] == b_scale.shape[1]
+        if by_group:
+            a, a_scale = a * a_scale.repeat_interleave(block[1], 1)[:, : a.shape[1]], None
+        b_scale, b = None, _decoded(b, b_scale, b_zero_point, block)
+    elif b_zero_point is not None:
+        b = b - b_zero_point
     y = a @ b
-    if a_zero_point is not None and block is None:
+    if a_zero_point is not None and block is None and b_zero_point is None:
         # The op sums integers in int32, which wraps around where that of its source does.
         y = (y + 2**31) % 2**32 - 2**31
     for scale in (a_scale, b_scale):
@@ -261,10 +267,14 @@ def _scaled_mm_in_float64(a, b, a_scale, b_scale, bias, out_dtype=None, *, a_zer
     return y.to(torch.int32) if out_dtype is torch.int32 else y
 
 
+def _unpacked(b, k):
+    if b.shape[0] == k:
+        return b.double()
+    return torch.stack((b & 15, b >> 4), 1).reshape(k, b.shape[1]).double() - 8
+
+
 def _weight_only_mm_in_float64(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None):
-    if b.shape[0] != x.shape[1]:
-        b = torch.stack((b & 15, b >> 4), 1).reshape(x.shape[1], b.shape[1]).double() - 8
-    y = x.double() @ _decoded(b, b_scale, b_zero_point, block)
+    y = x.double() @ _decoded(_unpacked(b, x.shape[1]), b_scale, b_zero_point, block)
     return y if bias is None else y + bias
 
 
@@ -364,6 +374,7 @@ def assert_within_class(site: Site, state: Rewriting, canonical: Graph, inputs: 
     _, new = run(canonical, *inputs)
     op = next(node for node in canonical.nodes if node.name == state.rows[site].op.name)
     a, b, a_scale, b_scale, bias, _ = (new[arg.name] if hasattr(arg, "name") else arg for arg in op.args)
+    b = _unpacked(b, a.shape[-1]) if b.shape[0] != a.shape[-1] else b
     expected = old[site.root.name].double()
     actual = new[op.name].double().reshape(expected.shape)
     # The sum of the magnitudes of all terms: what roundings are relative to, however the terms cancel.

@@ -302,10 +302,25 @@ RULES: dict[str, Rule] = {
             ),
             "of_unsigned_codes": (
                 lambda a, w, s, t: grouped(a.view(UINT8).float(), s) @ grouped(w.float(), t).t(),
-                GROUPS,
+                "int8 per_group(2) asymmetric (static) x int8 per_group(2) -> reassociated",
             ),
             "beside_a_zero_point": (
                 lambda a, w, s, t: grouped(a.float() - 3, s) @ grouped(w.float(), t).t(),
+                "int8 per_group(2) asymmetric (static) x int8 per_group(2) -> reassociated",
+            ),
+            "beside_a_zero_point_of_the_weight": (
+                lambda a, w, s, t: grouped(a.float(), s) @ grouped(w.float() - 3, t).t(),
+                "int8 per_group(2) (static) x int8 per_group(2) asymmetric -> reassociated",
+            ),
+            "beside_a_zero_point_of_groups": (
+                lambda a, w, s, t: (
+                    (a.float().unflatten(1, (2, -1)) - (s * 9).to(INT8)[..., None]).flatten(1)
+                    @ grouped(w.float(), t).t()
+                ),
+                GROUPS,
+            ),
+            "beside_a_zero_point_that_may_lie_far_out": (
+                lambda a, w, s, t: grouped(a.float() - (s[:, :1] * 1e6).to(INT32), s) @ grouped(w.float(), t).t(),
                 GROUPS,
             ),
             "shared_by_all_rows": (
@@ -429,11 +444,11 @@ RULES: dict[str, Rule] = {
     "nibbles": Rule(
         lambda: (torch.randn(SIZE, 2 * SIZE), codes(SIZE, SIZE, dtype=UINT8)),
         lambda x, p: x @ (torch.stack((p & 15, p >> 4), -1).flatten(1).float() - 8).t(),
-        "float32 x int4 unscaled asymmetric -> same_accum",
+        "float32 x int4 unscaled -> same_accum",
         {
             "of_signed_bytes": (
                 lambda x, p: x @ torch.stack((p & 15, (p.view(INT8) >> 4) & 15), -1).flatten(1).float().t(),
-                "float32 x int4 unscaled -> same_accum",
+                "float32 x int4 unscaled asymmetric -> same_accum",
             ),
             "shifted_with_their_sign": (
                 lambda x, p: x @ torch.cat((p.view(INT8) >> 4, p.view(INT8) >> 4), -1).float().t(),

@@ -66,6 +66,26 @@ GROUPS: Mapping[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = Mappin
             args(type="float", strategy="group", group_size=128, dynamic=True),
             "float8_e4m3fn per_group(128) (dynamic) x float8_e4m3fn per_block(128, 128)",
         ),
+        "w4a8": (
+            args(num_bits=4, strategy="group", group_size=32),
+            args(**TOKEN),
+            "int8 per_token (dynamic) x int4 per_group(32)",
+        ),
+        "w4a8_asymmetric": (
+            args(num_bits=4, strategy="group", group_size=64, symmetric=False),
+            args(**{**TOKEN, "symmetric": False}),
+            "int8 per_token asymmetric (dynamic) x uint4 per_group(64) asymmetric",
+        ),
+        "w4a8_channel": (
+            args(num_bits=4, strategy="channel"),
+            args(**TOKEN),
+            "int8 per_token (dynamic) x int4 per_channel",
+        ),
+        "w8a8_group": (
+            args(strategy="group", group_size=64),
+            args(**TOKEN),
+            "int8 per_token (dynamic) x int8 per_group(64)",
+        ),
         "w8a16": (INT8, None, "bfloat16 x int8 per_channel"),
         "w8a16_asymmetric": (
             args(strategy="group", group_size=64, symmetric=False),
@@ -629,7 +649,7 @@ def test_modules_that_are_not_plain_linears_are_left():
 
 @pytest.mark.parametrize(
     ("preset", "reason"),
-    [("NVFP4", "mxfp4, mxfp8 or nvfp4"), ("W4A8", "must both be int8 or both float8"), ("MXFP4", "mxfp4")],
+    [("NVFP4", "mxfp4, mxfp8 or nvfp4"), ("MXFP4", "mxfp4")],
 )
 def test_schemes_without_a_kernel_are_left(preset, reason):
     library()

@@ -259,11 +259,11 @@ REFUSED: dict[str, tuple[Function, str]] = {
     ),
     "scaled_in_bfloat16": (
         lambda x: (x / scale_of(x).to(BF16)).round().clamp(-128, 127).to(INT8),
-        "the codes are not clamped on both sides by constants",
+        "the codes are computed in bfloat16, not in float32",
     ),
     "shifted": (
         lambda x: ((x.float() / scale_of(x)).round() + 3).clamp(-128, 127).to(INT8),
-        "integer codes are cut off, not rounded",
+        "a zero point is added to what is rounded, which quantize does not",
     ),
     "scale_along_k": (
         lambda x: codes(x, scale_of(x.t()).t()),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fx_quant.kernels.cpu.groups_kernels import GROUP_LEVELS
 from tests.graphs import assert_same_meaning, prove, rewrite, run, trace
 
 K, N = 64, 48
@@ -168,7 +169,10 @@ def decoded_activation(x, w, s, dims=(-1,)):
 def test_a_quantized_activation_that_is_decoded_before_the_matmul_is_named(rows, dims, granularity):
     graph = trace(lambda x, w, s: decoded_activation(x, w, s, dims), X[:rows], W, torch.rand(2 * N))
     (site,) = prove(graph).found.sites
-    assert site.words == (f"float32 (decoded from int8 {granularity} (dynamic)) x int8 per_group(32) asymmetric")
+    assert site.words == f"int8 {granularity} (dynamic) x int8 per_group(32) asymmetric"
+    # Where no kernel runs that, it is one of a float activation.
+    (site,) = rewrite(graph, disabled_kernels=[level.kernel for level in GROUP_LEVELS]).rows
+    assert site.words == f"float32 (decoded from int8 {granularity} (dynamic)) x int8 per_group(32) asymmetric"
 
 
 def test_a_float_activation_is_not_said_to_be_decoded():
@@ -193,7 +197,7 @@ def q4_0(x, blocks):
 
 @pytest.mark.parametrize(
     ("decode", "size", "words"),
-    [(q8_0, 34, "float32 x int8 per_group(32)"), (q4_0, 18, "float32 x int4 per_group(32) asymmetric")],
+    [(q8_0, 34, "float32 x int8 per_group(32)"), (q4_0, 18, "float32 x int4 per_group(32)")],
     ids=["q8_0", "q4_0"],
 )
 def test_groups_whose_scales_run_over_rows_and_groups_in_one_axis_are_read(decode, size, words):

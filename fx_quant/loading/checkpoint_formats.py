@@ -161,18 +161,23 @@ def _activation(args: Mapping[str, Any]) -> OperandSpec:
 
 
 def _checked(scheme: Scheme) -> Scheme:
-    """``scheme`` if a quantized product of it exists: codes of one kind, and scales that can leave the sum."""
+    """``scheme`` if a quantized product of it exists: codes that are multiplied, and scales that can leave the sum."""
     a, b = scheme.activation, scheme.weight
+    of_integers = a.dtype is torch.int8 and (b.dtype is torch.int8 or b.packed)
     must(
-        a.dtype == b.dtype and a.dtype in (torch.int8, _FLOAT8),
-        f"quantized activations and their weight must both be int8 or both float8, got {scheme}; {_ELSEWHERE}",
+        of_integers or a.dtype == b.dtype == _FLOAT8,
+        "quantized activations must be int8 beside an int8 or int4 weight, or both be float8, "
+        f"got {scheme}; {_ELSEWHERE}",
     )
-    must(b.symmetric, f"the weight beside a quantized activation must be symmetric, got {scheme}; {_ELSEWHERE}")
+    must(
+        b.symmetric or b.packed or b.group is not None,
+        f"an int8 weight beside a quantized activation must be symmetric or per group, got {scheme}; {_ELSEWHERE}",
+    )
     blocks = Granularity.ANY_BLOCK.covers(b.granularity) and a.dtype is _FLOAT8 and a.group == b.group
     must(
-        blocks or (a.group is None and b.group is None),
-        "quantized activations must be per tensor or token with a weight per channel or tensor, or float8 per group "
-        f"with a weight in blocks of as many columns, got {scheme}; {_ELSEWHERE}",
+        blocks or (a.group is None and (of_integers or b.group is None)),
+        "quantized activations must be per tensor or token, with a float8 weight per channel or tensor, or float8 per "
+        f"group with a weight in blocks of as many columns, got {scheme}; {_ELSEWHERE}",
     )
     return scheme
 

@@ -188,18 +188,17 @@ def scaled_mm(
     _check_all(a, b, a_scale, b_scale, bias, out_dtype, a_zero_point, b_zero_point, block)
     if a.dtype in INT8_DTYPES:
         b = unpack_codes(b, a.shape[1])
-    if block is not None or b_zero_point is not None:
+    if block is not None:
         assert b_scale is not None
-        if block is None:
-            assert b_zero_point is not None
-            block = (1, max(a.shape[1], 1))
-            b_scale, b_zero_point = (x.reshape(-1, 1).expand(b.shape[1], 1) for x in (b_scale, b_zero_point))
-            is_by_block = False
-        else:
-            is_by_block = a_scale is not None and a_scale.dim() == 2 and a_scale.shape[1] == b_scale.shape[1]
+        is_by_block = a_scale is not None and a_scale.dim() == 2 and a_scale.shape[1] == b_scale.shape[1]
         of_blocks = a_scale if is_by_block else None
         acc = accumulate_blocks(a, b, of_blocks, b_scale, b_zero_point, block, a_zero_point=a_zero_point)
         return dequantize(acc, None if is_by_block else a_scale, None, bias, out_dtype).contiguous()
+    if b_zero_point is not None:
+        of_rows = b_zero_point.reshape(-1, 1).expand(b.shape[1], 1)
+        one = torch.ones_like(of_rows, dtype=torch.float32)
+        acc = accumulate_blocks(a, b, None, one, of_rows, (1, max(a.shape[1], 1)), a_zero_point=a_zero_point)
+        return dequantize(acc, a_scale, b_scale, bias, out_dtype).contiguous()
     acc = accumulate(a, b)
     if a_zero_point is not None:
         acc = correct(acc, a_zero_point, column_sums(b))

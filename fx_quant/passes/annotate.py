@@ -6,6 +6,8 @@ proven carries the rule that failed, so a miss explains itself.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch.fx import Graph, Node
 
 from fx_quant.passes.failures import Failure, attempt
@@ -32,9 +34,14 @@ from fx_quant.scheme import CODE_DTYPES
 
 
 class Annotation:
-    """Values of the nodes of one graph."""
+    """Values of the nodes of one graph.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        weight_only: matmuls of which the activation is to be taken as the float that it was decoded to.
+    """
+
+    def __init__(self, graph: Graph, weight_only: Collection[Node] = ()) -> None:
+        self.weight_only = weight_only
         self._values: dict[Node, Value] = {}
         for node in graph.nodes:
             value = self._guarded(node)

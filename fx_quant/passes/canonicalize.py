@@ -15,9 +15,9 @@ from fx_quant.passes.arrange import blocks, combined, matrix, number, vectors
 from fx_quant.passes.axes import extent
 from fx_quant.passes.canonical import SCALED_MM, WEIGHT_ONLY_MM
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.matrices import integer_range, stored_dtype
+from fx_quant.passes.matrices import stored_dtype
 from fx_quant.passes.nodes import aten, dtype_of, rounded_number, same_shape, same_size, shape
-from fx_quant.passes.problems import corrects_outside, is_unsigned, near_range
+from fx_quant.passes.problems import code_shift, corrects_outside, is_unsigned, near_range, taken_off
 from fx_quant.passes.ranges import bounds_of, is_near
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Codes, Product, Tile
@@ -40,7 +40,7 @@ def canonicalize(emitter: Emitter, site: Site) -> tuple[Node, Node]:
     with emitter.graph.inserting_before(root):
         if not isinstance(product.a, Codes):
             out = result = _weight_only(emitter, site, product)
-        elif corrects_outside(product):
+        elif corrects_outside(product, **_how(site)):
             out, result = _corrected(emitter, site, product)
         else:
             out = result = _scaled(emitter, site, product)
@@ -55,22 +55,25 @@ def canonicalize(emitter: Emitter, site: Site) -> tuple[Node, Node]:
 def _scaled(emitter: Emitter, site: Site, product: Product) -> Node:
     """``fx_quant::scaled_mm`` with everything in it."""
     root, k, scheme = site.root, site.problem.k, site.problem.scheme
-    a_to, b_to = scheme.activation.scale_dtype, scheme.weight.scale_dtype
     a, zero_point = _activation(emitter, product, root)
     assert zero_point.rest is None
-    b = _stored(emitter, product.b, root)
-    extras: dict[str, Any] = {} if zero_point.near is None else {"a_zero_point": zero_point.near}
-    if product.block is None:
+    b = _weight(emitter, site, product)
+    a_to = scheme.activation.scale_dtype
+    if scheme.activation.group is None:
         a_scale = combined(emitter, vectors(emitter, product.rows, root, a_to, [-1, 1]), root)
-        b_scale = combined(emitter, vectors(emitter, product.columns, root, b_to, [-1]), root)
     else:
-        extras["block"] = list(product.block)
         groups = scheme.weight.scales_along(k)
         product = _scalars_to_weight(product)
         a_scale = combined(emitter, blocks(emitter, product.rows, 1, groups, root, a_to), root)
         if a_scale is not None:
             a_scale = _widened(emitter, a_scale, a, groups, root)
-        b_scale = _weight_blocks(emitter, product, site, b_to)
+    b_scale, b_zero_point = _weight_factors(emitter, site, product)
+    extras = {
+        "a_zero_point": zero_point.near,
+        "b_zero_point": b_zero_point,
+        "block": None if product.block is None else list(product.block),
+    }
+    extras = {name: value for name, value in extras.items() if value is not None}
     bias = _bias(emitter, product, site)
     return emitter.call(SCALED_MM, a, b, a_scale, b_scale, bias, product.dtype, like=root, **extras)
 
@@ -105,17 +108,13 @@ def _full(emitter: Emitter, node: Node, sizes: list[int], like: Node) -> Node:
     return node if same_shape(shape(node), sizes) else emitter.call(aten.expand.default, node, sizes, like=like)
 
 
-def _stored(emitter: Emitter, codes: Codes, like: Node) -> Node:
-    """``codes`` as a matrix of a low-bit dtype: unpacked ones may still stand in int32."""
-    to = stored_dtype(codes)
-    assert to is not None
-    return emitter.cast(matrix(emitter, codes, like), to, like=like)
-
-
 def _activation(emitter: Emitter, product: Product, root: Node) -> tuple[Node, Point]:
     """Codes ``[m, k]``, as int8 where they are bytes, and their zero point."""
     assert isinstance(product.a, Codes)
-    a = _stored(emitter, product.a, root)
+    to = stored_dtype(product.a)
+    assert to is not None
+    # Unpacked ones may still stand in int32.
+    a = emitter.cast(matrix(emitter, product.a, root), to, like=root)
     shift = -product.offset
     if is_unsigned(product):
         wide = emitter.call(aten.sub.Tensor, emitter.cast(a, INT32, like=root), 128, like=root)
@@ -184,8 +183,9 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
         return emitter.call(target, *args, like=root, **kwargs)
 
     a, of_a = _activation(emitter, product, root)
-    b = _stored(emitter, product.b, root)
-    of_b = _point(emitter, product, product.b, product.b_zero_points, [-1], -product.b.offset)
+    b = _weight(emitter, site, product)
+    shift = -code_shift(product, **_how(site))
+    of_b = _point(emitter, product, product.b, product.b_zero_points, [-1], shift)
     extras = {} if of_a.near is None else {"a_zero_point": of_a.near}
     out = result = call(SCALED_MM, a, b, None, None, None, INT32, **extras)
     rows = None
@@ -221,37 +221,52 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
 
 def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:
     """``fx_quant::weight_only_mm`` with everything in it."""
-    root, problem, to = site.root, site.problem, site.problem.scheme.weight.scale_dtype
+    root, problem = site.root, site.problem
     assert isinstance(product.a, Node)
-    x = emitter.reshape(product.a, [-1, problem.k], like=root)
-    b, lowest = _weight(emitter, site, product)
-    shift = -product.b.offset - lowest
     # Scales of the result's rows have no place in the op: the result is multiplied by them, as in the source.
     if product.rows:
         raise LookupError("a weight-only matmul whose result is scaled by rows")
+    x = emitter.reshape(product.a, [-1, problem.k], like=root)
+    b = _weight(emitter, site, product)
+    b_scale, point = _weight_factors(emitter, site, product)
+    if b_scale is None:
+        b_scale = number(emitter, 1.0, root, problem.scheme.weight.scale_dtype)
+    extras = {} if product.block is None else {"block": list(product.block)}
+    bias = _bias(emitter, product, site)
+    return emitter.call(WEIGHT_ONLY_MM, x, b, b_scale, point, bias, product.dtype, like=root, **extras)
+
+
+def _weight_factors(emitter: Emitter, site: Site, product: Product) -> tuple[Node | None, Node | None]:
+    """Scale and zero point of the weight as the ops take them: of one shape where there is a zero point."""
+    root, problem, weight = site.root, site.problem, site.problem.scheme.weight
     if len(product.b_zero_points) > 1 and not all(map(is_near, product.b_zero_points)):
         raise LookupError(_TWO_POINTS)
     every = [bounds_of(point.source) or (-(2**63), 2**63 - 1) for point in product.b_zero_points]
     # Read in each call, so in 64 bits only where they are stored so and not known to be small.
     kind = INT32 if all(low >= -(2**31) and high < 2**31 for low, high in every) else INT64
     if product.block is None:
-        b_scale = combined(emitter, vectors(emitter, product.columns, root, to, [-1]), root)
+        scale = combined(emitter, vectors(emitter, product.columns, root, weight.scale_dtype, [-1]), root)
         points = vectors(emitter, product.b_zero_points, root, kind, [-1])
     else:
-        b_scale = _weight_blocks(emitter, product, site, to)
-        high, groups = product.block[0], problem.scheme.weight.scales_along(problem.k)
-        points = blocks(emitter, product.b_zero_points, high, groups, root, kind)
-    if b_scale is None:
-        b_scale = number(emitter, 1.0, root, to)
+        scale = _weight_blocks(emitter, product, site, weight.scale_dtype)
+        points = blocks(emitter, product.b_zero_points, product.block[0], weight.scales_along(problem.k), root, kind)
+    shift = -code_shift(product, **_how(site))
     points = [_with_room(emitter, point, bounds, shift, root) for point, bounds in zip(points, every, strict=True)]
     if shift:
         points.append(number(emitter, shift, root, kind))
     point = combined(emitter, points, root, aten.add.Tensor)
-    if point is not None:
-        b_scale, point = _alike(emitter, b_scale, point, root)
-    extras = {} if product.block is None else {"block": list(product.block)}
-    bias = _bias(emitter, product, site)
-    return emitter.call(WEIGHT_ONLY_MM, x, b, b_scale, point, bias, product.dtype, like=root, **extras)
+    if point is None:
+        return scale, None
+    if isinstance(product.a, Codes) and _in_int8([*every, (shift, shift)]):
+        point = emitter.cast(point, torch.int8, like=root)
+    if scale is None:
+        scale = number(emitter, 1.0, root, weight.scale_dtype)
+    return _alike(emitter, scale, point, root)
+
+
+def _in_int8(bounds: Sequence[tuple[int, int]]) -> bool:
+    """Whether int8, a byte for each group to read, holds the sum of what lies within ``bounds``."""
+    return sum(low for low, _ in bounds) >= -128 and sum(high for _, high in bounds) <= 127
 
 
 def _with_room(emitter: Emitter, point: Node, bounds: tuple[int, int], shift: int, like: Node) -> Node:
@@ -271,27 +286,32 @@ def _alike(emitter: Emitter, scale: Node, point: Node, like: Node) -> tuple[Node
     return _full(emitter, scale, sizes, like), _full(emitter, point, sizes, like)
 
 
-def _weight(emitter: Emitter, site: Site, product: Product) -> tuple[Node, int]:
-    """Codes ``[k, n]`` as the op takes them, and the integer that it is to add to them to get those of the source.
+def _how(site: Site) -> dict[str, bool]:
+    """How a kernel is given the weight's codes."""
+    return {"packed": site.problem.scheme.weight.packed, "constant": site.problem.constant_weight}
 
-    Codes of 16 values are packed two to a byte along k, as ``code + 8``, the even k in the low nibble.
+
+def _weight(emitter: Emitter, site: Site, product: Product) -> Node:
+    """Codes ``[k, n]`` as the op takes them, less what ``code_shift`` says.
+
+    Packed ones are two to a byte along k, as ``code + 8``, the even k in the low nibble.
     """
-    root = site.root
-    if not site.problem.scheme.weight.packed:
-        return _stored(emitter, product.b, root), 0
-    b = matrix(emitter, product.b, root)
-    bounds = integer_range(dataclasses.replace(product.b, offset=0))
-    assert bounds is not None
-    if site.problem.k % 2:
-        raise LookupError(f"k={site.problem.k} is odd, and int4 codes are packed in pairs along k")
-    nibbles = emitter.cast(b, INT32, like=root)
-    if bounds[0]:
-        nibbles = emitter.call(aten.sub.Tensor, nibbles, bounds[0], like=root)
-    pairs = emitter.call(aten.reshape.default, nibbles, [site.problem.k // 2, 2, site.problem.n], like=root)
-    low = emitter.call(aten.select.int, pairs, 1, 0, like=root)
-    high = emitter.call(aten.mul.Tensor, emitter.call(aten.select.int, pairs, 1, 1, like=root), 16, like=root)
-    packed = emitter.cast(emitter.call(aten.add.Tensor, low, high, like=root), torch.uint8, like=root)
-    return packed, bounds[0] + 8
+    root, k, weight = site.root, site.problem.k, site.problem.scheme.weight
+    b, less = matrix(emitter, product.b, root), taken_off(product, **_how(site))
+    if weight.packed:
+        if k % 2:
+            raise LookupError(f"k={k} is odd, and int4 codes are packed in pairs along k")
+        nibbles = _less(emitter, emitter.cast(b, INT32, like=root), less - 8, root)
+        pairs = emitter.call(aten.reshape.default, nibbles, [k // 2, 2, site.problem.n], like=root)
+        low, high = (emitter.call(aten.select.int, pairs, 1, i, like=root) for i in range(2))
+        b = emitter.call(aten.add.Tensor, low, emitter.call(aten.mul.Tensor, high, 16, like=root), like=root)
+    elif less:
+        b = _less(emitter, emitter.cast(b, INT32, like=root), less, root)
+    return emitter.cast(b, weight.storage, like=root)
+
+
+def _less(emitter: Emitter, codes: Node, number: int, like: Node) -> Node:
+    return emitter.call(aten.sub.Tensor, codes, number, like=like) if number else codes
 
 
 def _bias(emitter: Emitter, product: Product, site: Site) -> Node | None:

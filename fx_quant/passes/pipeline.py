@@ -7,12 +7,13 @@ a site makes that site a miss.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from fx_quant.compat import copy_graph, dump_graph, is_subgraph, replace_contents
 from fx_quant.config import Options, PaddingPolicy
@@ -43,12 +44,13 @@ from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.row_ranges import in_declared_range
 from fx_quant.passes.rulebook import starts_codes
 from fx_quant.passes.rules.padded import may_pad
-from fx_quant.passes.sites import Recognised, Site, SizeMiss, find_sites
+from fx_quant.passes.sites import Found, Recognised, Site, SizeMiss, find_sites
 from fx_quant.passes.specialize import specialize_weights
 from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
 from fx_quant.problem import Problem
 from fx_quant.report import Report
+from fx_quant.scheme import Numerics
 from fx_quant.target import Target
 
 Pass = Callable[[Rewriting], None]
@@ -83,14 +85,21 @@ def drop_pads(state: Rewriting) -> None:
 def find(state: Rewriting) -> None:
     """The sites, and every quantized matmul that is none, with the reason."""
     state.before, _ = copy_graph(state.graph)
-    inputs = classify_inputs(state.graph, state.static_indices)
-    matmuls = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
+    matmuls = _found(state)
     if specialize_weights(miss.gemm for miss in matmuls.misses if isinstance(miss, SizeMiss)):
-        matmuls = find_sites(state.graph, Annotation(state.graph), inputs, state.options.numerics)
+        matmuls = _found(state)
     # Those of a subgraph are missed once in each call of it, as the graph around it says.
     state.misses, state.recognised = [] if is_subgraph(state.source) else matmuls.misses, matmuls.recognised
-    state.sites = [in_declared_range(site, state.context.ranges) for site in matmuls.sites]
+    state.sites = matmuls.sites
     state.memory = Memory(state.graph)
+
+
+def _found(state: Rewriting, weight_only: Collection[Node] = ()) -> Found:
+    """Every quantized matmul of the graph; of ``weight_only`` the activation is a float, whatever it was before."""
+    inputs = classify_inputs(state.graph, state.static_indices)
+    matmuls = find_sites(state.graph, Annotation(state.graph, weight_only), inputs, state.options.numerics)
+    matmuls.sites = [in_declared_range(site, state.context.ranges) for site in matmuls.sites]
+    return matmuls
 
 
 def choose_kernels(state: Rewriting) -> None:
@@ -100,15 +109,57 @@ def choose_kernels(state: Rewriting) -> None:
     choose = functools.cache(
         functools.partial(_choose, target=state.target, options=state.options, context=state.context)
     )
+    left: dict[Node, tuple[Site, Selection | NoKernelError | Failure]] = {}
     for site in state.sites:
         reason = state.left.get(site.gemm.name) or _overwritten(site, state.memory)
-        selection = None if reason is not None else attempt(choose, site.problem)
-        if isinstance(selection, Failure):
-            reason = selection.reason("choosing a kernel")
-        elif selection is not None:
-            _select(state, site, selection)
         if reason is not None:
             state.miss(site, reason)
+            continue
+        outcome = _ask(state, site, choose)
+        if outcome is not None:
+            left[site.gemm] = site, outcome
+    decoded = {gemm for gemm, (site, _) in left.items() if site.product is not None and site.product.decoded}
+    for site in _found(state, decoded).sites if decoded else ():
+        if site.gemm in decoded and not _overwritten(site, state.memory) and _ask(state, site, choose) is None:
+            del left[site.gemm]
+    for site, outcome in left.values():
+        _leave(state, site, outcome)
+
+
+def _ask(
+    state: Rewriting, site: Site, choose: Callable[[Problem], Selection | NoKernelError]
+) -> Selection | NoKernelError | Failure | None:
+    """Give ``site`` the kernel of the first of its problems that one runs; what came of the first if none does."""
+    outcomes = []
+    for problem in (site.problem, *site.others):
+        outcome = attempt(choose, problem)
+        if isinstance(outcome, Selection) and _pays(state, site, outcome):
+            site = dataclasses.replace(site, problem=problem, others=())
+            state.rows[site] = Row(site, outcome)
+            return None
+        outcomes.append(outcome)
+    return outcomes[0]
+
+
+def _pays(state: Rewriting, site: Site, selection: Selection) -> bool:
+    """Whether the kernel is as exact as was asked and faster than the source's own steps, or is to run anyhow."""
+    kernel, options = selection.kernel, state.options
+    if site.product is None or options.force_kernel is not None:
+        return True
+    is_exact = kernel.numerics is Numerics.EXACT or options.numerics is not Numerics.EXACT
+    return is_exact and not kernel.dequantizes
+
+
+def _leave(state: Rewriting, site: Site, outcome: Selection | NoKernelError | Failure) -> None:
+    """Leave ``site`` as it is, and say why."""
+    if isinstance(outcome, Failure):
+        state.miss(site, outcome.reason("choosing a kernel"))
+    elif isinstance(outcome, NoKernelError) and state.options.force_kernel is not None:
+        raise outcome
+    elif site.product is not None:
+        state.recognised.append(_left(site, site.product, state, outcome.verdicts))
+    else:
+        state.miss(site, str(outcome))
 
 
 def _overwritten(site: Site, memory: Memory) -> str | None:
@@ -120,7 +171,7 @@ def _overwritten(site: Site, memory: Memory) -> str | None:
 
 
 def _choose(problem: Problem, target: Target, options: Options, context: CompileContext) -> Selection | NoKernelError:
-    """The kernel for ``problem``, or why there is none; a kernel that the user forces must run."""
+    """The kernel for ``problem``, or why there is none."""
     try:
         return select(
             problem,
@@ -130,34 +181,13 @@ def _choose(problem: Problem, target: Target, options: Options, context: Compile
             context=context,
         )
     except NoKernelError as error:
-        if options.force_kernel is not None:
-            raise
         return error
-
-
-_NOT_PACKED = (
-    "4-bit codes beside a quantized activation are packed for a QuantizedLinear alone; the source's own steps stay"
-)
-
-
-def _select(state: Rewriting, site: Site, selection: Selection | NoKernelError) -> None:
-    """Give ``site`` its kernel, or say why it is left as it is."""
-    if isinstance(selection, NoKernelError):
-        if site.product is None:
-            state.miss(site, str(selection))
-        else:
-            state.recognised.append(_left(site, site.product, state, selection.verdicts))
-    elif site.product is not None and site.problem.scheme.weight.packed and not site.problem.scheme.weight_only:
-        state.recognised.append(Recognised(site.gemm, _NOT_PACKED, site, selection.verdicts))
-    elif site.product is not None and selection.kernel.dequantizes and state.options.force_kernel is None:
-        state.recognised.append(_left(site, site.product, state, selection.verdicts))
-    else:
-        state.rows[site] = Row(site, selection)
 
 
 def _left(site: Site, product: Product, state: Rewriting, verdicts: tuple[Verdict, ...]) -> Recognised:
     context = state.context
     asked = ", deterministic" if context.deterministic else ""
+    asked += ", exactly" if state.options.numerics is Numerics.EXACT else ""
     asked += (
         f", with padding='{context.padding}'"
         if context.padding in (PaddingPolicy.NEVER, PaddingPolicy.CONSTANTS)

@@ -2,32 +2,72 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 
 from fx_quant.passes.inputs import Inputs
-from fx_quant.passes.matrices import integer_range, stored_dtype
+from fx_quant.passes.matrices import holds_exactly, integer_range, stored_dtype
 from fx_quant.passes.nodes import dtype, dtype_of
 from fx_quant.passes.ranges import bounds_of, is_near
 from fx_quant.passes.values import Codes, Product, Tile
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Granularity, OperandSpec, Scheme
+from fx_quant.weights import INT4
 
 
-def corrects_weight(product: Product) -> bool:
-    """Whether the sum holds a zero point of the weight beside codes of the activation.
-
-    No kernel takes one: its correction is arithmetic around the raw sum.
-    """
-    return isinstance(product.a, Codes) and (bool(product.b_zero_points) or product.b.offset != 0)
-
-
-def corrects_outside(product: Product) -> bool:
+def corrects_outside(product: Product, *, packed: bool = False, constant: bool = False) -> bool:
     """Whether zero points are corrected by arithmetic around the raw sum: the weight's, and those that may be far off.
 
-    A zero point that is not proven to lie where its codes do can make an int32 sum wrap around that the source takes in
-    floating point or 64 bits.
+    Kernels take one of the weight beside codes of the activation where they scale the sums of groups, and where its
+    codes are ``packed``. A zero point that is not proven to lie where its codes do can make an int32 sum wrap around
+    that the source takes in floating point or 64 bits.
     """
-    return corrects_weight(product) or bool(isinstance(product.a, Codes) and not product.wraps and far_points(product))
+    if not isinstance(product.a, Codes) or product.block is not None or packed:
+        return False
+    shifted = bool(product.b_zero_points) or code_shift(product, packed=False, constant=constant) != 0
+    return shifted or bool(not product.wraps and far_points(product))
+
+
+def can_pack(product: Product, k: int) -> bool:
+    """Whether kernels can be given the weight two codes to a byte, beside codes of the activation.
+
+    They add in float32 what are exact sums of pieces, so the source may not return the sum, nor let it wrap around.
+    """
+    if _code_dtype(product.b) is not INT4 or k % 2 or product.dtype is torch.int32:
+        return False
+    return product.block is not None or (not far_points(product) and _fits_int32(product, k))
+
+
+def fits_int32(product: Product, k: int) -> bool:
+    """Whether the canonical sum of ``k`` products, taken in int32, is that of the source.
+
+    Where the source sums in int32 too, both wrap around alike. Of zero points that may lie anywhere only what is near
+    is in the sum.
+    """
+    return product.wraps or _fits_int32(product, k)
+
+
+def _fits_int32(product: Product, k: int) -> bool:
+    if not isinstance(product.a, Codes):
+        return True
+    largest = _largest(product.a, product.a_zero_points), _largest(product.b, product.b_zero_points)
+    if largest[0] is None or largest[1] is None:
+        return True
+    return largest[0] * largest[1] * (k if product.block is None else product.block[1]) < 2**31
+
+
+def _largest(codes: Codes, zero_points: Sequence[Tile]) -> int | None:
+    """Largest magnitude of integer codes less the near part of their zero points."""
+    bounds = integer_range(codes)
+    if bounds is None:
+        return None
+    low, high = bounds
+    for point in zero_points:
+        least, most = near_range(codes, point)
+        low, high = low - most, high - least
+    return max(-low, high)
 
 
 def near_range(codes: Codes, point: Tile) -> tuple[int, int]:
@@ -55,7 +95,8 @@ def scheme_of(product: Product, inputs: Inputs) -> Scheme:
 def _activation(product: Product, inputs: Inputs) -> OperandSpec:
     if not isinstance(product.a, Codes):
         return OperandSpec(dtype_of(product.a))
-    if product.block is not None and product.rows:
+    if any(factor.group is not None for factor in product.rows):
+        assert product.block is not None
         granularity = Granularity.per_group(product.block[1])
     else:
         granularity = _granularity(product.rows, Granularity.PER_TOKEN)
@@ -72,16 +113,46 @@ def _weight(product: Product) -> OperandSpec:
         granularity = Granularity.of_block(*product.block)
     else:
         granularity = _granularity(product.columns, Granularity.PER_CHANNEL)
-    symmetric = not product.b_zero_points and product.b.offset == 0
-    return OperandSpec(_code_dtype(product.b), granularity, symmetric=symmetric)
+    kind, is_packed = _code_dtype(product.b), _code_dtype(product.b) is INT4
+    symmetric = not product.b_zero_points and not code_shift(product, packed=is_packed)
+    return OperandSpec(kind, granularity, symmetric=symmetric)
+
+
+def code_shift(product: Product, *, packed: bool, constant: bool = False) -> int:
+    """What is added to the weight's codes as a kernel is given them, to get those of the source."""
+    return product.b.offset + taken_off(product, packed=packed, constant=constant)
+
+
+def taken_off(product: Product, *, packed: bool, constant: bool = False) -> int:
+    """What is subtracted from the weight's codes, as they are stored, for a kernel.
+
+    Args:
+        packed: codes of 16 values become -8 to 7, those of the source where these are such.
+        constant: the subtraction costs nothing, so others become int8 beside codes of the activation.
+    """
+    codes, bounds = product.b, integer_range(product.b)
+    if packed:
+        assert bounds is not None
+        return -codes.offset if _fits(bounds, 8) else bounds[0] - codes.offset + 8
+    if not constant or bounds is None or not isinstance(product.a, Codes):
+        return 0
+    return -codes.offset if _fits(bounds, 128) else 128 if _stored(codes) is torch.uint8 else 0
+
+
+def _fits(bounds: tuple[int, int], half: int) -> bool:
+    return bounds[0] >= -half and bounds[1] < half
 
 
 def _code_dtype(codes: Codes) -> torch.dtype:
     """The narrowest dtype that is known to hold the codes: int4 for 16 values, whatever they are stored in."""
     bounds = integer_range(codes)
-    if bounds is not None and bounds[1] - bounds[0] < 16:
-        return torch.int4  # pyrefly: ignore[missing-attribute]
-    return _stored(codes)
+    return INT4 if bounds is not None and bounds[1] - bounds[0] < 16 else _stored(codes)
+
+
+def _wide_dtype(product: Product, constant: bool) -> torch.dtype:
+    """The dtype of a byte in which a kernel is given the weight's codes beside codes of the activation."""
+    moved = dataclasses.replace(product.b, offset=-taken_off(product, packed=False, constant=constant))
+    return torch.int8 if holds_exactly(moved, torch.int8) else _stored(product.b)
 
 
 def _stored(codes: Codes) -> torch.dtype:
@@ -96,12 +167,31 @@ def _granularity(factors: tuple[Tile, ...], named: Granularity) -> Granularity:
     return Granularity.PER_TENSOR if all(factor.row_block is None for factor in factors) else named
 
 
-def problem_of(product: Product, scheme: Scheme, rows: SizeRange, n: int, k: int, constant_weight: bool) -> Problem:
-    """What a kernel is asked to run for ``product``."""
+def problems_of(
+    product: Product, scheme: Scheme, rows: SizeRange, n: int, k: int, constant_weight: bool
+) -> tuple[Problem, ...]:
+    """What a kernel may be asked to run for ``product``, best first.
+
+    Codes of 4 bits are packed or have a byte each; scales of the activation's rows stand for whole rows beside groups
+    of the weight, or are repeated for each group.
+    """
     bias = None if product.bias is None else dtype(product.bias.source) or torch.float32
-    if not corrects_outside(product):
-        return Problem(scheme, rows, n, k, product.dtype, bias, constant_weight)
-    plain = Scheme(
-        OperandSpec(scheme.activation.dtype, symmetric=scheme.activation.symmetric), OperandSpec(scheme.weight.dtype)
-    )
-    return Problem(plain, rows, n, k, torch.int32, None, constant_weight)
+
+    def asked(activation: OperandSpec, weight: OperandSpec) -> Problem:
+        if not corrects_outside(product, packed=weight.packed, constant=constant_weight):
+            return Problem(Scheme(activation, weight), rows, n, k, product.dtype, bias, constant_weight)
+        plain = Scheme(OperandSpec(activation.dtype, symmetric=activation.symmetric), OperandSpec(weight.dtype))
+        return Problem(plain, rows, n, k, torch.int32, None, constant_weight)
+
+    if not isinstance(product.a, Codes):
+        return (asked(scheme.activation, scheme.weight),)
+    kind = _wide_dtype(product, constant_weight)
+    symmetric = not product.b_zero_points and not code_shift(product, packed=False, constant=constant_weight)
+    weights = [dataclasses.replace(scheme.weight, dtype=kind, symmetric=symmetric)]
+    if can_pack(product, k):
+        weights.insert(0, scheme.weight)
+    activations = [scheme.activation]
+    if product.block is not None and product.rows and scheme.activation.group is None:
+        by_group = Granularity.per_group(product.block[1])
+        activations.append(dataclasses.replace(scheme.activation, granularity=by_group))
+    return tuple(asked(activation, weight) for activation in activations for weight in weights)

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.nodes import (
+    ADDITIONS,
     CASTS,
     RESHAPES,
     args_of,
@@ -32,7 +33,7 @@ from fx_quant.passes.nodes import (
     uniform_value,
 )
 from fx_quant.passes.rules.steps import is_whole
-from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES
+from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, HALF_DTYPES, dtype_name
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,17 @@ def recognise_quantizer(codes: Node) -> Quantizer | str:
     to = dtype(codes)
     if not is_op(codes, *CASTS) or to not in CODE_DTYPES:
         return "the codes are not the result of a cast"
-    clamped = _Clamp.of(args_of(codes)[0])
+    source = args_of(codes)[0]
+    clamped = _Clamp.of(source)
+    kind = dtype(source)
+    if clamped is None and kind in HALF_DTYPES and _Clamp.of(through(source, CASTS)) is not None:
+        return f"the codes are computed in {dtype_name(kind)}, not in float32"
     if clamped is None:
         return "the codes are not clamped on both sides by constants"
     integer = not to.is_floating_point
     node, rounds = clamped.x, clamped.rounds
+    if integer and is_op(node, *ADDITIONS) and any(is_op(n, aten.round.default) for n in node.all_input_nodes):
+        return "a zero point is added to what is rounded, which quantize does not"
     if integer and not rounds:
         return "integer codes are cut off, not rounded"
     if not integer and rounds:

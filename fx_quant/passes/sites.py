@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,16 +16,16 @@ from fx_quant.passes.canonical import CANONICAL, operands_of
 from fx_quant.passes.contractions import operands_of_contraction
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.inputs import Inputs, classify_inputs
-from fx_quant.passes.matrices import integer_range, matrix_base
+from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.nodes import dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
 from fx_quant.passes.origins import Origin, Origins
-from fx_quant.passes.problems import corrects_outside, near_range, problem_of, scheme_of
+from fx_quant.passes.problems import corrects_outside, fits_int32, problems_of, scheme_of
 from fx_quant.passes.regions import Findings, reasons_in_regions
 from fx_quant.passes.rulebook import is_matmul, own_kernel
 from fx_quant.passes.size_bounds import range_of
 from fx_quant.passes.specialize import why_symbolic
 from fx_quant.passes.unclaimed import unclaimed_contraction
-from fx_quant.passes.values import Affine, Codes, Product, Tile
+from fx_quant.passes.values import Affine, Codes, Product
 from fx_quant.passes.words import scheme_in_words, source_scheme
 from fx_quant.problem import Problem, Size
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, Granularity, Numerics, OperandSpec, Scheme, scale_dtype_of
@@ -42,6 +42,7 @@ class Site:
         problem: the GEMM as data, as a kernel is asked.
         scheme: how the source quantizes; what the kernel is asked leaves out what the graph corrects around it.
         words: the scheme as a report prints it, with what a scheme has no place for.
+        others: what a kernel may be asked instead, where none runs ``problem``.
     """
 
     gemm: Node
@@ -50,6 +51,7 @@ class Site:
     problem: Problem
     scheme: Scheme
     words: str
+    others: tuple[Problem, ...] = ()
 
     @property
     def numerics(self) -> Numerics:
@@ -175,7 +177,8 @@ def _site(
             return None  # integers as such, a mask or an image, are no quantized weight
         literal = is_op(product.b.node, torch.ops.aten.lift_fresh_copy.default)
         return Miss(gemm, product.b.node, _LITERAL if literal else _CHANGES)
-    allowed = [(node, value) for node, value in chain if _can_end(value)]
+    constant = is_constant(product.b, inputs)
+    allowed = [(node, value) for node, value in chain if _can_end(value, constant)]
     if not allowed:
         return Miss(gemm, chain[-1][0], f"nothing that can be returned is proven: the sum ends in {product.dtype}")
     capped = [(node, value) for node, value in allowed if value.numerics <= cap]
@@ -192,41 +195,15 @@ def _site(
         return Miss(gemm, gemm, f"the sum of integers is taken in int32, which k={k} may leave")
     root, product = _choose_root(fitting)
     scheme = scheme_of(product, inputs)
-    problem = problem_of(product, scheme, range_of(shape(gemm)[:-1]), n, k, is_constant(product.b, inputs))
+    problems = problems_of(product, scheme, range_of(shape(gemm)[:-1]), n, k, constant)
     source = source_scheme(product, scheme, inputs)
     words = scheme_in_words(source, product, chain[-1][0], annotation, inputs, origins)
-    return Site(gemm, root, product, problem, source, words)
+    return Site(gemm, root, product, problems[0], source, words, problems[1:])
 
 
 def _dynamic(n: Size, k: Size) -> str:
     why = why_symbolic(n) or why_symbolic(k) or "the second operand is no stored weight"
     return f"n and k must be static, got n={n} k={k}: {why}"
-
-
-def fits_int32(product: Product, k: int) -> bool:
-    """Whether the canonical sum of ``k`` products, taken in int32, is that of the source.
-
-    Where the source sums in int32 too, both wrap around alike. Of zero points that may lie anywhere only what is near
-    is in the sum.
-    """
-    if not isinstance(product.a, Codes) or product.wraps:
-        return True
-    largest = _largest(product.a, product.a_zero_points), _largest(product.b, product.b_zero_points)
-    if largest[0] is None or largest[1] is None:
-        return True
-    return largest[0] * largest[1] * (k if product.block is None else product.block[1]) < 2**31
-
-
-def _largest(codes: Codes, zero_points: Sequence[Tile]) -> int | None:
-    """Largest magnitude of integer codes less the near part of their zero points."""
-    bounds = integer_range(codes)
-    if bounds is None:
-        return None
-    low, high = bounds
-    for point in zero_points:
-        least, most = near_range(codes, point)
-        low, high = low - most, high - least
-    return max(-low, high)
 
 
 _CHANGES = "the dequantized operand changes from call to call; only weights are rewritten"
@@ -319,9 +296,10 @@ def _choose_root(candidates: list[tuple[Node, Product]]) -> tuple[Node, Product]
     return chosen
 
 
-def _can_end(product: Product) -> bool:
+def _can_end(product: Product, constant: bool) -> bool:
     if product.dtype is torch.int32:
-        return not product.rows and not product.columns and product.bias is None and not corrects_outside(product)
+        is_sum = not product.rows and not product.columns and product.bias is None
+        return is_sum and not corrects_outside(product, constant=constant)
     return product.dtype in FLOAT_DTYPES
 
 

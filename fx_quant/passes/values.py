@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -152,6 +152,7 @@ class Product:
         a_zero_points, b_zero_points: integers subtracted from the codes.
         block: rows and columns of the weight ``[n, k]`` that share one scale, where scales vary along k.
         skipped: roundings to a narrower dtype on the way to the value that the canonical op does not make.
+        decoded: the source has the activation in floating point too, decoded from these codes.
         obstacle: why the activation's codes are none here, though there are some; ``""`` where there are none.
     """
 
@@ -170,6 +171,7 @@ class Product:
     b_zero_points: tuple[Tile, ...] = ()
     block: tuple[int, int] | None = None
     skipped: int = 0
+    decoded: bool = False
     obstacle: str = ""
 
 
@@ -196,6 +198,8 @@ Value = Codes | Affine | ColumnSum | Product | Unknown
 
 class Environment(Protocol):
     """What a rule may ask: the values of the nodes before its own."""
+
+    weight_only: Collection[Node]  # matmuls of which the activation is a float, whatever it was before
 
     def value(self, node: object) -> Value | None:
         """What is proven of ``node``; None for plain floating point and for what is not a tensor node."""

@@ -62,6 +62,11 @@ SCHEMES: dict[str, Callable[[], Any]] = {
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
         {"num_bits": 8, "type": "float", "strategy": "group", "dynamic": True, "group_size": 128},
     ),
+    "w4a8": partial(
+        _scheme,
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+        {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+    ),
     "w8a16": partial(_scheme, _INT8_CHANNEL),
     "w4a16": partial(_scheme, {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}),
     "nvfp4": partial(_preset, "NVFP4"),
@@ -145,8 +150,8 @@ def in_state(scheme: str, state: str, dtype: torch.dtype, bias: bool) -> nn.Modu
 
 _STATES = {
     "decompressed": tuple(SCHEMES),
-    "frozen": ("w8a8_int_dyn", "fp8_static", "w4a16", "fp8_block", "nvfp4"),
-    "compressed": ("w8a8_int_dyn", "fp8_dyn", "w4a16"),
+    "frozen": ("w8a8_int_dyn", "w4a8", "fp8_static", "w4a16", "fp8_block", "nvfp4"),
+    "compressed": ("w8a8_int_dyn", "w4a8", "fp8_dyn", "w4a16"),
 }
 for _state, _schemes in _STATES.items():
     for _name in _schemes:

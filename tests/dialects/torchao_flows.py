@@ -165,7 +165,7 @@ def float8_static():
     )
 
 
-@torchao_flow("i8da_intx4", expected="recognised", why="a scale per group of 32 along k: one product for each group")
+@torchao_flow("i8da_intx4", group="developers")
 def int8_dynamic_int4_groups():
     """Int8DynamicActivationIntxWeightConfig, int4 groups of 32 held as int8"""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
@@ -212,7 +212,11 @@ def int4_opaque_cpu():
     return PrototypeInt4WeightOnlyConfig(group_size=32)
 
 
-@torchao_flow("i8da_i4w_cpu", expected="unsupported", why="da8w4_linear_cpu is an op of torchao's C++ extension")
+@torchao_flow(
+    "i8da_i4w_cpu",
+    expected="unsupported",
+    why="da8w4_linear_cpu is an op of torchao's C++ extension, which its wheels do not have",
+)
 def int8_dynamic_int4_cpu():
     """prototype Int8DynamicActivationInt4WeightConfig: da8w4_linear_cpu"""
     from torchao.prototype.quantization.int4.inference_workflow import Int8DynamicActivationInt4WeightConfig

@@ -30,6 +30,7 @@ from tests.graphs import (
     _NAMED_FLOAT64_BODIES,
     Proven,
     _scaled_mm_in_float64,
+    _unpacked,
     _weight_only_mm_in_float64,
     _wide_dtype,
     _widened,
@@ -432,10 +433,13 @@ def _terms(canonical: Graph, name: str, ran: Ran) -> Tensor:
     if node.target is torch.ops.fx_quant.weight_only_mm.default:
         weight = _weight_only_mm_in_float64(torch.eye(a.shape[1]), b, *scales, None, None, **kwargs)
         terms = a.double().abs() @ weight.abs()
-    elif b.dtype in FLOAT8_DTYPES or kwargs.get("block") is not None:
-        one = torch.float64
+    elif b.dtype in FLOAT8_DTYPES or kwargs.get("block") is not None or b.shape[0] != a.shape[1]:
         scales = [None if x is None else x.abs() for x in scales]
-        terms = _scaled_mm_in_float64(a.double().abs(), b.double().abs(), *scales, None, one, block=kwargs.get("block"))
+        points = {name: kwargs.get(name) for name in ("a_zero_point", "b_zero_point")}
+        a, b = a.double().abs(), _unpacked(b, a.shape[1]).abs()
+        # What is taken off a code adds to what is summed.
+        points = {name: None if x is None else -x.double().abs() for name, x in points.items()}
+        terms = _scaled_mm_in_float64(a, b, *scales, None, torch.float64, **points, block=kwargs.get("block"))
     else:
         # Integers are summed exactly.
         terms = _scaled_mm_in_float64(a, b, *scales, None, **kwargs).double().abs()

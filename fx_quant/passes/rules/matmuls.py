@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, cut, flat, segments
-from fx_quant.passes.matrices import axis_of, integer_range, stored_dtype, tile_along
+from fx_quant.passes.matrices import axis_of, integer_range, tile_along
 from fx_quant.passes.nodes import (
     CASTS,
     args_of,
@@ -108,11 +108,18 @@ def _matmul(env: Environment, node: Node) -> Value | None:
     if a is None:
         return _weight_only(node, operands[0], b)
     product = _both(node, a, b)
-    # What cannot be a matmul of codes is at least one of a float activation and a quantized weight.
-    if isinstance(product, Unknown) and dtype(operands[0]) in FLOAT_DTYPES and (a.scales or a.zero_points):
-        fallback = _weight_only(node, operands[0], b)
-        return dataclasses.replace(fallback, obstacle=product.rule) if isinstance(fallback, Product) else product
-    return product
+    if dtype(operands[0]) not in FLOAT_DTYPES or not (a.scales or a.zero_points):
+        return product
+    # What is no matmul of codes is at least one of a float activation and a quantized weight.
+    fallback = _weight_only(node, operands[0], b)
+    if isinstance(fallback, Unknown):
+        return product
+    if isinstance(product, Unknown):
+        return dataclasses.replace(fallback, obstacle=product.rule)
+    is_coarse = product.block is not None and product.numerics > max(fallback.numerics, Numerics.REASSOCIATED)
+    if is_coarse or node in env.weight_only:
+        return fallback
+    return dataclasses.replace(product, decoded=True)
 
 
 def _without_batch(dims: Dims) -> Dims | None:
@@ -143,11 +150,15 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
     groups = {of_a.group, of_b.group} - {None}
     if len(groups) > 1:
         return Unknown(node, "the scales of a and b have groups of different sizes along k")
-    # Kernels are given bytes as int8, 128 less, which is a zero point too.
-    shifted = of_a.codes.offset or of_b.codes.offset or stored_dtype(of_a.codes) is torch.uint8
-    if groups and (of_a.zero_points or of_b.zero_points or shifted):
-        return Unknown(node, "a zero point beside scales that vary along k cannot leave the sum")
     to = dtype(node)
+    if groups:
+        # The op sums each group by itself, less one zero point for each row of a, and adds the groups in float32.
+        if any(point.group is not None for point in of_a.zero_points):
+            return Unknown(node, "the zero point of a varies along k, so it cannot leave the sum")
+        if not all(map(is_near, of_a.zero_points)):
+            return Unknown(node, "a zero point of a that may lie far out, beside scales that vary along k")
+        if to is torch.int32:
+            return Unknown(node, "an int32 sum of codes whose zero points vary along k has no rule")
     integer = dtype(a.codes.node) not in FLOAT8_DTYPES
     if to is torch.int32 and integer:
         numerics = Numerics.EXACT
@@ -155,7 +166,7 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
         numerics = _float_sum_class(of_a, of_b, summed_size(node), to) if integer else Numerics.SAME_ACCUM
     else:
         return Unknown(node, f"a matmul of codes that returns {to} has no rule")
-    if of_a.scales or of_b.scales or max(of_a.epsilon, of_b.epsilon):
+    if of_a.scales or of_b.scales or groups or max(of_a.epsilon, of_b.epsilon):
         numerics = _moved_out_class(max(of_a.epsilon, of_b.epsilon), to)
     return _started(node, of_a.codes, of_a, of_b, numerics)
 
