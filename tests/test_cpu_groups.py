@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
-from fx_quant.kernels.cpu import native
+from fx_quant.kernels.cpu import decode, native
 from fx_quant.kernels.cpu.groups_kernels import GROUP_LEVELS
 from fx_quant.kernels.layouts import FACTOR_PANELS, group_sums, pack_weight, packed_layout
 from fx_quant.kernels.select import select
@@ -125,6 +127,21 @@ def test_a_row_is_the_same_whatever_stands_beside_it(op, bits):
     for rows in (slice(0, 1), slice(7, 9), slice(0, 5), slice(11, 27), slice(100, 391)):
         case.a, case.a_scale, case.a_zero_point = a[rows], a_scale[rows], points[rows]
         assert torch.equal(case.run(op), whole[rows])
+
+
+@pytest.mark.skipif(not decode.AMX_GROUPS.exists_here(), reason="needs AMX")
+@both_widths
+@pytest.mark.parametrize("shifts", ["", "a", "ab"])
+@pytest.mark.parametrize("group", [32, 64, 96, 1024, None])
+def test_tiles_give_the_bits_of_registers(bits, group, shifts, monkeypatch):
+    """One tile of rows and two, full or not; the last k of no tile; rows that begin 1024 bytes apart, and that do not."""
+    for m, k in ((12, 1024), (16, 1064), (17, 1024), (33, 1098), (100, 96)):
+        case = Case(m, 70, k, bits, group, shifts)
+        out = case.run("cpu_int8_groups_vnni")
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "AMX_GROUPS", replace(decode.AMX_GROUPS, features=frozenset({"another"})))
+            torch.testing.assert_close(out, case.run("cpu_int8_groups_vnni"), rtol=0, atol=0)
+        case.check(out)
 
 
 @every_level

@@ -15,7 +15,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.cpu.native import AVX512, BFLOAT16, FLOAT32, PLAN, TILE, Dot, for_target, load, source
+from fx_quant.kernels.cpu.native import (
+    AVX512,
+    BFLOAT16,
+    FLOAT32,
+    INT8_AMX,
+    INT8_VNNI,
+    PLAN,
+    TILE,
+    Dot,
+    for_target,
+    load,
+    source,
+)
 from fx_quant.kernels.cpu.plans import FIXED, PlanTable, table
 from fx_quant.ops import dequantize
 from fx_quant.scheme import FLOAT8_DTYPES
@@ -37,6 +49,9 @@ AMX_BFLOAT16 = replace(
 # of the time, and writing it down takes as long as 48 rows do. Tiles of AMX read memory alone. Where a row must come
 # out the same for any number of rows neither is done.
 _MANY_ROWS, _MANY_ROWS_OF_TILES = 48, 8
+AMX_GROUPS = replace(
+    INT8_VNNI, source=f"#define FXQ_AMX\n{INT8_AMX.source}", features=INT8_VNNI.features | INT8_AMX.features
+)
 _GROUP_CODES = {False: "FxqPackedBytes", True: "FxqPackedNibbles"}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
 _KINDS = {
@@ -126,12 +141,16 @@ def _decode_of(dot: Dot, code_dtype: torch.dtype, int4: bool, fixed: bool) -> De
     return Decode(dot, codes, f"{_table(code_dtype)}{native}", step, fixed)
 
 
-@functools.cache
 def groups_of(dot: Dot, int4: bool) -> Decode:
     """How packed int8 codes (``int4``: two codes to a byte) meet int8 codes of an activation, by ``dot``.
 
-    A plan does not change the order of its sums.
+    Neither a plan nor the tiles of AMX, which take over for many rows from ``vpdpbusd``, change what is computed.
     """
+    return _groups_of(AMX_GROUPS if dot is INT8_VNNI and AMX_GROUPS.exists_here() else dot, int4)
+
+
+@functools.cache
+def _groups_of(dot: Dot, int4: bool) -> Decode:
     read = "factors.h" if dot.vector_bits == 512 else "factors_plain.h"
     files = ("factor.h", read, "factor_kinds.h", "rows.h", "groups.h")
     step = 8 if int4 else 4

@@ -7,12 +7,13 @@
 
 namespace {
 
-// The tiles of a thread: sums 0 to 3, a 4 and 5, b 6 and 7. They are let go of when the thread's part is done.
+// The tiles of a thread: sums 0 to 3, a 4 and 5, b 6 and 7, with ``deep`` bytes of a row of a. They are let go of when
+// the thread's part is done.
 struct FxqTiles {
-  int64_t rows = 0;
+  int64_t rows = 0, deep = 0;
 
-  FXQ_TARGET void configure(int64_t wanted) {
-    if (rows == wanted) {
+  FXQ_TARGET void configure(int64_t wanted, int64_t bytes = 64) {
+    if (rows == wanted && deep == bytes) {
       return;
     }
     struct {
@@ -22,13 +23,15 @@ struct FxqTiles {
     } config{};
     config.palette = 1;
     const uint8_t upper = std::min<int64_t>(wanted, 16), lower = wanted > 16 ? wanted - 16 : 16;
-    const uint8_t heights[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    const uint8_t down = static_cast<uint8_t>(bytes / 4);
+    const uint8_t heights[8] = {upper, upper, lower, lower, upper, lower, down, down};
     for (int tile = 0; tile < 8; tile++) {
       config.rows[tile] = heights[tile];
-      config.bytes[tile] = 64;
+      config.bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? bytes : 64);
     }
     _tile_loadconfig(&config);
     rows = wanted;
+    deep = bytes;
   }
   FXQ_TARGET ~FxqTiles() {
     if (rows) {

@@ -34,9 +34,11 @@ struct FxqPiece {
 // Rows of an activation, and for each piece what its sum starts from.
 template <typename DOT, typename DECODE>
 class FxqCodeRows {
+  FxqSpread<int8_t> spread_;
+
  public:
   FxqCodeRows(const int8_t* a, int64_t lda, int64_t first, int64_t rows, const FxqWeight& w)
-      : data(a), stride(lda), first(first), weight(w) {
+      : spread_(a, lda, rows, w.k), data(spread_.data), stride(spread_.stride), first(first), weight(w) {
     for (int64_t from = 0, group = 0; from < w.k; group++) {
       const int64_t end = std::min(w.k, from + w.group);
       for (; from < end; from = pieces.back().to) {
@@ -331,6 +333,129 @@ FXQ_TARGET __attribute__((noinline)) void fxq_widen(const uint8_t* nibbles, int6
   }
 }
 
+#ifdef FXQ_AMX
+constexpr int64_t FXQ_TILES_ROWS = 12; // fewer are left to registers
+
+// What is left of k, in whole tiles.
+struct FxqTilesRest {
+  alignas(64) int8_t a[32 * 64];
+  alignas(64) uint8_t b[64 * FXQ_PANEL];
+};
+
+// sums[32 rows][32 columns] = a x the ``count`` k at b, ``deep`` at a time.
+template <bool TWO>
+FXQ_TARGET __attribute__((noinline)) void fxq_piece_sums(
+    const int8_t* a,
+    int64_t lda,
+    const uint8_t* b,
+    int64_t count,
+    int64_t deep,
+    const int8_t* rest_a,
+    const uint8_t* rest_b,
+    int32_t* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  int64_t k = 0;
+  for (; k + deep <= count; k += deep) {
+    fxq_amx_step<TWO>(a + k, lda, b + k * FXQ_PANEL);
+  }
+  if (k < count) {
+    fxq_amx_step<TWO>(rest_a, 64, rest_b);
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  if (TWO) {
+    _tile_stored(2, sums + 16 * 32, 128);
+    _tile_stored(3, sums + 16 * 32 + 16, 128);
+  }
+}
+
+// acc[height][32 columns] of one piece.
+template <typename DOT, FxqShift SHIFT, typename DECODE>
+FXQ_TARGET __attribute__((noinline)) void fxq_add_piece(
+    const int32_t* sums,
+    int64_t height,
+    const FxqCodeRows<DOT, DECODE>& rows,
+    int64_t row,
+    int64_t i,
+    const FxqPieceFactors& factors,
+    float* acc) {
+  const int32_t* const starts = rows.starts(row) + i;
+  const int64_t all = rows.pieces.size();
+  for (int64_t r = 0; r < height; r++) {
+    typename DOT::Vec sum[1][2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      sum[0][j] = _mm512_add_epi32(_mm512_load_si512(sums + r * 32 + j * 16), _mm512_set1_epi32(starts[r * all]));
+    }
+    fxq_add_scaled<DOT, SHIFT, DECODE, 1, 2>(sum, rows, row + r, i, factors, acc + r * FXQ_PANEL);
+  }
+}
+
+// acc[count][64] of some pieces, whose codes are bytes. Their sums are those of registers, and so is what is done to them.
+// The ``bytes`` at ``next``, which are packed, are asked for meanwhile.
+template <typename DOT, typename DECODE>
+FXQ_TARGET __attribute__((noinline)) void fxq_pieces_in_tiles(
+    FxqTiles& tiles,
+    int64_t count,
+    const FxqCodeRows<DOT, DECODE>& rows,
+    const FxqPieces& chunk,
+    const char* next,
+    int64_t bytes,
+    float* acc) {
+  const FxqWeight& w = rows.weight;
+  const int64_t blocks = (count + 31) / 32, deep = w.group % 64 == 0 || w.group >= w.k ? 64 : 32;
+  const bool is_any = w.scale.kind == FXQ_NONE || w.zero_point.kind != FXQ_NONE || w.row_scale != nullptr;
+  const int64_t begin = rows.pieces[chunk.first].from;
+  // What tiles give is taken up while they compute what comes next.
+  alignas(64) int32_t sums[2][32 * 32];
+  FxqTilesRest rest;
+  const int64_t step = (bytes / (blocks * 2 * chunk.count) + 63) / 64 * 64;
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t row = count * block / blocks, height = count * (block + 1) / blocks - row;
+    const auto add = [&](int64_t half) {
+      const int64_t i = chunk.first + half / 2, column = half % 2 * 32, group = rows.pieces[i].group - chunk.group;
+      const FxqPieceFactors factors{
+          chunk.scales[group] + column, chunk.zero_points[group] + column, chunk.code_sums[group] + column};
+      const int32_t* const from = sums[half % 2];
+      float* const out = acc + row * FXQ_PANEL + column;
+      if (is_any) {
+        fxq_add_piece<DOT, FxqShift::ANY>(from, height, rows, row, i, factors, out);
+      } else if (w.code_sum.kind != FXQ_NONE) {
+        fxq_add_piece<DOT, FxqShift::ROWS>(from, height, rows, row, i, factors, out);
+      } else {
+        fxq_add_piece<DOT, FxqShift::NONE>(from, height, rows, row, i, factors, out);
+      }
+    };
+    tiles.configure(height, deep);
+    for (int64_t half = 0; half < 2 * chunk.count; half++) {
+      const FxqPiece piece = rows.pieces[chunk.first + half / 2];
+      const int8_t* const a = rows.data + row * rows.stride + piece.from;
+      const uint8_t* const b = chunk.codes + (piece.from - begin) * FXQ_PANEL;
+      const int64_t all = piece.to - piece.from, left = all % deep, column = half % 2 * 32;
+      if (left && column == 0) {
+        std::memset(&rest, 0, sizeof(rest));
+        for (int64_t r = 0; r < height; r++) {
+          std::memcpy(rest.a + r * 64, a + r * rows.stride + all - left, left);
+        }
+        std::memcpy(rest.b, b + (all - left) * FXQ_PANEL, (left + 3) / 4 * 256);
+      }
+      const auto multiply = height > 16 ? fxq_piece_sums<true> : fxq_piece_sums<false>;
+      multiply(a, rows.stride, b + column * 4, all, deep, rest.a, rest.b + column * 4, sums[half % 2]);
+      for (const char* end = next + step; next < end; next += 64) {
+        __builtin_prefetch(next, 0, 2);
+      }
+      if (half > 0) {
+        add(half - 1);
+      }
+    }
+    add(2 * chunk.count - 1);
+  }
+}
+#endif
+
 // acc[count][64] of ``rows``. Some pieces of the panel are multiplied by all rows before the next, at most
 // plan.chunk_k of it.
 template <typename DOT, typename DECODE>
@@ -349,6 +474,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
   const uint8_t* codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
   const int64_t all = rows.pieces.size();
   FxqPieces chunk;
+#ifdef FXQ_AMX
+  FxqTiles amx;
+#endif
   std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
   for (chunk.first = 0; chunk.first < all; chunk.first += chunk.count) {
     const FxqPiece begin = rows.pieces[chunk.first];
@@ -371,6 +499,14 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
       fxq_widen<DOT>(codes, deep, bytes);
       chunk.codes = bytes;
     }
+#ifdef FXQ_AMX
+    if (count >= FXQ_TILES_ROWS) {
+      const int64_t size = deep * DECODE::BYTES;
+      fxq_pieces_in_tiles(amx, count, rows, chunk, reinterpret_cast<const char*>(codes) + size, size, acc);
+      codes += deep * DECODE::BYTES;
+      continue;
+    }
+#endif
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t row = count * tile / tiles, height = count * (tile + 1) / tiles - row;
       FxqAhead asked[4] = {fxq_ahead(plan, tile, tiles, codes, deep * DECODE::BYTES), {}, {}, {}};

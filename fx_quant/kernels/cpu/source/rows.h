@@ -35,6 +35,31 @@ struct FxqPasses {
   }
 };
 
+// Rows of an activation where tiles read them: copied where they begin in the same few places of the first cache.
+template <typename A>
+struct FxqSpread {
+  const A* data;
+  int64_t stride;
+
+  FxqSpread(const A* a, int64_t lda, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t k) : data(a), stride(lda) {
+#ifdef FXQ_AMX
+    constexpr int64_t LINE = 64 / sizeof(A);
+    if (rows > 6 && lda % (16 * LINE) == 0) {
+      stride = (k + LINE - 1) / LINE * LINE + LINE;
+      copy_.resize(rows * stride + LINE);
+      A* const start = copy_.data() + (LINE - reinterpret_cast<uintptr_t>(copy_.data()) / sizeof(A) % LINE) % LINE;
+      for (int64_t r = 0; r < rows; r++) {
+        std::memcpy(start + r * stride, a + r * lda, k * sizeof(A));
+      }
+      data = start;
+    }
+#endif
+  }
+
+ private:
+  std::vector<A> copy_;
+};
+
 inline float fxq_float(float value) {
   return value;
 }
@@ -48,9 +73,14 @@ inline float fxq_float(uint16_t bfloat16) {
 // Rows of an activation. What a zero point is multiplied by, their sums over the groups along k, is known beforehand.
 template <typename A>
 class FxqRows {
+  FxqSpread<A> spread_;
+
  public:
   FxqRows(const A* a, int64_t lda, int64_t rows, const FxqWeight& w, bool sums)
-      : data(a), stride(lda), groups_((w.k + w.group - 1) / w.group) {
+      : spread_(a, lda, rows, w.k),
+        data(spread_.data),
+        stride(spread_.stride),
+        groups_((w.k + w.group - 1) / w.group) {
     if (!sums || w.zero_point.kind == FXQ_NONE) {
       return;
     }
