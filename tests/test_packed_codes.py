@@ -348,3 +348,46 @@ def test_a_weight_whose_codes_are_those_of_int4_has_no_zero_point(mask, less, wo
     assert operands_of(row.op).b_zero_point is None or asymmetric
     assert site.problem.scheme.weight.packed
     assert_same_meaning(state.before, state.graph, inputs)
+
+
+# --- bytes of an unsigned weight --------------------------------------------------------------------------------
+
+BYTES = drawn(256, N, K)
+
+
+def shifted_bytes(x, codes, s):
+    rows, scale = per_token(x)
+    return F.linear(rows.float() * scale, (codes.float() - 128) * s[:, None])
+
+
+def bytes_of_channels(x, codes, s, z):
+    rows, scale = per_token(x)
+    return F.linear(rows.float() * scale, (codes.float() - z.view(UINT8)) * s[:, None])
+
+
+def bytes_of_groups(x, codes, s, z):
+    rows, scale, point = asymmetric(x)
+    return F.linear((rows.float() - point) * scale, groups(codes, s, z.view(UINT8)))
+
+
+@pytest.mark.parametrize(
+    ("form", "factors", "kernel"),
+    [
+        (shifted_bytes, (S,), "cpu_int8_vnni"),
+        (bytes_of_channels, (S, drawn(128, N, 1, low=-128, dtype=INT8)), "cpu_int8_vnni"),
+        (bytes_of_groups, (SG, drawn(128, N, K // GROUP, low=-128, dtype=INT8)), "cpu_int8_groups_vnni"),
+    ],
+)
+def test_an_unsigned_weight_becomes_int8_as_a_constant(form, factors, kernel):
+    inputs = (X, BYTES, *factors)
+    assert kernels_of(form, *inputs) == [(kernel, INT8)]
+    state = rewrite(trace(form, *inputs))
+    (exact,), _ = run_in_float64(state.before, *inputs)
+    to_kernels(state)
+    (actual,), _ = run(state.graph, *inputs)
+    assert (actual.double() - exact).norm() / exact.norm() < 1e-6
+
+
+def test_an_unsigned_operand_that_changes_from_call_to_call_is_not_rearranged():
+    state = rewrite(trace(shifted_bytes, X, BYTES, S), static=(2,))
+    assert not [site for site in state.rows if site.problem.scheme.weight.dtype is INT8]

@@ -35,9 +35,9 @@ def in_declared_range(site: Site, declared: Sequence[SizeRange]) -> Site:
             continue
         # Both hold for the rows at hand, so that these only add guards.
         if rows >= low and (high is None or rows <= high):
-            rows = SizeRange(low, high)
-            others = tuple(replace(other, m=rows) for other in site.others)
-            return replace(site, problem=replace(problem, m=rows), others=others)
+            within = SizeRange(low, high)
+            others = tuple(replace(other, m=within) for other in site.others)
+            return replace(site, problem=replace(problem, m=within), others=others)
     return site
 
 
