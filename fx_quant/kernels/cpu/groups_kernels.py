@@ -1,7 +1,7 @@
 """int8 products of an activation and a weight of 8 or 4 bits whose scales vary along k, once for each instruction set.
 
-The products of a group are summed in int32, and the sums scaled in registers; see ``kernels/cpu/source/groups.h``. Where
-the CPU has AMX, its tiles take over from ``vpdpbusd`` for many rows, to the same bits.
+The products of a group are summed in int32, and the sums scaled in registers; see ``kernels/cpu/source/groups.h``.
+Where the CPU has AMX, its tiles take over from ``vpdpbusd`` for many rows, to the same bits.
 """
 
 from __future__ import annotations
