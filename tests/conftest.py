@@ -24,6 +24,7 @@ import torch._functorch.config
 import torch._inductor.config
 
 from fx_quant.kernels.layouts import clear_packed_weights
+from tests.fresh_process import torch_alone
 from tests.instruction_sets import believe_this_cpu
 from tests.triton_interpreter import interpreting
 
@@ -93,6 +94,13 @@ def uncached():
     ):
         yield
     clear_packed_weights()
+
+
+@pytest.fixture(scope="session")
+def printed():
+    """What code prints that runs in a process of its own, which has imported torch alone."""
+    with torch_alone() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import subprocess
 import sys
 from pathlib import Path
 
@@ -60,19 +59,23 @@ def crossings(importer, *rooms):
     )
 
 
-def loaded_by(statement, *rooms):
+@pytest.fixture
+def loaded_by(printed):
     """The modules of ``rooms``, or of Inductor and Triton, that a fresh process holds after ``statement``."""
-    code = f"import sys; {statement}; print(*sorted(m for m in sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    return {name for name in out.stdout.split() if within(name, *(rooms or ("torch._inductor", "triton")))}
+
+    def loaded(statement, *rooms):
+        out = printed(f"import sys; {statement}; print(*sorted(m for m in sys.modules))")
+        return {name for name in out.split() if within(name, *(rooms or ("torch._inductor", "triton")))}
+
+    return loaded
 
 
-def test_importing_fx_quant_loads_neither_inductor_nor_triton():
+def test_importing_fx_quant_loads_neither_inductor_nor_triton(loaded_by):
     # torch itself is the baseline: a build of torch that loads one of the two is not our doing.
     assert loaded_by("import fx_quant") - loaded_by("import torch") == set()
 
 
-def test_every_public_name_is_there_and_lean_to_list():
+def test_every_public_name_is_there_and_lean_to_list(loaded_by):
     assert loaded_by("import fx_quant; dir(fx_quant)") - loaded_by("import torch") == set()
     assert all(hasattr(fx_quant, name) for name in fx_quant.__all__)
 
@@ -125,7 +128,7 @@ def test_kernels_import_no_pass_and_no_lowering():
     assert crossings("fx_quant.kernels", "fx_quant.passes", "fx_quant.lowerings") == []
 
 
-def test_adapters_import_no_library_no_pass_no_lowering_and_no_kernel():
+def test_adapters_import_no_library_no_pass_no_lowering_and_no_kernel(loaded_by):
     libraries = ("compressed_tensors", "optimum", "transformers", "torchao")
     load_all = "import fx_quant.loading.prepare; from fx_quant.loading.adapters.base import adapters; "
     load_all += "assert len(adapters()) >= 3"
