@@ -271,7 +271,13 @@ def register_kernel(kernel: Kernel, *, priority: int) -> Kernel:
 def kernels() -> tuple[Kernel, ...]:
     """All kernels, best first: those of this folder and those of the entry points ``fx_quant.kernels``."""
     _load_providers()
-    return tuple(sorted(_KERNELS.values(), key=lambda kernel: (-_PRIORITY[kernel.name], kernel.name)))
+    return tuple(map(_KERNELS.__getitem__, _in_order(tuple(_PRIORITY.items()))))
+
+
+@functools.lru_cache(maxsize=1)
+def _in_order(priorities: tuple[tuple[str, int], ...]) -> list[str]:
+    """Names by priority; asked for anew in each selection."""
+    return sorted(dict(priorities), key=lambda name: (-_PRIORITY[name], name))
 
 
 def kernel(name: str) -> Kernel:
