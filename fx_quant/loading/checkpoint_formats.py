@@ -47,7 +47,7 @@ def scheme_of_group(group: Mapping[str, Any]) -> Scheme:
     Raises:
         CheckpointError: what fx_quant has no scheme for: codes other than int8, int4 and float8 (2-bit, nvfp4, mxfp4),
             scales that are not plain floats, group activation ordering, quantized outputs, activations that are
-            quantized unlike their weight.
+            not multiplied with codes like those of the weight.
 
     Source: https://github.com/vllm-project/compressed-tensors, quantization/quant_args.py
     """
