@@ -250,7 +250,7 @@ class QuantizedLinear(PackedWeight):
         Args:
             owned: whatever else refers to them will not write to them.
         """
-        if self.weight.device.type == "cpu":
+        if self.held_weight()[0].device.type == "cpu":
             problem = self._problem(x_dtype)
             selection = expected_selection(problem, target_of(torch.device("cpu")), self.force_kernel, self.context)
             if selection is not None:

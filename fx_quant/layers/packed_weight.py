@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import Self
 
 from fx_quant.errors import FxQuantError
-from fx_quant.kernels.huge_pages import in_huge_pages
+from fx_quant.kernels.huge_pages import in_huge_pages, trim
 from fx_quant.kernels.layouts import Held, code_dtype, pack_weight, packed_layout, unpack_weight
 from fx_quant.kernels.select import Selection
 from fx_quant.ops.fingerprint import Fingerprint, fingerprint
@@ -245,6 +245,7 @@ def _pack_again(reference: weakref.ref[PackedWeight]) -> None:
         held = module._form.held
         if held is not None and module._buffers.get(_WEIGHT) is not None:
             module._pack(held.layout, settled=module._form.settled, dying=1)
+            trim()  # of what was a state dict
     finally:
         _changing.release()
 
