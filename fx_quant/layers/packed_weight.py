@@ -323,17 +323,17 @@ class _Loan:
         # To tell whether the call wrote to them: not all writes raise a version.
         self._before: tuple[Tensor, Fingerprint | None] | None = None if held is None else (packed, fingerprint(codes))
 
-    def end(self) -> bool:
-        """Whether nothing refers to the codes any more; then they are packed again."""
+    def end(self) -> None:
+        """Let the module hold its weight packed again, unless something refers to the codes."""
         module = self._module
         buffers, held = module._buffers, module._form.held
         with _changing:
             if held is None or buffers.get(_WEIGHT) is None or not _is_own(buffers):
-                return False
+                return
             if self._before is not None and _has(buffers, self._before[1]):
                 module._put_back(self._before[0])
-                return True
-            return module._pack(held.layout, settled=module._form.settled)
+            else:
+                module._pack(held.layout, settled=module._form.settled)
 
 
 def _has(buffers: Mapping[str, Tensor | None], before: Fingerprint | None) -> bool:
@@ -345,15 +345,16 @@ def _on_codes(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
     lazy = {id(x._module): x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyCodes)}
     loans = {key: _Loan(x._module) for key, x in lazy.items()}
     try:
-        codes = tree_map_only(LazyCodes, lambda x: x._module.unpack(), (args, kwargs))
-        out = func(*codes[0], **codes[1])
+        # Not the very tensor, which somebody may want to swap for another; versions are counted together.
+        codes = {key: x._module.unpack() for key, x in lazy.items()}
+        if func is not Tensor.data.__set__:  # pyrefly: ignore [missing-attribute]
+            codes = {key: x.detach() for key, x in codes.items()}
+        args, kwargs = tree_map_only(LazyCodes, lambda x: codes[id(x._module)], (args, kwargs))
+        out = func(*args, **kwargs)
         # What is written to in place is returned.
-        for x in lazy.values():
-            if out is x._module._buffers.get(_WEIGHT):
-                out = x
+        out = next((lazy[key] for key, x in codes.items() if out is x), out)
     finally:
-        codes = None
-        for key, loan in loans.items():
-            if not loan.end() and isinstance(out, Tensor) and not isinstance(out, LazyCodes):
-                _pack_after(out, lazy[key]._module)
+        args = kwargs = codes = None
+        for loan in loans.values():
+            loan.end()
     return out
