@@ -297,7 +297,7 @@ def _padded(rows: int, columns: int) -> Layout:
 
 
 def repacked(layout: str, held: Held) -> str:
-    """The name of the layout that takes what ``held`` says and gives the same weight in ``layout``, or its ``CODES``."""
+    """The name of the layout that takes what ``held`` says and gives that weight in ``layout``, or as ``CODES``."""
     return f"{layout}_of_{held.layout}_{held.n}x{held.k}"
 
 
@@ -313,7 +313,7 @@ def _repacked(name: str, held: Held) -> Layout:
     return Layout(
         name=repacked(name, held),
         weights=frozenset(),
-        dtype=(into and into.dtype) or codes,
+        dtype=codes if into is None else into.dtype or codes,
         shape=lambda *_: (held.n, held.k) if into is None else into.shape(held.n, held.k),
         pack=pack,
         unpack=None,

@@ -124,10 +124,12 @@ class PackedWeight(nn.Module):
         """
         self._pack(selection.kernel.layout, owned=owned)
 
-    def _pack(self, layout: str | None, *, settled: bool = False, owned: bool = False, dying: int = 0) -> bool:
+    def _pack(self, layout: str | None, *, settled: bool = False, owned: bool = False, at_an_end: bool = False) -> bool:
         """Hold the codes in ``layout``; whether that could be done."""
         buffers = self._buffers
-        if layout is None or not _can_hold(layout, buffers.get(_WEIGHT)) or not (owned or _is_own(buffers, dying)):
+        if layout is None or type(buffers.get(_WEIGHT)) is not Tensor:
+            return False
+        if not (owned or _is_own(buffers, at_an_end=at_an_end)) or not _can_hold(layout, buffers[_WEIGHT]):
             return False
         with _changing:
             codes = buffers[_WEIGHT]
@@ -138,7 +140,7 @@ class PackedWeight(nn.Module):
                 packed = pack_weight(codes, layout)
             del codes
             # Nobody took them meanwhile.
-            if not (owned or _is_own(buffers, dying)):
+            if not (owned or _is_own(buffers, at_an_end=at_an_end)):
                 return False
             self._form.held, self._form.settled = held, settled
             self._put_back(packed)
@@ -187,7 +189,7 @@ class PackedWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._form.settled = False
+        self._form.settled = False  # it may be another machine
         packed = self.packed_weight
         if type(packed) is Tensor and not packed.is_shared():
             self.packed_weight = in_huge_pages(packed)
@@ -196,7 +198,7 @@ class PackedWeight(nn.Module):
 def _can_hold(layout: str, codes: Tensor | None) -> bool:
     """Whether ``codes`` are plain ones of this process, which ``layout`` holds in as many bytes."""
     return (
-        type(codes) is Tensor
+        codes is not None
         and codes.device.type == "cpu"
         and codes.layout is torch.strided
         and codes.dim() == 2
@@ -219,13 +221,24 @@ def _references(buffers: Mapping[str, Tensor | None]) -> tuple[int, int, int]:
 _OWN = _references({_WEIGHT: torch.empty(1)})
 
 
-def _is_own(buffers: Mapping[str, Tensor | None], dying: int = 0) -> bool:
-    """Whether nothing but ``buffers`` refers to the memory of the weight, but for ``dying`` tensors.
+def _references_at_an_end() -> tuple[int, int, int]:
+    """``_references`` as what is called at the end of a tensor that shares the memory finds them."""
+    buffers, seen = {_WEIGHT: torch.empty(1)}, []
+    other = buffers[_WEIGHT].detach()
+    weakref.finalize(other, lambda: seen.append(_references(buffers)))
+    del other
+    return seen[0] if seen else _OWN
+
+
+_AT_AN_END = _references_at_an_end()
+
+
+def _is_own(buffers: Mapping[str, Tensor | None], *, at_an_end: bool = False) -> bool:
+    """Whether nothing but ``buffers`` refers to the memory of the weight, and a tensor of which this is the end.
 
     The memory of a file, of a NumPy array or of several processes is not, as far as PyTorch knows.
     """
-    codes, storage, uses = _references(buffers)
-    if (codes, storage, uses - dying) != _OWN:
+    if _references(buffers) != (_AT_AN_END if at_an_end else _OWN):
         return False
     memory = buffers[_WEIGHT].untyped_storage()  # pyrefly: ignore [missing-attribute]
     return memory.resizable() and not memory.is_shared()
@@ -233,7 +246,8 @@ def _is_own(buffers: Mapping[str, Tensor | None], dying: int = 0) -> bool:
 
 def _pack_after(tensor: Tensor, module: PackedWeight) -> None:
     """Let ``module`` pack its codes when ``tensor``, which refers to them, is gone."""
-    weakref.finalize(tensor, _pack_again, weakref.ref(module)).atexit = False
+    finalizer = weakref.finalize(tensor, _pack_again, weakref.ref(module))
+    finalizer.atexit = False  # pyrefly: ignore [missing-attribute]
 
 
 def _pack_again(reference: weakref.ref[PackedWeight]) -> None:
@@ -244,7 +258,7 @@ def _pack_again(reference: weakref.ref[PackedWeight]) -> None:
     try:
         held = module._form.held
         if held is not None and module._buffers.get(_WEIGHT) is not None:
-            module._pack(held.layout, settled=module._form.settled, dying=1)
+            module._pack(held.layout, settled=module._form.settled, at_an_end=True)
             trim()  # of what was a state dict
     finally:
         _changing.release()
@@ -261,9 +275,11 @@ class LazyCodes(Tensor):
     """
 
     _module: PackedWeight
+    _self: weakref.ref[LazyCodes]
 
     @staticmethod
     def __new__(cls, module: PackedWeight, packed: Tensor, held: Held) -> LazyCodes:
+        """What stands for the codes of ``module``, which holds them as ``held`` says of ``packed``."""
         dtype = code_dtype(held.layout, packed.dtype)
         self = Tensor._make_wrapper_subclass(cls, (held.n, held.k), dtype=dtype, device=packed.device)
         self._module = module
@@ -285,7 +301,7 @@ class LazyCodes(Tensor):
         return _on_codes(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # pyrefly: ignore [bad-override]
         raise FxQuantError(
             f"the weight of a quantized linear must be a plain tensor to {func}, got one that is packed for a kernel; "
             "give it layer.weight.clone()"
@@ -347,14 +363,15 @@ def _on_codes(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
     try:
         # Not the very tensor, which somebody may want to swap for another; versions are counted together.
         codes = {key: x._module.unpack() for key, x in lazy.items()}
-        if func is not Tensor.data.__set__:  # pyrefly: ignore [missing-attribute]
+        if func != Tensor.data.__set__:  # pyrefly: ignore [missing-attribute]
             codes = {key: x.detach() for key, x in codes.items()}
         args, kwargs = tree_map_only(LazyCodes, lambda x: codes[id(x._module)], (args, kwargs))
         out = func(*args, **kwargs)
         # What is written to in place is returned.
         out = next((lazy[key] for key, x in codes.items() if out is x), out)
     finally:
-        args = kwargs = codes = None
+        del args, kwargs
+        codes = None
         for loan in loans.values():
             loan.end()
     return out
