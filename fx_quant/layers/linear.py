@@ -129,6 +129,9 @@ class QuantizedLinear(PackedWeight):
     may be any of float32, bfloat16 and float16 whatever a weight-only scheme says. Any number of leading dims, zero
     rows included. ``.to(dtype)``, ``.half()`` and the like cast the bias only: codes and scales keep their dtypes.
 
+    On a CPU the weight is held once: as codes or, where nothing else refers to these, in the layout of the kernel, as
+    ``PackedWeight`` says. Codes that are given are packed in the first eager call when nobody else holds them.
+
     Inference only: the result of an ``x`` that requires grad requires it too, and raises ``FxQuantError`` when the
     gradient of ``x`` is asked for.
 
