@@ -6,12 +6,15 @@ import functools
 import os
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fx_quant.errors import NoKernelError
 from fx_quant.kernels.context import CompileContext, of_call
+from fx_quant.kernels.layouts import CODES, Held, repacked
 from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.realise import Operands, kept_parts, realise
 from fx_quant.kernels.registry import empty_product
@@ -39,14 +42,31 @@ def eager_selection(
     Raises:
         NoKernelError: no kernel can run it, or the forced one cannot.
     """
-    return _remembered(problem, target, force_kernel, of_call(context), os.environ.get(DISABLED_VARIABLE, ""))
+    return _said(problem, target, force_kernel, of_call(context), os.environ.get(DISABLED_VARIABLE, ""))
+
+
+def expected_selection(
+    problem: Problem, target: Target, force_kernel: str | None = None, context: CompileContext | None = None
+) -> Selection | None:
+    """``eager_selection`` before there is a call: nothing is said, and None is returned where no kernel can run it."""
+    try:
+        return _remembered(problem, target, force_kernel, of_call(context), os.environ.get(DISABLED_VARIABLE, ""))
+    except NoKernelError:
+        return None
 
 
 @functools.lru_cache(maxsize=1024)
 def _remembered(
     problem: Problem, target: Target, force_kernel: str | None, context: CompileContext, _disabled: str
 ) -> Selection:
-    selection = select(problem, target, force_kernel=force_kernel, context=context)
+    return select(problem, target, force_kernel=force_kernel, context=context)
+
+
+@functools.lru_cache(maxsize=1024)
+def _said(
+    problem: Problem, target: Target, force_kernel: str | None, context: CompileContext, disabled: str
+) -> Selection:
+    selection = _remembered(problem, target, force_kernel, context, disabled)
     if force_kernel is None and selection.without_compiler:
         _warn_once(without_compiler(selection.without_compiler[:1]))
     return selection
@@ -96,6 +116,7 @@ def run_kernel(
     a_zero_point: Tensor | None = None,
     b_zero_point: Tensor | None = None,
     constant: Collection[str] = ("b",),
+    held: Held | None = None,
 ) -> Tensor:
     """``out [m, n]`` of the selected kernel: pads, packs what is constant once, calls, unpads.
 
@@ -112,17 +133,27 @@ def run_kernel(
         b_zero_point: integers of the shape of ``b_scale``; for a weight-only kernel only.
         constant: which of ``b`` (the weight), ``b_scale`` and ``b_zero_point`` are the same tensors in the next call,
             so that what is made of them is kept.
+        held: what ``weight`` is where it is packed: a kernel that reads that layout is given it as it is.
     """
     problem = selection.problem
     if 0 in (a.shape[0], problem.n, problem.k):
         return empty_product(a, problem.n, bias, problem.out_dtype)
     block = problem.scheme.weight.block
-    operands = Operands(a, weight.t(), a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block)
+    b = weight if held is not None else weight.t()
+    operands = Operands(a, b, a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block)
     parts = kept_parts(selection, operands, constant)
     kept: dict[str, Tensor] = {}
+    if held is not None:
+        if parts.get("b", ("", CODES))[1] == held.layout:
+            kept["b"] = weight
+            del parts["b"]
+        elif "b" not in parts:
+            (codes,) = torch.ops.fx_quant.prepack([weight], [repacked(CODES, held)])
+            operands = replace(operands, b=codes.t())
+        parts = {part: (name, repacked(x, held) if name == "b" else x) for part, (name, x) in parts.items()}
     if parts:
         sources = {"b": weight, "b_scale": b_scale, "b_zero_point": b_zero_point}
         layouts = [layout for _, layout in parts.values()]
         packed = torch.ops.fx_quant.prepack([sources[name] for name, _ in parts.values()], layouts)
-        kept = dict(zip(parts, packed, strict=True))
+        kept |= dict(zip(parts, packed, strict=True))
     return realise(_AtOnce, selection, operands, kept)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import mmap
+import sys
 import threading
 import weakref
 from collections import deque
@@ -96,6 +98,14 @@ def in_huge_pages(x: Tensor) -> Tensor:
     if room is None:
         return x
     return torch.frombuffer(room, dtype=x.dtype, count=x.numel()).view(x.shape).copy_(x)
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it and can be asked to (glibc)."""
+    if sys.platform == "linux":
+        asked = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if asked is not None:
+            asked(0)
 
 
 def _room(size: int) -> memoryview | None:

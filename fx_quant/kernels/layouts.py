@@ -31,8 +31,10 @@ from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 PANEL = 64
 TRANSPOSED = ".t"
 FACTOR_PANELS = "factor_panels"
+CODES = "codes"
 _PADDED = re.compile(r"padded_(\d+)x(\d+)")
 _SUMS = re.compile(r"(nibble_)?sums_(\d+)")
+_REPACKED = re.compile(r"(.+)_of_(\w+)_(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Layout:
     """A packed form of a weight ``[n, k]``.
 
     Args:
-        name: as kernels and the op spell it.
+        name: as kernels and the op spell it. A pickled layer holds it beside what it names, so a form that changes
+            changes its name.
         weights: dtypes that it packs; empty for any.
         dtype: dtype of the packed tensor; None keeps the weight's.
         shape: ``(n, k)`` to the shape of the packed tensor.
@@ -48,6 +51,7 @@ class Layout:
         unpack: the packed tensor, ``n`` and ``k`` to the weight ``[n, k]``, int8 or the packed dtype; None where the
             result does not hold the weight.
         align: both sizes of the weight must be multiples of it.
+        dims: of the weight; more where it is given packed in another layout.
     """
 
     name: str
@@ -57,6 +61,21 @@ class Layout:
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor, int, int], Tensor] | None
     align: int = 1
+    dims: int = 2
+
+    def holds(self, codes: torch.dtype) -> bool:
+        """Whether the packed tensor stands for a weight of ``codes`` in as many bytes, but for the padding."""
+        packed = self.dtype or codes
+        return self.unpack is not None and codes in self.weights and packed.itemsize == codes.itemsize
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a packed tensor holds: a weight ``[n, k]`` in ``layout``; ``k`` counts bytes where they hold two codes."""
+
+    layout: str
+    n: int
+    k: int
 
 
 def _to_panels(weight: Tensor, group: int) -> Tensor:
@@ -246,6 +265,9 @@ def packed_layout(name: str) -> Layout:
     """
     if name not in _LAYOUTS and name.endswith(TRANSPOSED):
         return _transposed(packed_layout(name.removesuffix(TRANSPOSED)))
+    held = _REPACKED.fullmatch(name)
+    if held is not None:
+        return _repacked(held[1], Held(held[2], int(held[3]), int(held[4])))
     sizes = _PADDED.fullmatch(name)
     if sizes is not None:
         return _padded(int(sizes[1]), int(sizes[2]))
@@ -271,6 +293,31 @@ def _padded(rows: int, columns: int) -> Layout:
         shape=lambda n, k: (rows, columns),
         pack=lambda weight: F.pad(weight, (0, columns - weight.shape[1], 0, rows - weight.shape[0])).contiguous(),
         unpack=lambda packed, n, k: packed[:n, :k],
+    )
+
+
+def repacked(layout: str, held: Held) -> str:
+    """The name of the layout that takes what ``held`` says and gives that weight in ``layout``, or as ``CODES``."""
+    return f"{layout}_of_{held.layout}_{held.n}x{held.k}"
+
+
+@functools.cache
+def _repacked(name: str, held: Held) -> Layout:
+    source, into = packed_layout(held.layout), None if name == CODES else packed_layout(name)
+    codes = torch.int8 if source.weights == {torch.int8} else source.dtype
+
+    def pack(packed: Tensor) -> Tensor:
+        weight = unpack_weight(packed, held.layout, held.n, held.k)
+        return weight if into is None else into.pack(weight)
+
+    return Layout(
+        name=repacked(name, held),
+        weights=frozenset(),
+        dtype=codes if into is None else into.dtype or codes,
+        shape=lambda *_: (held.n, held.k) if into is None else into.shape(held.n, held.k),
+        pack=pack,
+        unpack=None,
+        dims=len(source.shape(held.n, held.k)),
     )
 
 
@@ -313,7 +360,10 @@ def _transposed(layout: Layout) -> Layout:
 
 
 def _check_weight(weight: Tensor, layout: Layout) -> None:
-    torch._check(weight.dim() == 2, lambda: f"prepack: a weight must be [n, k], got {list(weight.shape)}")
+    torch._check(
+        weight.dim() == layout.dims,
+        lambda: f"prepack: a weight must be {'[n, k]' if layout.dims == 2 else 'packed'}, got {list(weight.shape)}",
+    )
     torch._check(
         not layout.weights or weight.dtype in layout.weights,
         lambda: (
@@ -335,6 +385,38 @@ def pack_weight(weight: Tensor, layout: str) -> Tensor:
         return weight.new_zeros(packing.shape(*weight.shape), dtype=packing.dtype or weight.dtype)
     with torch.no_grad():
         return in_huge_pages(packing.pack(weight.detach()))
+
+
+def unpack_weight(packed: Tensor, layout: str, n: int, k: int) -> Tensor:
+    """The weight ``[n, k]`` that ``pack_weight`` gave ``packed``, as a new contiguous tensor."""
+    unpack = _check_packed(packed, layout, n, k).unpack
+    assert unpack is not None
+    with torch.no_grad():
+        return unpack(packed.detach(), n, k).clone(memory_format=torch.contiguous_format)
+
+
+def _check_packed(packed: Tensor, layout: str, n: int, k: int) -> Layout:
+    packing = packed_layout(layout)
+    torch._check(packing.unpack is not None, lambda: f"unpack: layout {layout!r} does not hold the weight")
+    shape = packing.shape(n, k)
+    torch._check(
+        packed.shape == shape and packing.dtype in (None, packed.dtype),
+        lambda: (
+            f"unpack: a weight {[n, k]} in layout {layout!r} must be {dtype_name(packing.dtype or packed.dtype)} "
+            f"{list(shape)}, got {dtype_name(packed.dtype)} {list(packed.shape)}"
+        ),
+    )
+    return packing
+
+
+def code_dtype(layout: str, packed: torch.dtype) -> torch.dtype:
+    """The dtype of the weight that a tensor of dtype ``packed`` holds in ``layout``."""
+    return torch.int8 if packed_layout(layout).weights == {torch.int8} else packed
+
+
+def _unpack_fake(packed: Tensor, layout: str, n: int, k: int) -> Tensor:
+    _check_packed(packed, layout, n, k)
+    return packed.new_empty((n, k), dtype=code_dtype(layout, packed.dtype))
 
 
 # --- what was packed --------------------------------------------------------------------------------------------
@@ -412,4 +494,5 @@ register(
     lambda weight, layout: _prepack_fake([weight], [layout])[0],
     MATMUL_TAGS,
 )
+register("unpack(Tensor packed, str layout, int n, int k) -> Tensor", unpack_weight, _unpack_fake, MATMUL_TAGS)
 register("prepack(Tensor[] weights, str[] layouts) -> Tensor[]", prepack, _prepack_fake, KEEPING_TAGS)

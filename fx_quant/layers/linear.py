@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fx_quant.kernels.context import CompileContext
-from fx_quant.kernels.eager import eager_selection, run_kernel, target_of
+from fx_quant.kernels.eager import eager_selection, expected_selection, run_kernel, target_of
 from fx_quant.kernels.layouts import forget_storages
 from fx_quant.kernels.select import Selection
 from fx_quant.layers.activation import Quantizer, quantize_activation, quantize_by
@@ -27,7 +27,9 @@ from fx_quant.layers.linear_operands import (
     wrong_input_zero_point,
     zero_point_dtype,
 )
+from fx_quant.layers.packed_weight import PackedWeight
 from fx_quant.layers.quantize_weight import quantize_weight
+from fx_quant.problem import Problem
 from fx_quant.scheme import FLOAT_DTYPES, Scheme
 from fx_quant.weights import UINT4, pack_int4
 
@@ -35,7 +37,7 @@ from fx_quant.weights import UINT4, pack_int4
 def apply_linear(
     x: Tensor,
     scheme: Scheme,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     weight_scale: Tensor,
     bias: Tensor | None,
     *,
@@ -54,6 +56,7 @@ def apply_linear(
     only: a backward pass that reaches an ``x`` that requires grad raises ``FxQuantError``.
 
     Args:
+        weight: codes, or the module that holds them, which may pack them for the kernel.
         context: what an eager call may pad, and whether rows must stand alone, if not as ``fx_quant.mode`` says;
             traced, the backend's options say that.
 
@@ -61,7 +64,8 @@ def apply_linear(
         ValueError: ``x`` does not fit the weight; the quantizer returned what ``quantize_by`` does not take.
         NoKernelError: no kernel can run it, or the forced one cannot.
     """
-    n, k = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
+    n, k = weight.codes_shape if isinstance(weight, PackedWeight) else weight.shape
+    k *= scheme.weight.codes_per_element
     if x.dim() == 0 or x.shape[-1] != k or x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be [..., {k}] of float32, bfloat16 or float16, got {describe(x)}")
     out_dtype = out_dtype or x.dtype
@@ -78,6 +82,9 @@ def apply_linear(
     if not torch.compiler.is_compiling():
         problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
         selection = eager_selection(problem, target_of(x.device), force_kernel, context)
+    held = None
+    if isinstance(weight, PackedWeight):
+        weight, held = (weight.weight, None) if selection is None else weight.weight_for(selection)
     a, a_scale, a_zero_point = x.detach().reshape(-1, k), None, None
     if not scheme.weight_only:
         if quantizer is None:
@@ -100,6 +107,7 @@ def apply_linear(
             a_zero_point=a_zero_point,
             b_zero_point=weight_zero_point,
             constant=constant,
+            held=held,
         )
     elif scheme.weight_only:
         out = torch.ops.fx_quant.weight_only_mm(
@@ -113,13 +121,16 @@ def apply_linear(
     return without_gradient(out.reshape(*x.shape[:-1], n), x)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PackedWeight):
     """``out[..., n] = x[..., k] @ weight[n, k].T + bias`` with a quantized weight, and usually a quantized ``x``.
 
     Buffers have the names that checkpoints give them: ``weight`` (codes; int4 packed two to a byte along k),
     ``weight_scale``, ``weight_zero_point``, ``input_scale``, ``input_zero_point``. The result has ``x``'s dtype, which
     may be any of float32, bfloat16 and float16 whatever a weight-only scheme says. Any number of leading dims, zero
     rows included. ``.to(dtype)``, ``.half()`` and the like cast the bias only: codes and scales keep their dtypes.
+
+    On a CPU the weight is held once: as codes or, where nothing else refers to these, in the layout of the kernel, as
+    ``PackedWeight`` says. Codes that are given are packed in the first eager call when nobody else holds them.
 
     Inference only: the result of an ``x`` that requires grad requires it too, and raises ``FxQuantError`` when the
     gradient of ``x`` is asked for.
@@ -148,7 +159,6 @@ class QuantizedLinear(nn.Module):
     The forward pass raises ``NoKernelError`` with every reason where no kernel on ``x``'s device can run the scheme.
     """
 
-    weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     bias: Tensor | None
@@ -188,7 +198,7 @@ class QuantizedLinear(nn.Module):
         )
         self.out_features, self.in_features = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
         shape = scheme.weight.scale_shape(self.out_features, self.in_features)
-        self.register_buffer("weight", weight.detach())
+        self.hold(weight.detach())
         self.register_buffer("weight_scale", weight_scale.detach().to(scheme.weight.scale_dtype).reshape(shape))
         if weight_zero_point is not None:
             weight_zero_point = weight_zero_point.to(zero_point_dtype(weight_zero_point, scheme.weight)).reshape(shape)
@@ -232,7 +242,22 @@ class QuantizedLinear(nn.Module):
             input_zero_point=input_zero_point,
             force_kernel=force_kernel,
         )
+        del codes, quantized
+        layer.pack_for(linear.weight.dtype)
         return layer.train(linear.training)
+
+    def pack_for(self, x_dtype: torch.dtype, *, owned: bool = False) -> None:
+        """Hold the weight as the kernel for activations of ``x_dtype`` reads it, as a call does where nothing else
+        refers to the codes.
+
+        Args:
+            owned: whatever else refers to them will not write to them.
+        """
+        if self.held_weight()[0].device.type == "cpu":
+            problem = self._problem(x_dtype)
+            selection = expected_selection(problem, target_of(torch.device("cpu")), self.force_kernel, self.context)
+            if selection is not None:
+                self.pack(selection, owned=owned)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What .to(), .half(), .cuda() and the like go through: float8 codes are floating point too, to PyTorch.
@@ -262,16 +287,17 @@ class QuantizedLinear(nn.Module):
         Raises:
             NoKernelError: no kernel can run it, or the forced one cannot.
         """
-        shape = (self.out_features, self.in_features)
-        problem = linear_problem(self.scheme, shape, x.dtype, x.dtype, self.bias)
-        return eager_selection(problem, target_of(x.device), self.force_kernel, self.context)
+        return eager_selection(self._problem(x.dtype), target_of(x.device), self.force_kernel, self.context)
+
+    def _problem(self, x_dtype: torch.dtype) -> Problem:
+        return linear_problem(self.scheme, (self.out_features, self.in_features), x_dtype, x_dtype, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., k] -> [..., n]`` in ``x``'s dtype."""
         return apply_linear(
             x,
             self.scheme,
-            self.weight,
+            self,
             self.weight_scale,
             self.bias,
             weight_zero_point=self.weight_zero_point,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fx_quant.kernels.huge_pages import trim
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.layers.linear_operands import check_scheme
 from fx_quant.report import without_numbers
@@ -98,28 +99,33 @@ def quantize_(
         )
     if isinstance(model, nn.Linear) or _is_conv1d(model):
         raise ValueError("quantize_ replaces the linears inside a model, got a linear; use QuantizedLinear.from_float")
-    reasons: list[tuple[str, nn.Module, str | None]] = []
+    reasons: list[tuple[str, str, str | None]] = []
+    names: dict[nn.Module, list[str]] = {}
     # Asked before anything changes, as it may raise.
     for name, module in model.named_modules(remove_duplicate=False):
         reason = _objection(module)
         if reason is None and filter is not None and not filter(name, module):
             reason = "the filter left it out"
-        reasons.append((name, module, reason))
-    quantized: dict[nn.Module, QuantizedLinear] = {}
-    for name, module, reason in reasons:
-        if reason is not None:
-            continue
-        if module not in quantized:
-            try:
-                quantized[module] = QuantizedLinear.from_float(_as_linear(module), scheme)
-            except ValueError as error:
-                raise type(error)(f"{name}: {error}") from None
-        model.set_submodule(name, quantized[module])
+        reasons.append((name, type(module).__name__, reason))
+        if reason is None:
+            names.setdefault(module, []).append(name)
+    while names:
+        # One after the other, so that the float weights go while the codes come.
+        module = next(iter(names))
+        replaced = names.pop(module)
+        try:
+            quantized = QuantizedLinear.from_float(_as_linear(module), scheme)
+        except ValueError as error:
+            raise type(error)(f"{replaced[0]}: {error}") from None
+        for name in replaced:
+            model.set_submodule(name, quantized)
+        del module
     disable_fast_paths(model)
+    trim()
     return QuantizeReport(
         str(scheme),
         tuple(name for name, _, reason in reasons if reason is None),
-        tuple(LeftWeight(name, type(module).__name__, reason) for name, module, reason in reasons if reason),
+        tuple(LeftWeight(name, kind, reason) for name, kind, reason in reasons if reason),
     )
 
 

@@ -99,12 +99,13 @@ def _codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Opera
     codes = weight / _per_code(scale, spec, weight.shape)
     largest = _largest(spec.dtype)
     if spec.dtype in FLOAT8_DTYPES:
-        return codes.clamp(-largest, largest).to(spec.dtype)
+        return codes.clamp_(-largest, largest).to(spec.dtype)
     storage, smallest, _ = _INTEGERS[spec.dtype]
-    codes = codes.round()
+    # In place, as a large weight is large in float32.
+    codes = codes.round_()
     if zero_point is None:
-        return codes.clamp(-largest, largest).to(storage)
-    return (codes + _per_code(zero_point, spec, weight.shape)).clamp(smallest, largest).to(storage)
+        return codes.clamp_(-largest, largest).to(storage)
+    return codes.add_(_per_code(zero_point, spec, weight.shape)).clamp_(smallest, largest).to(storage)
 
 
 def _extremes(weight: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fx_quant.kernels.huge_pages import trim
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.loading.checkpoint_files import Files, read_json
 from fx_quant.loading.checkpoint_formats import Config, read_config, scheme_of_group
@@ -102,6 +103,7 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
     for slot, value in zip(plan.slots, values, strict=True):
         if value is not None:
             _fill(slot, value)
+    trim()
     return report
 
 
@@ -207,6 +209,8 @@ def _slots(modules: Mapping[nn.Module, list[str]], files: Files) -> Iterator[_Sl
     places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     full: dict[Tensor, list[str]] = {}
     for module, prefixes in modules.items():
+        if isinstance(module, QuantizedLinear):
+            module.unpack()
         kept = {name: x for name, x in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, x in {**module._parameters, **kept}.items():
             if x is not None:
@@ -294,7 +298,9 @@ def _decoded(model: nn.Module, planned: _Linear, files: Files) -> QuantizedLinea
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
     device = linear.weight.device
-    return quantized.to("cpu" if device.type == "meta" else device).train(linear.training)
+    quantized = quantized.to("cpu" if device.type == "meta" else device).train(linear.training)
+    quantized.pack_for(linear.weight.dtype, owned=True)
+    return quantized
 
 
 @torch.no_grad()

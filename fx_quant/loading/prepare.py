@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fx_quant.errors import NoKernelError
+from fx_quant.kernels.huge_pages import trim
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.layers.quantize_model import disable_fast_paths
 from fx_quant.loading.adapters.base import Adapter, adapter_of, adapters, difference
@@ -190,7 +191,9 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
     owners, found = _weight_owners(model), _found(model)
     # Asked before anything changes, as it may raise.
     unwanted = {module for module, (_, names) in found.items() if filter is not None and not filter(names[0], module)}
-    for module, (adapter, names) in found.items():
+    while found:
+        module = next(iter(found))
+        adapter, names = found.pop(module)
         where = (names[0], names[1:], adapter.library, type(module).__name__)
         if module in unwanted:
             left.append(LeftModule(*where, adapter.describe(module), "the filter left it out"))
@@ -199,13 +202,19 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
         if isinstance(result, str):
             left.append(LeftModule(*where, adapter.describe(module), result))
             continue
-        linear, numerics, note = result
+        linear, numerics, note, dtype = result
         for name in names:
             model.set_submodule(name, linear)
+        # Where nothing else holds the library's module.
+        owners.pop(module, None)
+        unwanted.discard(module)
+        del module, result
+        linear.pack_for(dtype)
         used[adapter.library] = adapter
         swapped.append(SwappedModule(*where, str(linear.scheme), numerics, note))
     if swapped:
         disable_fast_paths(model)
+        trim()
     notes = tuple(note for adapter in used.values() for note in adapter.finish(model))
     return PrepareReport(tuple(swapped), tuple(left), already, notes)
 
@@ -254,8 +263,8 @@ def _found(model: nn.Module) -> dict[nn.Module, tuple[Adapter, tuple[str, ...]]]
 
 def _swapped_for(
     module: nn.Module, adapter: Adapter, owners: Mapping[nn.Module, str]
-) -> tuple[QuantizedLinear, str, str] | str:
-    """The ``QuantizedLinear`` of ``module``, its numerics class and note; or the reason why there is none."""
+) -> tuple[QuantizedLinear, str, str, torch.dtype] | str:
+    """The ``QuantizedLinear`` of ``module``, its numerics class, note and dtype; or the reason why there is none."""
     reason = _objection(module, adapter, owners)
     if reason is not None:
         return reason
@@ -275,7 +284,7 @@ def _swapped_for(
         linear.selection(weight.new_empty((0, linear.in_features)))
     except NoKernelError as error:
         return str(error)
-    return linear, str(conversion.numerics), conversion.note
+    return linear, str(conversion.numerics), conversion.note, weight.dtype
 
 
 def _objection(module: nn.Module, adapter: Adapter, owners: Mapping[nn.Module, str]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fx_quant.kernels.layouts import TRANSPOSED
+from fx_quant.kernels.layouts import TRANSPOSED, repacked
 from fx_quant.kernels.realise import kept_parts, realise
 from fx_quant.kernels.select import Selection
 from fx_quant.passes.axes import extent
@@ -20,6 +20,7 @@ from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.nodes import args_of, aten, is_op, same_size, shape, through
+from fx_quant.passes.packed import unpacked_from
 from fx_quant.passes.size_bounds import least
 from fx_quant.problem import Size
 
@@ -195,7 +196,15 @@ def _keep(
         for part, (name, layout) in kept_parts(selection, operands, constant).items():
             operand = getattr(operands, name)
             matrix = matrix_base(operand)
-            if matrix is not None and matrix[0].op != "call_function":
+            unpacked = None if matrix is None or name != "b" or not matrix[1] else unpacked_from(matrix[0])
+            if unpacked is not None:
+                # The weight of a layer that holds it in the layout of a kernel.
+                packed, held = unpacked
+                if part == "b" and layout == held.layout:
+                    kept.setdefault(node, {})[part] = packed
+                else:
+                    stored.append((node, part, packed, repacked(layout, held)))
+            elif matrix is not None and matrix[0].op != "call_function":
                 base, transposed = matrix
                 # Layouts are of weights [n, k], and of factors as they stand.
                 stored.append((node, part, base, layout if transposed == (name == "b") else f"{layout}{TRANSPOSED}"))

@@ -30,6 +30,7 @@ from fx_quant.passes.inputs import classify_inputs
 from fx_quant.passes.memory import Memory
 from fx_quant.passes.merge import common_subexpressions_merged
 from fx_quant.passes.nodes import is_op
+from fx_quant.passes.packed import unpack_once
 from fx_quant.passes.pads import PadName, UnremovableError, remove_pads
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.reporting import report_on
@@ -259,7 +260,9 @@ def fold(state: Rewriting) -> None:
     """What kernels are given of constants alone is computed once."""
     ops = {row.selection.overload() for row in state.rows.values()}
     kernels = [node for node in state.graph.nodes if is_op(node, *ops)]
-    fold_constants(Emitter(state.graph), kernels, classify_inputs(state.graph, state.static_indices))
+    emitter, inputs = Emitter(state.graph), classify_inputs(state.graph, state.static_indices)
+    fold_constants(emitter, kernels, inputs)
+    unpack_once(emitter, inputs)
 
 
 def check(state: Rewriting) -> None:

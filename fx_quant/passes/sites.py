@@ -19,6 +19,7 @@ from fx_quant.passes.inputs import Inputs, classify_inputs
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.nodes import dtype, dtype_of, is_op, is_single, same_size, shape, summed_size
 from fx_quant.passes.origins import Origin, Origins
+from fx_quant.passes.packed import unpacked_from
 from fx_quant.passes.problems import corrects_outside, fits_int32, problems_of, scheme_of
 from fx_quant.passes.regions import Findings, reasons_in_regions
 from fx_quant.passes.rulebook import is_matmul, own_kernel
@@ -312,4 +313,5 @@ def is_constant(codes: Codes, inputs: Inputs) -> bool:
 
 def _is_constant_matrix(node: Node, dims: Dims | None, inputs: Inputs) -> bool:
     base = matrix_base(node, dims)
-    return base is not None and base[0] in inputs.constant
+    packed = None if base is None else unpacked_from(base[0])
+    return base is not None and (base[0] if packed is None else packed[0]) in inputs.constant
