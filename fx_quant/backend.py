@@ -40,6 +40,7 @@ from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import disabled_kernels
 from fx_quant.kernels.subclasses import with_outer_versions
 from fx_quant.passes.nodes import tensor
+from fx_quant.passes.packed import refuse_writes
 from fx_quant.passes.pipeline import rewrite_graph
 from fx_quant.piecewise.compile import compile_in_pieces
 from fx_quant.piecewise.sizes import Asked
@@ -285,7 +286,9 @@ def fx_quant(
         UnknownNameError: an unknown option, numerics class or kernel.
         NoKernelError: a forced kernel cannot run a site.
         MissError: ``strict`` and a quantized matmul was missed.
+        FxQuantError: the graph writes to the weight of a layer that holds it packed.
     """
+    refuse_writes(gm)
     ours, inductors = split_options(options)
     if ours.piecewise:
         return _compile_in_pieces(gm, example_inputs, ours, mode, inductors)

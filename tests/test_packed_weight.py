@@ -402,6 +402,30 @@ def test_compiled_code_reads_the_codes_and_their_dtype():
     torch.testing.assert_close(torch.compile(reads, backend="eager", fullgraph=True)(x), reads(x))
 
 
+@pytest.mark.parametrize("through", ["itself", "a view", "an item"])
+def test_compiled_code_that_writes_to_a_packed_weight_is_refused(through):
+    """It would write to codes that were unpacked for it, which nobody reads."""
+    layer = QuantizedLinear.from_float(nn.Linear(64, 64), W8A8)
+    assert layer.held_weight()[1] is not None
+
+    def writes(x: Tensor) -> Tensor:
+        if through == "itself":
+            layer.weight.zero_()
+        elif through == "a view":
+            layer.weight.t()[1:].mul_(2)
+        else:
+            layer.weight[0] = 1
+        return layer(x)
+
+    with pytest.raises(Exception, match="outside of what is compiled"):
+        torch.compile(writes, backend="fx_quant")(torch.randn(2, 64))
+    layer.unpack()
+    before = layer.weight.clone()
+    torch._dynamo.reset()
+    torch.compile(writes, backend="fx_quant")(torch.randn(2, 64))
+    assert not torch.equal(layer.weight, before)
+
+
 def test_code_that_takes_only_plain_tensors_says_so():
     layer = build()
     needs_packing(layer)

@@ -5,14 +5,32 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Node
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
+from fx_quant.errors import FxQuantError
 from fx_quant.kernels.layouts import CODES, Held, repacked
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.inputs import Inputs
 from fx_quant.passes.nodes import args_of, is_op
 
 _UNPACK = torch.ops.fx_quant.unpack.default
+
+
+def refuse_writes(gm: GraphModule) -> None:
+    """That a graph of Dynamo's writes to no weight that it unpacks, as the layer would not see it.
+
+    Raises:
+        FxQuantError: it does.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fx_quant.unpack):
+        codes = node.meta.get("example_value")
+        # Traced on tensors without data, of which PyTorch counts the writes, those through views too.
+        if isinstance(codes, Tensor) and not codes.is_inference() and codes._version:
+            raise FxQuantError(
+                "compiled code must not write to the weight of a QuantizedLinear that is held packed, got a graph that "
+                "does; write to layer.weight outside of what is compiled"
+            )
 
 
 def unpacked_from(node: Node) -> tuple[Node, Held] | None:
