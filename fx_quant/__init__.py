@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fx_quant.diagnose.explain import explain
     from fx_quant.kernels.context import CompileContext, mode
     from fx_quant.kernels.cpu.tuner import TuneReport, tune
-    from fx_quant.kernels.layouts import clear_packed_weights
     from fx_quant.kernels.machine import detect_target
+    from fx_quant.kernels.packed_weights import clear_packed_weights
     from fx_quant.kernels.select import select
     from fx_quant.layers.linear import QuantizedLinear
     from fx_quant.layers.quantize_model import QuantizeReport, quantize_
@@ -43,7 +43,7 @@ _HOMES = {
     "Target": "target",
     "TuneReport": "kernels.cpu.tuner",
     "check": "diagnose.check",
-    "clear_packed_weights": "kernels.layouts",
+    "clear_packed_weights": "kernels.packed_weights",
     "detect_target": "kernels.machine",
     "explain": "diagnose.explain",
     "inductor_pass": "backend",

@@ -23,7 +23,7 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 
-from fx_quant.kernels.layouts import clear_packed_weights
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from tests.fresh_process import torch_alone
 from tests.instruction_sets import believe_this_cpu
 from tests.triton_interpreter import interpreting

@@ -17,8 +17,8 @@ from torch import Tensor
 from fx_quant.diagnose.support import SCHEMES
 from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
-from fx_quant.kernels.layouts import clear_packed_weights
 from fx_quant.kernels.machine import detect_target
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from fx_quant.kernels.padding import plan_padding
 from fx_quant.kernels.registry import Kernel, kernels
 from fx_quant.kernels.select import Selection, select

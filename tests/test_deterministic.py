@@ -17,7 +17,7 @@ from fx_quant.kernels.context import CompileContext, Mode
 from fx_quant.kernels.cpu import plans
 from fx_quant.kernels.cpu.plans import DEFAULT
 from fx_quant.kernels.eager import run_kernel
-from fx_quant.kernels.layouts import clear_packed_weights
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from fx_quant.kernels.padding import Padding
 from fx_quant.kernels.registry import Kernel, kernel, kernels
 from fx_quant.kernels.select import Selection, select

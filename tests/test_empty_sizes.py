@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
-from fx_quant.kernels.layouts import clear_packed_weights, layouts
+from fx_quant.kernels.layouts import layouts
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import select
 from fx_quant.scheme import INT4_DTYPES, Numerics

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
-from fx_quant.kernels.layouts import clear_packed_weights
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from fx_quant.kernels.padding import plan_padding
 from fx_quant.kernels.select import Selection
 from fx_quant.scheme import INT4_DTYPES

@@ -20,7 +20,8 @@ from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels.context import EAGER
 from fx_quant.kernels.eager import run_kernel
-from fx_quant.kernels.layouts import clear_packed_weights, pack_weight
+from fx_quant.kernels.layouts import pack_weight
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from fx_quant.kernels.registry import kernel
 from fx_quant.kernels.select import DISABLED_VARIABLE, select
 from fx_quant.linear_kernels import MacheteLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel

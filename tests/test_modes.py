@@ -24,7 +24,7 @@ from fx_quant.compat import decompositions_without_matmul
 from fx_quant.config import Options, PaddingPolicy
 from fx_quant.kernels import eager, registry
 from fx_quant.kernels.context import CompileContext, Mode
-from fx_quant.kernels.layouts import clear_packed_weights
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from fx_quant.kernels.registry import Kernel, kernel
 from fx_quant.layers.linear_operands import linear_problem
 from fx_quant.layers.quantize_weight import quantize_weight

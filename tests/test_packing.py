@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
 from fx_quant.errors import UnknownNameError
-from fx_quant.kernels import huge_pages
+from fx_quant.kernels import huge_pages, packed_weights
 from fx_quant.kernels import layouts as packing
 from fx_quant.kernels.layouts import layouts, pack_weight, packed_layout
 from fx_quant.kernels.registry import kernels
@@ -169,7 +169,7 @@ def test_dead_weights_are_dropped():
     del w
     gc.collect()
     assert len(constants._groups) == 0
-    assert len(packing._packed) == 1
+    assert len(packed_weights._packed) == 1
 
 
 def test_a_compiled_graph_never_writes_over_a_packed_weight():

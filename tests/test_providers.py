@@ -27,8 +27,9 @@ from fx_quant.kernels.aiter import shuffle, unshuffle
 from fx_quant.kernels.context import EAGER, GRAPH
 from fx_quant.kernels.eager import run_kernel
 from fx_quant.kernels.flashinfer import rows_in_fours
-from fx_quant.kernels.layouts import clear_packed_weights, pack_weight
+from fx_quant.kernels.layouts import pack_weight
 from fx_quant.kernels.machine import detect_target, installed_packages
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from fx_quant.kernels.registry import Kernel, kernel, kernels, register_kernel
 from fx_quant.kernels.select import DISABLED_VARIABLE, select
 from fx_quant.passes.pipeline import rewrite_graph

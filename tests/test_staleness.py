@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.fx import GraphModule, Interpreter
 
 import fx_quant
-from fx_quant.kernels import layouts
+from fx_quant.kernels import layouts, packed_weights
 from fx_quant.ops import constants, fingerprint
 from fx_quant.ops.fingerprint import CALLS
 from fx_quant.passes.pipeline import to_kernels
@@ -518,9 +518,9 @@ def test_memory_that_is_freed_and_gathered_again_leaves_nothing_behind():
         w.untyped_storage().resize_(size)
         w.copy_(codes(seed))
         assert torch.equal(ops.prepack([w], ["vnni"])[0], layouts.pack_weight(w, "vnni"))
-    assert len(constants._groups) == len(constants._keys) == len(layouts._packed) == 1
+    assert len(constants._groups) == len(constants._keys) == len(packed_weights._packed) == 1
     del w
-    assert not constants._groups and not constants._keys and not layouts._packed
+    assert not constants._groups and not constants._keys and not packed_weights._packed
 
 
 @pytest.mark.parametrize("op", [ops.prepack.default, ops.fold.default])

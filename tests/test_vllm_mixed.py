@@ -19,7 +19,8 @@ from fx_quant.config import Options
 from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels import marlin
-from fx_quant.kernels.layouts import clear_packed_weights, pack_weight, packed_layout
+from fx_quant.kernels.layouts import pack_weight, packed_layout
+from fx_quant.kernels.packed_weights import clear_packed_weights
 from fx_quant.kernels.registry import kernel
 from fx_quant.kernels.select import DISABLED_VARIABLE, select
 from fx_quant.passes.pipeline import rewrite_graph

@@ -1,20 +1,13 @@
-"""Packed weights: the layouts that kernels read, and the op that packs each weight once.
+"""The layouts of packed weights, as kernels read them: their names, and how a weight is packed and unpacked.
 
-``fx_quant::prepack`` is one call for all weights of a graph. Its body keeps what it packed:
-
-- a *group* is one call site's list of weights, see ``ops/constants.py``: a repeated call hands out the same tensors,
-  unless a weight was written to;
-- a *packed weight* is kept by storage, offset, shape and strides, so tied weights and views are packed once.
-
-What was packed is dropped when its weight's storage dies, or by ``clear_packed_weights()``.
+Names are ``Layout.name``, or say what they are made with: a transposed or repacked weight, a padded one, sums.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,8 +17,7 @@ from torch import Tensor
 
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.kernels.huge_pages import in_huge_pages
-from fx_quant.ops import KEEPING_TAGS, MATMUL_TAGS, register, unpack_nibbles
-from fx_quant.ops.constants import Mark, forget, forget_all, remembered, view_of
+from fx_quant.ops import unpack_nibbles
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
 PANEL = 64
@@ -359,7 +351,12 @@ def _transposed(layout: Layout) -> Layout:
     )
 
 
-def _check_weight(weight: Tensor, layout: Layout) -> None:
+def check_weight(weight: Tensor, layout: Layout) -> None:
+    """That ``layout`` packs ``weight``.
+
+    Raises:
+        RuntimeError: it does not, by its dims, dtype or sizes.
+    """
     torch._check(
         weight.dim() == layout.dims,
         lambda: f"prepack: a weight must be {'[n, k]' if layout.dims == 2 else 'packed'}, got {list(weight.shape)}",
@@ -380,7 +377,7 @@ def _check_weight(weight: Tensor, layout: Layout) -> None:
 def pack_weight(weight: Tensor, layout: str) -> Tensor:
     """``weight [n, k]`` in ``layout``, as a new tensor; nothing is remembered."""
     packing = packed_layout(layout)
-    _check_weight(weight, packing)
+    check_weight(weight, packing)
     if weight.numel() == 0:
         return weight.new_zeros(packing.shape(*weight.shape), dtype=packing.dtype or weight.dtype)
     with torch.no_grad():
@@ -389,13 +386,19 @@ def pack_weight(weight: Tensor, layout: str) -> Tensor:
 
 def unpack_weight(packed: Tensor, layout: str, n: int, k: int) -> Tensor:
     """The weight ``[n, k]`` that ``pack_weight`` gave ``packed``, as a new contiguous tensor."""
-    unpack = _check_packed(packed, layout, n, k).unpack
+    unpack = check_packed(packed, layout, n, k).unpack
     assert unpack is not None
     with torch.no_grad():
         return unpack(packed.detach(), n, k).clone(memory_format=torch.contiguous_format)
 
 
-def _check_packed(packed: Tensor, layout: str, n: int, k: int) -> Layout:
+def check_packed(packed: Tensor, layout: str, n: int, k: int) -> Layout:
+    """The layout called ``layout``, in which ``packed`` is a weight ``[n, k]``.
+
+    Raises:
+        UnknownNameError: no layout has that name.
+        RuntimeError: it holds no weight, or that of another size or dtype.
+    """
     packing = packed_layout(layout)
     torch._check(packing.unpack is not None, lambda: f"unpack: layout {layout!r} does not hold the weight")
     shape = packing.shape(n, k)
@@ -412,87 +415,3 @@ def _check_packed(packed: Tensor, layout: str, n: int, k: int) -> Layout:
 def code_dtype(layout: str, packed: torch.dtype) -> torch.dtype:
     """The dtype of the weight that a tensor of dtype ``packed`` holds in ``layout``."""
     return torch.int8 if packed_layout(layout).weights == {torch.int8} else packed
-
-
-def _unpack_fake(packed: Tensor, layout: str, n: int, k: int) -> Tensor:
-    _check_packed(packed, layout, n, k)
-    return packed.new_empty((n, k), dtype=code_dtype(layout, packed.dtype))
-
-
-# --- what was packed --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """One packed weight: valid while its storage lives and holds what was packed."""
-
-    mark: Mark
-    death: weakref.ref
-    tensor: Tensor
-
-
-_packed: dict[tuple, _Packed] = {}
-
-
-def clear_packed_weights() -> None:
-    """Forget every packed weight; each is packed again when it is next used."""
-    forget_all()
-    _packed.clear()
-
-
-def forget_storages(storages: Collection[int]) -> None:
-    """Forget what was computed of tensors in ``storages``, given by ``_cdata``."""
-    forget(storages)
-    for key in [key for key in _packed if key[0] in storages]:
-        _packed.pop(key, None)
-
-
-def _packed_once(weight: Tensor, name: str, mark: Mark) -> Tensor:
-    storage = weight.untyped_storage()
-    key = (storage._cdata, weight.storage_offset(), view_of(weight), name)
-    kept = _packed.get(key)
-    if kept is not None and not kept.mark.storage.expired() and kept.mark.same_content(mark):
-        return kept.tensor
-    tensor = pack_weight(weight, name)
-    _packed[key] = _Packed(mark, weakref.ref(storage, lambda _: _packed.pop(key, None)), tensor)
-    return tensor
-
-
-def prepack(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
-    """Weights ``[n, k]``, any strides, packed: ``result[i]`` is ``weights[i]`` in ``layouts[i]``.
-
-    A layout's name with ``TRANSPOSED`` behind it takes the weight as ``[k, n]``: what a graph holds is given as it is,
-    as views that a graph makes anew have no version.
-
-    The results are kept and handed out again: do not write to them. They never alias an input; equal inputs give the
-    same tensor.
-    """
-
-    def pack(marks: Sequence[Mark]) -> list[Tensor]:
-        given = zip(weights, layouts, marks, strict=True)
-        return [_packed_once(weight, layout, mark) for weight, layout, mark in given]
-
-    return remembered(weights, tuple(layouts), pack)
-
-
-def _prepack_fake(weights: list[Tensor], layouts: list[str]) -> list[Tensor]:
-    torch._check(
-        len(weights) == len(layouts),
-        lambda: f"prepack: one layout for each weight, got {len(weights)} weights and {len(layouts)} layouts",
-    )
-    results = []
-    for weight, name in zip(weights, layouts, strict=True):
-        layout = packed_layout(name)
-        _check_weight(weight, layout)
-        results.append(weight.new_empty(layout.shape(*weight.shape), dtype=layout.dtype or weight.dtype))
-    return results
-
-
-register(
-    "pack(Tensor weight, str layout) -> Tensor",
-    pack_weight,
-    lambda weight, layout: _prepack_fake([weight], [layout])[0],
-    MATMUL_TAGS,
-)
-register("unpack(Tensor packed, str layout, int n, int k) -> Tensor", unpack_weight, _unpack_fake, MATMUL_TAGS)
-register("prepack(Tensor[] weights, str[] layouts) -> Tensor[]", prepack, _prepack_fake, KEEPING_TAGS)

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+import fx_quant.kernels.packed_weights  # noqa: F401  (registers the ops)
 from fx_quant.kernels.layouts import FACTOR_PANELS, group_sums, padded
 from fx_quant.kernels.select import Selection
 from fx_quant.problem import Problem, Size

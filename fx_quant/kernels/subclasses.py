@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fx_quant.kernels.layouts import forget_storages
+from fx_quant.kernels.packed_weights import forget_storages
 
 
 def with_outer_versions(compiled: Any, example_inputs: Sequence[Any]) -> Any:

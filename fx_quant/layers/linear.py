@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.eager import eager_selection, expected_selection, run_kernel, target_of
-from fx_quant.kernels.layouts import forget_storages
+from fx_quant.kernels.packed_weights import forget_storages
 from fx_quant.kernels.select import Selection
 from fx_quant.layers.activation import Quantizer, quantize_activation, quantize_by
 from fx_quant.layers.inference_only import without_gradient

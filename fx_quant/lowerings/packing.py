@@ -11,7 +11,7 @@ from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
 
-from fx_quant.kernels.layouts import prepack
+from fx_quant.kernels.packed_weights import prepack
 from fx_quant.ops.fold import fold, packing_program, with_several_results
 
 _BODIES: dict[torch._ops.OpOverload, Callable[..., Any]] = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+import fx_quant.kernels.packed_weights  # noqa: F401  (registers the ops)
 from fx_quant.errors import FxQuantError
 from fx_quant.kernels.layouts import CODES, Held, repacked
 from fx_quant.passes.emit import Emitter
