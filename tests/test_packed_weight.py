@@ -371,7 +371,61 @@ def test_what_is_asked_of_a_weight_in_a_forward_pass_costs_nothing(monkeypatch):
     assert weight.shape == (N, K) and weight.size(1) == K and weight.numel() == N * K and len(weight) == N
     assert weight.dim() == weight.ndim == 2 and weight.stride() == (K, 1) and weight.is_contiguous()
     assert not weight.requires_grad and not weight.is_floating_point() and weight.nbytes == N * K
-    assert weight.detach() is weight and hash(weight) == id(weight)
+    assert hash(weight) == id(weight)
+
+
+def _attribute(layer: QuantizedLinear, new: Tensor) -> Callable[[], None]:
+    before = layer.weight
+    layer.weight = new
+    return lambda: setattr(layer, "weight", before)
+
+
+def _data(layer: QuantizedLinear, new: Tensor) -> Callable[[], None]:
+    before = layer.weight.data
+    layer.weight.data = new
+    return lambda: setattr(layer.weight, "data", before)
+
+
+def _data_of_one(layer: QuantizedLinear, new: Tensor) -> Callable[[], None]:
+    weight = layer.weight
+    before, weight.data = weight.data, new
+    return lambda: setattr(weight, "data", before)
+
+
+def _buffer(layer: QuantizedLinear, new: Tensor) -> Callable[[], None]:
+    before = layer.weight
+    layer._buffers["weight"] = new
+    return lambda: layer._buffers.update(weight=before)
+
+
+def _assigned(layer: QuantizedLinear, new: Tensor) -> Callable[[], None]:
+    before = layer.state_dict()
+    layer.load_state_dict({**before, "weight": new}, assign=True)
+    return lambda: layer.load_state_dict(before, assign=True) and None
+
+
+@pytest.mark.parametrize("swapped", [_attribute, _data, _data_of_one, _buffer, _assigned])
+@pytest.mark.parametrize("called", [True, False])
+def test_a_weight_that_was_put_aside_comes_back(swapped, called):
+    """As moving averages are swapped in and out: what was taken is not what the layer holds meanwhile."""
+    layer, x = build(), rows(build())
+    needs_packing(layer)
+    expected, codes, new = layer(x), codes_of(layer).clone(), codes_of(build(seed=1)).clone()
+    put_back = swapped(layer, new)
+    if called:
+        assert not torch.equal(layer(x), expected)
+    put_back()
+    assert torch.equal(layer.weight, codes)
+    assert torch.equal(layer(x), expected)
+
+
+def test_two_names_of_one_weight_see_each_others_writes():
+    layer = build()
+    first, second = layer.weight, layer.weight
+    first.fill_(3)
+    assert torch.equal(second, first) and int(second[0, 0]) == 3
+    second[0, 0] = 5
+    assert int(first[0, 0]) == int(layer.weight[0, 0]) == 5
 
 
 def test_codes_are_read_as_what_they_are():

@@ -38,13 +38,18 @@ class _Form:
     Args:
         held: what the packed weight is, or was before codes were asked for; None until there is one.
         settled: its layout is that of a kernel that was called, and not of one that was expected to be.
+        lazy: what stands for the codes of the weight while it is packed.
     """
 
-    __slots__ = ("held", "settled")
+    __slots__ = ("held", "lazy", "settled")
 
-    def __init__(self) -> None:
-        self.held: Held | None = None
-        self.settled = False
+    def __init__(self, held: Held | None = None, settled: bool = False) -> None:
+        self.held = held
+        self.settled = settled
+        self.lazy: list[weakref.ref[LazyCodes]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Form, (self.held, self.settled)
 
 
 class PackedWeight(nn.Module):
@@ -158,9 +163,14 @@ class PackedWeight(nn.Module):
             if held is not None:
                 # Even where the caller only traces.
                 with torch.inference_mode(False), _disable_current_modes():
-                    codes = unpack_weight(codes, held.layout, held.n, held.k)
+                    packed, codes = codes, unpack_weight(codes, held.layout, held.n, held.k)
                 self._buffers[_WEIGHT] = codes
                 self.packed_weight = None
+                for reference in self._form.lazy:
+                    lazy = reference()
+                    if lazy is not None and lazy.packed is packed:
+                        lazy.codes = codes
+                self._form.lazy.clear()
             return codes
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -270,34 +280,52 @@ def _pack_again(reference: weakref.ref[PackedWeight]) -> None:
 class LazyCodes(Tensor):
     """The codes of a module that holds them packed: any function of them is called with the codes themselves.
 
-    Its shape, dtype and device are known without. A module that nothing refers to the codes of after the call holds
-    them packed again.
+    Its shape, dtype and device are known without. It stands for one tensor, whatever becomes of the module: when that
+    unpacks its weight for anybody, this is that tensor too, and where the module was given another weight it is what
+    the module held. A module that nothing refers to the codes of after the call holds them packed again.
     """
 
-    _module: PackedWeight
-    _self: weakref.ref[LazyCodes]
+    module: PackedWeight
+    packed: Tensor  # to which nobody writes
+    held: Held
+    codes: Tensor | None
 
     @staticmethod
     def __new__(cls, module: PackedWeight, packed: Tensor, held: Held) -> LazyCodes:
         """What stands for the codes of ``module``, which holds them as ``held`` says of ``packed``."""
         dtype = code_dtype(held.layout, packed.dtype)
         self = Tensor._make_wrapper_subclass(cls, (held.n, held.k), dtype=dtype, device=packed.device)
-        self._module = module
-        self._self = weakref.ref(self)  # torch.utils.swap_tensors, which would swap this object alone, refuses it
+        self.module, self.codes = module, None
+        self.stand_for(packed, held)
         return self
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
+    def stand_for(self, packed: Tensor, held: Held) -> None:
+        """Be the codes of ``packed``, which the module holds."""
+        self.packed, self.held = packed, held
+        # It also makes torch.utils.swap_tensors, which would swap this object alone, refuse it.
+        living = [reference for reference in self.module._form.lazy if reference() is not None]
+        self.module._form.lazy = [*living, weakref.ref(self)]
+
+    def as_codes(self) -> Tensor:
+        """The codes."""
+        with _changing:
+            if self.codes is None and self.module.held_weight()[0] is self.packed:
+                self.module.unpack()
+            if self.codes is None:
+                with torch.inference_mode(False), _disable_current_modes():
+                    self.codes = unpack_weight(self.packed, self.held.layout, self.held.n, self.held.k)
+            return self.codes
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _OF_ITSELF:
+        if func in _OF_ITSELF and args[0].codes is None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func in _ALIASES:
-            return args[0]
         return _on_codes(func, args, kwargs or {})
 
     @classmethod
@@ -321,35 +349,44 @@ _OF_ITSELF = frozenset(
         ),
     }
 )
-_ALIASES = frozenset({Tensor.detach, Tensor.data.__get__})  # pyrefly: ignore [missing-attribute]
 
 
 def _plain(value: Any) -> Any:
     """``value``, or the codes that it stands for, which two modules share from then on."""
-    return value._module.unpack() if isinstance(value, LazyCodes) else value
+    return value.as_codes() if isinstance(value, LazyCodes) else value
 
 
 class _Loan:
-    """The codes of ``module``, for one call."""
+    """The codes that ``lazy`` stands for, for one call."""
 
-    def __init__(self, module: PackedWeight) -> None:
-        packed, held = module.held_weight()
-        self._module = module
-        codes = module.unpack()
+    def __init__(self, lazy: LazyCodes) -> None:
+        self._lazy = lazy
+        was_packed = lazy.codes is None
+        codes = lazy.as_codes()
         # To tell whether the call wrote to them: not all writes raise a version.
-        self._before: tuple[Tensor, Fingerprint | None] | None = None if held is None else (packed, fingerprint(codes))
+        self._before: tuple[Tensor, Fingerprint | None] | None = None
+        if was_packed and lazy.module._buffers.get(_WEIGHT) is codes:
+            self._before = lazy.packed, fingerprint(codes)
 
     def end(self) -> None:
         """Let the module hold its weight packed again, unless something refers to the codes."""
-        module = self._module
+        lazy, module = self._lazy, self._lazy.module
         buffers, held = module._buffers, module._form.held
         with _changing:
-            if held is None or buffers.get(_WEIGHT) is None or not _is_own(buffers):
+            if held is None or lazy.codes is None or buffers.get(_WEIGHT) is not lazy.codes:
                 return
-            if self._before is not None and _has(buffers, self._before[1]):
-                module._put_back(self._before[0])
-            else:
-                module._pack(held.layout, settled=module._form.settled)
+            lazy.codes = None
+            if _is_own(buffers):
+                if self._before is not None and _has(buffers, self._before[1]):
+                    module._put_back(self._before[0])
+                else:
+                    module._pack(held.layout, settled=module._form.settled)
+            if buffers.get(_WEIGHT) is not None:
+                lazy.codes = buffers[_WEIGHT]
+                return
+            now, held = module.held_weight()
+            assert held is not None
+            lazy.stand_for(now, held)
 
 
 def _has(buffers: Mapping[str, Tensor | None], before: Fingerprint | None) -> bool:
@@ -358,20 +395,26 @@ def _has(buffers: Mapping[str, Tensor | None], before: Fingerprint | None) -> bo
 
 
 def _on_codes(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    lazy = {id(x._module): x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyCodes)}
-    loans = {key: _Loan(x._module) for key, x in lazy.items()}
+    lazy = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyCodes)}
+    loans = [_Loan(x) for x in lazy.values()]
     try:
         # Not the very tensor, which somebody may want to swap for another; versions are counted together.
-        codes = {key: x._module.unpack() for key, x in lazy.items()}
+        codes = {key: x.as_codes() for key, x in lazy.items()}
         if func != Tensor.data.__set__:  # pyrefly: ignore [missing-attribute]
             codes = {key: x.detach() for key, x in codes.items()}
-        args, kwargs = tree_map_only(LazyCodes, lambda x: codes[id(x._module)], (args, kwargs))
+        args, kwargs = tree_map_only(LazyCodes, lambda x: codes[id(x)], (args, kwargs))
         out = func(*args, **kwargs)
         # What is written to in place is returned.
         out = next((lazy[key] for key, x in codes.items() if out is x), out)
+        if func in _ALIASES:
+            _pack_after(out, next(iter(lazy.values())).module)
     finally:
         del args, kwargs
         codes = None
-        for loan in loans.values():
+        for loan in loans:
             loan.end()
     return out
+
+
+# What people write through in one statement.
+_ALIASES = frozenset({Tensor.detach, Tensor.data.__get__})  # pyrefly: ignore [missing-attribute]
