@@ -352,6 +352,15 @@ FXQ_TARGET __attribute__((noinline)) void fxq_widen(
   std::memset(out, 0, std::max<int64_t>(0, all / DECODE::STEP - steps) * DECODE::PARTS * 256);
 }
 
+// Whether many rows are multiplied by a panel that is decoded once for them.
+inline bool fxq_is_wide(int64_t count, [[maybe_unused]] const FxqWeight& w) {
+#ifdef FXQ_AMX
+  return count >= FXQ_WIDE_ROWS && (w.group % FxqBf16Tiles::DEEP == 0 || w.group >= w.k);
+#else
+  return count >= FXQ_WIDE_ROWS;
+#endif
+}
+
 // fxq_panel of many rows.
 template <typename DOT, typename DECODE>
 FXQ_TARGET __attribute__((noinline)) void fxq_wide_panel(
@@ -365,24 +374,24 @@ FXQ_TARGET __attribute__((noinline)) void fxq_wide_panel(
     float* acc) {
   using Wide = FxqWide<DECODE>;
   alignas(64) uint8_t wide[FXQ_WIDE_K * Wide::BYTES];
-  FxqChunk decoded = chunk;
+  [[maybe_unused]] FxqChunk decoded = chunk;
   while (fxq_next<DECODE>(w, panel, std::min(plan.chunk_k, FXQ_WIDE_K), chunk)) {
     fxq_widen<DECODE>(plan, w, chunk, wide);
 #ifdef FXQ_AMX
-    if (w.group % FxqBf16Tiles::DEEP == 0 || w.group >= w.k) {
-      fxq_chunk_tiles<DECODE>(first, count, rows, w, chunk, wide, acc);
-      continue;
-    }
-#endif
+    fxq_chunk_tiles<DECODE>(first, count, rows, w, chunk, wide, acc);
+#else
     decoded = chunk;
     decoded.codes = wide;
     const FxqAhead none = {reinterpret_cast<const char*>(wide), 0}, ahead[] = {none, none, none};
     const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+    static_assert(FXQ_WIDE_ROWS >= 4 * FXQ_TILE_ROWS); // so that no tile has less than five rows
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t row = count * tile / tiles;
-      fxq_chunk_tile<DOT, Wide>(
-          count * (tile + 1) / tiles - row, first, row, rows, w, decoded, ahead, acc + row * FXQ_PANEL);
+      const auto multiply = count * (tile + 1) / tiles - row == 5 ? fxq_chunk_rows<DOT, Wide, 5>
+                                                                   : fxq_chunk_rows<DOT, Wide, 6>;
+      multiply(first, row, rows, w, decoded, ahead, acc + row * FXQ_PANEL);
     }
+#endif
   }
 }
 
@@ -401,8 +410,10 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
   chunk.begin = chunk.end = 0;
   chunk.codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
   std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
-  if (count >= FXQ_WIDE_ROWS) {
-    return fxq_wide_panel<DOT, DECODE>(plan, first, count, rows, w, panel, chunk, acc);
+  if constexpr (FXQ_WIDE_ROWS != INT64_MAX) {
+    if (fxq_is_wide(count, w)) {
+      return fxq_wide_panel<DOT, DECODE>(plan, first, count, rows, w, panel, chunk, acc);
+    }
   }
   const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
   while (fxq_next<DECODE>(w, panel, plan.chunk_k, chunk)) {
