@@ -121,23 +121,6 @@ def _at_least(x: TensorBox, floor: float) -> TensorBox:
     return L.make_pointwise(lambda value: ops.maximum(value, ops.constant(floor, torch.float32)))(x)
 
 
-def _row_by_row(scale: TensorBox) -> TensorBox:
-    """``scale``, computed for one row at a time where Inductor writes C++.
-
-    It fuses the loops over one row's maximum, scale and codes only where each walks the rows one by one, and would take
-    16 rows at once for the scales alone. A dtype that it has no vectors of keeps it from that.
-    """
-    if scale.get_device_or_error().type != "cpu":
-        return scale
-
-    def alone(value):
-        bits = ops.to_dtype(ops.to_dtype_bitcast(value, torch.int32, torch.float32), torch.int16, src_dtype=torch.int32)
-        nothing = ops.bitwise_and(bits, ops.constant(0, torch.int16))
-        return ops.add(value, ops.to_dtype(nothing, torch.float32, src_dtype=torch.int16))
-
-    return L.make_pointwise(alone)(scale)
-
-
 # Ops that cost more than writing a value and reading it back.
 _HEAVY = frozenset({"erf", "exp", "log", "pow", "sigmoid", "tanh"})
 
@@ -185,7 +168,7 @@ def quantize_dynamic(
     scale = _rounded_to(_divide(amax, divisor), divide_dtype)
     if floor_on == "scale":
         scale = _at_least(scale, floor)
-    scale = _row_by_row(_rounded_to(scale, scale_dtype))
+    scale = _rounded_to(scale, scale_dtype)
     # Computed once for a row, not once for each of its codes and again in each epilogue.
     scale.realize()
     # By a scale of at least amax / hi, and normal, nothing leaves the range before it is rounded to an integer.
