@@ -296,7 +296,7 @@ def repacked(layout: str, held: Held) -> str:
 @functools.cache
 def _repacked(name: str, held: Held) -> Layout:
     source, into = packed_layout(held.layout), None if name == CODES else packed_layout(name)
-    codes = torch.int8 if source.weights == {torch.int8} else source.dtype
+    codes = None if source.dtype is None else code_dtype(held.layout, source.dtype)
 
     def pack(packed: Tensor) -> Tensor:
         weight = unpack_weight(packed, held.layout, held.n, held.k)

@@ -277,7 +277,7 @@ def kernels() -> tuple[Kernel, ...]:
 @functools.lru_cache(maxsize=1)
 def _in_order(priorities: tuple[tuple[str, int], ...]) -> list[str]:
     """Names by priority; asked for anew in each selection."""
-    return sorted(dict(priorities), key=lambda name: (-_PRIORITY[name], name))
+    return [name for name, _ in sorted(priorities, key=lambda each: (-each[1], each[0]))]
 
 
 def kernel(name: str) -> Kernel:

@@ -9,7 +9,6 @@ writes are seen: those to codes by the rules of ``ops/constants.py``, and a pack
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from fx_quant.errors import FxQuantError
 from fx_quant.kernels.huge_pages import in_huge_pages, trim
 from fx_quant.kernels.layouts import Held, code_dtype, pack_weight, packed_layout, unpack_weight
 from fx_quant.kernels.select import Selection
+from fx_quant.layers.references import is_own
 from fx_quant.ops.fingerprint import Fingerprint, fingerprint
 
 _WEIGHT = "weight"
@@ -134,7 +134,7 @@ class PackedWeight(nn.Module):
         buffers = self._buffers
         if layout is None or type(buffers.get(_WEIGHT)) is not Tensor:
             return False
-        if not (owned or _is_own(buffers, at_an_end=at_an_end)) or not _can_hold(layout, buffers[_WEIGHT]):
+        if not (owned or is_own(buffers, _WEIGHT, at_an_end=at_an_end)) or not _can_hold(layout, buffers[_WEIGHT]):
             return False
         with _changing:
             codes = buffers[_WEIGHT]
@@ -145,7 +145,7 @@ class PackedWeight(nn.Module):
                 packed = pack_weight(codes, layout)
             del codes
             # Nobody took them meanwhile.
-            if not (owned or _is_own(buffers, at_an_end=at_an_end)):
+            if not (owned or is_own(buffers, _WEIGHT, at_an_end=at_an_end)):
                 return False
             self._form.held, self._form.settled = held, settled
             self._put_back(packed)
@@ -161,9 +161,7 @@ class PackedWeight(nn.Module):
         with _changing:
             codes, held = self.held_weight()
             if held is not None:
-                # Even where the caller only traces.
-                with torch.inference_mode(False), _disable_current_modes():
-                    packed, codes = codes, unpack_weight(codes, held.layout, held.n, held.k)
+                packed, codes = codes, _unpacked(codes, held)
                 self._buffers[_WEIGHT] = codes
                 self.packed_weight = None
                 for reference in self._form.lazy:
@@ -205,6 +203,12 @@ class PackedWeight(nn.Module):
             self.packed_weight = in_huge_pages(packed)
 
 
+def _unpacked(packed: Tensor, held: Held) -> Tensor:
+    """The codes ``[n, k]`` of ``packed``, even where the caller only traces."""
+    with torch.inference_mode(False), _disable_current_modes():
+        return unpack_weight(packed, held.layout, held.n, held.k)
+
+
 def _can_hold(layout: str, codes: Tensor | None) -> bool:
     """Whether ``codes`` are plain ones of this process, which ``layout`` holds in as many bytes."""
     return (
@@ -218,40 +222,6 @@ def _can_hold(layout: str, codes: Tensor | None) -> bool:
         and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
     )
-
-
-def _references(buffers: Mapping[str, Tensor | None]) -> tuple[int, int, int]:
-    """How many references there are to the weight, to its storage in Python, and to that in C++."""
-    codes = buffers[_WEIGHT]
-    assert codes is not None
-    storage = codes.untyped_storage()
-    return sys.getrefcount(codes), sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
-
-
-_OWN = _references({_WEIGHT: torch.empty(1)})
-
-
-def _references_at_an_end() -> tuple[int, int, int]:
-    """``_references`` as what is called at the end of a tensor that shares the memory finds them."""
-    buffers, seen = {_WEIGHT: torch.empty(1)}, []
-    other = buffers[_WEIGHT].detach()
-    weakref.finalize(other, lambda: seen.append(_references(buffers)))
-    del other
-    return seen[0] if seen else _OWN
-
-
-_AT_AN_END = _references_at_an_end()
-
-
-def _is_own(buffers: Mapping[str, Tensor | None], *, at_an_end: bool = False) -> bool:
-    """Whether nothing but ``buffers`` refers to the memory of the weight, and a tensor of which this is the end.
-
-    The memory of a file, of a NumPy array or of several processes is not, as far as PyTorch knows.
-    """
-    if _references(buffers) != (_AT_AN_END if at_an_end else _OWN):
-        return False
-    memory = buffers[_WEIGHT].untyped_storage()  # pyrefly: ignore [missing-attribute]
-    return memory.resizable() and not memory.is_shared()
 
 
 def _pack_after(tensor: Tensor, module: PackedWeight) -> None:
@@ -315,8 +285,7 @@ class LazyCodes(Tensor):
             if self.codes is None and self.module.held_weight()[0] is self.packed:
                 self.module.unpack()
             if self.codes is None:
-                with torch.inference_mode(False), _disable_current_modes():
-                    self.codes = unpack_weight(self.packed, self.held.layout, self.held.n, self.held.k)
+                self.codes = _unpacked(self.packed, self.held)
             return self.codes
 
     @classmethod
@@ -376,7 +345,7 @@ class _Loan:
             if held is None or lazy.codes is None or buffers.get(_WEIGHT) is not lazy.codes:
                 return
             lazy.codes = None
-            if _is_own(buffers):
+            if is_own(buffers, _WEIGHT):
                 if self._before is not None and _has(buffers, self._before[1]):
                     module._put_back(self._before[0])
                 else:

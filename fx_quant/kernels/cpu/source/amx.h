@@ -40,4 +40,26 @@ struct FxqTiles {
   }
 };
 
+// The sums of one or two tiles of rows, all 0.
+template <bool TWO>
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (TWO) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+// They, to ``out``, whose rows are ``columns`` elements of 4 bytes apart.
+template <bool TWO, typename T>
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_store_sums(T* out, int64_t columns) {
+  _tile_stored(0, out, columns * 4);
+  _tile_stored(1, out + 16, columns * 4);
+  if (TWO) {
+    _tile_stored(2, out + 16 * columns, columns * 4);
+    _tile_stored(3, out + 16 * columns + 16, columns * 4);
+  }
+}
+
 } // namespace

@@ -72,7 +72,7 @@ class FxqCodeRows {
     return point == nullptr ? 0.0f : static_cast<float>(point[(first + row) * weight.row_zero_point_stride]);
   }
   float scale(int64_t row, int64_t group) const {
-    return weight.row_scale[(first + row) * weight.row_scale_stride + group * weight.row_scale_group_stride];
+    return *fxq_row_scale(weight, first + row, group);
   }
 
   const int8_t* const data;
@@ -159,6 +159,13 @@ struct FxqPieceFactors {
 // What is done to a sum beside multiplying it by the scale of the weight.
 enum class FxqShift { NONE, ROWS, ANY };
 
+inline FxqShift fxq_shift(const FxqWeight& w) {
+  if (w.scale.kind == FXQ_NONE || w.zero_point.kind != FXQ_NONE || w.row_scale != nullptr) {
+    return FxqShift::ANY;
+  }
+  return w.code_sum.kind == FXQ_NONE ? FxqShift::NONE : FxqShift::ROWS;
+}
+
 // acc[r][j] += row_scale * scale * (sum - zero points) of piece ``i``.
 template <typename DOT, FxqShift SHIFT, typename DECODE, int ROWS, int COLUMNS>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_add_scaled(
@@ -223,9 +230,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
   using Vec = typename DOT::Vec;
   constexpr int COLUMNS = DOT::columns(ROWS);
   constexpr int PASSES = FXQ_PANEL / (COLUMNS * DOT::LANES);
-  const FxqWeight& w = rows.weight;
-  const bool is_any = w.scale.kind == FXQ_NONE || w.zero_point.kind != FXQ_NONE || w.row_scale != nullptr;
-  const FxqShift shift = is_any ? FxqShift::ANY : w.code_sum.kind == FXQ_NONE ? FxqShift::NONE : FxqShift::ROWS;
+  const FxqShift shift = fxq_shift(rows.weight);
   FxqAhead ahead = asked[0], more[3] = {asked[1], asked[2], asked[3]};
   const int64_t begin = rows.pieces[chunk.first].from, all = rows.pieces.size();
   const int32_t* starts = rows.starts(row);
@@ -353,10 +358,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_sums(
     const int8_t* rest_a,
     const uint8_t* rest_b,
     int32_t* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  fxq_zero_sums<TWO>();
   int64_t k = 0;
   for (; k + deep <= count; k += deep) {
     fxq_amx_step<TWO>(a + k, lda, b + k * FXQ_PANEL);
@@ -364,12 +366,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_sums(
   if (k < count) {
     fxq_amx_step<TWO>(rest_a, 64, rest_b);
   }
-  _tile_stored(0, sums, 128);
-  _tile_stored(1, sums + 16, 128);
-  if (TWO) {
-    _tile_stored(2, sums + 16 * 32, 128);
-    _tile_stored(3, sums + 16 * 32 + 16, 128);
-  }
+  fxq_store_sums<TWO>(sums, 32);
 }
 
 // acc[height][32 columns] of one piece.
@@ -407,7 +404,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_pieces_in_tiles(
     float* acc) {
   const FxqWeight& w = rows.weight;
   const int64_t blocks = (count + 31) / 32, deep = w.group % 64 == 0 || w.group >= w.k ? 64 : 32;
-  const bool is_any = w.scale.kind == FXQ_NONE || w.zero_point.kind != FXQ_NONE || w.row_scale != nullptr;
+  const FxqShift shift = fxq_shift(w);
   const int64_t begin = rows.pieces[chunk.first].from;
   // What tiles give is taken up while they compute what comes next.
   alignas(64) int32_t sums[2][32 * 32];
@@ -421,9 +418,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_pieces_in_tiles(
           chunk.scales[group] + column, chunk.zero_points[group] + column, chunk.code_sums[group] + column};
       const int32_t* const from = sums[half % 2];
       float* const out = acc + row * FXQ_PANEL + column;
-      if (is_any) {
+      if (shift == FxqShift::ANY) {
         fxq_add_piece<DOT, FxqShift::ANY>(from, height, rows, row, i, factors, out);
-      } else if (w.code_sum.kind != FXQ_NONE) {
+      } else if (shift == FxqShift::ROWS) {
         fxq_add_piece<DOT, FxqShift::ROWS>(from, height, rows, row, i, factors, out);
       } else {
         fxq_add_piece<DOT, FxqShift::NONE>(from, height, rows, row, i, factors, out);

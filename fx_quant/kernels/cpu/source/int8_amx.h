@@ -54,12 +54,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_amx_rows(
     if (i < k) {
       fxq_amx_step<TWO>(rest->a, DEEP, rest->b + column * 4);
     }
-    _tile_stored(0, at, 256);
-    _tile_stored(1, at + 16, 256);
-    if (TWO) {
-      _tile_stored(2, at + 16 * FXQ_PANEL, 256);
-      _tile_stored(3, at + 16 * FXQ_PANEL + 16, 256);
-    }
+    fxq_store_sums<TWO>(at, FXQ_PANEL);
   }
 }
 

@@ -149,9 +149,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
     }
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
-      const float* row_scale = w.row_scale == nullptr
-          ? nullptr
-          : w.row_scale + (first + row + r) * w.row_scale_stride + group * w.row_scale_group_stride;
+      const float* row_scale = fxq_row_scale(w, first + row + r, group);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         __m512 value = sum[0][r][j];
@@ -171,10 +169,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
 }
 
 #ifdef FXQ_AMX
-// The tiles of a thread: sums 0 to 3, a 4 and 5, b 6 and 7, for up to 32 rows and 32 columns.
-struct FxqBf16Tiles : FxqTiles {
-  static constexpr int64_t ROWS = 32, DEEP = 32; // k of one tile
-};
+constexpr int64_t FXQ_TILE_K = 32; // of bfloat16, in one tile
 
 // Adds 32 k at b, 256 bytes from one pair to the next, to the sums of one or two tiles of rows of a.
 template <bool TWO>
@@ -195,24 +190,15 @@ FXQ_INLINE void fxq_bf16_step(const uint16_t* a, int64_t bytes, const uint8_t* b
 template <bool TWO>
 FXQ_TARGET __attribute__((noinline)) void fxq_bf16_tiles(
     const uint16_t* a, int64_t bytes, const uint16_t* rest, const uint8_t* b, int64_t count, float* sums) {
-  constexpr int64_t DEEP = FxqBf16Tiles::DEEP;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  fxq_zero_sums<TWO>();
   int64_t k = 0;
-  for (; k + DEEP <= count; k += DEEP) {
+  for (; k + FXQ_TILE_K <= count; k += FXQ_TILE_K) {
     fxq_bf16_step<TWO>(a + k, bytes, b + k * 128);
   }
   if (k < count) {
-    fxq_bf16_step<TWO>(rest, DEEP * sizeof(*rest), b + k * 128);
+    fxq_bf16_step<TWO>(rest, FXQ_TILE_K * sizeof(*rest), b + k * 128);
   }
-  _tile_stored(0, sums, 128);
-  _tile_stored(1, sums + 16, 128);
-  if (TWO) {
-    _tile_stored(2, sums + 16 * 32, 128);
-    _tile_stored(3, sums + 16 * 32 + 16, 128);
-  }
+  fxq_store_sums<TWO>(sums, 32);
 }
 
 // acc[count][64] of a chunk that is decoded at ``wide``; its groups are multiples of 32 k, or one.
@@ -225,17 +211,17 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
     const FxqChunk& chunk,
     const uint8_t* wide,
     float* acc) {
-  constexpr int64_t ROWS = FxqBf16Tiles::ROWS, DEEP = FxqBf16Tiles::DEEP;
-  FxqBf16Tiles tiles;
+  constexpr int64_t ROWS = 32;
+  FxqTiles tiles;
   alignas(64) float sums[ROWS * 32];
-  alignas(64) uint16_t rest[ROWS * DEEP] = {};
-  const int64_t blocks = (count + ROWS - 1) / ROWS, left = (chunk.end - chunk.begin) % DEEP;
+  alignas(64) uint16_t rest[ROWS * FXQ_TILE_K] = {};
+  const int64_t blocks = (count + ROWS - 1) / ROWS, left = (chunk.end - chunk.begin) % FXQ_TILE_K;
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t row = count * block / blocks, height = count * (block + 1) / blocks - row;
     const uint16_t* const a = rows.data + row * rows.stride;
     tiles.configure(height);
     for (int64_t r = 0; left && r < height; r++) {
-      std::memcpy(rest + r * DEEP, a + r * rows.stride + chunk.end - left, left * sizeof(*a));
+      std::memcpy(rest + r * FXQ_TILE_K, a + r * rows.stride + chunk.end - left, left * sizeof(*a));
     }
     int64_t k = chunk.begin, group = chunk.group;
     for (int64_t i = 0; k < chunk.end; i++, group++) {
@@ -247,6 +233,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
         multiply(a + k, rows.stride * sizeof(*a), rest, b, end - k, sums);
         const float* const scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i] + column;
         float* const out = acc + row * FXQ_PANEL + column;
+        // What is usual, with the scales in registers: adding up takes longer than the tiles of a small group.
         if (!corrects && w.row_scale == nullptr && scale != nullptr) {
           const __m512 left_scale = _mm512_load_ps(scale), right_scale = _mm512_load_ps(scale + 16);
 #pragma GCC unroll 4
@@ -259,9 +246,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
           continue;
         }
         for (int64_t r = 0; r < height; r++) {
-          const float* row_scale = w.row_scale == nullptr
-              ? nullptr
-              : w.row_scale + (first + row + r) * w.row_scale_stride + group * w.row_scale_group_stride;
+          const float* row_scale = fxq_row_scale(w, first + row + r, group);
           const float all = corrects ? rows.sum(row + r, group) : 0.0f;
 #pragma GCC unroll 2
           for (int64_t c = 0; c < 32; c += 16) {
@@ -355,7 +340,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_widen(
 // Whether many rows are multiplied by a panel that is decoded once for them.
 inline bool fxq_is_wide(int64_t count, [[maybe_unused]] const FxqWeight& w) {
 #ifdef FXQ_AMX
-  return count >= FXQ_WIDE_ROWS && (w.group % FxqBf16Tiles::DEEP == 0 || w.group >= w.k);
+  return count >= FXQ_WIDE_ROWS && (w.group % FXQ_TILE_K == 0 || w.group >= w.k);
 #else
   return count >= FXQ_WIDE_ROWS;
 #endif
@@ -374,13 +359,12 @@ FXQ_TARGET __attribute__((noinline)) void fxq_wide_panel(
     float* acc) {
   using Wide = FxqWide<DECODE>;
   alignas(64) uint8_t wide[FXQ_WIDE_K * Wide::BYTES];
-  [[maybe_unused]] FxqChunk decoded = chunk;
   while (fxq_next<DECODE>(w, panel, std::min(plan.chunk_k, FXQ_WIDE_K), chunk)) {
     fxq_widen<DECODE>(plan, w, chunk, wide);
 #ifdef FXQ_AMX
     fxq_chunk_tiles<DECODE>(first, count, rows, w, chunk, wide, acc);
 #else
-    decoded = chunk;
+    FxqChunk decoded = chunk;
     decoded.codes = wide;
     const FxqAhead none = {reinterpret_cast<const char*>(wide), 0}, ahead[] = {none, none, none};
     const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;

@@ -18,6 +18,12 @@ struct FxqWeight {
   FxqFactor code_sum;
 };
 
+// The scale of a row of the activation and a group; null where there is none.
+inline const float* fxq_row_scale(const FxqWeight& w, int64_t row, int64_t group) {
+  return w.row_scale == nullptr ? nullptr
+                                : w.row_scale + row * w.row_scale_stride + group * w.row_scale_group_stride;
+}
+
 // Passes of nearly as many rows each over the whole weight. Tiles are so fast that they would wait for an activation that
 // does not stay in the second cache.
 struct FxqPasses {
