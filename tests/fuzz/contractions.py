@@ -122,7 +122,8 @@ class _Walk:
         """Note what ``node`` was made of."""
         value = node.meta.get("val")
         brought = node.op == "placeholder" and node not in self.constant
-        if brought or any(n in self.changes for n in node.all_input_nodes):
+        # A tensor that is filled to a size of the call holds the same values in each.
+        if not isinstance(value, (int, torch.SymInt)) and (brought or not self.changes.isdisjoint(node.all_input_nodes)):
             self.changes.add(node)
         sources = [] if node.target in CONTRACTIONS else node.all_input_nodes
         self.statistics[node] = {source for n in sources for source in self.statistics[n]}
