@@ -119,6 +119,11 @@ class PackedWeight(nn.Module):
             form.settled = self._pack(layout, settled=True) or self._pack(held.layout, settled=True)
         return self.held_weight()
 
+    def can_pack(self, selection: Selection) -> bool:
+        """Whether the kernel of ``selection`` has a layout of its own, which can hold the codes."""
+        layout = selection.kernel.layout
+        return layout is not None and _can_hold(layout, self._buffers.get(_WEIGHT))
+
     def pack(self, selection: Selection, *, owned: bool = False) -> None:
         """Hold the weight in the layout of the kernel of ``selection``, where that can hold it.
 

@@ -13,14 +13,17 @@ import torch
 from tabulate import tabulate
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_quant.errors import NoKernelError
 from fx_quant.kernels.huge_pages import trim
+from fx_quant.kernels.subclasses import inner_tensors
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.layers.quantize_model import disable_fast_paths
 from fx_quant.loading.adapters.base import Adapter, adapter_of, adapters, difference
 from fx_quant.loading.library_notes import library_notes
-from fx_quant.report import without_numbers
+from fx_quant.loading.release import Ledger, Memory
+from fx_quant.report import mebibytes, without_numbers
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -46,6 +49,8 @@ class SwappedModule:
         scheme: how the operands are quantized.
         numerics: class of its results beside the old module's.
         note: what makes them differ; empty if only the order of float operations does.
+        freed: bytes of the old module's tensors that nothing holds any more; memory that several shared counts for
+            the first of them.
     """
 
     module: str
@@ -55,6 +60,7 @@ class SwappedModule:
     scheme: str
     numerics: str
     note: str
+    freed: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,26 +90,34 @@ class PrepareReport:
         left: modules of a known library that are not, each with its reason.
         already: how many ``QuantizedLinear`` the model held before.
         notes: what of the model could not be put right.
+        released: modules that compile as they are were asked for too.
     """
 
     swapped: tuple[SwappedModule, ...] = ()
     left: tuple[LeftModule, ...] = ()
     already: int = 0
     notes: tuple[str, ...] = ()
+    released: bool = False
+
+    @property
+    def freed(self) -> int:
+        """Bytes of the old modules' tensors that nothing holds any more."""
+        return sum(swapped.freed for swapped in self.swapped)
 
     def to_json(self) -> str:
-        """The whole report as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """The whole report as JSON, with ``freed`` of all modules."""
+        return json.dumps(dataclasses.asdict(self) | {"freed": self.freed}, indent=2)
 
     def summary(self) -> str:
         """One line: how many modules were swapped, and how many were left."""
         total = len(self.swapped) + len(self.left)
         if not total:
-            held = f"the model holds {self.already} QuantizedLinear already" if self.already else _nothing_known()
+            held = f"the model holds {self.already} QuantizedLinear already" if self.already else self._nothing_known()
             return f"nothing to prepare: {held}"
         before = f"; {self.already} were QuantizedLinear already" if self.already else ""
+        freed = f", {mebibytes(self.freed)} of their tensors freed" if self.released and self.swapped else ""
         count = f"{len(self.swapped)} of {total} quantized modules"
-        return f"{count} swapped for QuantizedLinear, {len(self.left)} left{before}"
+        return f"{count} swapped for QuantizedLinear, {len(self.left)} left{freed}{before}"
 
     def __str__(self) -> str:
         parts = [f"fx_quant: {self.summary()}", self._swapped_table(), self._left_table(), *self.notes]
@@ -112,14 +126,21 @@ class PrepareReport:
     def _swapped_table(self) -> str:
         """One row a module; those of repeated layers share one, with ``*`` for the number of the layer."""
         rows = [
-            (module, len(alike), alike[0].library, alike[0].from_class, alike[0].scheme, alike[0].numerics)
-            for module, alike in _alike(self.swapped, "library", "from_class", "scheme", "numerics")
+            (module, len(alike), *(getattr(alike[0], field) for field in _ALIKE), *self._freed_of(alike))
+            for module, alike in _alike(self.swapped, *_ALIKE)
         ]
-        headers = ("module", "modules", "library", "from", "scheme", "numerics")
+        headers = ("module", "modules", "library", "from", "scheme", "numerics", *("freed",) * self.released)
         notes = Counter(swapped.note for swapped in self.swapped if swapped.note)
         lines = [f"approximate in {count}: {note}" for note, count in notes.items()]
         table = [tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)] if rows else []
         return "\n\n".join([*table, *(textwrap.fill(line, 118, subsequent_indent="      ") for line in lines)])
+
+    def _freed_of(self, alike: Sequence[SwappedModule]) -> tuple[str, ...]:
+        return (mebibytes(sum(row.freed for row in alike)),) if self.released else ()
+
+    def _nothing_known(self) -> str:
+        names = [adapter.library for adapter in adapters(compiled=self.released)]
+        return f"no quantized module of {', '.join(names[:-1])} or {names[-1]} found"
 
     def _left_table(self) -> str:
         """One line a module; those of repeated layers with the same reason share one."""
@@ -131,9 +152,7 @@ class PrepareReport:
         return "\n".join(["left:", *lines]) if lines else ""
 
 
-def _nothing_known() -> str:
-    names = [adapter.library for adapter in adapters()]
-    return f"no quantized module of {', '.join(names[:-1])} or {names[-1]} found"
+_ALIKE = ("library", "from_class", "scheme", "numerics")
 
 
 def _alike(rows: Sequence[SwappedModule | LeftModule], *fields: str) -> Iterator[tuple[str, list]]:
@@ -145,14 +164,19 @@ def _alike(rows: Sequence[SwappedModule | LeftModule], *fields: str) -> Iterator
         yield alike[0].module if len(alike) == 1 else module, alike
 
 
-def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | None = None) -> PrepareReport:
+def prepare_(
+    model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | None = None, release: bool = False
+) -> PrepareReport:
     """Swap the quantized modules of ``model`` that a compiler cannot see into for ``QuantizedLinear``, in place.
 
     The modules of some libraries break the graph at each linear, so that no ``torch.compile`` backend gets to see a
     quantized matmul: compressed-tensors (as transformers loads it, compressed or frozen), torch.ao's dynamic linears,
     optimum-quanto. Each that can be expressed becomes a ``QuantizedLinear`` with its own codes and scales: what they
     decode to is compared with the weight that the module computes with, bit for bit, and a module that differs is left.
-    A left module is as it was. Libraries that compile as they are (torchao) need none of this.
+    A left module is as it was. Libraries that compile as they are (torchao) need none of this, but compiled their codes
+    are there twice: theirs, and those that a kernel packed. Under ``release`` their linears are swapped too where a
+    ``QuantizedLinear`` holds the weight packed and computes the same, for activations of the weight's dtype; the
+    report says how much memory that freed. Compile the model afterwards.
 
     The swapped model works eagerly too, on inputs of any rank, for inference only. Activations are quantized by the
     library's own formula, to its codes and scales bit for bit, so that results are the old ones within the numerics
@@ -171,6 +195,7 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
     Args:
         model: what holds the modules; not a quantized linear itself.
         filter: ``(name, module) -> bool`` for quantized modules, by their first name; None takes every one.
+        release: swap modules that compile as they are too, so that each weight is held once.
 
     Raises:
         ValueError: ``model`` is no module, or is itself a quantized module, which cannot be replaced in place.
@@ -179,16 +204,17 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"prepare_ needs an nn.Module, got {type(model).__name__}")
-    if (root := adapter_of(model)) is not None:
+    if (root := adapter_of(model, compiled=release)) is not None:
         raise ValueError(
             f"prepare_ swaps the modules inside a model, got a {type(model).__name__} of {root.library} itself; "
             "wrap it: nn.Sequential(module)"
         )
     already = sum(isinstance(module, QuantizedLinear) for module in model.modules())
-    swapped: list[SwappedModule] = []
+    swapped: list[tuple[SwappedModule, Memory]] = []
     left: list[LeftModule] = []
     used: dict[str, Adapter] = {}
-    owners, found = _weight_owners(model), _found(model)
+    kept, ledger = 0, Ledger()
+    owners, found = _weight_owners(model), _found(model, release)
     # Asked before anything changes, as it may raise.
     unwanted = {module for module, (_, names) in found.items() if filter is not None and not filter(names[0], module)}
     while found:
@@ -203,20 +229,29 @@ def prepare_(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | Non
             left.append(LeftModule(*where, adapter.describe(module), result))
             continue
         linear, numerics, note, dtype = result
+        memory = ledger.memory_of(module)
         for name in names:
             model.set_submodule(name, linear)
+        adapter.let_go(module)
         # Where nothing else holds the library's module.
         owners.pop(module, None)
         unwanted.discard(module)
         del module, result
         linear.pack_for(dtype)
         used[adapter.library] = adapter
-        swapped.append(SwappedModule(*where, str(linear.scheme), numerics, note))
+        swapped.append((SwappedModule(*where, str(linear.scheme), numerics, note), memory))
+        kept += memory.kept_by_others(linear) if adapter.compiles else 0
     if swapped:
         disable_fast_paths(model)
         trim()
-    notes = tuple(note for adapter in used.values() for note in adapter.finish(model))
-    return PrepareReport(tuple(swapped), tuple(left), already, notes)
+    notes = [note for adapter in used.values() for note in adapter.finish(model)]
+    if kept:
+        notes.append(
+            f"{mebibytes(kept)} of the old modules' tensors are not freed, as something outside the model refers to "
+            "them; drop it, and the next call packs the weights"
+        )
+    rows = tuple(dataclasses.replace(row, freed=memory.freed) for row, memory in swapped)
+    return PrepareReport(rows, tuple(left), already, tuple(notes), release)
 
 
 def needs_prepare(model: object) -> str | None:
@@ -250,12 +285,12 @@ def _swappable(model: nn.Module) -> dict[nn.Module, Adapter]:
     return {module: adapter for module, (adapter, _) in found.items() if _objection(module, adapter, owners) is None}
 
 
-def _found(model: nn.Module) -> dict[nn.Module, tuple[Adapter, tuple[str, ...]]]:
+def _found(model: nn.Module, release: bool = False) -> dict[nn.Module, tuple[Adapter, tuple[str, ...]]]:
     """The modules that an adapter recognizes, each with its adapter and all its names, in order."""
     found: dict[nn.Module, tuple[Adapter, tuple[str, ...]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         known = found.get(module)
-        adapter = adapter_of(module) if known is None else known[0]
+        adapter = adapter_of(module, compiled=release) if known is None else known[0]
         if adapter is not None:
             found[module] = (adapter, (*(known[1] if known else ()), name))
     return found
@@ -281,9 +316,11 @@ def _swapped_for(
     weight = conversion.weight
     linear = conversion.linear.to(weight.device).train(module.training)
     try:
-        linear.selection(weight.new_empty((0, linear.in_features)))
+        selection = linear.selection(weight.new_empty((0, linear.in_features)))
     except NoKernelError as error:
         return str(error)
+    if adapter.compiles and not linear.can_pack(selection):
+        return f"its kernel must have a layout of its own, but {selection.kernel.name} reads the codes as they are"
     return linear, str(conversion.numerics), conversion.note, weight.dtype
 
 
@@ -310,11 +347,14 @@ def _weight_owners(model: nn.Module) -> dict[nn.Module, str]:
         # Under an offloading cache, looking at a parameter would copy it to the device.
         held = getattr(module._parameters, "offloaded_values", module._parameters)
         weight = held.get("weight")
-        if weight is not None:
+        if is_traceable_wrapper_subclass(weight):
+            for inner in inner_tensors(weight):
+                holders.setdefault(inner.untyped_storage()._cdata, []).append((module, name))
+        elif weight is not None:
             holders.setdefault(id(weight), []).append((module, name))
     return {
         module: next(name for other, name in shared if other is not module)
         for shared in holders.values()
         for module, _ in shared
-        if len(shared) > 1
+        if any(other is not module for other, _ in shared)
     }

@@ -12,7 +12,7 @@ from fx_quant.report.rows import (
     SiteReport,
     UnseenReport,
 )
-from fx_quant.report.tables import without_numbers
+from fx_quant.report.tables import mebibytes, without_numbers
 
 __all__ = [
     "BreakReport",
@@ -23,5 +23,6 @@ __all__ = [
     "Report",
     "SiteReport",
     "UnseenReport",
+    "mebibytes",
     "without_numbers",
 ]

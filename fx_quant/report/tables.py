@@ -171,6 +171,11 @@ def counted(count: int, one: str, more: str) -> str:
     return f"{count} {one if count == 1 else more}"
 
 
+def mebibytes(count: int) -> str:
+    """``1.5 MiB`` of ``count`` bytes."""
+    return f"{count / 2**20:.1f} MiB"
+
+
 def without_numbers(module: str) -> str:
     """``encoder.layer.3.query`` -> ``encoder.layer.*.query``."""
     return ".".join("*" if part.isdigit() else part for part in module.split("."))

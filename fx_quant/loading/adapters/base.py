@@ -66,6 +66,8 @@ class Adapter:
         own_hooks: ids of the hooks on the module that the library itself put there.
         convert: the module, read; raises ``ValueError`` with the reason where it cannot be.
         finish: what remains to be done with a model once modules were swapped; returns what could not be done.
+        compiles: a compiler sees into the modules, which are swapped only to be held once.
+        let_go: drops what of the library keeps a module that was swapped alive.
     """
 
     library: str
@@ -76,6 +78,8 @@ class Adapter:
     convert: Callable[[nn.Module], Conversion]
     own_hooks: Callable[[nn.Module], frozenset[int]] = lambda module: frozenset()
     finish: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
+    compiles: bool = False
+    let_go: Callable[[nn.Module], None] = lambda module: None
 
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -93,15 +97,19 @@ def register_adapter(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def adapters() -> tuple[Adapter, ...]:
-    """All adapters by library: those of this folder and those of the entry points ``fx_quant.adapters``."""
+def adapters(*, compiled: bool = False) -> tuple[Adapter, ...]:
+    """All adapters by library: those of this folder and those of the entry points ``fx_quant.adapters``.
+
+    Args:
+        compiled: those too whose modules compile as they are.
+    """
     _load_adapters()
-    return tuple(adapter for _, adapter in sorted(_ADAPTERS.items()))
+    return tuple(adapter for _, adapter in sorted(_ADAPTERS.items()) if compiled or not adapter.compiles)
 
 
-def adapter_of(module: nn.Module) -> Adapter | None:
-    """The adapter that recognizes ``module``, or None."""
-    return next((adapter for adapter in adapters() if adapter.recognizes(module)), None)
+def adapter_of(module: nn.Module, *, compiled: bool = False) -> Adapter | None:
+    """The adapter that recognizes ``module``, or None; ``compiled`` as for ``adapters``."""
+    return next((adapter for adapter in adapters(compiled=compiled) if adapter.recognizes(module)), None)
 
 
 @functools.cache
