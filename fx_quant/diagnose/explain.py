@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule
 
 from fx_quant.backend import safely, warn_of_failures
@@ -18,7 +19,8 @@ from fx_quant.diagnose.isolation import innermost
 from fx_quant.kernels.machine import resolve_target
 from fx_quant.loading.coded_modules import unseen_modules
 from fx_quant.loading.module_names import renamed, roots_of
-from fx_quant.loading.prepare import first_steps
+from fx_quant.loading.prepare import first_steps, swappable
+from fx_quant.loading.release import held_twice
 from fx_quant.passes.pipeline import run_passes
 from fx_quant.passes.reporting import report_on
 from fx_quant.piecewise.compile import pieces_of
@@ -65,6 +67,7 @@ def explain(
             asked = Asked.of(parsed, resolved.platform)
             cuts.append(pieces_of(gm, parsed.splitting_ops, asked, parsed.splitting_modules))
 
+    roots = roots_of(innermost(model)).values()
     capture = run_captured(
         model,
         args,
@@ -80,7 +83,7 @@ def explain(
         (),
         graphs=0,
         graph_breaks=sum(place.count for place in capture.breaks),
-        note=" ".join(filter(None, map(first_steps, roots_of(innermost(model)).values()))),
+        note=" ".join(filter(None, map(first_steps, roots))),
         breaks=capture.breaks,
         uncaptured=capture.uncaptured,
         pieces=tuple(piece for pieces, _ in cuts for piece in pieces),
@@ -91,7 +94,19 @@ def explain(
         report = replace(report, graphs=report.graphs + of_graph.graphs)
         for renaming in called_for:
             report = report.merged(replace(of_graph.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
-    return replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
+    report = replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
+    return _with_memory(report, capture.modules, roots) if resolved.platform == "cpu" else report
+
+
+def _with_memory(report: Report, modules: Mapping[str, nn.Module], roots: Collection[nn.Module]) -> Report:
+    """``report`` with what the ``modules`` within ``roots`` hold twice once compiled for a CPU, and would give back."""
+    twice = held_twice(modules, report)
+    freeable = {module for root in roots for module in swappable(root, release=True)} if twice else set()
+    return replace(
+        report,
+        held_twice=sum(twice.values()),
+        releasable=sum(size for module, size in twice.items() if module in freeable),
+    )
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

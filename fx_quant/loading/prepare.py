@@ -240,15 +240,15 @@ def prepare_(
         linear.pack_for(dtype)
         used[adapter.library] = adapter
         swapped.append((SwappedModule(*where, str(linear.scheme), numerics, note), memory))
-        kept += memory.kept_by_others(linear) if adapter.compiles else 0
+        kept += memory.kept if adapter.compiles else 0
     if swapped:
         disable_fast_paths(model)
         trim()
     notes = [note for adapter in used.values() for note in adapter.finish(model)]
     if kept:
         notes.append(
-            f"{mebibytes(kept)} of the old modules' tensors are not freed, as something outside the model refers to "
-            "them; drop it, and the next call packs the weights"
+            f"{mebibytes(kept)} of codes are not freed, as something outside the model refers to them; drop it, and "
+            "the next call packs the weights"
         )
     rows = tuple(dataclasses.replace(row, freed=memory.freed) for row, memory in swapped)
     return PrepareReport(rows, tuple(left), already, tuple(notes), release)
@@ -262,7 +262,7 @@ def needs_prepare(model: object) -> str | None:
     """
     if not isinstance(model, nn.Module):
         return None
-    counts = Counter(_swappable(model).values())
+    counts = Counter(swappable(model).values())
     parts = [
         f"{count} {'module' if count == 1 else 'modules'} of {adapter.library} {adapter.effect}"
         for adapter, count in counts.items()
@@ -274,13 +274,13 @@ def needs_prepare(model: object) -> str | None:
 def first_steps(model: nn.Module) -> str:
     """What to do with ``model`` before it is compiled, as far as its classes tell; empty where nothing is known."""
     needed = needs_prepare(model)
-    notes = library_notes(model, _swappable(model).keys())
+    notes = library_notes(model, swappable(model).keys())
     return " ".join([f"{needed}.", *notes] if needed and notes else [needed] if needed else notes)
 
 
-def _swappable(model: nn.Module) -> dict[nn.Module, Adapter]:
+def swappable(model: nn.Module, *, release: bool = False) -> dict[nn.Module, Adapter]:
     """The modules that ``prepare_`` would swap, as far as that is known without reading their weights."""
-    found = _found(model)
+    found = _found(model, release)
     owners = _weight_owners(model) if found else {}
     return {module: adapter for module, (adapter, _) in found.items() if _objection(module, adapter, owners) is None}
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.subclasses import inner_tensors
 from fx_quant.layers.packed_weight import PackedWeight
 from fx_quant.loading.module_names import tensors_of
+from fx_quant.report import Report
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Memory:
         """Bytes of those that nothing refers to any more."""
         return sum(size for storage, size in self.storages if storage.expired())
 
-    def kept_by_others(self, linear: PackedWeight) -> int:
-        """Bytes of those that something refers to, and not only ``linear`` beside its weight."""
-        own = {x.untyped_storage()._cdata for name, x in _held(linear) if name != "weight"}
-        return sum(size for storage, size in self.storages if not storage.expired() and storage.cdata not in own)
+    @property
+    def kept(self) -> int:
+        """Bytes of the largest of them, the codes, where something refers to it."""
+        storage, size = max(self.storages, key=lambda each: each[1], default=(None, 0))
+        return 0 if storage is None or storage.expired() else size
 
 
 class Ledger:
@@ -54,3 +57,27 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for tensor in inner_tensors(value):
             if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta":
                 yield name, tensor
+
+
+def held_twice(modules: Mapping[str, nn.Module], report: Report) -> dict[nn.Module, int]:
+    """The bytes of codes that ``modules`` hold beside what a kernel of ``report`` packs of them, by module.
+
+    Memory that several share counts for the first. A ``QuantizedLinear`` holds its weight once, and what is made of a
+    weight that is no codes is not counted.
+    """
+    layouts = {kernel.name for kernel in kernels() if kernel.layout is not None}
+    found: dict[nn.Module, int] = {}
+    seen: set[int] = set()
+    for site in report.sites:
+        module = modules.get(site.module)
+        if module is None or site.kernel not in layouts or isinstance(module, PackedWeight):
+            continue
+        # Two codes to a byte, or one.
+        sizes = (site.n * site.k, site.n * site.k // 2)
+        for _, tensor in _held(module):
+            storage = tensor.untyped_storage()
+            codes = not tensor.is_floating_point() or tensor.dtype.itemsize == 1
+            if codes and tensor.dim() > 1 and tensor.nbytes in sizes and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                found[module] = found.get(module, 0) + tensor.nbytes
+    return found

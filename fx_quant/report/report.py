@@ -23,6 +23,7 @@ from fx_quant.report.tables import (
     breaks_list,
     counted,
     losers_list,
+    mebibytes,
     miss_list,
     padding_list,
     recognised_list,
@@ -48,6 +49,8 @@ class Report:
         uncaptured: why there is no graph; empty where there is one.
         pieces: the artefacts of a graph that was compiled in pieces; its matmuls are reported for every piece.
         whole: why a graph that was to be compiled in pieces was not.
+        held_twice: bytes of the model's codes that kernels hold a packed copy of once it is compiled for a CPU.
+        releasable: how many of them ``prepare_(model, release=True)`` would free.
     """
 
     target: str
@@ -62,6 +65,8 @@ class Report:
     uncaptured: str = ""
     pieces: tuple[PieceReport, ...] = ()
     whole: str = ""
+    held_twice: int = 0
+    releasable: int = 0
 
     def to_json(self) -> str:
         """The whole report as JSON: ``losers`` of a row are texts, and ``unmet`` the kinds of these."""
@@ -136,6 +141,17 @@ class Report:
         total = sum(row.count for row in self.pieces)
         return ", ".join([f"{counted(total, 'piece', 'pieces')}, {len(self.pieces)} compiled", *shared])
 
+    def memory(self) -> str:
+        """One line: how much of the weights is held twice, and how much of that could be freed."""
+        if not self.held_twice:
+            return ""
+        twice = (
+            f"{mebibytes(self.held_twice)} of weights are held twice once compiled, as codes and packed for a kernel"
+        )
+        if not self.releasable:
+            return twice
+        return f"{twice}; fx_quant.prepare_(model, release=True) would free {mebibytes(self.releasable)}"
+
     def lost_to_compiler(self) -> list[str]:
         """For each matmul the kernel that a C++ compiler would have given it, where the target has none."""
         order = [kernel.name for kernel in kernels()]
@@ -154,6 +170,8 @@ class Report:
         parts = [f"fx_quant: {self.summary()}"]
         if self.note:
             parts.append(textwrap.fill(self.note, 118))
+        if memory := self.memory():
+            parts.append(textwrap.fill(memory, 118))
         if how := self.how_cut():
             parts.append(textwrap.fill(how, 118))
         if sized := sizes_list(self.pieces):

@@ -56,7 +56,9 @@ def _check(module: Any) -> None:
         type(weight).__name__ in (_INT8, _INTX),
         f"its weight must hold codes that can be read, {_INT8} or {_INTX}, got {type(weight).__name__}; {_AS_IT_IS}",
     )
-    must(weight.dim() == 2, f"its weight must be a matrix, got {list(weight.shape)}; {_AS_IT_IS}")
+    must(
+        weight.dim() == 2 and weight.numel() > 0, f"its weight must be a matrix, got {list(weight.shape)}; {_AS_IT_IS}"
+    )
     must(
         weight.device.type == "cpu",
         f"its weight must be on a CPU, where a kernel has a layout of its own, got {weight.device.type}; elsewhere "
@@ -78,7 +80,7 @@ def _convert(module: Any) -> Conversion:
 
 
 def _read_int8(weight: Any, bias: Tensor | None) -> Conversion:
-    n, k = weight.shape
+    k = weight.shape[1]
     rows, columns = weight.block_size
     scale, zero_point, given = weight.scale, weight.zero_point, weight.act_quant_kwargs
     grouped = columns < k
@@ -132,7 +134,12 @@ def _read_int8(weight: Any, bias: Tensor | None) -> Conversion:
         offset = None if symmetric else torch.zeros((), dtype=torch.int8) if offset is None else offset
     activation = OperandSpec(torch.int8, granularity, dynamic=static is None, symmetric=symmetric)
     formula = partial(
-        quantize_activation, rows=granularity == Granularity.PER_TOKEN, symmetric=symmetric, low=low, high=high, wide=True
+        quantize_activation,
+        rows=granularity == Granularity.PER_TOKEN,
+        symmetric=symmetric,
+        low=low,
+        high=high,
+        wide=True,
     )
     conversion = _conversion(
         codes, scale, zero_point, spec, activation, bias, decoded, formula, input_scale=static, input_zero_point=offset
@@ -269,6 +276,7 @@ def quantize_activation(
 
 def _check_formula(linear: QuantizedLinear, weight: Tensor, of_library: Callable[[Tensor], Tensor]) -> None:
     """Raise unless the library's own function gives for some values what ``linear``'s quantizer gives, decoded."""
+    assert linear.quantizer is not None
     x = _values(linear.in_features, weight.dtype)
     codes, scale, zero_point = linear.quantizer(x, linear.input_scale, linear.input_zero_point)
     shifted = codes.to(x.dtype) if zero_point is None else codes.to(x.dtype) - zero_point.to(x.dtype)
