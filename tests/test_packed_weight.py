@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -748,6 +749,33 @@ def test_what_is_computed_of_a_packed_weight_is_that_of_its_codes(layout):
         expected = weight if name == "codes" else pack_weight(weight, name)
         assert got.dtype is expected.dtype and torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), name
     torch.library.opcheck(ops.prepack.default, ([packed], [repacked(others[0], held)]))
+
+
+PANELS = [layout.name for layout in layouts.layouts() if layout.panels is not None]
+
+
+@pytest.mark.parametrize("strides", ["given as it is", "a view", "transposed"])
+@pytest.mark.parametrize("layout", [*PANELS, "sums_16", "nibble_sums_16"])
+def test_a_weight_that_is_packed_in_parts_is_packed_as_in_one(layout, strides, monkeypatch):
+    packing = packed_layout(layout)
+    dtype = min(packing.weights, key=str, default=torch.float32)
+    weight = torch.randint(0, 120, (330, 96), dtype=torch.uint8)
+    weight = weight.to(dtype) if dtype.is_floating_point else weight.view(dtype)
+    name = layout
+    if strides == "a view":
+        weight = weight[:, ::2][3:]
+    elif strides == "transposed":
+        weight, name = weight.t().contiguous(), f"{layout}.t"
+    whole = pack_weight(weight, name)
+    monkeypatch.setattr(layouts, "_PART", 1)
+    parts, packs = [], packing.pack
+    monkeypatch.setitem(
+        layouts._LAYOUTS, layout, replace(packing, pack=lambda part: parts.append(part.shape) or packs(part))
+    )
+    packed = pack_weight(weight, name)
+    assert packed.dtype is whole.dtype and torch.equal(packed.view(torch.uint8), whole.view(torch.uint8))
+    if layout in PANELS:
+        assert [n for n, _ in parts] == [64] * 5 + [10 if strides != "a view" else 7]
 
 
 def test_a_wrong_packed_weight_is_refused():

@@ -12,11 +12,13 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
+import math
 import mmap
 import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,12 +94,22 @@ def in_huge_pages(x: Tensor) -> Tensor:
     follows is its own decision: nothing but time depends on it. The copy has a storage of its own, with which its
     memory is freed.
     """
-    if x.device.type != "cpu" or x.nbytes < _LEAST:
-        return x
-    room = _room(x.nbytes)
-    if room is None:
-        return x
-    return torch.frombuffer(room, dtype=x.dtype, count=x.numel()).view(x.shape).copy_(x)
+    room = _empty(x.shape, x.dtype, x.device)
+    return x if room is None else room.copy_(x)
+
+
+def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty`` in such memory, where that is of use."""
+    room = _empty(shape, dtype, device)
+    return torch.empty(shape, dtype=dtype, device=device) if room is None else room
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _LEAST:
+        return None
+    room = _room(size)
+    return None if room is None else torch.frombuffer(room, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def trim() -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fx_quant.errors import FxQuantError, unknown_name
-from fx_quant.kernels.huge_pages import in_huge_pages
+from fx_quant.kernels.huge_pages import empty_in_huge_pages, in_huge_pages
 from fx_quant.ops import unpack_nibbles
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
@@ -24,6 +24,8 @@ PANEL = 64
 TRANSPOSED = ".t"
 FACTOR_PANELS = "factor_panels"
 CODES = "codes"
+# Bytes of a weight that are packed at once.
+_PART = 1 << 18
 _PADDED = re.compile(r"padded_(\d+)x(\d+)")
 _SUMS = re.compile(r"(nibble_)?sums_(\d+)")
 _REPACKED = re.compile(r"(.+)_of_(\w+)_(\d+)x(\d+)")
@@ -44,6 +46,8 @@ class Layout:
             result does not hold the weight.
         align: both sizes of the weight must be multiples of it.
         dims: of the weight; more where it is given packed in another layout.
+        panels: the dim of the weight of which each ``PANEL`` make one entry of the packed tensor's first dim, whatever
+            else the weight holds; None where there is no such dim.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Layout:
     unpack: Callable[[Tensor, int, int], Tensor] | None
     align: int = 1
     dims: int = 2
+    panels: int | None = None
 
     def holds(self, codes: torch.dtype) -> bool:
         """Whether the packed tensor stands for a weight of ``codes`` in as many bytes, but for the padding."""
@@ -167,6 +172,7 @@ for _layout in (
         weights=frozenset({torch.int8}),
         dtype=torch.uint8,
         shape=_panel_shape(4),
+        panels=0,
         pack=lambda weight: _to_panels(weight, 4).view(torch.uint8).bitwise_xor_(0x80),
         unpack=lambda packed, n, k: _from_panels(packed.bitwise_xor(0x80).view(torch.int8), n, k),
     ),
@@ -176,6 +182,7 @@ for _layout in (
         weights=FLOAT8_DTYPES,
         dtype=torch.bfloat16,
         shape=_panel_shape(2),
+        panels=0,
         pack=lambda weight: _to_panels(weight.to(torch.bfloat16), 2),
         unpack=_from_panels,
     ),
@@ -185,6 +192,7 @@ for _layout in (
         weights=CODE_DTYPES,
         dtype=None,
         shape=_panel_shape(2),
+        panels=0,
         pack=_pairs,
         unpack=_from_pairs,
     ),
@@ -193,6 +201,7 @@ for _layout in (
         weights=CODE_DTYPES,
         dtype=None,
         shape=_panel_shape(1),
+        panels=0,
         pack=partial(_byte_panels, group=1),
         unpack=_codes_from_panels,
     ),
@@ -202,6 +211,7 @@ for _layout in (
         weights=frozenset({torch.uint8}),
         dtype=torch.uint8,
         shape=_panel_shape(4),
+        panels=0,
         pack=_int4_words,
         unpack=_from_int4_words,
     ),
@@ -211,6 +221,7 @@ for _layout in (
         weights=frozenset({torch.uint8}),
         dtype=torch.uint8,
         shape=lambda n, k: (-(-n // PANEL), -(-k // 4), 4 * PANEL),
+        panels=0,
         pack=_vnni_int4,
         unpack=_from_vnni_int4,
     ),
@@ -220,6 +231,7 @@ for _layout in (
         weights=frozenset(),
         dtype=None,
         shape=lambda n, groups: (-(-n // PANEL), groups, PANEL),
+        panels=0,
         pack=_factor_panels,
         unpack=lambda packed, n, groups: packed.transpose(1, 2).reshape(-1, groups)[:n],
     ),
@@ -333,6 +345,7 @@ def _group_sums(group: int, packed: bool) -> Layout:
         weights=frozenset({torch.uint8 if packed else torch.int8}),
         dtype=dtype,
         shape=lambda n, k: (-(-n // PANEL), -(-k // bytes_of_group), PANEL),
+        panels=0,
         pack=pack,
         unpack=None,
     )
@@ -348,6 +361,7 @@ def _transposed(layout: Layout) -> Layout:
         shape=lambda k, n: layout.shape(n, k),
         pack=lambda weight: layout.pack(weight.t()),
         unpack=None if unpack is None else lambda packed, k, n: unpack(packed, n, k).t(),
+        panels=None if layout.panels is None else 1 - layout.panels,
     )
 
 
@@ -381,7 +395,23 @@ def pack_weight(weight: Tensor, layout: str) -> Tensor:
     if weight.numel() == 0:
         return weight.new_zeros(packing.shape(*weight.shape), dtype=packing.dtype or weight.dtype)
     with torch.no_grad():
-        return in_huge_pages(packing.pack(weight.detach()))
+        parts = _pack_in_parts(weight.detach(), packing)
+        return in_huge_pages(packing.pack(weight.detach())) if parts is None else parts
+
+
+def _pack_in_parts(weight: Tensor, packing: Layout) -> Tensor | None:
+    """``weight`` packed some panels at a time, as copies on the way are then small; None for a small one."""
+    if packing.panels is None:
+        return None
+    rows, whole = weight.shape[packing.panels], packing.shape(*weight.shape)
+    at_once = max(_PART * rows // weight.nbytes // PANEL, 1) * PANEL
+    if at_once >= rows:
+        return None
+    packed = empty_in_huge_pages(whole, packing.dtype or weight.dtype, weight.device)
+    for first in range(0, rows, at_once):
+        part = packing.pack(weight.narrow(packing.panels, first, min(at_once, rows - first)))
+        packed[first // PANEL :][: part.shape[0]] = part
+    return packed
 
 
 def unpack_weight(packed: Tensor, layout: str, n: int, k: int) -> Tensor:

@@ -64,6 +64,8 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
     the meta device comes to the CPU: parameters from the checkpoint, buffers that no checkpoint holds (rotary
     frequencies) from the model's own ``_init_weights``.
 
+    A model on meta needs memory for the result and about one layer more: codes are packed out of the mapped files.
+
     Module names of the model must be those of the checkpoint: fused projections (``qkv_proj`` for ``q_proj``,
     ``k_proj`` and ``v_proj``) and stacked experts are out of scope, and show as missing and unexpected.
 
@@ -77,7 +79,7 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
         CheckpointError: a file or field that is not there, a format that is not supported, names or shapes that differ
             from the model's, tensors that do not fit their scheme; a file that is not below the folder, by its name or
             by a link, but for those of the Hugging Face cache. The model is then as it was: nothing of it changes
-            before everything is read, which so is in memory beside a model that is not on meta.
+            before all codes are read, which so are in memory beside a model that is not on meta.
 
     Source: https://github.com/vllm-project/compressed-tensors (``compressors``) and transformers'
     ``integrations/finegrained_fp8.py``
@@ -95,7 +97,7 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
             "strict=False"
         )
     quantized = [_decoded(model, linear, files) for linear in plan.linears]
-    values = [None if slot.key is None else files.tensor(slot.key) for slot in plan.slots]
+    values = [None if slot.key is None else files.mapped(slot.key) for slot in plan.slots]
     _make_buffers(model)
     for planned, module in zip(plan.linears, quantized, strict=True):
         for name in planned.names:
@@ -221,7 +223,7 @@ def _slots(modules: Mapping[nn.Module, list[str]], files: Files) -> Iterator[_Sl
         for key in keys:
             _check_slot(x, key, files)
         must(
-            all(torch.equal(files.tensor(keys[0]), files.tensor(key)) for key in keys[1:]),
+            all(torch.equal(files.mapped(keys[0]), files.mapped(key)) for key in keys[1:]),
             f"{' and '.join(keys)} must be equal, as they are one parameter of the model, got different values; build "
             "the model with tie_word_embeddings=False",
         )
@@ -292,7 +294,8 @@ def _decoded(model: nn.Module, planned: _Linear, files: Files) -> QuantizedLinea
             f"{key} must have at most the {n * k} elements of a {[n, k]} weight, got {files.shape(key)}; build the "
             "model from the checkpoint's config.json",
         )
-    tensors = {what: files.tensor(key) for what, key in planned.keys.items()}
+    # Codes are packed as they lie in the file.
+    tensors = {what: (files.mapped if what == "weight" else files.tensor)(key) for what, key in planned.keys.items()}
     try:
         quantized = decode_linear(linear, planned.scheme, tensors)
     except ValueError as error:
@@ -300,6 +303,11 @@ def _decoded(model: nn.Module, planned: _Linear, files: Files) -> QuantizedLinea
     device = linear.weight.device
     quantized = quantized.to("cpu" if device.type == "meta" else device).train(linear.training)
     quantized.pack_for(linear.weight.dtype, owned=True)
+    weight, held = quantized.held_weight()
+    if held is None and weight.untyped_storage()._cdata == tensors["weight"].untyped_storage()._cdata:
+        quantized.weight = weight.clone()
+    del tensors
+    trim()  # what is kept lies between what is not
     return quantized
 
 
@@ -309,7 +317,7 @@ def _fill(slot: _Slot, values: Tensor) -> None:
     if x.device.type != "meta":
         x.copy_(values)
         return
-    loaded = values.to(x.dtype)
+    loaded = values.to(x.dtype, copy=True)
     if isinstance(x, nn.Parameter):
         loaded = nn.Parameter(loaded, requires_grad=x.requires_grad)
     for module, name in slot.places:

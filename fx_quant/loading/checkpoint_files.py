@@ -130,8 +130,12 @@ class Files:
         return _KINDS.get(self._read(key, "get_slice").get_dtype(), "codes")
 
     def tensor(self, key: str) -> Tensor:
-        """A copy: what safetensors gives may be the file itself, mapped, which then must not change."""
-        return self._read(key, "get_tensor").clone()
+        """A copy of the tensor called ``key``."""
+        return self.mapped(key).clone()
+
+    def mapped(self, key: str) -> Tensor:
+        """The tensor called ``key``, which may be the file itself: to be read at once, as that may change."""
+        return self._read(key, "get_tensor")
 
     def _read(self, key: str, how: str) -> Any:
         try:
