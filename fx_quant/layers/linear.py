@@ -27,7 +27,7 @@ from fx_quant.layers.linear_operands import (
     wrong_input_zero_point,
     zero_point_dtype,
 )
-from fx_quant.layers.packed_weight import PackedWeight
+from fx_quant.layers.packed_weight import PackedWeight, buffer_of, traced_codes
 from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.problem import Problem
 from fx_quant.scheme import FLOAT_DTYPES, Scheme
@@ -159,6 +159,7 @@ class QuantizedLinear(PackedWeight):
     The forward pass raises ``NoKernelError`` with every reason where no kernel on ``x``'s device can run the scheme.
     """
 
+    scheme: Scheme
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     bias: Tensor | None
@@ -292,8 +293,20 @@ class QuantizedLinear(PackedWeight):
     def _problem(self, x_dtype: torch.dtype) -> Problem:
         return linear_problem(self.scheme, (self.out_features, self.in_features), x_dtype, x_dtype, self.bias)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "scheme":
+            _SCHEMES.setdefault(str(value), value)
+            super().__setattr__("_scheme", str(value))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.scheme = self.scheme  # of another process
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., k] -> [..., n]`` in ``x``'s dtype."""
+        if torch.compiler.is_compiling():
+            return _traced(self, x)
         return apply_linear(
             x,
             self.scheme,
@@ -314,3 +327,25 @@ class QuantizedLinear(PackedWeight):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme}"
         )
+
+
+# Those of layers by how they print: compiled code guards the text of each layer, and a scheme once.
+_SCHEMES: dict[str, Scheme] = {}
+
+
+def _traced(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """``layer(x)`` for compiled code: every attribute that is looked at is a guard, so none that its scheme tells of."""
+    scheme = _SCHEMES[layer._scheme]
+    static = not scheme.weight_only and not scheme.activation.dynamic
+    shifted = static and not scheme.activation.symmetric
+    return apply_linear(
+        x,
+        scheme,
+        traced_codes(layer),
+        buffer_of(layer, "weight_scale"),
+        layer.bias,
+        weight_zero_point=None if scheme.weight.symmetric else buffer_of(layer, "weight_zero_point"),
+        input_scale=buffer_of(layer, "input_scale") if static else None,
+        input_zero_point=buffer_of(layer, "input_zero_point") if shifted else None,
+        quantizer=layer.quantizer,
+    )

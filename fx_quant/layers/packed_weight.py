@@ -28,6 +28,7 @@ from fx_quant.layers.references import is_own
 from fx_quant.ops.fingerprint import Fingerprint, fingerprint
 
 _WEIGHT = "weight"
+_HELD = "held"
 # Held while a module goes from one form to the other.
 _changing = threading.RLock()
 
@@ -38,15 +39,29 @@ class _Form:
     Args:
         held: what the packed weight is, or was before codes were asked for; None until there is one.
         settled: its layout is that of a kernel that was called, and not of one that was expected to be.
+
+    Attributes:
+        words: ``held`` as one text, which compiled code guards: an object would be a guard for each of its fields, and
+            from Python 3.12 on be looked at in each call, where dicts and texts are not.
         lazy: what stands for the codes of the weight while it is packed.
     """
 
-    __slots__ = ("held", "lazy", "settled")
+    __slots__ = ("_held", "lazy", "settled", "words")
 
     def __init__(self, held: Held | None = None, settled: bool = False) -> None:
+        self.words = {_HELD: ""}
         self.held = held
         self.settled = settled
         self.lazy: list[weakref.ref[LazyCodes]] = []
+
+    @property
+    def held(self) -> Held | None:
+        return self._held
+
+    @held.setter
+    def held(self, held: Held | None) -> None:
+        self._held = held
+        self.words[_HELD] = "" if held is None else f"{held.layout} {held.n} {held.k}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Form, (self.held, self.settled)
@@ -67,6 +82,7 @@ class PackedWeight(nn.Module):
         self.register_buffer(_WEIGHT, _plain(codes))
         self.register_buffer("packed_weight", None, persistent=False)
         self._form = _Form()
+        self._held_as = self._form.words
 
     @property
     def weight(self) -> Tensor:
@@ -202,10 +218,29 @@ class PackedWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._held_as = self._form.words
         self._form.settled = False  # it may be another machine
         packed = self.packed_weight
         if type(packed) is Tensor and not packed.is_shared():
             self.packed_weight = in_huge_pages(packed)
+
+
+def buffer_of(module: nn.Module, name: str) -> Tensor | None:
+    """``module``'s tensor ``name``, a buffer as a rule: then compiled code looks at the buffers alone."""
+    found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found
+
+
+def traced_codes(module: PackedWeight) -> Tensor:
+    """``module.weight``, for compiled code: with as few guards as there can be."""
+    buffers = module._buffers
+    codes, packed = buffers.get(_WEIGHT), buffers.get("packed_weight")
+    if codes is not None:
+        return codes
+    if packed is None:
+        return module.weight
+    layout, n, k = module._held_as[_HELD].split(" ")
+    return torch.ops.fx_quant.unpack(packed, layout, int(n), int(k))
 
 
 def _unpacked(packed: Tensor, held: Held) -> Tensor:
