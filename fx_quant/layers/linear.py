@@ -27,8 +27,9 @@ from fx_quant.layers.linear_operands import (
     wrong_input_zero_point,
     zero_point_dtype,
 )
-from fx_quant.layers.packed_weight import PackedWeight, buffer_of, traced_codes
+from fx_quant.layers.packed_weight import PackedWeight
 from fx_quant.layers.quantize_weight import quantize_weight
+from fx_quant.layers.traced import OF_ITS_OWN, SAID, buffer_of, registered, traced_codes
 from fx_quant.problem import Problem
 from fx_quant.scheme import FLOAT_DTYPES, Scheme
 from fx_quant.weights import UINT4, pack_int4
@@ -160,6 +161,7 @@ class QuantizedLinear(PackedWeight):
     """
 
     scheme: Scheme
+    _traced_as: str
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     bias: Tensor | None
@@ -295,9 +297,8 @@ class QuantizedLinear(PackedWeight):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "scheme":
-            _SCHEMES.setdefault(str(value), value)
-            super().__setattr__("_scheme", str(value))
+        if name in ("scheme", "quantizer"):
+            super().__setattr__("_traced_as", registered(self.scheme, vars(self).get("quantizer")))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -329,13 +330,9 @@ class QuantizedLinear(PackedWeight):
         )
 
 
-# Those of layers by how they print: compiled code guards the text of each layer, and a scheme once.
-_SCHEMES: dict[str, Scheme] = {}
-
-
 def _traced(layer: QuantizedLinear, x: Tensor) -> Tensor:
-    """``layer(x)`` for compiled code: every attribute that is looked at is a guard, so none that its scheme tells of."""
-    scheme = _SCHEMES[layer._scheme]
+    """``layer(x)`` for compiled code, which looks at no tensor that the scheme says is not there."""
+    scheme, quantizer = SAID[layer._traced_as]
     static = not scheme.weight_only and not scheme.activation.dynamic
     shifted = static and not scheme.activation.symmetric
     return apply_linear(
@@ -347,5 +344,5 @@ def _traced(layer: QuantizedLinear, x: Tensor) -> Tensor:
         weight_zero_point=None if scheme.weight.symmetric else buffer_of(layer, "weight_zero_point"),
         input_scale=buffer_of(layer, "input_scale") if static else None,
         input_zero_point=buffer_of(layer, "input_zero_point") if shifted else None,
-        quantizer=layer.quantizer,
+        quantizer=layer.quantizer if layer._traced_as.endswith(OF_ITS_OWN) else quantizer,
     )

@@ -28,7 +28,7 @@ from fx_quant.layers.references import is_own
 from fx_quant.ops.fingerprint import Fingerprint, fingerprint
 
 _WEIGHT = "weight"
-_HELD = "held"
+HELD = "held"
 # Held while a module goes from one form to the other.
 _changing = threading.RLock()
 
@@ -41,15 +41,14 @@ class _Form:
         settled: its layout is that of a kernel that was called, and not of one that was expected to be.
 
     Attributes:
-        words: ``held`` as one text, which compiled code guards: an object would be a guard for each of its fields, and
-            from Python 3.12 on be looked at in each call, where dicts and texts are not.
+        words: ``held`` as one text under ``"held"``, for ``layers/traced.py``.
         lazy: what stands for the codes of the weight while it is packed.
     """
 
     __slots__ = ("_held", "lazy", "settled", "words")
 
     def __init__(self, held: Held | None = None, settled: bool = False) -> None:
-        self.words = {_HELD: ""}
+        self.words = {HELD: ""}
         self.held = held
         self.settled = settled
         self.lazy: list[weakref.ref[LazyCodes]] = []
@@ -61,7 +60,7 @@ class _Form:
     @held.setter
     def held(self, held: Held | None) -> None:
         self._held = held
-        self.words[_HELD] = "" if held is None else f"{held.layout} {held.n} {held.k}"
+        self.words[HELD] = "" if held is None else f"{held.layout} {held.n} {held.k}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Form, (self.held, self.settled)
@@ -76,6 +75,7 @@ class PackedWeight(nn.Module):
     """
 
     packed_weight: Tensor | None
+    _held_as: dict[str, str]
 
     def hold(self, codes: Tensor) -> None:
         """Make ``codes`` the weight, as they are."""
@@ -223,24 +223,6 @@ class PackedWeight(nn.Module):
         packed = self.packed_weight
         if type(packed) is Tensor and not packed.is_shared():
             self.packed_weight = in_huge_pages(packed)
-
-
-def buffer_of(module: nn.Module, name: str) -> Tensor | None:
-    """``module``'s tensor ``name``, a buffer as a rule: then compiled code looks at the buffers alone."""
-    found = module._buffers.get(name)
-    return getattr(module, name) if found is None else found
-
-
-def traced_codes(module: PackedWeight) -> Tensor:
-    """``module.weight``, for compiled code: with as few guards as there can be."""
-    buffers = module._buffers
-    codes, packed = buffers.get(_WEIGHT), buffers.get("packed_weight")
-    if codes is not None:
-        return codes
-    if packed is None:
-        return module.weight
-    layout, n, k = module._held_as[_HELD].split(" ")
-    return torch.ops.fx_quant.unpack(packed, layout, int(n), int(k))
 
 
 def _unpacked(packed: Tensor, held: Held) -> Tensor:

@@ -305,7 +305,7 @@ def _decoded(model: nn.Module, planned: _Linear, files: Files) -> QuantizedLinea
     quantized.pack_for(linear.weight.dtype, owned=True)
     weight, held = quantized.held_weight()
     if held is None and weight.untyped_storage()._cdata == tensors["weight"].untyped_storage()._cdata:
-        quantized.weight = weight.clone()
+        quantized._buffers["weight"] = weight.clone()
     del tensors
     trim()  # what is kept lies between what is not
     return quantized
