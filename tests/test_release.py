@@ -42,6 +42,10 @@ def static(**more: Any) -> Any:
     )
 
 
+def float8_weights(granularity: str = "PerRow") -> Callable[[], Any]:
+    return lambda: ao.Float8WeightOnlyConfig(granularity=getattr(ao, granularity)())
+
+
 ASYMMETRIC = ao.MappingType.ASYMMETRIC
 TOKEN, DA, WO = "int8 per_token asymmetric (dynamic)", "Int8DynamicActivationIntxWeightConfig", "IntxWeightOnlyConfig"
 CONFIGS: Mapping[str, Made] = MappingProxyType(
@@ -85,6 +89,8 @@ CONFIGS: Mapping[str, Made] = MappingProxyType(
             "bfloat16 x int4 per_group(32) asymmetric",
         ),
         "int3": (intx(WO, torch.int3, ao.PerGroup(64)), "bfloat16 x int4 per_group(64)"),
+        "float8": (float8_weights(), "bfloat16 x float8_e4m3fn per_channel"),
+        "float8_tensor": (float8_weights("PerTensor"), "bfloat16 x float8_e4m3fn per_tensor"),
         "int6": (intx(WO, torch.int6, ao.PerGroup(64)), "bfloat16 x int8 per_group(64)"),
     }
 )
@@ -143,7 +149,7 @@ def test_a_released_weight_is_held_once_and_the_librarys_is_freed(name, dtype):
     model = of(name, dtype)
     # qdata, scale and zero_point, each in a storage of its own.
     weight = model[0].weight
-    theirs = [x for x in (weight.qdata, weight.scale, weight.zero_point) if x is not None]
+    theirs = [x for x in (weight.qdata, weight.scale, getattr(weight, "zero_point", None)) if x is not None]
     sizes = [x.untyped_storage().nbytes() for x in theirs]
     del weight, theirs
     report = released(model)
@@ -291,10 +297,21 @@ def embedding() -> nn.Module:
 
 
 def float8() -> nn.Module:
-    model = of("int8")
     from torchao.quantization import Float8Tensor
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-    model[0].weight = nn.Parameter(Float8Tensor.from_hp(torch.randn(N, K)), requires_grad=False)
+    model = of("int8")
+    quantized = Float8Tensor.from_hp(torch.randn(N, K), act_quant_kwargs=QuantizeTensorToFloat8Kwargs())
+    model[0].weight = nn.Parameter(quantized, requires_grad=False)
+    return model
+
+
+def table() -> nn.Module:
+    """QLoRA's weight, whose codes index a table."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    model = of("int8")
+    model[0].weight = nn.Parameter(to_nf4(torch.randn(N, K), 64, 2), requires_grad=False)
     return model
 
 
@@ -310,7 +327,8 @@ def float8() -> nn.Module:
         (half_zero_points, "its zero points must be whole numbers"),
         (negative_scale, "weight_scale must be finite and positive"),
         (embedding, "it must be an nn.Linear, got Embedding"),
-        (float8, "its weight must hold codes that can be read, Int8Tensor or IntxUnpackedToInt8Tensor, got Float8"),
+        (float8, "beside float8 codes its activation must be float, got one that is quantized"),
+        (table, "its weight must be one of Int8Tensor, Float8Tensor, IntxUnpackedToInt8Tensor, got NF4Tensor"),
         (lambda: of("dynamic_asymmetric", torch.bfloat16), "an asymmetric activation must be float32"),
         (lambda: of("static_asymmetric", torch.bfloat16), "an asymmetric activation must be float32"),
     ],
@@ -371,7 +389,7 @@ def test_a_kernel_without_a_layout_frees_nothing_and_so_swaps_nothing(monkeypatc
     monkeypatch.setattr(QuantizedLinear, "can_pack", lambda self, selection: False)
     model = of("int8")
     (left,) = prepare_(model, release=True).left
-    assert left.reason.startswith("its kernel must have a layout of its own, but ")
+    assert left.reason.startswith("its kernel must hold the weight packed in as many bytes as its codes, ")
 
 
 def test_the_filter_leaves_what_it_is_asked_to():

@@ -320,7 +320,7 @@ def _swapped_for(
     except NoKernelError as error:
         return str(error)
     if adapter.compiles and not linear.can_pack(selection):
-        return f"its kernel must have a layout of its own, but {selection.kernel.name} reads the codes as they are"
+        return f"its kernel must hold the weight packed in as many bytes as its codes, {selection.kernel.name} does not"
     return linear, str(conversion.numerics), conversion.note, weight.dtype
 
 

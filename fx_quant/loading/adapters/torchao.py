@@ -1,16 +1,17 @@
-"""torchao: ``nn.Linear`` with a weight that is a tensor subclass, of which ``Int8Tensor`` and
-``IntxUnpackedToInt8Tensor`` hold codes.
+"""torchao: ``nn.Linear`` with a weight that is a tensor subclass, of which ``Int8Tensor``, ``Float8Tensor`` (beside a
+float activation) and ``IntxUnpackedToInt8Tensor`` are read.
 
 They compile as they are, and are swapped only to be held once. Int8 codes of up to 4 bits are packed two to a byte.
 
-Source: https://github.com/pytorch/ao (0.18), ``int8/int8_tensor.py`` and ``intx/intx_unpacked_to_int8_tensor.py`` in
-``quantization/quantize_/workflows``, ``quantization/quant_primitives.py``
+Source: https://github.com/pytorch/ao (0.18), ``int8/int8_tensor.py``, ``float8/float8_tensor.py`` and
+``intx/intx_unpacked_to_int8_tensor.py`` in ``quantization/quantize_/workflows``, ``quantization/quant_primitives.py``
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from fx_quant.scheme import Granularity, Numerics, OperandSpec, Scheme
 from fx_quant.weights import INT4, pack_int4
 
 _LIBRARY = "torchao"
-_INT8, _INTX = "Int8Tensor", "IntxUnpackedToInt8Tensor"
 _AS_IT_IS = "it compiles as it is"
 # How many rows and outputs tell whether a linear is computed as is known here.
 _ROWS, _OUTPUTS = 4, 256
@@ -53,8 +53,8 @@ def _check(module: Any) -> None:
         else f"it must be an nn.Linear, got {kind.__name__}; only linears have quantized kernels",
     )
     must(
-        type(weight).__name__ in (_INT8, _INTX),
-        f"its weight must hold codes that can be read, {_INT8} or {_INTX}, got {type(weight).__name__}; {_AS_IT_IS}",
+        type(weight).__name__ in _READERS,
+        f"its weight must be one of {', '.join(_READERS)}, got {type(weight).__name__}; {_AS_IT_IS}",
     )
     must(
         weight.dim() == 2 and weight.numel() > 0, f"its weight must be a matrix, got {list(weight.shape)}; {_AS_IT_IS}"
@@ -73,8 +73,7 @@ def _check(module: Any) -> None:
 @torch.no_grad()
 def _convert(module: Any) -> Conversion:
     weight = module.weight
-    read = _read_int8 if type(weight).__name__ == _INT8 else _read_intx
-    conversion = read(weight.detach(), module.bias)
+    conversion = _READERS[type(weight).__name__](weight.detach(), module.bias)
     _check_arithmetic(weight, module.bias, conversion.linear)
     return conversion
 
@@ -181,6 +180,21 @@ def _read_intx(weight: Any, bias: Tensor | None) -> Conversion:
     return conversion
 
 
+def _read_float8(weight: Any, bias: Tensor | None) -> Conversion:
+    must(
+        weight.act_quant_kwargs is None,
+        f"beside float8 codes its activation must be float, got one that is quantized; {_AS_IT_IS}",
+    )
+    block = tuple(weight.block_size or weight.shape)
+    codes, scale, _, spec = _operand(weight.qdata, weight.scale, None, block)
+    return _conversion(codes, scale, None, spec, OperandSpec(torch.bfloat16), bias, weight.dequantize())
+
+
+_READERS: Mapping[str, Callable[[Any, Tensor | None], Conversion]] = MappingProxyType(
+    {"Int8Tensor": _read_int8, "Float8Tensor": _read_float8, "IntxUnpackedToInt8Tensor": _read_intx}
+)
+
+
 def _operand(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, block: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor | None, OperandSpec]:
@@ -201,8 +215,9 @@ def _operand(
     must(columns < k or rows in (1, n), f"its scales must be for one row or for all, got {rows} of {n}; {_AS_IT_IS}")
     if zero_point is not None and not zero_point.any():
         zero_point = None
-    few = k % 2 == 0 and granularity != Granularity.PER_TENSOR and int(codes.min()) >= -8 and int(codes.max()) <= 7
-    spec = OperandSpec(INT4 if few else torch.int8, granularity, symmetric=zero_point is None)
+    few = codes.dtype is torch.int8 and k % 2 == 0 and granularity != Granularity.PER_TENSOR
+    few = few and int(codes.min()) >= -8 and int(codes.max()) <= 7
+    spec = OperandSpec(INT4 if few else codes.dtype, granularity, symmetric=zero_point is None)
     return (pack_int4(codes) if few else codes), scale, None if zero_point is None else zero_point.int(), spec
 
 
