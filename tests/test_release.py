@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter
 from torch.nn.utils import parametrize
 
 import fx_quant
@@ -20,6 +21,7 @@ from fx_quant.layers.activation import quantize_by
 from fx_quant.loading.adapters.base import decoded_weight
 from fx_quant.loading.prepare import needs_prepare
 from fx_quant.scheme import Numerics
+from tests.graphs import calls, capture
 from tests.tolerances import assert_within
 
 ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -201,7 +203,12 @@ def test_a_compiled_released_model_is_rewritten_and_reads_the_one_copy(name):
     after = fx_quant.explain(model, inputs(torch.float32))
     assert len(after.sites) == 1 and not after.misses and not after.recognised
     assert (after.held_twice, after.releasable, after.note) == (0, 0, "")
-    assert model[0].held_weight()[1] is not None
+    x = inputs(torch.float32)
+    (captured,) = capture(model, x)
+    graph = captured.state.graph
+    assert not calls(graph, torch.ops.fx_quant.unpack.default) and model[0].held_weight()[1] is not None
+    out = Interpreter(GraphModule(nn.Module(), graph)).run(*captured.inputs)
+    assert_within(out[0] if isinstance(out, (list, tuple)) else out, model(x), Numerics.REASSOCIATED)
 
 
 def test_copies_and_pickles_of_a_released_model_compute_the_same():
