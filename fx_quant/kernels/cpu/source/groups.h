@@ -347,6 +347,21 @@ struct FxqTilesRest {
   alignas(64) uint8_t b[64 * FXQ_PANEL];
 };
 
+// Adds 16 groups at b, 256 bytes from one to the next, to the sums of one or two tiles of rows of a.
+template <bool TWO>
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_amx_step(const int8_t* a, int64_t lda, const uint8_t* b) {
+  _tile_loadd(4, a, lda);
+  _tile_loadd(6, b, 256);
+  _tile_dpbsud(0, 4, 6);
+  _tile_loadd(7, b + 64, 256);
+  _tile_dpbsud(1, 4, 7);
+  if (TWO) {
+    _tile_loadd(5, a + 16 * lda, lda);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+}
+
 // sums[32 rows][32 columns] = a x the ``count`` k at b, ``deep`` at a time.
 template <bool TWO>
 FXQ_TARGET __attribute__((noinline)) void fxq_piece_sums(
