@@ -80,6 +80,18 @@ class FxqSteps {
   }
 };
 
+// What is asked for while tiles multiply: the lines from ``at`` to ``end``, ``step`` bytes of them at a time.
+struct FxqTilesAhead {
+  const char *at, *end;
+  int64_t step;
+
+  __attribute__((always_inline)) inline void ask() {
+    for (const char* to = std::min(at + step, end); at < to; at += 64) {
+      __builtin_prefetch(at, 0, 2);
+    }
+  }
+};
+
 // The sums of one or two tiles of rows, all 0.
 template <bool TWO>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_zero_sums() {

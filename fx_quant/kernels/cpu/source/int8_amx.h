@@ -19,18 +19,6 @@ struct FxqTileRows<FxqInt8Amx> : FxqSteps<int8_t> {
   using FxqSteps::FxqSteps;
 };
 
-// Asks for the lines from ``at`` to ``end`` where there are any left, ``step`` bytes of them.
-struct FxqTilesAhead {
-  const char *at, *end;
-  int64_t step;
-
-  __attribute__((always_inline)) inline void ask() {
-    for (const char* to = std::min(at + step, end); at < to; at += 64) {
-      __builtin_prefetch(at, 0, 2);
-    }
-  }
-};
-
 constexpr int64_t FXQ_B_TILE = 16 * 64;        // bytes
 constexpr int64_t FXQ_B_STEP = FXQ_PANEL * 64; // those of all columns
 constexpr int64_t FXQ_SUMS = FXQ_PANEL * 4;    // those of a row of sums
