@@ -63,8 +63,9 @@ inline void store(int t, void* base, int64_t stride) {
   }
 }
 
-// dst[m][n] += sum_k, i signed a[m][k][i] * unsigned b[k][n][i], modulo 2^32
-inline void dpbsud(int dst, int a, int b) {
+// dst[m][n] += sum_k, i signed a[m][k][i] * b[k][n][i] of the type B, modulo 2^32
+template <typename B>
+inline void product(int dst, int a, int b) {
   check(
       config.rows[dst] == config.rows[a] && config.bytes[dst] == config.bytes[b] &&
           config.bytes[a] / 4 == config.rows[b],
@@ -76,7 +77,7 @@ inline void dpbsud(int dst, int a, int b) {
       for (int k = 0; k < config.rows[b]; k++) {
         for (int i = 0; i < 4; i++) {
           sum += static_cast<uint32_t>(
-              static_cast<int8_t>(tiles[a].data[m][k * 4 + i]) * static_cast<int>(tiles[b].data[k][n * 4 + i]));
+              static_cast<int8_t>(tiles[a].data[m][k * 4 + i]) * static_cast<B>(tiles[b].data[k][n * 4 + i]));
         }
       }
       std::memcpy(tiles[dst].data[m] + n * 4, &sum, 4);
@@ -92,9 +93,11 @@ inline void dpbsud(int dst, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbsud
+#undef _tile_dpbssd
 #define _tile_loadconfig amx_emulation::loadconfig
 #define _tile_release amx_emulation::release
 #define _tile_zero amx_emulation::zeroed
 #define _tile_loadd amx_emulation::load
 #define _tile_stored amx_emulation::store
-#define _tile_dpbsud amx_emulation::dpbsud
+#define _tile_dpbsud amx_emulation::product<uint8_t>
+#define _tile_dpbssd amx_emulation::product<int8_t>

@@ -42,8 +42,8 @@ W4A8 = "int8 per_token (dynamic) x int4 per_group(32)"
 W8A16, W4A16 = "bfloat16 x int8 per_channel", "bfloat16 x uint4 per_group(32) asymmetric"
 BLOCKS = "float8_e4m3fn per_group(16) (dynamic) x float8_e4m3fn per_block(32, 16)"
 SCHEMES = (W8A8, ASYMMETRIC, W4A8, W8A16, W4A16, BLOCKS)
-# The layouts of a machine with VNNI and bfloat16; others have fewer.
-HELD_LAYOUTS = ("vnni", "pairs", "columns", "int4_words", "vnni_int4")
+# The layouts of machines with AMX, VNNI and bfloat16; others have fewer.
+HELD_LAYOUTS = ("vnni", "amx", "pairs", "columns", "int4_words", "vnni_int4")
 
 
 @pytest.fixture(autouse=True)
@@ -666,11 +666,16 @@ def ran(graph, inputs: list[Tensor]) -> Tensor:
     return out[0] if isinstance(out, (list, tuple)) else out
 
 
+# A target whose kernel reads a layout of int8 codes, and that kernel.
+READERS = {"vnni": ("x86_vnni", ops.cpu_int8_vnni.default), "amx": ("x86_amx", ops.cpu_int8_amx.default)}
+
+
 def test_a_kernel_of_the_same_layout_is_given_the_packed_weight():
     layer = build()
     needs_packing(layer)
-    (captured,) = capture(layer, rows(layer), target="x86_amx")
-    (kernel,) = calls(captured.state.graph, ops.cpu_int8_amx.default)
+    target, op = READERS[layer.held_weight()[1].layout]
+    (captured,) = capture(layer, rows(layer), target=target)
+    (kernel,) = calls(captured.state.graph, op)
     assert kernel.args[1].op == "placeholder"
     assert not calls(captured.state.graph, ops.prepack.default) and not calls(captured.state.graph, ops.unpack.default)
 
@@ -678,12 +683,13 @@ def test_a_kernel_of_the_same_layout_is_given_the_packed_weight():
 def test_sums_are_computed_of_the_packed_weight_once():
     layer = build(ASYMMETRIC)
     needs_packing(layer)
-    x = rows(layer)
-    (captured,) = capture(layer, x, target="x86_vnni")
-    (kernel,) = calls(captured.state.graph, ops.cpu_int8_vnni.default)
+    x, layout = rows(layer), layer.held_weight()[1].layout
+    target, op = READERS[layout]
+    (captured,) = capture(layer, x, target=target)
+    (kernel,) = calls(captured.state.graph, op)
     assert kernel.args[1].op == "placeholder"
     (prepack,) = calls(captured.state.graph, ops.prepack.default)
-    assert prepack.args == ([kernel.args[1]], [f"sums_of_vnni_{N}x{K}"])
+    assert prepack.args == ([kernel.args[1]], [f"sums_of_{layout}_{N}x{K}"])
     assert not calls(captured.state.graph, ops.unpack.default)
     assert_within(ran(captured.state.graph, captured.inputs), layer(x), Numerics.SAME_ACCUM)
 
@@ -709,10 +715,10 @@ def test_codes_that_a_graph_reads_beside_the_matmul_are_unpacked_once():
     def reads(x: Tensor) -> Tensor:
         return layer(x) * layer.weight.float().mean()
 
-    x = rows(layer)
-    (captured,) = capture(reads, x)
+    x, layout = rows(layer), layer.held_weight()[1].layout
+    (captured,) = capture(reads, x, target=READERS[layout][0])
     (prepack,) = calls(captured.state.graph, ops.prepack.default)
-    assert prepack.args[1] == [f"codes_of_vnni_{N}x{K}"]
+    assert prepack.args[1] == [f"codes_of_{layout}_{N}x{K}"]
     assert not calls(captured.state.graph, ops.unpack.default)
     torch.testing.assert_close(ran(captured.state.graph, captured.inputs), reads(x))
 

@@ -101,6 +101,18 @@ def _codes_from_panels(packed: Tensor, n: int, k: int) -> Tensor:
     return _from_panels(packed.view(torch.uint8), n, k).view(packed.dtype)
 
 
+def _amx(weight: Tensor) -> Tensor:
+    """``[n, k]`` -> ``[ceil(n/64), ceil(k/64), 4, 16, 16, 4]``: tiles of 16 columns, each as groups of 4 k of them."""
+    n, k = weight.shape
+    padded = F.pad(weight, (0, -k % 64, 0, -n % PANEL))
+    return padded.reshape(-(-n // PANEL), 4, 16, -(-k // 64), 16, 4).permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def _from_amx(packed: Tensor, n: int, k: int) -> Tensor:
+    panels, steps = packed.shape[:2]
+    return packed.permute(0, 2, 4, 1, 3, 5).reshape(panels * PANEL, steps * 64)[:n, :k]
+
+
 # Half a panel as ``decode_bf16.h`` reads it: quarters, lanes and columns, of which quarters and lanes change places.
 def _pairs(weight: Tensor) -> Tensor:
     panels = _byte_panels(weight, 2)
@@ -175,6 +187,15 @@ for _layout in (
         panels=0,
         pack=lambda weight: _to_panels(weight, 4).view(torch.uint8).bitwise_xor_(0x80),
         unpack=lambda packed, n, k: _from_panels(packed.bitwise_xor(0x80).view(torch.int8), n, k),
+    ),
+    # Tiles of AMX, which multiplies signed bytes.
+    Layout(
+        name="amx",
+        weights=frozenset({torch.int8}),
+        dtype=torch.int8,
+        shape=lambda n, k: (-(-n // PANEL), -(-k // 64), 4, 16, 16, 4),
+        pack=_amx,
+        unpack=_from_amx,
     ),
     # Every float8 value is exact in bfloat16; vdpbf16ps multiplies pairs along k.
     Layout(

@@ -50,7 +50,10 @@ AMX_BFLOAT16 = replace(
 # out the same for any number of rows neither is done.
 _MANY_ROWS, _MANY_ROWS_OF_TILES = 48, 8
 AMX_GROUPS = replace(
-    INT8_VNNI, source=f"#define FXQ_AMX\n{INT8_AMX.source}", features=INT8_VNNI.features | INT8_AMX.features
+    INT8_VNNI,
+    source="#define FXQ_AMX\n"
+    + for_target(f"{AVX512},avx512vnni,amx-tile,amx-int8", "avx512.h", "int8_vnni.h", *TILE, "amx.h"),
+    features=INT8_VNNI.features | INT8_AMX.features,
 )
 _GROUP_CODES = {False: "FxqPackedBytes", True: "FxqPackedNibbles"}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}

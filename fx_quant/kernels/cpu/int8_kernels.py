@@ -49,7 +49,7 @@ class Level:
 
 
 LEVELS = (
-    Level("cpu_int8_amx", INT8_AMX, 32, "our AMX tiles over packed panels, vpdpbusd for few rows"),
+    Level("cpu_int8_amx", INT8_AMX, 32, "our AMX tiles over packed panels"),
     Level("cpu_int8_vnni", INT8_VNNI, 30, "our vpdpbusd tiles over packed panels"),
     Level("cpu_int8_avx_vnni", INT8_AVX_VNNI, 28, "our 256-bit vpdpbusd tiles over packed panels"),
     # Below torch._int_mm, which multiplies by vpdpbusd where it is exact.
@@ -59,8 +59,7 @@ LEVELS = (
 )
 
 for _level in LEVELS:
-    _layout = "vnni" if _level.dot.packed else None
-    register_op(_level.kernel, matmul_body(_layout, _level.dot, accumulate))
+    register_op(_level.kernel, matmul_body(_level.dot.layout, _level.dot, accumulate))
     register_kernel(
         Kernel(
             name=_level.kernel,
@@ -79,7 +78,7 @@ for _level in LEVELS:
             ),
             numerics=Numerics.EXACT,
             note=f"{_level.note}, epilogue fused",
-            layout=_layout,
+            layout=_level.dot.layout,
         ),
         priority=_level.priority,
     )

@@ -40,7 +40,7 @@ class Dot:
         features: instruction sets, as a target has them.
         vector_bits: width of the registers, which the vectors of a fused epilogue must have at least; 0 for any.
         rows: of a tile at most.
-        packed: whether the weight is in panels; else it is ``[n, k]`` as it is stored.
+        layout: of the weight, which is in panels; None where it is ``[n, k]`` as it is stored.
     """
 
     name: str
@@ -50,7 +50,12 @@ class Dot:
     features: frozenset[str]
     vector_bits: int
     rows: int = 6
-    packed: bool = True
+    layout: str | None = "vnni"
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is in panels."""
+        return self.layout is not None
 
     @property
     def kind(self) -> str:
@@ -80,13 +85,12 @@ def for_target(instructions: str, *names: str) -> str:
 INT8_AMX = Dot(
     name="fxq_int8_amx",
     struct="FxqInt8Amx",
-    source=for_target(
-        f"{AVX512},avx512vnni,amx-tile,amx-int8", "avx512.h", "int8_vnni.h", *TILE, "amx.h", "int8_amx.h"
-    ),
+    source="#define FXQ_AMX\n" + for_target(f"{AVX512},amx-tile,amx-int8", "share.h", "amx.h", "int8_amx.h"),
     acc_dtype=torch.int32,
     features=frozenset({"avx512", "avx512_vnni", "amx"}),
     vector_bits=512,
     rows=32,
+    layout="amx",
 )
 INT8_VNNI = Dot(
     name="fxq_int8_vnni",
@@ -128,7 +132,7 @@ INT8_PORTABLE = Dot(
     features=frozenset(),
     vector_bits=0,
     rows=4,
-    packed=False,
+    layout=None,
 )
 BFLOAT16 = Dot(
     name="fxq_bf16",
@@ -137,6 +141,7 @@ BFLOAT16 = Dot(
     acc_dtype=torch.float32,
     features=frozenset({"avx512", "avx512_bf16"}),
     vector_bits=512,
+    layout="bf16_pairs",
 )
 FLOAT32 = Dot(
     name="fxq_float32",
@@ -145,6 +150,7 @@ FLOAT32 = Dot(
     acc_dtype=torch.float32,
     features=frozenset({"avx512"}),
     vector_bits=512,
+    layout="columns",
 )
 
 # Goes before the source of every kernel.
@@ -154,33 +160,30 @@ PLAN = source("plan.h")
 # ``$sums`` declares ``acc``, ``$panel`` says where a panel starts, and ``$store`` takes the tile ``acc`` of rows
 # ``m_start`` to ``m_end`` to where it belongs.
 TILE_LOOP = string.Template(r"""        [[maybe_unused]] $dot::State state;
-        alignas(64) $dot::Acc start[FXQ_CHUNK_ROWS];
         $sums
         const auto sums = acc;
-        for (int64_t chunk = share.row_begin; chunk < share.row_end; chunk += FXQ_CHUNK_ROWS) {
-            const int64_t rows = std::min(FXQ_CHUNK_ROWS, share.row_end - chunk);
-            for (int64_t r = 0; r < rows; r++) {
-                start[r] = $dot::row_start(a + (chunk + r) * lda, K);
-            }
+        const FxqPasses passes(share.row_end - share.row_begin, K * sizeof($dot::A));
+        for (int64_t pass = 0; pass < passes.count; pass++) {
+            const int64_t first = share.row_begin + passes.start(pass);
+            const int64_t rows = share.row_begin + passes.start(pass + 1) - first;
             // Blocks of nearly equal height: 7 rows are 4 + 3, not 6 + 1.
             const int64_t blocks = (rows + $rows - 1) / $rows;
             const FxqParts parts(plan, blocks, K);
+            const FxqTileRows<$dot> activation(a + first * lda, lda, rows, blocks, K);
             for (int64_t panel = share.panel_begin; panel < share.panel_end; panel++) {
 $panel
                 for (int64_t i = 0; i < parts.count; i++) {
                     const FxqPart part = parts[i];
-                    for (int64_t block = 0; block < blocks; block++) {
-                        const int64_t m_start = chunk + rows * block / blocks;
-                        const int64_t m_end = chunk + rows * (block + 1) / blocks;
-                        const auto columns = b + panel * panel_size;
-                        const FxqAhead ahead = fxq_ahead(plan, block, blocks, columns, part);
-                        const auto acc = parts.count == 1 ? sums : sums + (m_start - chunk) * FXQ_PANEL;
+                    for (int64_t index = 0; index < blocks; index++) {
+                        const int64_t row = rows * index / blocks, end = rows * (index + 1) / blocks;
+                        const auto acc = parts.count == 1 ? sums : sums + row * FXQ_PANEL;
                         fxq_tile<$dot>(
-                            state, m_end - m_start, std::min(FXQ_PANEL, N - panel * FXQ_PANEL), a + m_start * lda, lda,
-                            columns, part, start + (m_start - chunk), ahead, acc);
+                            state, plan, activation, {row, end - row, index, blocks},
+                            std::min(FXQ_PANEL, N - panel * FXQ_PANEL), b + panel * panel_size, part, acc);
                         if (part.to < K) {
                             continue;
                         }
+                        const int64_t m_start = first + row, m_end = first + end;
 $store
                     }
                 }

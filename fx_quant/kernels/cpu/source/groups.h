@@ -8,9 +8,14 @@
 // are those of 8 k of a column in four bytes, k 0 to 3 in the low halves and 4 to 7 in the high ones: DOT::nibbles
 // takes one half of a register. Few rows have them in registers; of many a part of the panel is widened for all.
 
+#include <optional>
+
 namespace {
 
 constexpr int64_t FXQ_PIECE = 512;
+#ifdef FXQ_AMX
+constexpr int64_t FXQ_TILES_ROWS = 12; // fewer are left to registers
+#endif
 
 // How codes are packed: bytes of 128 more than the code, or halves of bytes of 8 more.
 struct FxqPackedBytes {
@@ -34,11 +39,14 @@ struct FxqPiece {
 // Rows of an activation, and for each piece what its sum starts from.
 template <typename DOT, typename DECODE>
 class FxqCodeRows {
-  FxqSpread<int8_t> spread_;
-
  public:
   FxqCodeRows(const int8_t* a, int64_t lda, int64_t first, int64_t rows, const FxqWeight& w)
-      : spread_(a, lda, rows, w.k), data(spread_.data), stride(spread_.stride), first(first), weight(w) {
+      : data(a), stride(lda), first(first), weight(w) {
+#ifdef FXQ_AMX
+    if (rows >= FXQ_TILES_ROWS && (w.group == 32 || w.group % 64 == 0 || w.group >= w.k)) {
+      steps.emplace(a, lda, rows, (rows + 15) / 16, w.k);
+    }
+#endif
     for (int64_t from = 0, group = 0; from < w.k; group++) {
       const int64_t end = std::min(w.k, from + w.group);
       for (; from < end; from = pieces.back().to) {
@@ -79,6 +87,9 @@ class FxqCodeRows {
   const int64_t stride, first;
   const FxqWeight& weight;
   std::vector<FxqPiece> pieces;
+#ifdef FXQ_AMX
+  std::optional<FxqSteps<int8_t>> steps; // in blocks of 16 rows at most, where tiles multiply them
+#endif
 
  private:
   std::vector<int32_t> starts_;
@@ -339,116 +350,150 @@ FXQ_TARGET __attribute__((noinline)) void fxq_widen(const uint8_t* nibbles, int6
 }
 
 #ifdef FXQ_AMX
-constexpr int64_t FXQ_TILES_ROWS = 12; // fewer are left to registers
-
-// What is left of k, in whole tiles.
-struct FxqTilesRest {
-  alignas(64) int8_t a[32 * 64];
-  alignas(64) uint8_t b[64 * FXQ_PANEL];
-};
-
-// sums[32 rows][32 columns] = a x the ``count`` k at b, ``deep`` at a time.
-template <bool TWO>
-FXQ_TARGET __attribute__((noinline)) void fxq_piece_sums(
-    const int8_t* a,
-    int64_t lda,
-    const uint8_t* b,
-    int64_t count,
-    int64_t deep,
-    const int8_t* rest_a,
-    const uint8_t* rest_b,
-    int32_t* sums) {
-  fxq_zero_sums<TWO>();
-  int64_t k = 0;
-  for (; k + deep <= count; k += deep) {
-    fxq_amx_step<TWO>(a + k, lda, b + k * FXQ_PANEL);
+// ``count`` k of a packed panel as tiles of signed bytes: of 64 k four of 16 columns, one after the other.
+template <typename DECODE>
+FXQ_TARGET __attribute__((noinline)) void fxq_widen_to_tiles(const uint8_t* packed, int64_t count, int8_t* tiles) {
+  const __m512i low = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(DECODE::OFFSET);
+  for (int64_t k = 0; k < count; k += DECODE::STEP) {
+    int8_t* const to = tiles + k / 64 * (64 * FXQ_PANEL) + k % 64 / 4 * 64;
+    for (int tile = 0; tile < 4; tile++, packed += 64) {
+      const __m512i codes = _mm512_loadu_si512(packed);
+      if constexpr (DECODE::IS_NIBBLES) {
+        const __m512i second = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
+        _mm512_store_si512(to + tile * 1024, _mm512_sub_epi8(_mm512_and_si512(codes, low), offset));
+        _mm512_store_si512(to + tile * 1024 + 64, _mm512_sub_epi8(second, offset));
+      } else {
+        _mm512_store_si512(to + tile * 1024, _mm512_sub_epi8(codes, offset));
+      }
+    }
   }
-  if (k < count) {
-    fxq_amx_step<TWO>(rest_a, 64, rest_b);
-  }
-  fxq_store_sums<TWO>(sums, 32);
 }
 
-// acc[height][32 columns] of one piece.
+// sums[height][16] = rows x 16 columns, ``steps`` tiles of each from a and from b on, in one tile or the other.
+template <bool OTHER>
+FXQ_TARGET __attribute__((always_inline)) inline void fxq_piece_sums(
+    const int8_t* a, const int8_t* b, int64_t steps, int64_t next_a, int64_t next_b, int32_t* sums) {
+  if (OTHER) {
+    _tile_zero(1);
+  } else {
+    _tile_zero(0);
+  }
+  for (; steps > 0; steps--, a += next_a, b += next_b) {
+    if (OTHER) {
+      _tile_loadd(5, a, 64);
+      _tile_loadd(7, b, 64);
+      _tile_dpbssd(1, 5, 7);
+    } else {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_dpbssd(0, 4, 6);
+    }
+  }
+  if (OTHER) {
+    _tile_stored(1, sums, 64);
+  } else {
+    _tile_stored(0, sums, 64);
+  }
+}
+
+// acc[height][16 columns] of some pieces, whose codes are ``b``. What tiles give of one is taken up while they multiply
+// the next.
 template <typename DOT, FxqShift SHIFT, typename DECODE>
-FXQ_TARGET __attribute__((noinline)) void fxq_add_piece(
-    const int32_t* sums,
-    int64_t height,
+FXQ_TARGET __attribute__((noinline)) void fxq_pieces_of_tile(
     const FxqCodeRows<DOT, DECODE>& rows,
     int64_t row,
-    int64_t i,
-    const FxqPieceFactors& factors,
+    int64_t height,
+    const FxqPieces& chunk,
+    const int8_t* b,
+    int64_t deep,
+    int64_t column,
+    FxqTilesAhead& ahead,
     float* acc) {
-  const int32_t* const starts = rows.starts(row) + i;
-  const int64_t all = rows.pieces.size();
-  for (int64_t r = 0; r < height; r++) {
-    typename DOT::Vec sum[1][2];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      sum[0][j] = _mm512_add_epi32(_mm512_load_si512(sums + r * 32 + j * 16), _mm512_set1_epi32(starts[r * all]));
+  using Float = typename DOT::Float;
+  alignas(64) int32_t sums[2][16 * 16];
+  const int64_t count = chunk.count;
+  const FxqPiece* const pieces = rows.pieces.data() + chunk.first;
+  const int8_t* const a = rows.steps->from(row);
+  // Pieces begin at a step of 64 k, or at half of one.
+  const auto multiply = [&](int64_t i) FXQ_TARGET __attribute__((always_inline)) {
+    const uint64_t from = pieces[i].from, at = from - pieces[0].from, steps = (pieces[i].to - from + deep - 1) >> (deep == 64 ? 6 : 5);
+    const int8_t* const rows_of_a = a + from / 64 * 64 * height + from % 64;
+    const int8_t* const columns = b + column * 64 + at / 64 * 64 * FXQ_PANEL + at % 64 * 16;
+    if (i % 2) {
+      fxq_piece_sums<true>(rows_of_a, columns, steps, height * 64, 64 * FXQ_PANEL, sums[1]);
+    } else {
+      fxq_piece_sums<false>(rows_of_a, columns, steps, height * 64, 64 * FXQ_PANEL, sums[0]);
     }
-    fxq_add_scaled<DOT, SHIFT, DECODE, 1, 2>(sum, rows, row + r, i, factors, acc + r * FXQ_PANEL);
+  };
+  Float kept[16];
+  [[maybe_unused]] float points[16] = {};
+#pragma GCC unroll 16
+  for (int r = 0; SHIFT != FxqShift::ANY && r < 16; r++) {
+    kept[r] = r < height ? _mm512_load_ps(acc + r * FXQ_PANEL) : DOT::all(0.0f);
+    points[r] = r < height ? rows.zero_point(row + r) : 0.0f;
+  }
+  multiply(0);
+  for (int64_t i = 0; i < count; i++) {
+    if (i + 1 < count) {
+      multiply(i + 1);
+    }
+    ahead.ask();
+    const int64_t group = pieces[i].group - chunk.group;
+    const FxqPieceFactors factors{
+        chunk.scales[group] + column, chunk.zero_points[group] + column, chunk.code_sums[group] + column};
+    const int32_t* const from = sums[i % 2];
+    if constexpr (SHIFT == FxqShift::ANY) {
+      for (int64_t r = 0; r < height; r++) {
+        const typename DOT::Vec sum[1][1] = {{_mm512_load_si512(from + r * 16)}};
+        fxq_add_scaled<DOT, SHIFT, DECODE, 1, 1>(sum, rows, row + r, chunk.first + i, factors, acc + r * FXQ_PANEL);
+      }
+      continue;
+    }
+    const Float scale = _mm512_load_ps(factors.scale);
+    [[maybe_unused]] const Float code_sum = _mm512_load_ps(factors.code_sum);
+    const bool shifts = SHIFT == FxqShift::ROWS && pieces[i].from == pieces[i].group * rows.weight.group;
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) {
+      Float value = DOT::floats(_mm512_load_si512(from + r * 16));
+      if (shifts) {
+        value = DOT::less(value, DOT::all(points[r]), code_sum);
+      }
+      kept[r] = DOT::plus(kept[r], value, scale);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; SHIFT != FxqShift::ANY && r < 16; r++) {
+    if (r < height) {
+      _mm512_store_ps(acc + r * FXQ_PANEL, kept[r]);
+    }
   }
 }
 
-// acc[count][64] of some pieces, whose codes are bytes. Their sums are those of registers, and so is what is done to them.
-// The ``bytes`` at ``next``, which are packed, are asked for meanwhile.
+// acc[count][64] of some pieces, to the bits that registers give. The ``bytes`` at ``next``, which are packed, are asked
+// for meanwhile.
 template <typename DOT, typename DECODE>
 FXQ_TARGET __attribute__((noinline)) void fxq_pieces_in_tiles(
-    FxqTiles& tiles,
+    FxqTiles& amx,
     int64_t count,
     const FxqCodeRows<DOT, DECODE>& rows,
     const FxqPieces& chunk,
+    const int8_t* tiles,
     const char* next,
     int64_t bytes,
     float* acc) {
   const FxqWeight& w = rows.weight;
-  const int64_t blocks = (count + 31) / 32, deep = w.group % 64 == 0 || w.group >= w.k ? 64 : 32;
+  const int64_t blocks = (count + 15) / 16, deep = w.group % 64 == 0 || w.group >= w.k ? 64 : 32;
   const FxqShift shift = fxq_shift(w);
-  const int64_t begin = rows.pieces[chunk.first].from;
-  // What tiles give is taken up while they compute what comes next.
-  alignas(64) int32_t sums[2][32 * 32];
-  FxqTilesRest rest;
-  const int64_t step = (bytes / (blocks * 2 * chunk.count) + 63) / 64 * 64;
+  const auto multiply = shift == FxqShift::ANY ? fxq_pieces_of_tile<DOT, FxqShift::ANY, DECODE>
+      : shift == FxqShift::ROWS                ? fxq_pieces_of_tile<DOT, FxqShift::ROWS, DECODE>
+                                               : fxq_pieces_of_tile<DOT, FxqShift::NONE, DECODE>;
+  FxqTilesAhead ahead{next, next + bytes, (bytes / (blocks * 4 * chunk.count) + 63) / 64 * 64};
   for (int64_t block = 0; block < blocks; block++) {
     const int64_t row = count * block / blocks, height = count * (block + 1) / blocks - row;
-    const auto add = [&](int64_t half) {
-      const int64_t i = chunk.first + half / 2, column = half % 2 * 32, group = rows.pieces[i].group - chunk.group;
-      const FxqPieceFactors factors{
-          chunk.scales[group] + column, chunk.zero_points[group] + column, chunk.code_sums[group] + column};
-      const int32_t* const from = sums[half % 2];
-      float* const out = acc + row * FXQ_PANEL + column;
-      if (shift == FxqShift::ANY) {
-        fxq_add_piece<DOT, FxqShift::ANY>(from, height, rows, row, i, factors, out);
-      } else if (shift == FxqShift::ROWS) {
-        fxq_add_piece<DOT, FxqShift::ROWS>(from, height, rows, row, i, factors, out);
-      } else {
-        fxq_add_piece<DOT, FxqShift::NONE>(from, height, rows, row, i, factors, out);
-      }
-    };
-    tiles.configure(height, deep);
-    for (int64_t half = 0; half < 2 * chunk.count; half++) {
-      const FxqPiece piece = rows.pieces[chunk.first + half / 2];
-      const int8_t* const a = rows.data + row * rows.stride + piece.from;
-      const uint8_t* const b = chunk.codes + (piece.from - begin) * FXQ_PANEL;
-      const int64_t all = piece.to - piece.from, left = all % deep, column = half % 2 * 32;
-      if (left && column == 0) {
-        std::memset(&rest, 0, sizeof(rest));
-        for (int64_t r = 0; r < height; r++) {
-          std::memcpy(rest.a + r * 64, a + r * rows.stride + all - left, left);
-        }
-        std::memcpy(rest.b, b + (all - left) * FXQ_PANEL, (left + 3) / 4 * 256);
-      }
-      const auto multiply = height > 16 ? fxq_piece_sums<true> : fxq_piece_sums<false>;
-      multiply(a, rows.stride, b + column * 4, all, deep, rest.a, rest.b + column * 4, sums[half % 2]);
-      for (const char* end = next + step; next < end; next += 64) {
-        __builtin_prefetch(next, 0, 2);
-      }
-      if (half > 0) {
-        add(half - 1);
-      }
+    amx.configure(height, deep);
+    for (int64_t column = 0; column < FXQ_PANEL; column += 16) {
+      multiply(rows, row, height, chunk, tiles, deep, column, ahead, acc + row * FXQ_PANEL + column);
     }
-    add(2 * chunk.count - 1);
   }
 }
 #endif
@@ -465,15 +510,19 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     int64_t panel,
     float* acc) {
   const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
-  const bool widens = DECODE::IS_NIBBLES && tiles > 1;
-  alignas(64) uint8_t bytes[DECODE::IS_NIBBLES ? FXQ_PIECE * FXQ_PANEL : 1];
-  const int64_t most = widens ? std::min(FXQ_PIECE, plan.chunk_k) : plan.chunk_k;
+#ifdef FXQ_AMX
+  FxqTiles amx;
+  const bool in_tiles = rows.steps.has_value();
+#else
+  const bool in_tiles = false;
+#endif
+  const bool widens = in_tiles || (DECODE::IS_NIBBLES && tiles > 1);
+  alignas(64) uint8_t bytes[FXQ_PIECE * FXQ_PANEL];
+  // Tiles are stored beside what they multiply, and both stay in the first cache.
+  const int64_t most = in_tiles ? FXQ_PIECE / 2 : widens ? std::min(FXQ_PIECE, plan.chunk_k) : plan.chunk_k;
   const uint8_t* codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
   const int64_t all = rows.pieces.size();
   FxqPieces chunk;
-#ifdef FXQ_AMX
-  FxqTiles amx;
-#endif
   std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
   for (chunk.first = 0; chunk.first < all; chunk.first += chunk.count) {
     const FxqPiece begin = rows.pieces[chunk.first];
@@ -492,18 +541,20 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     fxq_read(w.code_sum, panel * FXQ_PANEL, w.n, begin.group, read, chunk.code_sums);
     const int64_t deep = (end.to - begin.from + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP;
     chunk.codes = codes;
+#ifdef FXQ_AMX
+    if (in_tiles) {
+      const auto signed_bytes = reinterpret_cast<int8_t*>(bytes);
+      const int64_t size = deep * DECODE::BYTES;
+      fxq_widen_to_tiles<DECODE>(codes, deep, signed_bytes);
+      codes += size;
+      fxq_pieces_in_tiles(amx, count, rows, chunk, signed_bytes, reinterpret_cast<const char*>(codes), size, acc);
+      continue;
+    }
+#endif
     if (widens) {
       fxq_widen<DOT>(codes, deep, bytes);
       chunk.codes = bytes;
     }
-#ifdef FXQ_AMX
-    if (count >= FXQ_TILES_ROWS) {
-      const int64_t size = deep * DECODE::BYTES;
-      fxq_pieces_in_tiles(amx, count, rows, chunk, reinterpret_cast<const char*>(codes) + size, size, acc);
-      codes += deep * DECODE::BYTES;
-      continue;
-    }
-#endif
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t row = count * tile / tiles, height = count * (tile + 1) / tiles - row;
       FxqAhead asked[4] = {fxq_ahead(plan, tile, tiles, codes, deep * DECODE::BYTES), {}, {}, {}};

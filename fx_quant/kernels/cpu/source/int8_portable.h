@@ -72,24 +72,23 @@ FXQ_VECTORIZED __attribute__((noinline)) void fxq_sums_of_panel(
   }
 }
 
-// out[rows][width] += a[rows] x part of a panel; the first part starts from nothing
+// out[rows of the block][width] += they x part of a panel; the first part starts from nothing
 template <typename DOT>
 inline void fxq_tile(
     typename DOT::State&,
-    int64_t rows,
+    const FxqPlan&,
+    const FxqTileRows<DOT>& rows,
+    const FxqBlock& block,
     int64_t width,
-    const int8_t* a,
-    int64_t lda,
     const int8_t* panel,
     const FxqPart& part,
-    const int32_t*,
-    FxqAhead,
     int32_t* out) {
-  switch (rows) {
-    case 1: return fxq_sums_of_panel<1>(width, a, lda, panel, part, out);
-    case 2: return fxq_sums_of_panel<2>(width, a, lda, panel, part, out);
-    case 3: return fxq_sums_of_panel<3>(width, a, lda, panel, part, out);
-    default: return fxq_sums_of_panel<4>(width, a, lda, panel, part, out);
+  const int8_t* const a = rows.a + block.row * rows.lda;
+  switch (block.rows) {
+    case 1: return fxq_sums_of_panel<1>(width, a, rows.lda, panel, part, out);
+    case 2: return fxq_sums_of_panel<2>(width, a, rows.lda, panel, part, out);
+    case 3: return fxq_sums_of_panel<3>(width, a, rows.lda, panel, part, out);
+    default: return fxq_sums_of_panel<4>(width, a, rows.lda, panel, part, out);
   }
 }
 

@@ -24,23 +24,6 @@ inline const float* fxq_row_scale(const FxqWeight& w, int64_t row, int64_t group
                                 : w.row_scale + row * w.row_scale_stride + group * w.row_scale_group_stride;
 }
 
-// Passes of nearly as many rows each over the whole weight. Tiles are so fast that they would wait for an activation that
-// does not stay in the second cache.
-struct FxqPasses {
-  int64_t rows, count;
-
-  FxqPasses(int64_t rows, [[maybe_unused]] int64_t bytes_of_row) : rows(rows) {
-    count = (rows + FXQ_CHUNK_ROWS - 1) / FXQ_CHUNK_ROWS;
-#ifdef FXQ_AMX
-    const int64_t most = std::max<int64_t>(64, (1 << 20) / std::max<int64_t>(bytes_of_row, 1));
-    count = std::max(count, (rows + most / 2) / most);
-#endif
-  }
-  int64_t start(int64_t pass) const {
-    return rows * pass / count;
-  }
-};
-
 // Rows of an activation where tiles read them: copied where they begin in the same few places of the first cache.
 template <typename A>
 struct FxqSpread {

@@ -19,6 +19,28 @@ constexpr int64_t FXQ_PANEL = 64;
 constexpr int64_t FXQ_TILE_ROWS = 6;    // of a tile in registers
 constexpr int64_t FXQ_CHUNK_ROWS = 384; // rows that stream past a panel while it is in cache
 
+// Passes of nearly as many rows each over the whole weight. Tiles of AMX are so fast that they would wait for an activation
+// that does not stay in the second cache.
+struct FxqPasses {
+  int64_t rows, count;
+
+  FxqPasses(int64_t rows, [[maybe_unused]] int64_t bytes_of_row) : rows(rows) {
+    count = (rows + FXQ_CHUNK_ROWS - 1) / FXQ_CHUNK_ROWS;
+#ifdef FXQ_AMX
+    const int64_t most = std::max<int64_t>(64, (1 << 20) / std::max<int64_t>(bytes_of_row, 1));
+    count = std::max(count, (rows + most / 2) / most);
+#endif
+  }
+  int64_t start(int64_t pass) const {
+    return rows * pass / count;
+  }
+};
+
+// The rows from ``row`` on that are multiplied together, of ``blocks`` such blocks the one called ``index``.
+struct FxqBlock {
+  int64_t row, rows, index, blocks;
+};
+
 // What is asked for before it is needed: ``step`` bytes from ``at`` on for each line of a panel that is read.
 struct FxqAhead {
   const char* at;
@@ -61,12 +83,21 @@ struct FxqParts {
   }
 };
 
-// What a block asks for while it goes over part of a panel of codes.
-template <typename B>
-inline FxqAhead fxq_ahead(const FxqPlan& plan, int64_t block, int64_t blocks, const B* panel, const FxqPart& part) {
-  return fxq_ahead(
-      plan, block, blocks, panel + part.from * FXQ_PANEL, (part.to - part.from) * FXQ_PANEL * sizeof(B));
-}
+// Rows of an activation as tiles of DOT want them: where they are, with what their sums start from. There are at most
+// FXQ_CHUNK_ROWS, in blocks of nearly equal height.
+template <typename DOT>
+struct FxqTileRows {
+  using A = typename DOT::A;
+  const A* a;
+  int64_t lda;
+  alignas(64) typename DOT::Acc start[FXQ_CHUNK_ROWS];
+
+  FxqTileRows(const A* a, int64_t lda, int64_t rows, int64_t, int64_t k) : a(a), lda(lda) {
+    for (int64_t r = 0; r < rows; r++) {
+      start[r] = DOT::row_start(a + r * lda, k);
+    }
+  }
+};
 
 // Asks for ``bytes`` from p on, which are wanted after the panel that comes first.
 inline void fxq_expect(const void* p, int64_t bytes) {

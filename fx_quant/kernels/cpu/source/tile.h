@@ -150,27 +150,29 @@ FXQ_TARGET __attribute__((noinline)) void fxq_tile_rows(
   } while (from < part.to);
 }
 
-// out[rows][64] += a[rows] x part of a panel; the first part starts from start[r]
+// out[rows of the block][64] += they x part of a panel; the first part starts from start[r]
 template <typename DOT>
 inline void fxq_tile(
     typename DOT::State&,
-    int64_t rows,
+    const FxqPlan& plan,
+    const FxqTileRows<DOT>& rows,
+    const FxqBlock& block,
     int64_t,
-    const typename DOT::A* a,
-    int64_t lda,
     const typename DOT::B* panel,
     const FxqPart& part,
-    const typename DOT::Acc* start,
-    FxqAhead ahead,
     typename DOT::Acc* out) {
   static_assert(DOT::ROWS == 6);
-  switch (rows) {
-    case 1: return fxq_tile_rows<DOT, 1>(a, lda, panel, part, start, ahead, out);
-    case 2: return fxq_tile_rows<DOT, 2>(a, lda, panel, part, start, ahead, out);
-    case 3: return fxq_tile_rows<DOT, 3>(a, lda, panel, part, start, ahead, out);
-    case 4: return fxq_tile_rows<DOT, 4>(a, lda, panel, part, start, ahead, out);
-    case 5: return fxq_tile_rows<DOT, 5>(a, lda, panel, part, start, ahead, out);
-    default: return fxq_tile_rows<DOT, 6>(a, lda, panel, part, start, ahead, out);
+  const auto a = rows.a + block.row * rows.lda;
+  const auto start = rows.start + block.row;
+  const int64_t bytes = (part.to - part.from) * FXQ_PANEL * sizeof(*panel);
+  const FxqAhead ahead = fxq_ahead(plan, block.index, block.blocks, panel + part.from * FXQ_PANEL, bytes);
+  switch (block.rows) {
+    case 1: return fxq_tile_rows<DOT, 1>(a, rows.lda, panel, part, start, ahead, out);
+    case 2: return fxq_tile_rows<DOT, 2>(a, rows.lda, panel, part, start, ahead, out);
+    case 3: return fxq_tile_rows<DOT, 3>(a, rows.lda, panel, part, start, ahead, out);
+    case 4: return fxq_tile_rows<DOT, 4>(a, rows.lda, panel, part, start, ahead, out);
+    case 5: return fxq_tile_rows<DOT, 5>(a, rows.lda, panel, part, start, ahead, out);
+    default: return fxq_tile_rows<DOT, 6>(a, rows.lda, panel, part, start, ahead, out);
   }
 }
 
