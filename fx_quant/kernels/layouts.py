@@ -194,6 +194,7 @@ for _layout in (
         weights=frozenset({torch.int8}),
         dtype=torch.int8,
         shape=lambda n, k: (-(-n // PANEL), -(-k // 64), 4, 16, 16, 4),
+        panels=0,
         pack=_amx,
         unpack=_from_amx,
     ),
