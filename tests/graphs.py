@@ -273,19 +273,19 @@ def _unpacked(b, k):
     return torch.stack((b & 15, b >> 4), 1).reshape(k, b.shape[1]).double() - 8
 
 
-def _weight_only_mm_in_float64(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None):
-    y = x.double() @ _decoded(_unpacked(b, x.shape[1]), b_scale, b_zero_point, block)
+def _weight_only_mm_in_float64(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None, b_offset=None):
+    y = x.double() @ _decoded(_unpacked(b, x.shape[1]), b_scale, b_zero_point, block, b_offset)
     return y if bias is None else y + bias
 
 
-def _decoded(b, scale, zero_point, block):
+def _decoded(b, scale, zero_point, block, offset=None):
     def spread(t):
         if block is None:
             return t
         return t.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: b.shape[1], : b.shape[0]].t()
 
     b = b.double() if zero_point is None else b.double() - spread(zero_point)
-    return b * spread(scale)
+    return b * spread(scale) + (0 if offset is None else spread(offset))
 
 
 def _aten_scaled_mm_in_float64(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, fast=False):

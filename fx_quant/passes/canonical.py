@@ -17,7 +17,9 @@ def operands_of(node: Node) -> Operands[Node]:
     """The operands of the canonical op ``node``."""
     if node.target is WEIGHT_ONLY_MM:
         a, b, b_scale, b_zero_point, bias, out_dtype = args_of(node)
-        operands = Operands(a, b, None, b_scale, bias, out_dtype, b_zero_point=b_zero_point, block=_block(node))
+        offset = node.kwargs.get("b_offset")
+        assert offset is None or isinstance(offset, Node)
+        operands = Operands(a, b, None, b_scale, bias, out_dtype, None, b_zero_point, _block(node), offset)
     else:
         zero_points = {f"{name}_zero_point": node.kwargs.get(f"{name}_zero_point") for name in "ab"}
         assert all(point is None or isinstance(point, Node) for point in zero_points.values())

@@ -61,6 +61,7 @@ from fx_quant.passes.values import (
     Axis,
     Codes,
     ColumnSum,
+    Decode,
     Environment,
     Product,
     Rule,
@@ -127,7 +128,8 @@ def _scale(env: Environment, node: Node) -> Value | None:
         return Unknown(node, "the scale does not follow the rows, columns, groups or blocks of the codes")
     if varies_everywhere(affine.codes, scale.pairs):
         return Unknown(node, GATHERED if is_gathered(other) else "every code has a scale of its own")
-    return rounded(dataclasses.replace(affine, scales=(*affine.scales, scale)), to)
+    offsets = tuple((*offset, scale) for offset in affine.offsets)
+    return rounded(dataclasses.replace(affine, scales=(*affine.scales, scale), offsets=offsets), to)
 
 
 def _unexpanded(other: object) -> object:
@@ -156,7 +158,10 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
     side, stage = ("rows", Stage.A_SCALE) if on_rows else ("columns", Stage.B_SCALE)
     factors = getattr(product, side)
     exact = _in_float32(product, node, other) and not divides and not factors
-    changes: dict[str, Any] = {side: (*factors, tile_along(axis, other, node, inverse=divides))}
+    tile = tile_along(axis, other, node, inverse=divides)
+    changes: dict[str, Any] = {side: (*factors, tile)}
+    if side == "columns":
+        changes["b_offsets"] = tuple((*offset, tile) for offset in product.b_offsets)
     if product.block is not None and side == "columns" and axis is Axis.COLUMN:
         # A scale for each column parts the rows of a block, which must be whole for that.
         (high, group), n = product.block, shape(product.gemm)[-1]
@@ -266,23 +271,17 @@ def _spreads(operand: object) -> bool:
 
 
 def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Value:
-    """Codes minus an integer that one scale's worth of them share."""
-    affine = as_affine(value)
+    """Codes minus an integer that one scale's worth of them share; whatever else they share is an offset."""
+    affine, to = as_affine(value), dtype(node)
     assert affine is not None
-    if affine.scales:
-        return Unknown(node, "something is added to the dequantized tensor: a zero point must come before the scale")
-    if integer_range(affine.codes) is None:
-        return Unknown(node, "something is added to float8 codes, which have no zero point")
-    if not subtracts:
-        return Unknown(node, "something is added to the codes: a zero point must be subtracted from them")
-    zero_point = zero_point_of(affine.codes, node, other)
+    assert to is not None
+    is_point = subtracts and not affine.scales and integer_range(affine.codes) is not None
+    zero_point = zero_point_of(affine.codes, node, other) if is_point else None
     if zero_point is None:
-        return Unknown(node, "the zero point is no integer tensor that follows the rows, columns, groups or blocks")
+        return _offset(affine, node, other, subtracts, to)
     if varies_everywhere(affine.codes, zero_point.pairs):
         return Unknown(node, "every code has a zero point of its own")
     moved = dataclasses.replace(affine, zero_points=(*affine.zero_points, zero_point))
-    to = dtype(node)
-    assert to is not None
     if not to.is_floating_point:
         if to not in ACCUMULATORS:
             return Unknown(node, f"a zero point is subtracted in {to}, where the difference may wrap around")
@@ -297,6 +296,19 @@ def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Val
             moved = rounded(moved, cast)
         other = args_of(other)[0]
     return moved
+
+
+def _offset(affine: Affine, node: Node, other: object, subtracts: bool, to: torch.dtype) -> Value:
+    """Codes, scaled or not, plus or minus a number that one scale's worth of them share."""
+    if to not in FLOAT_DTYPES:
+        return Unknown(node, f"something else than a zero point is added to the codes in {to}, which has no rule")
+    offset = scale_of(affine.codes, node, other)
+    if offset is None:
+        return Unknown(node, "what is added to the codes does not follow their rows, columns, groups or blocks")
+    if varies_everywhere(affine.codes, offset.pairs):
+        return Unknown(node, "every code has an offset of its own")
+    added = (offset, Decode(-1.0)) if subtracts else (offset,)
+    return rounded(dataclasses.replace(affine, offsets=(*affine.offsets, added)), to)
 
 
 def _same_kind(value: Value, node: Node) -> bool:
