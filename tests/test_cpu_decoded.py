@@ -236,9 +236,7 @@ def test_an_offset_of_every_shape_beside_a_zero_point_and_a_bias(float_dtype, sh
     scale, zero_point, offset = torch.rand(shape), torch.randint(-8, 8, shape), torch.randn(shape)
     scale, bias = scale if scaled else torch.ones(shape), torch.randn(70)
     given = {"b_zero_point": zero_point, "b_offset": offset}
-    out = OPS[float_dtype](
-        a, packed(w, INT8, float_dtype), None, scale if scaled else None, bias, 70, F32, **given
-    )
+    out = OPS[float_dtype](a, packed(w, INT8, float_dtype), None, scale if scaled else None, bias, 70, F32, **given)
     assert_is_sum(out, a, w, scale, zero_point, None, bias=bias, offset=offset)
 
 
