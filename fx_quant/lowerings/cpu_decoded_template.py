@@ -1,9 +1,9 @@
 """A C++ template around the matmuls that decode a packed weight in registers: it yields the scaled sums of a panel.
 
 ``acc[m, n] = sum_j row_scale[m, j] * scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j])`` in float32,
-of what is there, with the row's zero point taken off codes ``a``, and beside a float ``a`` with ``offset[n, j]`` times
-``sum_{k in j} a[m, k]`` instead of the zero point; scales that do not vary along k and stand beside no offset, bias, cast
-and what follows are the epilogue, fused by the scheduler.
+of what is there, with the row's zero point taken off codes ``a``, or beside a float ``a`` with ``offset[n, j]`` added
+to the scaled codes; scales that do not vary along k, unless beside an offset, bias, cast and what follows are the
+epilogue, fused by the scheduler.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Our native matmuls of a float activation and a weight that stays packed in 8 or 4 bits until it is needed.
 
 ``out = cast(sum_j a_scale[m, j] * b_scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j]) + bias[n])``
-over the groups ``j`` along k, or beside a float activation, instead of the zero point, ``offset[n, j]`` times
-``sum_{k in j} a[m, k]`` added to the scaled sum. Codes are decoded in registers, next to the products; see ``kernels/cpu/source/panel.h``.
+over the groups ``j`` along k; beside a float activation with an offset instead of the zero point, which is added to the
+scaled codes. Codes are decoded in registers, next to the products; see ``kernels/cpu/source/panel.h``.
 """
 
 from __future__ import annotations
