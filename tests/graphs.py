@@ -215,7 +215,8 @@ class _InFloat64(_Keeper):
         return torch.utils._pytree.tree_map(_widened, value)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
+        if target is not torch.ops.aten.view.dtype:  # of bytes, which are halves where they are viewed as such
+            args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
         body = _NAMED_FLOAT64_BODIES.get(str(target)) or _FLOAT64_BODIES.get(target, target)
         return super().call_function(body, args, kwargs)
 

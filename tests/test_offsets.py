@@ -64,6 +64,13 @@ OF_GROUPS: dict[str, Graph] = {
     "scale of channels": lambda x, w, s, o: x @ by_group(w.float() * s[:, :1], o, torch.add).t(),
     "offset of channels": lambda x, w, s, o: x @ (by_group(w.float(), s, torch.mul) + o[:, :1]).t(),
     "offset of all": lambda x, w, s, o: x @ (by_group(w.float(), s, torch.mul) + o[0, 0]).t(),
+    "as quanto has it": lambda x, w, s, o: x @ (s.view(-1, 1) * w.view(-1, G) - o.view(-1, 1)).reshape(N, K).t(),
+    "as HQQ has it": lambda x, w, s, o: F.linear(
+        x, ((w.view(-1, G).to(x.dtype) - o.view(-1, 1)) * s.view(-1, 1)).reshape(N, K)
+    ),
+    "as torchao has it": lambda x, w, s, o: F.linear(
+        x, ((w.view(N, -1, G).float() - 8) * s[..., None] + o[..., None]).view(N, K)
+    ),
     "by two factors": lambda x, w, s, o: x @ by_group(by_group(w.float(), s, torch.mul), s * o[:1], torch.sub).t(),
 }
 

@@ -36,7 +36,10 @@ def can_fold(node: Node) -> bool:
 
 
 def program_of(
-    inputs: Sequence[Node], steps: Sequence[Node], results: Sequence[Node], literals: Mapping[Node, Tensor] | None = None
+    inputs: Sequence[Node],
+    steps: Sequence[Node],
+    results: Sequence[Node],
+    literals: Mapping[Node, Tensor] | None = None,
 ) -> str:
     """``steps`` in order, as text: values are numbered, the inputs first.
 

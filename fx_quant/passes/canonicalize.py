@@ -256,11 +256,12 @@ def _scale_and_offset(emitter: Emitter, site: Site, product: Product) -> tuple[N
     parts = [combined(emitter, arranged(offset), root) for offset in product.b_offsets]
     points, shift = arranged(product.b_zero_points), code_shift(product, **_how(site))
     point = combined(emitter, [*points, *([number(emitter, -shift, root, FLOAT32)] if shift else [])], root, ADD)
-    if point is not None:
-        off = emitter.call(aten.mul.Tensor, point, scale, like=root)
-        parts.append(emitter.call(aten.neg.default, off, like=root))
     offset = combined(emitter, [part for part in parts if part is not None], root, ADD)
     assert offset is not None
+    if point is not None:
+        offset = emitter.call(
+            aten.sub.Tensor, offset, emitter.call(aten.mul.Tensor, point, scale, like=root), like=root
+        )
     sizes = list(problem.scheme.weight.scale_shape(problem.n, problem.k)) if product.block is not None else None
     return _alike(emitter, scale, offset, root, sizes)
 
