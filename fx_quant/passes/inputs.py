@@ -75,8 +75,9 @@ def literal(node: Node) -> torch.Tensor | None:
     if not is_op(node, aten.lift_fresh_copy.default) or owner is None:
         return None
     value = getattr(owner, str(source[0].target), None) if isinstance(source[0], Node) else None
-    is_plain = type(value) is torch.Tensor and (value.dtype in FLOAT_DTYPES or value.dtype in _INTEGERS)
-    return value if is_plain and value.dim() < 2 and value.numel() <= _FEW else None
+    if type(value) is not torch.Tensor or not (value.dtype in FLOAT_DTYPES or value.dtype in _INTEGERS):
+        return None
+    return value if value.dim() < 2 and value.numel() <= _FEW else None
 
 
 def _looks_static(node: Node) -> bool:
