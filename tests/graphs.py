@@ -33,6 +33,7 @@ from fx_quant.passes.rewrite import remove_identities
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.sites import Found, Miss, Site, find_sites
 from fx_quant.passes.values import Codes
+from fx_quant.passes.written import join_slices
 from fx_quant.scheme import FLOAT8_DTYPES, Numerics
 from fx_quant.target import named_target
 from tests.printer import print_graph
@@ -144,6 +145,7 @@ class Proven:
 def prove(graph: Graph, static: Sequence[int] | None = None, numerics: str = "reassociated") -> Proven:
     """``graph`` with all that is proven of it written as canonical ops; arguments as for ``rewrite``."""
     work = common_subexpressions_merged(graph)
+    join_slices(work)
     remove_identities(work)
     before = copy_of(work)
     static = range(1, len(work.find_nodes(op="placeholder"))) if static is None else static

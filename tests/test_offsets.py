@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fx_quant
 from fx_quant.kernels.select import verdicts
+from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.problem import Problem, SizeRange
 from fx_quant.scheme import Scheme
 from fx_quant.target import named_target
@@ -228,3 +230,11 @@ def test_a_kernel_without_offsets_says_so():
     unmet = {verdict.kernel: verdict.reasons for verdict in verdicts(problem, named_target("sm90"))}
     assert unmet["triton_weight_only"] == ("has no float offset of the weight",)
     assert unmet["pytorch_weight_only"] == ()
+
+
+def test_a_layer_of_ours_has_no_offset():
+    scheme = Scheme.parse("bfloat16 x uint8 per_channel with offset")
+    with pytest.raises(ValueError, match="a linear has zero points and no offsets, got bfloat16 x uint8"):
+        fx_quant.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 64)), str(scheme))
+    with pytest.raises(ValueError, match="without offsets, got uint8 per_channel with offset; say symmetric=False"):
+        quantize_weight(torch.randn(8, 8), scheme.weight)

@@ -30,7 +30,10 @@ class Hqq(HandLinear):
         self.register_buffer("zero", zero.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = torch.cat(((self.packed & 0b11110000) >> 4, self.packed & 0b00001111)).to(x.dtype)
+        rows = self.packed.shape[0]
+        codes = torch.empty([2 * rows, self.packed.shape[1]], dtype=x.dtype, device=self.packed.device)
+        codes[:rows] = (self.packed & 0b11110000) >> 4
+        codes[rows:] = self.packed & 0b00001111
         weight = ((codes - self.zero) * self.scale).reshape(self.n, self.k)
         return F.linear(x, weight, self.bias)
 
