@@ -229,6 +229,17 @@ def test_offsets_where_a_panel_is_decoded_once_for_many_rows(float_dtype, group,
 
 
 @both
+def test_a_row_beside_an_offset_is_the_same_whatever_stands_beside_it(float_dtype):
+    n, k = 70, 1096
+    a, w, scale, offset = torch.randn(100, k).to(float_dtype), weight(n, k, INT4), torch.rand(n, 35), torch.randn(n, 35)
+    fixed = getattr(fxq, f"{OPS[float_dtype]._schema.name.split('::')[1]}_fixed").default
+    given = (packed(w, INT4, float_dtype), None, scale, None, n, F32)
+    out = fixed(a, *given, b_offset=offset, block=(1, 32))
+    assert torch.equal(out[3:4], fixed(a[3:4].clone(), *given, b_offset=offset, block=(1, 32)))
+    assert_is_sum(out, a, w, scale, None, (1, 32), offset=offset)
+
+
+@both
 @pytest.mark.parametrize("shape", [(), (1,), (1, 70)], ids=str)
 @pytest.mark.parametrize("scaled", [True, False])
 def test_an_offset_of_every_shape_beside_a_zero_point_and_a_bias(float_dtype, shape, scaled, way):

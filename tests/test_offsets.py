@@ -66,6 +66,9 @@ OF_GROUPS: dict[str, Graph] = {
     "scale of channels": lambda x, w, s, o: x @ by_group(w.float() * s[:, :1], o, torch.add).t(),
     "offset of channels": lambda x, w, s, o: x @ (by_group(w.float(), s, torch.mul) + o[:, :1]).t(),
     "offset of all": lambda x, w, s, o: x @ (by_group(w.float(), s, torch.mul) + o[0, 0]).t(),
+    "by addcmul": lambda x, w, s, o: (
+        x @ torch.addcmul(o[..., None], w.float().view(N, -1, G), s[..., None]).view(N, K).t()
+    ),
     "as quanto has it": lambda x, w, s, o: x @ (s.view(-1, 1) * w.view(-1, G) - o.view(-1, 1)).reshape(N, K).t(),
     "as HQQ has it": lambda x, w, s, o: F.linear(
         x, ((w.view(-1, G).to(x.dtype) - o.view(-1, 1)) * s.view(-1, 1)).reshape(N, K)
@@ -163,6 +166,14 @@ NEAR_MISSES: dict[str, tuple[Graph, str]] = {
     "that the codes are taken from": (
         lambda x, w, s, o: x @ (o[:, :1] - by_group(w.float(), s, torch.mul)).t(),
         "miss: no rule proves aten.sub.Tensor of a dequantized tensor",
+    ),
+    "by addcmul of another value": (
+        lambda x, w, s, o: x @ torch.addcmul(o[:, :1], w.float(), s[:, :1], value=2).t(),
+        "miss: the weight is decoded from stored codes, and no rule proves aten.addcmul.default",
+    ),
+    "by addcmul of each code": (
+        lambda x, w, s, o: x @ torch.addcmul(o.repeat(1, G), w.float(), s[:, :1]).t(),
+        "miss: the weight is decoded from stored codes, and no rule proves aten.addcmul.default",
     ),
     "in integers": (
         lambda x, w, s, o: x @ ((w.to(torch.int32) + (o[:, :1] * 9).to(torch.int32)) * s[:, :1]).t(),

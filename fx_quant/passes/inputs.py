@@ -12,8 +12,8 @@ from fx_quant.passes.memory import written_inputs
 from fx_quant.passes.nodes import aten, dtype, is_op, shape, tensor
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, INT8_DTYPES
 
-# As many as Inductor's cache of graphs looks at, and writes into the code.
-_FEW, _INTEGERS = 8, INT8_DTYPES | {torch.int16, torch.int32, torch.int64}
+# Bits to shift by, or a table: the program of what is folded has them as text.
+_FEW, _INTEGERS = 64, INT8_DTYPES | {torch.int16, torch.int32, torch.int64}
 _EMPTY = (aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default)
 
 

@@ -116,13 +116,17 @@ def _scale(env: Environment, node: Node) -> Value | None:
     other = _unexpanded(other)
     if isinstance(value, Product):
         return _scale_product(value, node, other, axis_of(other, node), divides)
-    to = dtype(node)
-    if to is None or to not in FLOAT_DTYPES:
-        return Unknown(node, f"the codes are scaled in {to}, which has no rule")
-    if isinstance(env.value(other), Unknown):
+    if isinstance(env.value(other), Unknown) and dtype(node) in FLOAT_DTYPES:
         return None
     affine = as_affine(value)
     assert affine is not None
+    return _scale_affine(affine, node, other, divides)
+
+
+def _scale_affine(affine: Affine, node: Node, other: object, divides: bool) -> Affine | Unknown:
+    to = dtype(node)
+    if to is None or to not in FLOAT_DTYPES:
+        return Unknown(node, f"the codes are scaled in {to}, which has no rule")
     scale = scale_of(affine.codes, node, other, inverse=divides)
     if scale is None:
         return Unknown(node, "the scale does not follow the rows, columns, groups or blocks of the codes")
@@ -199,14 +203,19 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
 
 
 def _scaled_and_shifted(env: Environment, node: Node) -> Value | None:
-    """``addcmul(bias, product, scale)``."""
+    """``addcmul(bias, product, scale)``, or of codes and their offset."""
     bias, *factors = args_of(node)[:3]
     if node.kwargs.get("value", 1) != 1:
         return None
     for operand, other in (factors, reversed(factors)):
         product = env.value(operand)
-        if isinstance(product, Product) and same_shape(shape(operand), shape(node)) and operand is not other:
-            scale = _unexpanded(other)
+        if not same_shape(shape(operand), shape(node)) or operand is other:
+            continue
+        scale, affine = _unexpanded(other), as_affine(product)
+        if affine is not None and (not is_full(bias, node) or _spreads(bias)) and env.value(other) is None:
+            scaled, to = _scale_affine(affine, node, scale, divides=False), dtype(node)
+            return scaled if isinstance(scaled, Unknown) or to is None else _offset(scaled, node, bias, False, to)
+        if isinstance(product, Product):
             scaled = _scale_product(product, node, scale, axis_of(scale, node), divides=False)
             shifted = None if scaled is None else _shift_product(env, scaled, node, bias, subtracts=False)
             # One op may round once where two round twice.
