@@ -176,6 +176,7 @@ class OperandSpec:
         granularity: over what a scale is shared.
         dynamic: the scale is computed from the tensor at run time (activations only).
         symmetric: the codes stand for ``codes * scale``, without a zero point.
+        offset: a float is added after the scale: ``codes * scale + offset``, of the granularity of the scales.
         scale_dtype: the dtype of the scales as the kernel is given them.
     """
 
@@ -184,6 +185,7 @@ class OperandSpec:
     dynamic: bool = False
     symmetric: bool = True
     scale_dtype: torch.dtype = torch.float32
+    offset: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -229,8 +231,9 @@ class OperandSpec:
         if not self.quantized:
             return dtype_name(self.dtype)
         asymmetric = "" if self.symmetric else " asymmetric"
+        offset = " with offset" if self.offset else ""
         scales = "" if self.scale_dtype is torch.float32 else f" {dtype_name(self.scale_dtype)} scales"
-        return f"{dtype_name(self.dtype)} {self.granularity}{asymmetric}{scales}"
+        return f"{dtype_name(self.dtype)} {self.granularity}{asymmetric}{offset}{scales}"
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,7 @@ class Scheme:
 _EXAMPLE = "for example 'int8 per_token (dynamic) x int8 per_channel'"
 _OPERAND = re.compile(
     r"(?P<dtype>\w+)(?: (?P<kind>per_\w+|unscaled)(?:\((?P<sizes>[\d, ]+)\))?)?(?P<asymmetric> asymmetric)?"
-    r"(?: (?P<scale_dtype>\w+) scales)?(?: \((?P<when>dynamic|static)\))?"
+    r"(?P<offset> with offset)?(?: (?P<scale_dtype>\w+) scales)?(?: \((?P<when>dynamic|static)\))?"
 )
 
 
@@ -280,7 +283,7 @@ def _parse_operand(part: str, text: str, *, dynamic: bool) -> OperandSpec:
         raise ValueError(f"cannot read {part.strip()!r} in the scheme {text!r}; {_EXAMPLE}")
     granularity = _parse_granularity(words["kind"] or "unscaled", words["sizes"], text)
     is_dynamic = dynamic and dtype not in FLOAT_DTYPES and words["when"] != "static"
-    return OperandSpec(dtype, granularity, is_dynamic, not words["asymmetric"], scale_dtype)
+    return OperandSpec(dtype, granularity, is_dynamic, not words["asymmetric"], scale_dtype, bool(words["offset"]))
 
 
 def _parse_granularity(kind: str, sizes: str | None, text: str) -> Granularity:

@@ -33,6 +33,7 @@ from fx_quant.passes.rewrite import remove_identities
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.sites import Found, Miss, Site, find_sites
 from fx_quant.passes.values import Codes
+from fx_quant.passes.written import join_slices
 from fx_quant.scheme import FLOAT8_DTYPES, Numerics
 from fx_quant.target import named_target
 from tests.printer import print_graph
@@ -144,6 +145,7 @@ class Proven:
 def prove(graph: Graph, static: Sequence[int] | None = None, numerics: str = "reassociated") -> Proven:
     """``graph`` with all that is proven of it written as canonical ops; arguments as for ``rewrite``."""
     work = common_subexpressions_merged(graph)
+    join_slices(work)
     remove_identities(work)
     before = copy_of(work)
     static = range(1, len(work.find_nodes(op="placeholder"))) if static is None else static
@@ -215,7 +217,8 @@ class _InFloat64(_Keeper):
         return torch.utils._pytree.tree_map(_widened, value)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
+        if target is not torch.ops.aten.view.dtype:  # of bytes, which are halves where they are viewed as such
+            args, kwargs = torch.utils._pytree.tree_map(_wide_dtype, (args, kwargs))
         body = _NAMED_FLOAT64_BODIES.get(str(target)) or _FLOAT64_BODIES.get(target, target)
         return super().call_function(body, args, kwargs)
 
@@ -273,19 +276,19 @@ def _unpacked(b, k):
     return torch.stack((b & 15, b >> 4), 1).reshape(k, b.shape[1]).double() - 8
 
 
-def _weight_only_mm_in_float64(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None):
-    y = x.double() @ _decoded(_unpacked(b, x.shape[1]), b_scale, b_zero_point, block)
+def _weight_only_mm_in_float64(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None, b_offset=None):
+    y = x.double() @ _decoded(_unpacked(b, x.shape[1]), b_scale, b_zero_point, block, b_offset)
     return y if bias is None else y + bias
 
 
-def _decoded(b, scale, zero_point, block):
+def _decoded(b, scale, zero_point, block, offset=None):
     def spread(t):
         if block is None:
             return t
         return t.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: b.shape[1], : b.shape[0]].t()
 
     b = b.double() if zero_point is None else b.double() - spread(zero_point)
-    return b * spread(scale)
+    return b * spread(scale) + (0 if offset is None else spread(offset))
 
 
 def _aten_scaled_mm_in_float64(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, fast=False):

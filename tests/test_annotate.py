@@ -183,13 +183,31 @@ def test_an_added_integer_is_an_offset(function, offset):
     [
         lambda a: a + 1,  # wraps around
         lambda a: 3 - a.to(torch.int32),
-        lambda a: a.float() + 0.5,
         lambda a: a.to(torch.int32) + torch.arange(K, dtype=torch.int32),
-        lambda a: a.to(BF16) + 200,  # not every sum is a bfloat16
     ],
 )
 def test_what_is_no_integer_offset_is_not_proven(function):
     assert isinstance(value_of(function, A), Unknown)
+
+
+@pytest.mark.parametrize(
+    ("function", "factors", "epsilon"),
+    [
+        (lambda a: a.float() + 0.5, [1], F32),
+        (lambda a: a.to(BF16) + 200, [1], BF16),  # not every sum is a bfloat16
+        (lambda a: a.float() - torch.rand(M, 1), [2], F32),
+        (lambda a: a.float() + integers(M, 1), [1], F32),
+        (lambda a: a.float() * row() - integers(M, 1), [2], F32),
+        (lambda a: (a.float() - torch.rand(M, 1)) * row() + 0.5, [3, 1], F32),
+        (lambda a: (a.float() - torch.rand(M, 1)).to(BF16), [2], BF16),
+        (lambda a: a.to(E4M3).float() - integers(), [2], F32),
+    ],
+)
+def test_what_else_is_added_in_floating_point_is_an_offset_of_so_many_factors(function, factors, epsilon):
+    value = value_of(function, A)
+    assert isinstance(value, Affine)
+    assert [len(offset) for offset in value.offsets] == factors
+    assert value.epsilon == torch.finfo(epsilon).eps
 
 
 def test_an_alpha_scales_the_offset_so_it_is_not_proven():
@@ -332,18 +350,22 @@ def test_an_affine_value_remembers_its_coarsest_rounding(function, epsilon):
         (lambda a: a.double() * 0.5, "the codes are scaled in torch.float64, which has no rule"),
         (lambda a: a.float() * torch.rand(M, K), "every code has a scale of its own"),
         (
-            lambda a: a.float() - torch.rand(M, 1),
-            "the zero point is no integer tensor that follows the rows, columns, groups or blocks",
+            lambda a: a.to(torch.int32) + integers(M, 1),
+            "something else than a zero point is added to the codes in torch.int32, which has no rule",
         ),
         (
-            lambda a: a.float() + integers(M, 1),
-            "something is added to the codes: a zero point must be subtracted from them",
+            lambda a: a.double() * 1.0 + torch.rand(M, 1),
+            "the codes are scaled in torch.float64, which has no rule",
         ),
         (
-            lambda a: a.float() * row() - integers(M, 1),
-            "something is added to the dequantized tensor: a zero point must come before the scale",
+            lambda a: a.double() + torch.rand(M, 1).double(),
+            "something else than a zero point is added to the codes in torch.float64, which has no rule",
         ),
-        (lambda a: a.to(E4M3).float() - integers(), "something is added to float8 codes, which have no zero point"),
+        (lambda a: a.view(1, -1).float() + torch.rand(M * K), "every code has an offset of its own"),
+        (
+            lambda a: a.expand(3, M, K).float() + torch.rand(3, 1, 1),
+            "what is added to the codes does not follow their rows, columns, groups or blocks",
+        ),
         (
             lambda a: a - integers(M, 1).to(INT8),
             "a zero point is subtracted in torch.int8, where the difference may wrap around",
@@ -356,8 +378,8 @@ def test_a_dequantize_step_without_a_rule_says_so(function, rule):
 
 
 def test_the_failed_rule_is_carried_to_the_matmul():
-    rule = rule_of(lambda a, w: a.float() @ ((w.float() - torch.rand(N, 1)) * torch.rand(N, 1)).t(), A, W)
-    assert rule == "the zero point is no integer tensor that follows the rows, columns, groups or blocks"
+    rule = rule_of(lambda a, w: a.float() @ ((w.double() - torch.rand(N, 1)) * torch.rand(N, 1)).float().t(), A, W)
+    assert rule == "something else than a zero point is added to the codes in torch.float64, which has no rule"
 
 
 @pytest.mark.parametrize(

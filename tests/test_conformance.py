@@ -68,6 +68,11 @@ GROUPS = (
     "bfloat16 x int4 per_group(12)",
     "float32 x uint8 per_channel asymmetric",
     "float32 x int4 per_tensor",
+    "float32 x uint8 per_channel with offset",
+    "float16 x uint8 per_block(16, 32) with offset",
+    "bfloat16 x int8 per_group(32) with offset",
+    "bfloat16 x int4 per_group(12) with offset",
+    "bfloat16 x float8_e4m3fn per_tensor with offset",
 )
 ALL_SCHEMES = tuple(Scheme.parse(text) for text in (*SCHEMES, *GROUPS))
 
@@ -104,16 +109,20 @@ def activation_scale(scheme: Scheme, m: int, k: int) -> Tensor | None:
 
 
 @functools.cache
-def weight_of(scheme: Scheme, n: int, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def weight_of(scheme: Scheme, n: int, k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     seed("weight", str(scheme), n, k)
-    weight = quantize_weight(torch.randn(n, k) / 8, scheme.weight)
+    symmetric = scheme.weight.symmetric and not (scheme.weight.offset and scheme.weight.dtype is torch.uint8)
+    weight = quantize_weight(torch.randn(n, k) / 8, replace(scheme.weight, offset=False, symmetric=symmetric))
     codes, scale, zero_point = weight.codes, weight.scale, weight.zero_point
     if scheme.weight.dtype in INT4_DTYPES:
         codes, zero_point = pack_int4(codes), None if zero_point is None else zero_point - 8
     assert scale.shape == scheme.weight.scale_shape(n, k)
     if scheme.weight.block is None:
         scale, zero_point = scale.flatten(), None if zero_point is None else zero_point.flatten()
-    return codes, scale, zero_point
+    if not scheme.weight.offset:
+        return codes, scale, zero_point, None
+    offset = torch.randn(scale.shape) / 8
+    return codes, scale, None, offset if zero_point is None else offset - zero_point * scale
 
 
 @functools.cache
@@ -133,7 +142,7 @@ def bias_of(n: int, dtype: torch.dtype) -> Tensor:
 def operands(asked: Problem, m: int) -> dict[str, Tensor | None]:
     """Those of a problem, which kernels and results share."""
     scheme = asked.scheme
-    codes, b_scale, b_zero_point = weight_of(scheme, asked.n, asked.k)
+    codes, b_scale, b_zero_point, b_offset = weight_of(scheme, asked.n, asked.k)
     a, a_scale, a_zero_point = activation_of(scheme, m, asked.k)
     return {
         "a": a,
@@ -141,6 +150,7 @@ def operands(asked: Problem, m: int) -> dict[str, Tensor | None]:
         "a_scale": a_scale,
         "b_scale": b_scale,
         "b_zero_point": b_zero_point,
+        "b_offset": b_offset,
         "bias": None if asked.bias is None else bias_of(asked.n, asked.bias),
         "a_zero_point": a_zero_point,
     }
@@ -154,9 +164,8 @@ def _zero_points(spec: OperandSpec, m: int) -> Tensor:
 def reference(asked: Problem, given: dict[str, Tensor | None]) -> Tensor:
     a, weight, block = given["a"], given["weight"], asked.scheme.weight.block
     if asked.scheme.weight_only:
-        return fxq.weight_only_mm(
-            a, weight.t(), given["b_scale"], given["b_zero_point"], given["bias"], asked.out_dtype, block=block
-        )
+        factors, more = (given["b_scale"], given["b_zero_point"]), {"block": block, "b_offset": given["b_offset"]}
+        return fxq.weight_only_mm(a, weight.t(), *factors, given["bias"], asked.out_dtype, **more)
     return fxq.scaled_mm(
         a,
         weight.t(),
@@ -174,7 +183,7 @@ def largest_term(asked: Problem, given: dict[str, Tensor | None]) -> float:
     """The largest term of the float sums that make a result: its bias, and the products of a float activation."""
     terms = [0.0 if given["bias"] is None else given["bias"].float().abs().max().item()]
     if asked.scheme.weight_only and given["a"].numel():
-        factors = (given["b_scale"], given["b_zero_point"], asked.scheme.weight.block)
+        factors = (given["b_scale"], given["b_zero_point"], asked.scheme.weight.block, given["b_offset"])
         weight = dequantize_weight(given["weight"].t(), asked.k, *factors)
         terms.append((given["a"].float().abs().max() * weight.abs().max()).item())
     return max(terms)

@@ -96,6 +96,7 @@ def assert_is_sum(
     block: tuple[int, int] | None,
     a_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> None:
     """``out`` is within float32 rounding of each step of the sum, which is known in float64."""
     k = a.shape[1]
@@ -109,6 +110,11 @@ def assert_is_sum(
         # Zero points beyond the codes are taken off the sum, whose terms are then larger.
         codes = dequantize_weight(w.t(), k, b_scale, None, block).double()
         magnitude = magnitude + exact.abs() @ (codes.abs() + (codes - decoded).abs())
+    if offset is not None:
+        # As zero points are, it is added to the sum.
+        zeros = torch.zeros_like(b_scale, dtype=F32)
+        added = dequantize_weight(w.t(), k, zeros, None, block, offset).double()
+        expected, magnitude = expected + exact @ added, magnitude + exact.abs() @ added.abs()
     if bias is not None:
         expected, magnitude = expected + bias, magnitude + bias.abs()
     assert out.shape == expected.shape
@@ -192,6 +198,57 @@ def test_zero_points_of_every_dtype_and_size(float_dtype, dtype, point, block, l
         a, packed(w, dtype, float_dtype), None, scale, None, n, F32, b_zero_point=zero_point, block=block
     )
     assert_is_sum(out, a, w, scale, zero_point, block)
+
+
+@both
+@pytest.mark.parametrize("dtype", [INT8, UINT8, INT4, E4M3], ids=str)
+@pytest.mark.parametrize("offset_dtype", [F32, BF16, F16, torch.float64], ids=str)
+@pytest.mark.parametrize("block", [None, (1, 8), (1, 96), (16, 64), (1, 1000)], ids=str)
+@pytest.mark.parametrize("m", [1, 7, 40])
+def test_offsets_of_scaled_codes(float_dtype, dtype, offset_dtype, block, m):
+    n, k = 130, 328
+    a, w, scale = torch.randn(m, k).to(float_dtype), weight(n, k, dtype), torch.rand(factors(n, k, block))
+    offset = (torch.randn(scale.shape) * 9).to(offset_dtype)
+    b, groups = packed(w, dtype, float_dtype), block is not None and block[0] == 1
+    for given in ((scale, offset), (in_panels(scale), in_panels(offset))) if groups else ((scale, offset),):
+        out = OPS[float_dtype](a, b, None, given[0], None, n, F32, b_offset=given[1], block=block)
+        assert_is_sum(out, a, w, scale, None, block, offset=offset)
+
+
+@both
+@pytest.mark.parametrize("m", [8, 17, 33, 48, 100])
+@pytest.mark.parametrize("group", [None, 8, 32, 64])
+def test_offsets_where_a_panel_is_decoded_once_for_many_rows(float_dtype, group, m, tiles):
+    n, k = 70, 1096
+    block = None if group is None else (1, group)
+    a, w, scale = torch.randn(m, k).to(float_dtype), weight(n, k, INT4), torch.rand(factors(n, k, block))
+    offset = torch.randn(scale.shape)
+    b = packed(w, INT4, float_dtype)
+    out = OPS[float_dtype](a, b, None, scale, None, n, F32, b_offset=offset, block=block)
+    assert_is_sum(out, a, w, scale, None, block, offset=offset)
+
+
+@both
+def test_a_row_beside_an_offset_is_the_same_whatever_stands_beside_it(float_dtype):
+    n, k = 70, 1096
+    a, w, scale, offset = torch.randn(100, k).to(float_dtype), weight(n, k, INT4), torch.rand(n, 35), torch.randn(n, 35)
+    fixed = getattr(fxq, f"{OPS[float_dtype]._schema.name.split('::')[1]}_fixed").default
+    given = (packed(w, INT4, float_dtype), None, scale, None, n, F32)
+    out = fixed(a, *given, b_offset=offset, block=(1, 32))
+    assert torch.equal(out[3:4], fixed(a[3:4].clone(), *given, b_offset=offset, block=(1, 32)))
+    assert_is_sum(out, a, w, scale, None, (1, 32), offset=offset)
+
+
+@both
+@pytest.mark.parametrize("shape", [(), (1,), (1, 70)], ids=str)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_offset_of_every_shape_beside_a_zero_point_and_a_bias(float_dtype, shape, scaled, way):
+    a, w = torch.randn(3, 20).to(float_dtype), weight(70, 20, INT8)
+    scale, zero_point, offset = torch.rand(shape), torch.randint(-8, 8, shape), torch.randn(shape)
+    scale, bias = scale if scaled else torch.ones(shape), torch.randn(70)
+    given = {"b_zero_point": zero_point, "b_offset": offset}
+    out = OPS[float_dtype](a, packed(w, INT8, float_dtype), None, scale if scaled else None, bias, 70, F32, **given)
+    assert_is_sum(out, a, w, scale, zero_point, None, bias=bias, offset=offset)
 
 
 @both
@@ -351,7 +408,7 @@ def linear(w: Tensor, dtype: torch.dtype | str, float_dtype: torch.dtype, **extr
     return run
 
 
-# (codes, block, zero points, scale): all that the template decodes.
+# (codes, block, zero points or, of a float dtype, offsets, scale): all that the template decodes.
 KINDS = [
     (INT8, None, None, F32),
     (E4M3, (128, 128), None, BF16),
@@ -360,6 +417,8 @@ KINDS = [
     (UINT8, None, torch.int64, F32),
     (INT8, (1, 64), torch.int16, F16),
     (INT8, (1, 9), None, F32),
+    (INT4, (1, 32), F32, F32),
+    (UINT8, None, BF16, F32),
 ]
 
 
@@ -372,11 +431,13 @@ def assert_each_is_its_sum(kinds, float_dtype, all_rows):
     for n, (dtype, block, point, scale_dtype) in enumerate(kinds, 200):
         w, scale = weight(n, k, dtype), torch.rand(factors(n, k, block)).to(scale_dtype)
         extras = {} if block is None else {"block": list(block)}
-        zero_point = None if point is None else torch.randint(-8, 8, scale.shape, dtype=point)
-        linears.append(linear(w, dtype, float_dtype, b_zero_point=zero_point, **extras))
+        is_offset = point is not None and point.is_floating_point
+        shift = None if point is None else torch.randint(-8, 8, scale.shape).to(point)
+        zero_point, offset = (None, shift) if is_offset else (shift, None)
+        linears.append(linear(w, dtype, float_dtype, b_zero_point=zero_point, b_offset=offset, **extras))
         scales.append(scale)
         biases.append(torch.randn(n))
-        expected.append((w, scale, zero_point, block, None, biases[-1]))
+        expected.append((w, scale, zero_point, block, None, biases[-1], offset))
 
     @functools.partial(torch.compile, dynamic=False)
     def run(a, scales, biases):
@@ -394,7 +455,7 @@ def assert_each_is_its_sum(kinds, float_dtype, all_rows):
 @both
 def test_the_compiled_matmul_is_the_sum_for_any_rows(float_dtype):
     """Codes are decoded otherwise to each dtype, their factors are read alike."""
-    assert_each_is_its_sum(KINDS if float_dtype is BF16 else KINDS[:5], float_dtype, (7, 2, 390))
+    assert_each_is_its_sum(KINDS if float_dtype is BF16 else [*KINDS[:5], *KINDS[-2:]], float_dtype, (7, 2, 390))
 
 
 @both

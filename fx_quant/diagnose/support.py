@@ -39,6 +39,7 @@ SCHEMES = (
     "bfloat16 x float8_e4m3fn per_channel",
     "bfloat16 x int4 per_group(128)",
     "bfloat16 x uint4 per_group(128) asymmetric",
+    "bfloat16 x int4 per_group(64) with offset",
 )
 
 

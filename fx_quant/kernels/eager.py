@@ -16,7 +16,7 @@ from fx_quant.errors import NoKernelError
 from fx_quant.kernels.context import CompileContext, of_call
 from fx_quant.kernels.layouts import CODES, Held, repacked
 from fx_quant.kernels.machine import detect_target
-from fx_quant.kernels.realise import Operands, kept_parts, realise
+from fx_quant.kernels.realise import WEIGHT_FACTORS, Operands, kept_parts, realise
 from fx_quant.kernels.registry import empty_product
 from fx_quant.kernels.select import DISABLED_VARIABLE, Selection, select
 from fx_quant.problem import Problem
@@ -115,6 +115,7 @@ def run_kernel(
     *,
     a_zero_point: Tensor | None = None,
     b_zero_point: Tensor | None = None,
+    b_offset: Tensor | None = None,
     constant: Collection[str] = ("b",),
     held: Held | None = None,
 ) -> Tensor:
@@ -131,8 +132,9 @@ def run_kernel(
         bias: ``[n]``.
         a_zero_point: int32 of the shape of ``a_scale``; beside integer codes only.
         b_zero_point: integers of the shape of ``b_scale``; for a weight-only kernel only.
-        constant: which of ``b`` (the weight), ``b_scale`` and ``b_zero_point`` are the same tensors in the next call,
-            so that what is made of them is kept.
+        b_offset: floats of the shape of ``b_scale``; for a weight-only kernel only.
+        constant: which of ``b`` (the weight) and its ``WEIGHT_FACTORS`` are the same tensors in the next call, so that
+            what is made of them is kept.
         held: what ``weight`` is where it is packed: a kernel that reads that layout is given it as it is.
     """
     problem = selection.problem
@@ -140,7 +142,7 @@ def run_kernel(
         return empty_product(a, problem.n, bias, problem.out_dtype)
     block = problem.scheme.weight.block
     b = weight if held is not None else weight.t()
-    operands = Operands(a, b, a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block)
+    operands = Operands(a, b, a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block, b_offset)
     parts = kept_parts(selection, operands, constant)
     kept: dict[str, Tensor] = {}
     if held is not None:
@@ -152,7 +154,7 @@ def run_kernel(
             operands = replace(operands, b=codes.t())
         parts = {part: (name, repacked(x, held) if name == "b" else x) for part, (name, x) in parts.items()}
     if parts:
-        sources = {"b": weight, "b_scale": b_scale, "b_zero_point": b_zero_point}
+        sources = {"b": weight} | {name: getattr(operands, name) for name in WEIGHT_FACTORS}
         layouts = [layout for _, layout in parts.values()]
         packed = torch.ops.fx_quant.prepack([sources[name] for name, _ in parts.values()], layouts)
         kept |= dict(zip(parts, packed, strict=True))

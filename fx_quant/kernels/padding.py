@@ -59,6 +59,7 @@ class Padding:
             "b_scale": (1, before != after),
             "b_sum": (0, n and not scheme.activation.symmetric),
             "b_zero_point": (0, before != after and not scheme.weight.symmetric),
+            "b_offset": (0, before != after and scheme.weight.offset),
             "bias": (0, n and problem.bias is not None),
         }
         return {name: fill for name, (fill, padded) in grows.items() if padded}

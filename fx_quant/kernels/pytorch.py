@@ -126,14 +126,16 @@ def _dequantized_groups(
     return canonical_scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, **points, block=block)
 
 
-def weight_only(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
+def weight_only(
+    a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, b_offset=None, **_
+) -> Tensor:
     """The weight dequantized to the activation's dtype, or the result's where that is wider, and a float matmul.
 
     On a CPU it is float32 instead of float16, which takes as long and holds what the source scales after the sum.
     """
     dtype = torch.promote_types(a.dtype, out_dtype)
     dtype = torch.float32 if dtype is torch.float16 and a.device.type == "cpu" else dtype
-    weight = dequantize_weight(b, a.shape[1], b_scale, b_zero_point, block).to(dtype)
+    weight = dequantize_weight(b, a.shape[1], b_scale, b_zero_point, block, b_offset).to(dtype)
     return dequantize(a.to(dtype) @ weight, None, None, bias, out_dtype)
 
 
@@ -337,6 +339,7 @@ register_kernel(
             codes=frozenset(itertools.product(FLOAT_DTYPES, CODE_DTYPES | INT4_DTYPES)),
             out_dtypes=FLOAT_DTYPES,
             asymmetric=WEIGHT,
+            offset=True,
         ),
         numerics=Numerics.REASSOCIATED,
         note="the weight dequantized to the activation's dtype, then a float matmul",

@@ -34,6 +34,7 @@ class Operands(Generic[Value]):
         a_zero_point: int32 of the shape of ``a_scale``.
         b_zero_point: integers of the shape of ``b_scale``.
         block: rows and columns of the weight that share one scale, or None.
+        b_offset: floats of the shape of ``b_scale``.
     """
 
     a: Value
@@ -45,6 +46,11 @@ class Operands(Generic[Value]):
     a_zero_point: Value | None = None
     b_zero_point: Value | None = None
     block: tuple[int, int] | None = None
+    b_offset: Value | None = None
+
+
+# What a weight has beside its codes, and what stands in the padding of each.
+WEIGHT_FACTORS = {"b_scale": 1, "b_zero_point": 0, "b_offset": 0}
 
 
 class Face(Protocol[Value]):
@@ -78,7 +84,7 @@ class Face(Protocol[Value]):
 def kept_parts(selection: Selection, operands: Operands, constant: Collection[str]) -> dict[str, tuple[str, str]]:
     """What is computed once of operands that do not change: by part, the name of its operand and the layout.
 
-    The parts are ``b`` (the weight as the kernel reads it), ``b_sum``, ``b_scale`` and ``b_zero_point``.
+    The parts are ``b`` (the weight as the kernel reads it), ``b_sum`` and ``WEIGHT_FACTORS``.
 
     Args:
         constant: names of the operands that do not change from call to call.
@@ -93,7 +99,7 @@ def kept_parts(selection: Selection, operands: Operands, constant: Collection[st
     if operands.a_zero_point is not None and "b" in constant:
         parts["b_sum"] = "b", _sums(problem)
     if kernel.panel_factors and operands.block is not None and operands.block[0] == 1:
-        for name in ("b_scale", "b_zero_point"):
+        for name in WEIGHT_FACTORS:
             if name in constant and getattr(operands, name) is not None:
                 parts[name] = name, FACTOR_PANELS
     return parts
@@ -110,7 +116,7 @@ def _sums(problem: Problem) -> str:
 def realise(face: Face[Value], selection: Selection, operands: Operands[Value], kept: dict[str, Value]) -> Value:
     """``out [m, n]`` of the selected kernel on ``operands``.
 
-    Padded codes are 0, padded scales 1 (finite), padded zero points and bias 0.
+    Padded codes are 0, padded scales 1 (finite), padded zero points, offsets and bias 0.
 
     Args:
         kept: what ``kept_parts`` asks for.
@@ -150,11 +156,12 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
     if kernel.a_dtype is not None:
         a = face.cast(a, kernel.a_dtype)
     factors = {"a_scale": operands.a_scale, "a_zero_point": operands.a_zero_point}
-    factors |= {name: kept.get(name, getattr(operands, name)) for name in ("b_scale", "b_zero_point")}
+    factors |= {name: kept.get(name, getattr(operands, name)) for name in WEIGHT_FACTORS}
     if operands.block is None:
-        for name, fill in (("scale", 1), ("zero_point", 0)):
-            factors[f"a_{name}"] = more_rows(factors[f"a_{name}"], fill)
-            factors[f"b_{name}"] = more_columns(factors[f"b_{name}"], fill)
+        factors["a_scale"] = more_rows(factors["a_scale"], 1)
+        factors["a_zero_point"] = more_rows(factors["a_zero_point"], 0)
+        for name, fill in WEIGHT_FACTORS.items():
+            factors[name] = more_columns(factors[name], fill)
     elif more or (padding.n, padding.k) != (problem.n, problem.k):
         down, across = problem.scheme.weight.scale_shape(padding.n, padding.k)
         a_scale = factors["a_scale"]
@@ -163,7 +170,7 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
         elif a_scale is not None:
             factors["a_scale"] = grown(a_scale, (more, across - face.shape(a_scale)[1]), 1)
         factors["a_zero_point"] = more_rows(factors["a_zero_point"], 0)
-        for name, fill in (("b_scale", 1), ("b_zero_point", 0)):
+        for name, fill in WEIGHT_FACTORS.items():
             if name not in kept:
                 factors[name] = to_shape(factors[name], (down, across), fill)
     sums = kept.get("b_sum")
@@ -175,6 +182,7 @@ def realise(face: Face[Value], selection: Selection, operands: Operands[Value], 
         "b_sum": sums if is_by_group else more_columns(sums, 0),
         "b_zero_point": factors["b_zero_point"],
         "block": operands.block,
+        "b_offset": factors["b_offset"],
     }
     out = face.call(
         selection.overload(),

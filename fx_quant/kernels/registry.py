@@ -52,6 +52,7 @@ class Requires:
             that has one way for few rows and another for many is one op, which looks at the rows of each call
             (``by_rows``), and one layout: a graph of any m has both, and its weights once.
         asymmetric: operands (``"activation"``, ``"weight"``) that may have a zero point.
+        offset: the weight may have an offset, a float that is added to its scaled codes.
         constant_weight: the weight must be a parameter or constant, because it is packed once.
     """
 
@@ -76,6 +77,7 @@ class Requires:
     max_k: int | None = None
     rows: SizeRange | None = None
     asymmetric: frozenset[str] = frozenset()
+    offset: bool = False
     constant_weight: bool = False
 
     def unmet_by_target(self, target: Target) -> list[Unmet]:
@@ -122,6 +124,8 @@ class Requires:
         for name, operand in (("activation", activation), ("weight", weight)):
             if not operand.symmetric and name not in self.asymmetric:
                 unmet.append(Unmet(Kind.ZERO_POINT, f"has no zero point of the {name}"))
+        if weight.offset and not self.offset:
+            unmet.append(Unmet(Kind.ZERO_POINT, "has no float offset of the weight"))
         out = problem.out_dtype
         if self.out_dtypes and out not in self.out_dtypes:
             text = f"returns {_one_of(map(dtype_name, self.out_dtypes))}, asked for {dtype_name(out)}"
@@ -182,7 +186,8 @@ class Kernel:
     Every kernel op has the same signature::
 
         op(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype, *,
-           Tensor? a_zero_point=None, Tensor? b_sum=None, Tensor? b_zero_point=None, int[]? block=None) -> Tensor
+           Tensor? a_zero_point=None, Tensor? b_sum=None, Tensor? b_zero_point=None, int[]? block=None,
+           Tensor? b_offset=None) -> Tensor
 
     ``a`` is ``[m, k]`` codes (cast to ``a_dtype`` first when that is set) or, for a weight-only kernel, the float
     activation; ``b`` the weight in ``layout``, or as ``[k, n]`` codes when ``layout`` is None. ``b_sum [n]`` is given
@@ -199,8 +204,8 @@ class Kernel:
         note: one line for the reader of a report.
         layout: name of the packed weight layout (``kernels/layouts.py``), or None.
         a_dtype: dtype that codes of ``a`` are widened to, exactly, before the call, or None.
-        panel_factors: it also takes scales and zero points ``[n, groups]`` as ``[ceil(n / 64), groups, 64]``, and reads
-            them faster.
+        panel_factors: it also takes scales, zero points and offsets ``[n, groups]`` as
+            ``[ceil(n / 64), groups, 64]``, and reads them faster.
         dequantizes: it decodes its operands and runs a float matmul, which a graph that does so itself is left with.
         least_rows: rows to which a plan may pad fewer, because that is faster; 0 for none.
         fixed_op: an op like ``op`` that computes each row in one order, however many rows stand beside it; ``""`` where
@@ -248,7 +253,8 @@ class Kernel:
 
 KERNEL_SCHEMA = (
     "(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int n, ScalarType out_dtype, *, "
-    "Tensor? a_zero_point=None, Tensor? b_sum=None, Tensor? b_zero_point=None, SymInt[]? block=None) -> Tensor"
+    "Tensor? a_zero_point=None, Tensor? b_sum=None, Tensor? b_zero_point=None, SymInt[]? block=None, "
+    "Tensor? b_offset=None) -> Tensor"
 )
 
 _KERNELS: dict[str, Kernel] = {}
@@ -382,9 +388,7 @@ def empty_product(a: torch.Tensor, n: int, bias: torch.Tensor | None, out_dtype:
 def fake_kernel(name: str) -> Callable[..., torch.Tensor]:
     """The fake function of a kernel op: ``[m, n]`` of ``out_dtype``."""
 
-    def fake(
-        a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
-    ):
+    def fake(a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, block=None, **_):
         check_scaled_mm(
             a.shape[0],
             a.dtype,

@@ -46,6 +46,10 @@ def check_scheme(scheme: Scheme) -> None:
     )
     must(not spec.dynamic, lambda: f"a weight is quantized once, got a dynamic one in {scheme}; say dynamic=False")
     must(
+        not (spec.offset or activation.offset),
+        lambda: f"a linear has zero points and no offsets, got {scheme}; say asymmetric",
+    )
+    must(
         spec.symmetric or spec.dtype not in FLOAT8_DTYPES,
         lambda: f"an asymmetric weight must have an integer dtype, got {scheme}",
     )

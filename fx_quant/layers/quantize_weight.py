@@ -146,6 +146,9 @@ def _check_spec(spec: OperandSpec) -> None:
         dtype in _INTEGERS or dtype in FLOAT8_DTYPES, f"spec.dtype must be {', '.join(known)}, got {dtype_name(dtype)}"
     )
     must(spec.scale_dtype is torch.float32, f"spec.scale_dtype must be float32, got {spec}; quantize to float32 scales")
+    must(
+        not spec.offset, f"a weight is quantized with zero points and without offsets, got {spec}; say symmetric=False"
+    )
     must(not spec.dynamic, "spec.dynamic is for activations: a weight is quantized once; say dynamic=False")
     must(
         spec.symmetric or dtype in _INTEGERS,

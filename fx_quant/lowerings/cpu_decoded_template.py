@@ -1,8 +1,9 @@
 """A C++ template around the matmuls that decode a packed weight in registers: it yields the scaled sums of a panel.
 
 ``acc[m, n] = sum_j row_scale[m, j] * scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j])`` in float32,
-of what is there, and with the row's zero point taken off codes ``a``; scales that do not vary along k, bias, cast and
-what follows are the epilogue, fused by the scheduler.
+of what is there, with the row's zero point taken off codes ``a``, or beside a float ``a`` with ``offset[n, j]`` added
+to the scaled codes; scales that do not vary along k, unless beside an offset, bias, cast and what follows are the
+epilogue, fused by the scheduler.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ extern "C" {{export_declaration}}
     weight.n = N;
     weight.k = K;
     weight.group = {{group}};
-{%- for field, node, kind, rows, row_stride, group_stride, panel_stride in factors %}
+{%- for field, node, added, kind, rows, row_stride, group_stride, panel_stride in factors %}
     weight.{{field}} = {
         FxqKind({{kind}}), &{{kernel.index(node, [0] * node.get_size()|length)}},
-        {{rows}}, {{row_stride}}, {{group_stride}}, {{panel_stride}}};
+        {{rows}}, {{row_stride}}, {{group_stride}}, {{panel_stride}}, {{added}}};
 {%- endfor %}
 {%- if R is defined %}
     weight.row_scale = &{{kernel.index(R, [0, 0])}};
@@ -90,8 +91,10 @@ class DecodedTemplate(TileTemplate):
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The weight's factors as ``FxqFactor`` has them."""
-        named = (("scale", "S"), ("zero_point", "Z"), ("code_sum", "C"))
-        factors = [(field, inputs[name], *self._factor(inputs[name])) for field, name in named if name in inputs]
+        named = (("scale", "S", 0), ("zero_point", "Z", 0), ("zero_point", "O", 1), ("code_sum", "C", 0))
+        factors = [
+            (field, inputs[name], added, *self._factor(inputs[name])) for field, name, added in named if name in inputs
+        ]
         point = inputs.get("P")
         return {
             "decode": self.decode,
@@ -134,17 +137,21 @@ def decoded_matmul(
     block: Sequence[int] | None,
     a_zero_point: ir.TensorBox | None = None,
     b_sum: ir.TensorBox | None = None,
+    b_offset: ir.TensorBox | None = None,
 ) -> ir.TensorBox:
-    """``[m, n]`` float32 sums of ``a [m, k]`` and packed ``b``; scaled with ``block`` only, as scales vary along k.
+    """``[m, n]`` float32 sums of ``a [m, k]`` and packed ``b``; scaled with ``block``, as scales vary along k then, and
+    with ``b_offset``, which is added to what is scaled, and only then.
 
     Args:
         a_scale: that of groups of ``a``; None where it does not vary along k.
         a_zero_point, b_sum: that of codes ``a``, and the sums of the weight's codes over each group, in panels.
+        b_offset: beside a float ``a``, without ``b_zero_point``.
     """
     inputs: dict[str, ir.IRNode] = {"A": with_contiguous_rows(a), "B": contiguous(b)}
-    if block is not None:
-        assert b_scale is not None
+    if (block is not None or b_offset is not None) and b_scale is not None:
         inputs["S"] = _in_memory(b_scale, torch.float32 if factor_kind(b_scale.get_dtype()) is None else None)
+    if b_offset is not None:
+        inputs["O"] = _in_memory(b_offset, torch.float32 if factor_kind(b_offset.get_dtype()) is None else None)
     if b_zero_point is not None:
         inputs["Z"] = _in_memory(b_zero_point, torch.int32 if factor_kind(b_zero_point.get_dtype()) is None else None)
     if block is not None and a_scale is not None:

@@ -105,15 +105,16 @@ def _decoded(op: torch._ops.OpOverload, *, fixed: bool) -> Callable:
     """
 
     def lowering(
-        a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
+        a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, b_offset=None, **_
     ) -> TensorBox:
         decode = decode_of(a.get_dtype(), b.get_dtype(), b.get_size()[-1] == INT4_BYTES, fixed)
-        if not (can_render(decode.dot, a, n) and decode.takes(block)):
-            extras = {"b_zero_point": b_zero_point, "block": block}
+        has_both = b_zero_point is not None and b_offset is not None
+        if has_both or not (can_render(decode.dot, a, n) and decode.takes(block)):
+            extras = {"b_zero_point": b_zero_point, "block": block, "b_offset": b_offset}
             return _extern(op)(a, b, a_scale, b_scale, bias, n, out_dtype, **extras)
-        acc = decoded_matmul(decode, a, b, n, a_scale, b_scale, b_zero_point, block)
-        scales = (a_scale, b_scale) if block is None else (None, None)
-        return _dequantize(acc, *scales, bias, out_dtype)
+        acc = decoded_matmul(decode, a, b, n, a_scale, b_scale, b_zero_point, block, b_offset=b_offset)
+        a_scale, b_scale = (a_scale, None if b_offset is not None else b_scale) if block is None else (None, None)
+        return _dequantize(acc, a_scale, b_scale, bias, out_dtype)
 
     return lowering
 

@@ -1,4 +1,7 @@
-"""What codes stand for: ``(codes - zero_point) * scale``, and one code from each nibble. The one place that says so."""
+"""What codes stand for: ``(codes - zero_point) * scale + offset``, and one code from each nibble.
+
+The one place that says so.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ from torch import Tensor
 
 
 def decode(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, block: Sequence[int] | None = None
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    block: Sequence[int] | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """``(codes - zero_point) * scale`` in float32, each step rounded, of the shape of ``codes``.
+    """``(codes - zero_point) * scale + offset`` in float32, each step rounded, of the shape of ``codes``.
 
     Args:
         codes: of any shape, one code an element; ``[rows, k]`` with ``block``.
@@ -19,16 +26,22 @@ def decode(
             the ends may be cut short.
         zero_point: integers of the shape of ``scale``; None is 0.
         block: rows and columns of ``codes`` that share one scale, or None.
+        offset: floats of the shape of ``scale``; None is 0.
     """
     values, shape = codes.to(torch.float32, copy=True), codes.shape
-    if block is not None and block[0] == 1 and shape[1] % block[1] == 0:
+    as_groups = block is not None and block[0] == 1 and shape[1] % block[1] == 0
+    if block is not None and as_groups:
         # Groups as a dim of their own, rather than a scale for each code.
-        values, scale = values.unflatten(1, (-1, block[1])), scale.unsqueeze(-1)
-        zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
-    elif block is not None:
-        scale = repeat_blocks(scale, block, shape)
-        zero_point = None if zero_point is None else repeat_blocks(zero_point, block, shape)
-    return (values if zero_point is None else values.sub_(zero_point)).mul_(scale.float()).reshape(shape)
+        values = values.unflatten(1, (-1, block[1]))
+
+    def spread(factor: Tensor) -> Tensor:
+        if as_groups:
+            return factor.unsqueeze(-1)
+        return factor if block is None else repeat_blocks(factor, block, shape)
+
+    values = values if zero_point is None else values.sub_(spread(zero_point))
+    values = values.mul_(spread(scale).float())
+    return (values if offset is None else values.add_(spread(offset))).reshape(shape)
 
 
 def repeat_blocks(values: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:

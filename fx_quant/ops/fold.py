@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,16 @@ def can_fold(node: Node) -> bool:
     return True
 
 
-def program_of(inputs: Sequence[Node], steps: Sequence[Node], results: Sequence[Node]) -> str:
+def program_of(
+    inputs: Sequence[Node],
+    steps: Sequence[Node],
+    results: Sequence[Node],
+    literals: Mapping[Node, Tensor] | None = None,
+) -> str:
     """``steps`` in order, as text: values are numbered, the inputs first.
+
+    Args:
+        literals: the steps that are a few numbers, which stand in the program.
 
     Raises:
         TypeError: an argument that has no form in text.
@@ -44,6 +52,10 @@ def program_of(inputs: Sequence[Node], steps: Sequence[Node], results: Sequence[
     index = {node: i for i, node in enumerate((*inputs, *steps))}
     lines = []
     for step in steps:
+        if literals and step in literals:
+            value = literals[step]
+            lines.append([_LITERAL, _encoded((value.tolist(), value.dtype, value.device), {}), {"dict": {}}])
+            continue
         name = "getitem" if step.target is operator.getitem else str(step.target)
         lines.append([name, _encoded(step.args, index), _encoded(step.kwargs, index)])
     program = {"inputs": len(inputs), "steps": lines, "results": [index[node] for node in results]}
@@ -75,6 +87,7 @@ def _read(program: str) -> dict[str, Any]:
     return json.loads(program.replace("'", '"'))
 
 
+_LITERAL = "literal"
 # Types of arguments that JSON has no form for, by the name of torch's attribute.
 _NAMED = (torch.dtype, torch.memory_format, torch.layout)
 
@@ -119,8 +132,14 @@ def _parsed(program: str) -> tuple[tuple[tuple[Callable[..., Any], Any, Any], ..
 def _op(name: str) -> Callable[..., Any]:
     if name == "getitem":
         return operator.getitem
+    if name == _LITERAL:
+        return _literal
     namespace, op, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+
+
+def _literal(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _run(inputs: Sequence[Tensor], program: str) -> list[Tensor]:

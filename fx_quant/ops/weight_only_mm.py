@@ -14,13 +14,18 @@ from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, dtype_name
 
 
 def dequantize_weight(
-    b: Tensor, k: int, b_scale: Tensor, b_zero_point: Tensor | None, block: Sequence[int] | None
+    b: Tensor,
+    k: int,
+    b_scale: Tensor,
+    b_zero_point: Tensor | None,
+    block: Sequence[int] | None,
+    b_offset: Tensor | None = None,
 ) -> Tensor:
-    """``(b - b_zero_point) * b_scale`` in float32, ``[k, n]``; arguments as for ``weight_only_mm``."""
+    """``(b - b_zero_point) * b_scale + b_offset`` in float32, ``[k, n]``; arguments as for ``weight_only_mm``."""
     codes = unpack_codes(b, k)
     if block is None:
-        return decode(codes, b_scale, b_zero_point)
-    return decode(codes.t(), b_scale, b_zero_point, block).t()
+        return decode(codes, b_scale, b_zero_point, offset=b_offset)
+    return decode(codes.t(), b_scale, b_zero_point, block, b_offset).t()
 
 
 def weight_only_mm(
@@ -32,10 +37,11 @@ def weight_only_mm(
     out_dtype: torch.dtype,
     *,
     block: Sequence[int] | None = None,
+    b_offset: Tensor | None = None,
 ) -> Tensor:
     """Matrix product of a float activation and a quantized weight.
 
-    ``out[m, n] = cast(sum_k x[m, k] * (b[k, n] - b_zero_point) * b_scale + bias[n])`` in float32.
+    ``out[m, n] = cast(sum_k x[m, k] * ((b[k, n] - b_zero_point) * b_scale + b_offset) + bias[n])`` in float32.
 
     Args:
         x: ``[m, k]``, float32, bfloat16 or float16.
@@ -47,13 +53,17 @@ def weight_only_mm(
         bias: ``[n]``, any float dtype, added in float32.
         out_dtype: float32, bfloat16 or float16.
         block: rows and columns of the weight ``[n, k]`` that share one scale, or None.
+        b_offset: as ``b_scale``, any float dtype; None is 0.
     """
-    check_weight_only_mm(x, b, b.shape[1], b_scale, b_zero_point, bias, out_dtype, "weight_only_mm", block=block)
-    acc = x.float() @ dequantize_weight(b, x.shape[1], b_scale, b_zero_point, block)
+    more = {"block": block, "b_offset": b_offset}
+    check_weight_only_mm(x, b, b.shape[1], b_scale, b_zero_point, bias, out_dtype, "weight_only_mm", **more)
+    acc = x.float() @ dequantize_weight(b, x.shape[1], b_scale, b_zero_point, block, b_offset)
     return dequantize(acc, None, None, bias, out_dtype).contiguous()
 
 
-def check_weight_only_mm(x, b, n, b_scale, b_zero_point, bias, out_dtype, op: str, *, block=None) -> None:
+def check_weight_only_mm(
+    x, b, n, b_scale, b_zero_point, bias, out_dtype, op: str, *, block=None, b_offset=None
+) -> None:
     """Raise unless the operands of a weight-only matmul fit together; the rows of ``x`` may be symbolic."""
     torch._check(
         x.dim() == 2 and x.dtype in FLOAT_DTYPES,
@@ -85,16 +95,24 @@ def check_weight_only_mm(x, b, n, b_scale, b_zero_point, bias, out_dtype, op: st
             f"got {dtype_name(b_zero_point.dtype)} {list(b_zero_point.shape)}"
         ),
     )
+    torch._check(
+        b_offset is None or (b_offset.shape == b_scale.shape and b_offset.dtype.is_floating_point),
+        lambda: (
+            f"{op}: b_offset must be floats of the shape of b_scale, {list(b_scale.shape)}, "
+            f"got {dtype_name(b_offset.dtype)} {list(b_offset.shape)}"  # pyrefly: ignore[missing-attribute]
+        ),
+    )
 
 
-def _weight_only_mm_fake(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None):
-    check_weight_only_mm(x, b, b.shape[1], b_scale, b_zero_point, bias, out_dtype, "weight_only_mm", block=block)
+def _weight_only_mm_fake(x, b, b_scale, b_zero_point, bias, out_dtype, *, block=None, b_offset=None):
+    more = {"block": block, "b_offset": b_offset}
+    check_weight_only_mm(x, b, b.shape[1], b_scale, b_zero_point, bias, out_dtype, "weight_only_mm", **more)
     return x.new_empty((x.shape[0], b.shape[1]), dtype=out_dtype)
 
 
 register(
     "weight_only_mm(Tensor x, Tensor b, Tensor b_scale, Tensor? b_zero_point, Tensor? bias, ScalarType out_dtype, *, "
-    "SymInt[]? block=None) -> Tensor",
+    "SymInt[]? block=None, Tensor? b_offset=None) -> Tensor",
     weight_only_mm,
     _weight_only_mm_fake,
     MATMUL_TAGS,

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_quant.kernels.layouts import TRANSPOSED, repacked
-from fx_quant.kernels.realise import kept_parts, realise
+from fx_quant.kernels.realise import WEIGHT_FACTORS, kept_parts, realise
 from fx_quant.kernels.select import Selection
 from fx_quant.passes.axes import extent
 from fx_quant.passes.canonical import operands_of
@@ -190,7 +190,7 @@ def _keep(
     stored: list[tuple[Node, str, Node, str]] = []
     for node, selection in selections.items():
         operands = operands_of(node)
-        constant = {name for name in ("b_scale", "b_zero_point") if getattr(operands, name) not in runtime}
+        constant = {name for name in WEIGHT_FACTORS if getattr(operands, name) not in runtime}
         if selection.problem.constant_weight:
             constant.add("b")
         for part, (name, layout) in kept_parts(selection, operands, constant).items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -17,9 +19,11 @@ def operands_of(node: Node) -> Operands[Node]:
     """The operands of the canonical op ``node``."""
     if node.target is WEIGHT_ONLY_MM:
         a, b, b_scale, b_zero_point, bias, out_dtype = args_of(node)
-        operands = Operands(a, b, None, b_scale, bias, out_dtype, b_zero_point=b_zero_point, block=_block(node))
+        offset = node.kwargs.get("b_offset")
+        assert offset is None or isinstance(offset, Node)
+        operands = Operands(a, b, None, b_scale, bias, out_dtype, None, b_zero_point, _block(node), offset)
     else:
-        zero_points = {f"{name}_zero_point": node.kwargs.get(f"{name}_zero_point") for name in "ab"}
+        zero_points: dict[str, Any] = {f"{name}_zero_point": node.kwargs.get(f"{name}_zero_point") for name in "ab"}
         assert all(point is None or isinstance(point, Node) for point in zero_points.values())
         operands = Operands(*args_of(node), **zero_points, block=_block(node))
     return operands

@@ -22,7 +22,7 @@ from fx_quant.passes.ranges import bounds_of, is_near
 from fx_quant.passes.sites import Site
 from fx_quant.passes.values import Codes, Product, Tile
 
-INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
+INT32, INT64, FLOAT32, ADD = torch.int32, torch.int64, torch.float32, aten.add.Tensor
 _TWO_POINTS = "two zero points of one operand whose values are not known, and whose sum may wrap around"
 
 
@@ -228,12 +228,42 @@ def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:
         raise LookupError("a weight-only matmul whose result is scaled by rows")
     x = emitter.reshape(product.a, [-1, problem.k], like=root)
     b = _weight(emitter, site, product)
-    b_scale, point = _weight_factors(emitter, site, product)
+    extras: dict[str, Any] = {} if product.block is None else {"block": list(product.block)}
+    if product.b_offsets:
+        point = None
+        b_scale, extras["b_offset"] = _scale_and_offset(emitter, site, product)
+    else:
+        b_scale, point = _weight_factors(emitter, site, product)
     if b_scale is None:
         b_scale = number(emitter, 1.0, root, problem.scheme.weight.scale_dtype)
-    extras = {} if product.block is None else {"block": list(product.block)}
     bias = _bias(emitter, product, site)
     return emitter.call(WEIGHT_ONLY_MM, x, b, b_scale, point, bias, product.dtype, like=root, **extras)
+
+
+def _scale_and_offset(emitter: Emitter, site: Site, product: Product) -> tuple[Node, Node]:
+    """Scale and offset of the weight, of one shape, with what is subtracted from the codes taken off the offset."""
+    root, problem = site.root, site.problem
+    groups = problem.scheme.weight.scales_along(problem.k)
+
+    def arranged(factors: Sequence[Tile]) -> list[Node]:
+        if product.block is None:
+            return vectors(emitter, factors, root, FLOAT32, [-1])
+        return blocks(emitter, factors, product.block[0], groups, root, FLOAT32)
+
+    scale = combined(emitter, arranged(product.columns), root)
+    if scale is None:
+        scale = number(emitter, 1.0, root, FLOAT32)
+    parts = [combined(emitter, arranged(offset), root) for offset in product.b_offsets]
+    points, shift = arranged(product.b_zero_points), code_shift(product, **_how(site))
+    point = combined(emitter, [*points, *([number(emitter, -shift, root, FLOAT32)] if shift else [])], root, ADD)
+    offset = combined(emitter, [part for part in parts if part is not None], root, ADD)
+    assert offset is not None
+    if point is not None:
+        offset = emitter.call(
+            aten.sub.Tensor, offset, emitter.call(aten.mul.Tensor, point, scale, like=root), like=root
+        )
+    sizes = list(problem.scheme.weight.scale_shape(problem.n, problem.k)) if product.block is not None else None
+    return _alike(emitter, scale, offset, root, sizes)
 
 
 def _weight_factors(emitter: Emitter, site: Site, product: Product) -> tuple[Node | None, Node | None]:
@@ -280,9 +310,9 @@ def _with_room(emitter: Emitter, point: Node, bounds: tuple[int, int], shift: in
     return emitter.call(aten.clamp.default, point, info.min + max(-shift, 0), info.max - max(shift, 0), like=like)
 
 
-def _alike(emitter: Emitter, scale: Node, point: Node, like: Node) -> tuple[Node, Node]:
-    """Scale and zero point repeated to one shape."""
-    sizes = list(torch.broadcast_shapes(scale.meta["val"].shape, point.meta["val"].shape))
+def _alike(emitter: Emitter, scale: Node, point: Node, like: Node, sizes: list[int] | None = None) -> tuple[Node, Node]:
+    """Scale and zero point, or offset, repeated to one shape: ``sizes`` where they are given."""
+    sizes = sizes or list(torch.broadcast_shapes(scale.meta["val"].shape, point.meta["val"].shape))
     return _full(emitter, scale, sizes, like), _full(emitter, point, sizes, like)
 
 

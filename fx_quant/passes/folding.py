@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from fx_quant.ops.fold import can_fold, program_of
 from fx_quant.passes.emit import Emitter
-from fx_quant.passes.inputs import Inputs
+from fx_quant.passes.inputs import Inputs, literal
 from fx_quant.passes.nodes import VIEWS, args_of, aten, is_op, shape, tensor
 
 # By name: the op is registered with the kernels, which this package does not import.
@@ -34,8 +34,9 @@ def fold_constants(emitter: Emitter, kernels: Sequence[Node], inputs: Inputs) ->
         return
     order = {node: i for i, node in enumerate(graph.nodes)}
     steps = sorted({step for needed in wanted.values() for step in needed}, key=order.__getitem__)
+    literals = {step: value for step in steps if (value := literal(step)) is not None}
     sources = sorted(
-        {source for step in steps for source in step.all_input_nodes if source.op != "call_function"},
+        {source for step in steps for source in step.all_input_nodes if _is_source(source, step)},
         key=order.__getitem__,
     )
     head = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
@@ -44,7 +45,7 @@ def fold_constants(emitter: Emitter, kernels: Sequence[Node], inputs: Inputs) ->
         if source.op == "get_attr":
             head.prepend(source)
     with graph.inserting_before(head):
-        program = program_of(sources, steps, list(wanted))
+        program = program_of(sources, steps, list(wanted), literals)
         call = emitter.call(torch.ops.fx_quant.fold.default, sources, program, like=like)
         folded = {old: emitter.call(operator.getitem, call, i, like=old) for i, old in enumerate(wanted)}
     for kernel in kernels:
@@ -78,10 +79,15 @@ def _steps(result: Node, inputs: Inputs) -> list[Node]:
         seen.add(node)
         if node in inputs.runtime or str(node.target) == _PREPACK or not can_fold(node):
             return []
-        if any(source.op != "call_function" and tensor(source) is None for source in node.all_input_nodes):
+        if any(_is_source(source, node) and tensor(source) is None for source in node.all_input_nodes):
             return []  # a number that the call brings
         steps.append(node)
         waiting += node.all_input_nodes
     computes = any(not is_op(step, *VIEWS) for step in steps)
-    of_inputs = any(source.op != "call_function" for step in steps for source in step.all_input_nodes)
+    of_inputs = any(_is_source(source, step) for step in steps for source in step.all_input_nodes)
     return steps if computes and of_inputs else []
+
+
+def _is_source(node: Node, step: Node) -> bool:
+    """Whether ``node`` is what ``step`` reads of the inputs of the graph; a literal is in the program."""
+    return node.op != "call_function" and literal(step) is None

@@ -49,6 +49,7 @@ from fx_quant.passes.sites import Found, Recognised, Site, SizeMiss, find_sites
 from fx_quant.passes.specialize import specialize_weights
 from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
+from fx_quant.passes.written import join_slices
 from fx_quant.problem import Problem
 from fx_quant.report import Report
 from fx_quant.scheme import Numerics
@@ -73,7 +74,8 @@ def merge_common_subexpressions(state: Rewriting) -> None:
 
 
 def drop_identities(state: Rewriting) -> None:
-    """Views, casts and arithmetic that change nothing go."""
+    """Views, casts and arithmetic that change nothing go, and new tensors that are filled by slices."""
+    join_slices(state.graph)
     remove_identities(state.graph)
 
 

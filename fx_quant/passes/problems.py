@@ -109,13 +109,15 @@ def _activation(product: Product, inputs: Inputs) -> OperandSpec:
 
 
 def _weight(product: Product) -> OperandSpec:
+    has_offset, kind = bool(product.b_offsets), _code_dtype(product.b)
     if product.block is not None:
         granularity = Granularity.of_block(*product.block)
     else:
-        granularity = _granularity(product.columns, Granularity.PER_CHANNEL)
-    kind, is_packed = _code_dtype(product.b), _code_dtype(product.b) is INT4
-    symmetric = not product.b_zero_points and not code_shift(product, packed=is_packed)
-    return OperandSpec(kind, granularity, symmetric=symmetric)
+        shifts = [*product.b_zero_points, *(tile for offset in product.b_offsets for tile in offset)]
+        granularity = _granularity([*product.columns, *(shifts if has_offset else ())], Granularity.PER_CHANNEL)
+    # Zero points are taken off an offset.
+    symmetric = has_offset or (not product.b_zero_points and not code_shift(product, packed=kind is INT4))
+    return OperandSpec(kind, granularity, symmetric=symmetric, offset=has_offset)
 
 
 def code_shift(product: Product, *, packed: bool, constant: bool = False) -> int:
@@ -161,7 +163,7 @@ def _stored(codes: Codes) -> torch.dtype:
     return kind
 
 
-def _granularity(factors: tuple[Tile, ...], named: Granularity) -> Granularity:
+def _granularity(factors: Sequence[Tile], named: Granularity) -> Granularity:
     if not factors:
         return Granularity.UNSCALED
     return Granularity.PER_TENSOR if all(factor.row_block is None for factor in factors) else named

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -186,12 +186,15 @@ def _site(
     if not capped:
         least = min(value.numerics for _, value in allowed)
         return Miss(gemm, gemm, f"the rewrite is of class {least}, and numerics={cap} does not allow that")
+    lasting = [(node, value) for node, value in capped if inputs.runtime.isdisjoint(_sources_of_offsets(value))]
+    if not lasting:
+        return Miss(gemm, gemm, "the offset of the weight changes from call to call")
     n, k = shape(gemm)[-1], summed_size(gemm)
     if not isinstance(n, int) or not isinstance(k, int):
         return SizeMiss(gemm, gemm, _dynamic(n, k))
     if 0 in (*(size for size in shape(gemm) if isinstance(size, int)), k):
         return Recognised(gemm, _EMPTY)
-    fitting = [(node, value) for node, value in capped if fits_int32(value, k)]
+    fitting = [(node, value) for node, value in lasting if fits_int32(value, k)]
     if not fitting:
         return Miss(gemm, gemm, f"the sum of integers is taken in int32, which k={k} may leave")
     root, product = _choose_root(fitting)
@@ -200,6 +203,12 @@ def _site(
     source = source_scheme(product, scheme, inputs)
     words = scheme_in_words(source, product, chain[-1][0], annotation, inputs, origins)
     return Site(gemm, root, product, problems[0], source, words, problems[1:])
+
+
+def _sources_of_offsets(product: Product) -> Iterator[Node]:
+    """What the offsets of the weight are computed of."""
+    tiles = (tile for offset in product.b_offsets for tile in offset)
+    return (tile.source for tile in tiles if isinstance(tile.source, Node))
 
 
 def _dynamic(n: Size, k: Size) -> str:
@@ -234,6 +243,7 @@ def canonical_site(node: Node, inputs: Inputs) -> Site | Miss | Recognised:
         _scale_granularity(operands.b_scale, operands.block, Granularity.PER_CHANNEL),
         symmetric=operands.b_zero_point is None,
         scale_dtype=scale_dtype_of(dtype(operands.b_scale)),
+        offset=operands.b_offset is not None,
     )
     problem = Problem(
         scheme=Scheme(activation, weight),

@@ -61,13 +61,14 @@ class Decode:
 
 @dataclass(frozen=True)
 class Affine:
-    """``value == (codes - sum(zero_points)) * product(scales)``, up to the roundings of the dtypes it was computed in.
+    """``value == (codes - sum(zero_points)) * product(scales) + sum(offsets)``, up to the roundings of its dtypes.
 
     Args:
         codes: what was dequantized.
         scales: what it was multiplied by.
         zero_points: integers that were subtracted before.
-        epsilon: machine epsilon of the coarsest of those dtypes.
+        offsets: what else was added, each a product of factors.
+        epsilon: machine epsilon of the coarsest dtype that it was computed in.
         wraps: where a zero point was subtracted in integers and the difference is not proven to fit their dtype: the
             value holds modulo the dtype's range only.
     """
@@ -75,6 +76,7 @@ class Affine:
     codes: Codes
     scales: tuple[Decode, ...] = ()
     zero_points: tuple[Decode, ...] = ()
+    offsets: tuple[tuple[Decode, ...], ...] = ()
     epsilon: float = 0.0
     wraps: Node | None = None
 
@@ -137,6 +139,9 @@ class Stage(Enum):
 class Product:
     """``value == cast(sum_k (a + offset - a_zero_points) (b - b_zero_points) * product(rows, columns) + bias)``.
 
+    Beside a float activation, of which there are no ``rows``, it may be
+    ``cast(sum_k a ((b - b_zero_points) * product(columns) + sum(b_offsets)) + bias)``.
+
     Args:
         gemm: the matmul node.
         a: codes of the activation ``[..., k]``, or the float activation itself (weight-only).
@@ -150,6 +155,7 @@ class Product:
         wraps: the source takes the sum, zero points and all, in int32 modulo 2**32, as the canonical op does.
         offset: integer that was added to ``a``'s codes.
         a_zero_points, b_zero_points: integers subtracted from the codes.
+        b_offsets: what was added to the scaled codes of the weight, each a product of factors.
         block: rows and columns of the weight ``[n, k]`` that share one scale, where scales vary along k.
         skipped: roundings to a narrower dtype on the way to the value that the canonical op does not make.
         decoded: the source has the activation in floating point too, decoded from these codes.
@@ -169,6 +175,7 @@ class Product:
     offset: int = 0
     a_zero_points: tuple[Tile, ...] = ()
     b_zero_points: tuple[Tile, ...] = ()
+    b_offsets: tuple[tuple[Tile, ...], ...] = ()
     block: tuple[int, int] | None = None
     skipped: int = 0
     decoded: bool = False
@@ -179,8 +186,9 @@ def sources(product: Product) -> Iterator[Node]:
     """The nodes that a rewrite of ``product`` reads."""
     yield product.a.node if isinstance(product.a, Codes) else product.a
     yield product.b.node
-    factors = (*product.rows, *product.columns, *product.a_zero_points, *product.b_zero_points, product.bias)
-    for factor in factors:
+    points = (*product.a_zero_points, *product.b_zero_points)
+    offsets = (factor for offset in product.b_offsets for factor in offset)
+    for factor in (*product.rows, *product.columns, *points, *offsets, product.bias):
         if factor is not None and isinstance(factor.source, Node):
             yield factor.source
 

@@ -130,5 +130,11 @@ def _decoded_activation(product: Product, annotation: Annotation, inputs: Inputs
         granularity = Granularity.PER_TOKEN if per_token else Granularity.PER_TENSOR
     dynamic = any(tile.source in inputs.runtime for tile in activation.scales)
     symmetric = not activation.zero_points and affine.codes.offset == 0 and to is not torch.uint8
-    spec = OperandSpec(torch.int8 if to is torch.uint8 else to, granularity, dynamic=dynamic, symmetric=symmetric)
+    spec = OperandSpec(
+        torch.int8 if to is torch.uint8 else to,
+        granularity,
+        dynamic=dynamic,
+        symmetric=symmetric,
+        offset=bool(activation.offsets),
+    )
     return f"{spec} ({'dynamic' if dynamic else 'static'})"

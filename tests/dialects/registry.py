@@ -24,6 +24,8 @@ MODULES = (
     "hand_float8",
     "vllm",
     "gptq",
+    "gguf",
+    "hqq",
     "microscaling",
     "torchao_flows",
     "pt2e",

@@ -40,6 +40,7 @@ class Draft:
         # Of its own, so that the programs are those of before with other numbers.
         self.far = random.Random(-seed - 1)
         self.pads = random.Random(-seed - 2)
+        self.offsets = random.Random(-seed - 3)
         self.inputs: list[Input] = []
         self.steps: list[Step] = []
         self.values: dict[str, Any] = {}
@@ -318,6 +319,28 @@ def in_groups(d: Draft, op: str, y: str, name: str, group: int) -> str | None:
     )
 
 
+def offset(d: Draft, y: str, group: int) -> str:
+    """``y [rows, k]`` and, in a fifth of all draws, floats that channels or groups share, or that vary along k."""
+    draws = d.offsets
+    if draws.random() > 0.2 or len(d.shape(y)) != 2 or not d.is_float(y):
+        return y
+    rows, k = d.shape(y)
+    whole = k >= group and k % group == 0
+    sizes = draws.choice(((), (rows, 1), (rows, 1), (1, k)) + ((rows, k // group),) * 6 * whole)
+    text = ", ".join(map(str, (draws.randrange(1000), *sizes)))
+    made = d.make(f"(scales({text}) * 40 - 2)", static=draws.random() < 0.9)
+    op = draws.choice("+-")
+    if sizes != (rows, k // group):
+        return d.do(f"{y} {op} {made}") or y
+    texts = (
+        f"({y}.unflatten(-1, (-1, {group})) {op} {made}[..., None]).flatten(1)",
+        f"({y}.view({rows}, -1, {group}) {op} {made}.unsqueeze(-1)).view({rows}, {k})",
+        f"{y} {op} {made}.repeat_interleave({group}, 1)",
+        f"({y}.view({rows}, {group}, -1) {op} {made}[:, None]).reshape({rows}, {k})",
+    )
+    return d.do(draws.choice(texts)) or y
+
+
 def applied(d: Draft, op: str, v: str, factor_name: str) -> str | None:
     """``v op factor`` in one of its spellings."""
     texts = {
@@ -575,6 +598,7 @@ def decoded(
         y = same(d, y, 0.1)
     if shift and order == "scale first":
         y = applied(d, "-", y, shift) or y
+    y = offset(d, y, group)
     if d.kind(y) != kind or d.chance(0.1):
         y = d.first(f"{y}.to({kind})")
     if d.chance(0.05):

@@ -431,8 +431,10 @@ def _terms(canonical: Graph, name: str, ran: Ran) -> Tensor:
     args, kwargs = ran.given[name]
     a, b, *scales, bias, _ = args
     if node.target is torch.ops.fx_quant.weight_only_mm.default:
-        weight = _weight_only_mm_in_float64(torch.eye(a.shape[1]), b, *scales, None, None, **kwargs)
-        terms = a.double().abs() @ weight.abs()
+        one, without = torch.eye(a.shape[1]), {**kwargs, "b_offset": None}
+        scaled = _weight_only_mm_in_float64(one, b, *scales, None, None, **without)
+        offset = _weight_only_mm_in_float64(one, b, *scales, None, None, **kwargs) - scaled
+        terms = a.double().abs() @ (scaled.abs() + offset.abs())
     elif b.dtype in FLOAT8_DTYPES or kwargs.get("block") is not None or b.shape[0] != a.shape[1]:
         scales = [None if x is None else x.abs() for x in scales]
         points = {name: kwargs.get(name) for name in ("a_zero_point", "b_zero_point")}
@@ -453,8 +455,9 @@ def _scales_after_sums(ran: Ran) -> Iterator[Tensor]:
             yield ran.values[node.name]
         if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "fx_quant":
             continue
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.name in ("a_scale", "b_scale") and isinstance(value, Node):
+        given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
+        for name, value in (given | node.kwargs).items():
+            if name in ("a_scale", "b_scale", "b_offset") and isinstance(value, Node):
                 yield ran.values[value.name]
 
 

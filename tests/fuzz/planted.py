@@ -202,6 +202,17 @@ def _any_multiplier(old: Any) -> Any:
     return correct
 
 
+def _any_sign(old: Any) -> Any:
+    return lambda affine, node, other, subtracts, to: old(affine, node, other, False, to)
+
+
+def _without_points(old: Any) -> Any:
+    def scale_and_offset(emitter: Any, site: Any, product: Any) -> Any:
+        return old(emitter, site, dataclasses.replace(product, b_zero_points=()))
+
+    return scale_and_offset
+
+
 def _one_less(old: Any) -> Any:
     def recognise_quantizer(codes: Node) -> Any:
         found = old(codes)
@@ -236,6 +247,8 @@ PLANTS = (
     Plant("blocks", "passes.canonicalize:_weight_blocks", _transposed_blocks, "square block scales are transposed"),
     Plant("int32", "passes.canonicalize:_point", _no_rest, "what int32 has no room for of a zero point is dropped"),
     Plant("offset", "passes.arrange:number", _negated, "the offset of codes has the wrong sign"),
+    Plant("float offset", "passes.rules.arithmetic:_offset", _any_sign, "an offset that is subtracted is added"),
+    Plant("point and offset", "passes.canonicalize:_scale_and_offset", _without_points, "a zero point beside an offset is dropped"),
     Plant("bias", "passes.rules.arithmetic:_scale_product", _scale_before_bias, "a bias that was scaled is added as it is"),
     Plant("groups", "passes.axes:block_size", _neighbours, "codes that share a scale are taken to be neighbours"),
     Plant("layout", "passes.matrices:matrix_base", _transposed_square, "a square weight is packed transposed"),

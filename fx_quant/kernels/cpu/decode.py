@@ -1,7 +1,8 @@
 """Our native matmuls of a float activation and a weight that stays packed in 8 or 4 bits until it is needed.
 
 ``out = cast(sum_j a_scale[m, j] * b_scale[n, j] * sum_{k in j} a[m, k] * (code[n, k] - zero_point[n, j]) + bias[n])``
-over the groups ``j`` along k. Codes are decoded in registers, next to the products; see ``kernels/cpu/source/panel.h``.
+over the groups ``j`` along k; beside a float activation with an offset instead of the zero point, which is added to the
+scaled codes. Codes are decoded in registers, next to the products; see ``kernels/cpu/source/panel.h``.
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ class _Factor(ctypes.Structure):
         ("row_stride", _SIZE),
         ("group_stride", _SIZE),
         ("panel_stride", _SIZE),
+        ("added", _SIZE),
     )
 
 
@@ -323,6 +325,7 @@ def decoded_matmul(
     *,
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
+    b_offset: Tensor | None = None,
 ) -> Tensor | None:
     """The equation above of ``a [m, k]`` and packed ``b``; None where the native code cannot run.
 
@@ -337,6 +340,7 @@ def decoded_matmul(
         plans: those in force for the kernel unless given.
         a_zero_point: of codes ``a``, as in ``fx_quant::scaled_mm``, beside ``b_sum``.
         b_sum: the sums of the weight's codes over each group, in panels.
+        b_offset: as in ``fx_quant::weight_only_mm``, without ``b_zero_point``; in panels like the other factors.
     """
     if a.device.type != "cpu" or not decode.takes(block):
         return None
@@ -351,14 +355,21 @@ def decoded_matmul(
         return out.to(out_dtype)
     # Kept alive until the call is over.
     a_scale, bias = (None if x is None else x.float() for x in (a_scale, bias))
-    if b_scale is not None and (block is None or factor_kind(b_scale.dtype) is None):
+    inside = block is not None or b_offset is not None  # where the scale of the weight is multiplied
+    if b_scale is not None and (not inside or factor_kind(b_scale.dtype) is None):
         b_scale = b_scale.float()
     bias = None if bias is None else bias.contiguous()
     if b_zero_point is not None and factor_kind(b_zero_point.dtype) is None:
         b_zero_point = b_zero_point.to(torch.int32)
-    weight = _Weight(b.data_ptr(), n, k, max(k, 1), zero_point=_factor(b_zero_point, block))
+    if b_offset is not None and factor_kind(b_offset.dtype) is None:
+        b_offset = b_offset.float()
+    weight = _Weight(b.data_ptr(), n, k, max(k, 1))
+    weight.zero_point = _factor(b_zero_point if b_offset is None else b_offset, block)
+    weight.zero_point.added = b_offset is not None
+    if inside:
+        weight.scale = _factor(b_scale, block)
     if block is not None:
-        weight.group, weight.scale = block[1], _factor(b_scale, block)
+        weight.group = block[1]
     by_group = block is not None and not is_by_row(a_scale)
     if by_group and a_scale is not None:
         weight.row_scale = a_scale.data_ptr()
@@ -366,7 +377,7 @@ def decoded_matmul(
     if a_zero_point is not None and b_sum is not None:
         weight.row_zero_point, weight.row_zero_point_stride = a_zero_point.data_ptr(), _row_stride(a_zero_point)
         weight.code_sum = _factor(b_sum, block)
-    rest = None if by_group else a_scale, b_scale if block is None else None, bias
+    rest = None if by_group else a_scale, None if inside else b_scale, bias
     epilogue = _Epilogue(kind=_OUT_KINDS[native_dtype], out=out.data_ptr())
     if decode.scales_itself:
         epilogue.a_scale, epilogue.b_scale, epilogue.bias = map(_address, rest)

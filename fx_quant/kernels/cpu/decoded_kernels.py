@@ -36,26 +36,38 @@ from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES, INT4_DTYPES, Granularity,
 _ANY_SCALES = (Granularity.PER_TENSOR, Granularity.PER_CHANNEL, Granularity.ANY_GROUP, Granularity.ANY_BLOCK)
 
 
-def _decoded(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, fixed=False, **_) -> Tensor:
+def _decoded(
+    a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, b_offset=None, fixed=False, **_
+) -> Tensor:
     """The native matmul, or float matmuls of the unpacked weight where it cannot run.
 
     Args:
         fixed: each row is summed in one order, however many there are.
     """
     how = decode_of(a.dtype, b.dtype, is_int4(b), fixed)
-    out = decoded_matmul(how, a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block)
+    b_zero_point, b_offset = as_one_shift(b_scale, b_zero_point, b_offset)
+    out = decoded_matmul(how, a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block, b_offset=b_offset)
     if out is not None:
         return out
     k = a.shape[1]
-    b_scale, b_zero_point = rows_of_panels(b_scale, n), rows_of_panels(b_zero_point, n)
+    b_scale, b_zero_point, b_offset = (rows_of_panels(each, n) for each in (b_scale, b_zero_point, b_offset))
     if a_scale is not None and block is not None:
         a, a_scale = decode(a, a_scale, block=(1, block[1])), None
     b_scale = torch.ones((), device=a.device) if b_scale is None else b_scale
-    weight = dequantize_weight(unpacked(b, n, k), k, b_scale, b_zero_point, block)
+    weight = dequantize_weight(unpacked(b, n, k), k, b_scale, b_zero_point, block, b_offset)
     a = a.float()
     # A library chooses the order of its sums by the number of rows, and by where they begin in memory.
     sums = torch.cat([row.clone() @ weight for row in a.split(1)]) if fixed else a @ weight
     return dequantize(sums, a_scale, None, bias, out_dtype)
+
+
+def as_one_shift(
+    b_scale: Tensor | None, b_zero_point: Tensor | None, b_offset: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``b_zero_point`` and ``b_offset``, of which one is None: beside an offset a zero point is taken off it."""
+    if b_zero_point is None or b_offset is None:
+        return b_zero_point, b_offset
+    return None, b_offset - (b_zero_point.float() if b_scale is None else b_scale * b_zero_point)
 
 
 def rows_of_panels(factor: Tensor | None, n: int) -> Tensor | None:
@@ -119,6 +131,7 @@ for _suffix, _op, _floats, _features, _a_dtype, _by in (
                     codes=frozenset(itertools.product(_floats, _codes)),
                     granularities=weight_scales(*_ANY_SCALES),
                     asymmetric=WEIGHT,
+                    offset=True,
                     out_dtypes=FLOAT_DTYPES,
                     constant_weight=True,
                 ),

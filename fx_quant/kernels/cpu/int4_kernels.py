@@ -45,10 +45,13 @@ register_layout(
 )
 
 
-def _weight_only_int4(a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, **_) -> Tensor:
+def _weight_only_int4(
+    a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, b_offset=None, **_
+) -> Tensor:
     """``torch.ops.aten._weight_int4pack_mm_for_cpu``, whose scales have the activation's dtype."""
     # Not kept from call to call: a graph may compute the scales, into memory that it uses again.
     shift = torch.zeros_like(b_scale) if b_zero_point is None else -b_scale * b_zero_point
+    shift = shift if b_offset is None else shift + b_offset
     scales = _scales(b_scale.to(a.dtype), shift.to(a.dtype))
     out = torch.ops.aten._weight_int4pack_mm_for_cpu(a.contiguous(), b, block[1], scales)
     return dequantize(out, None, None, bias, out_dtype)
@@ -68,6 +71,7 @@ register_kernel(
             codes=frozenset((torch.bfloat16, codes) for codes in INT4_DTYPES),
             granularities=weight_scales(*map(Granularity.per_group, _GROUPS)),
             asymmetric=WEIGHT,
+            offset=True,
             out_as_activation=True,
             align=16,
             paddable=False,

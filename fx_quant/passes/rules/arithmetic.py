@@ -61,6 +61,7 @@ from fx_quant.passes.values import (
     Axis,
     Codes,
     ColumnSum,
+    Decode,
     Environment,
     Product,
     Rule,
@@ -115,19 +116,24 @@ def _scale(env: Environment, node: Node) -> Value | None:
     other = _unexpanded(other)
     if isinstance(value, Product):
         return _scale_product(value, node, other, axis_of(other, node), divides)
-    to = dtype(node)
-    if to is None or to not in FLOAT_DTYPES:
-        return Unknown(node, f"the codes are scaled in {to}, which has no rule")
-    if isinstance(env.value(other), Unknown):
+    if isinstance(env.value(other), Unknown) and dtype(node) in FLOAT_DTYPES:
         return None
     affine = as_affine(value)
     assert affine is not None
+    return _scale_affine(affine, node, other, divides)
+
+
+def _scale_affine(affine: Affine, node: Node, other: object, divides: bool) -> Affine | Unknown:
+    to = dtype(node)
+    if to is None or to not in FLOAT_DTYPES:
+        return Unknown(node, f"the codes are scaled in {to}, which has no rule")
     scale = scale_of(affine.codes, node, other, inverse=divides)
     if scale is None:
         return Unknown(node, "the scale does not follow the rows, columns, groups or blocks of the codes")
     if varies_everywhere(affine.codes, scale.pairs):
         return Unknown(node, GATHERED if is_gathered(other) else "every code has a scale of its own")
-    return rounded(dataclasses.replace(affine, scales=(*affine.scales, scale)), to)
+    offsets = tuple((*offset, scale) for offset in affine.offsets)
+    return rounded(dataclasses.replace(affine, scales=(*affine.scales, scale), offsets=offsets), to)
 
 
 def _unexpanded(other: object) -> object:
@@ -156,7 +162,10 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
     side, stage = ("rows", Stage.A_SCALE) if on_rows else ("columns", Stage.B_SCALE)
     factors = getattr(product, side)
     exact = _in_float32(product, node, other) and not divides and not factors
-    changes: dict[str, Any] = {side: (*factors, tile_along(axis, other, node, inverse=divides))}
+    tile = tile_along(axis, other, node, inverse=divides)
+    changes: dict[str, Any] = {side: (*factors, tile)}
+    if side == "columns":
+        changes["b_offsets"] = tuple((*offset, tile) for offset in product.b_offsets)
     if product.block is not None and side == "columns" and axis is Axis.COLUMN:
         # A scale for each column parts the rows of a block, which must be whole for that.
         (high, group), n = product.block, shape(product.gemm)[-1]
@@ -194,14 +203,19 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
 
 
 def _scaled_and_shifted(env: Environment, node: Node) -> Value | None:
-    """``addcmul(bias, product, scale)``."""
+    """``addcmul(bias, product, scale)``, or of codes and their offset."""
     bias, *factors = args_of(node)[:3]
     if node.kwargs.get("value", 1) != 1:
         return None
     for operand, other in (factors, reversed(factors)):
         product = env.value(operand)
-        if isinstance(product, Product) and same_shape(shape(operand), shape(node)) and operand is not other:
-            scale = _unexpanded(other)
+        if not same_shape(shape(operand), shape(node)) or operand is other:
+            continue
+        scale, affine = _unexpanded(other), as_affine(product)
+        if affine is not None and (not is_full(bias, node) or _spreads(bias)) and env.value(other) is None:
+            scaled, to = _scale_affine(affine, node, scale, divides=False), dtype(node)
+            return scaled if isinstance(scaled, Unknown) or to is None else _offset(scaled, node, bias, False, to)
+        if isinstance(product, Product):
             scaled = _scale_product(product, node, scale, axis_of(scale, node), divides=False)
             shifted = None if scaled is None else _shift_product(env, scaled, node, bias, subtracts=False)
             # One op may round once where two round twice.
@@ -266,23 +280,17 @@ def _spreads(operand: object) -> bool:
 
 
 def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Value:
-    """Codes minus an integer that one scale's worth of them share."""
-    affine = as_affine(value)
+    """Codes minus an integer that one scale's worth of them share; whatever else they share is an offset."""
+    affine, to = as_affine(value), dtype(node)
     assert affine is not None
-    if affine.scales:
-        return Unknown(node, "something is added to the dequantized tensor: a zero point must come before the scale")
-    if integer_range(affine.codes) is None:
-        return Unknown(node, "something is added to float8 codes, which have no zero point")
-    if not subtracts:
-        return Unknown(node, "something is added to the codes: a zero point must be subtracted from them")
-    zero_point = zero_point_of(affine.codes, node, other)
+    assert to is not None
+    is_point = subtracts and not affine.scales and integer_range(affine.codes) is not None
+    zero_point = zero_point_of(affine.codes, node, other) if is_point else None
     if zero_point is None:
-        return Unknown(node, "the zero point is no integer tensor that follows the rows, columns, groups or blocks")
+        return _offset(affine, node, other, subtracts, to)
     if varies_everywhere(affine.codes, zero_point.pairs):
         return Unknown(node, "every code has a zero point of its own")
     moved = dataclasses.replace(affine, zero_points=(*affine.zero_points, zero_point))
-    to = dtype(node)
-    assert to is not None
     if not to.is_floating_point:
         if to not in ACCUMULATORS:
             return Unknown(node, f"a zero point is subtracted in {to}, where the difference may wrap around")
@@ -297,6 +305,19 @@ def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Val
             moved = rounded(moved, cast)
         other = args_of(other)[0]
     return moved
+
+
+def _offset(affine: Affine, node: Node, other: object, subtracts: bool, to: torch.dtype) -> Value:
+    """Codes, scaled or not, plus or minus a number that one scale's worth of them share."""
+    if to not in FLOAT_DTYPES:
+        return Unknown(node, f"something else than a zero point is added to the codes in {to}, which has no rule")
+    offset = scale_of(affine.codes, node, other)
+    if offset is None:
+        return Unknown(node, "what is added to the codes does not follow their rows, columns, groups or blocks")
+    if varies_everywhere(affine.codes, offset.pairs):
+        return Unknown(node, "every code has an offset of its own")
+    added = (offset, Decode(-1.0)) if subtracts else (offset,)
+    return rounded(dataclasses.replace(affine, offsets=(*affine.offsets, added)), to)
 
 
 def _same_kind(value: Value, node: Node) -> bool:

@@ -47,18 +47,25 @@ class Operand:
     Args:
         codes: ``[..., k]`` or ``[k, n]``.
         scales, zero_points: tiles of the free side x k.
+        offsets: the same, each a product of factors.
         epsilon: machine epsilon of the coarsest dtype it was dequantized in.
     """
 
     codes: Codes
     scales: tuple[Tile, ...] = ()
     zero_points: tuple[Tile, ...] = ()
+    offsets: tuple[tuple[Tile, ...], ...] = ()
     epsilon: float = 0.0
 
     @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All of them."""
+        return (*self.scales, *self.zero_points, *(tile for offset in self.offsets for tile in offset))
+
+    @property
     def group(self) -> int | None:
-        """How many neighbours along k share a scale or zero point; None when all do."""
-        return next((tile.group for tile in (*self.scales, *self.zero_points) if tile.group is not None), None)
+        """How many neighbours along k share a scale, zero point or offset; None when all do."""
+        return next((tile.group for tile in self.tiles if tile.group is not None), None)
 
 
 def operand(affine: Affine, side: str, gemm: Node) -> Operand | Unknown:
@@ -72,15 +79,19 @@ def operand(affine: Affine, side: str, gemm: Node) -> Operand | Unknown:
         free, along_k = flat(dims[:-1]), dims[-1]
     else:
         free, along_k = dims[-1], dims[-2]
-    tiles: dict[str, tuple[Tile, ...]] = {}
-    for name, factors in (("scale", affine.scales), ("zero point", affine.zero_points)):
-        placed = [_tile(factor, free, along_k) for factor in factors]
-        if any(tile is None or tile.group in (0, 1) for tile in placed):
+    named = [("scale", affine.scales), ("zero point", affine.zero_points)]
+    placed: list[tuple[Tile, ...]] = []
+    for name, factors in (*named, *(("offset", offset) for offset in affine.offsets)):
+        tiles = tuple(tile for factor in factors if (tile := _tile(factor, free, along_k)) is not None)
+        if len(tiles) < len(factors) or any(tile.group in (0, 1) for tile in tiles):
             return Unknown(gemm, f"the {name} of {side} varies along k, so it cannot leave the sum")
-        tiles[name] = tuple(tile for tile in placed if tile is not None)
-    if len({tile.group for factors in tiles.values() for tile in factors} - {None}) > 1:
-        return Unknown(gemm, f"scales and zero points of {side} have groups of different sizes along k")
-    return Operand(affine.codes, tiles["scale"], tiles["zero point"], affine.epsilon)
+        placed.append(tiles)
+    scales, points, *offsets = placed
+    of_side = Operand(affine.codes, scales, points, tuple(offsets), affine.epsilon)
+    if len({tile.group for tile in of_side.tiles} - {None}) > 1:
+        beside = "offsets" if affine.offsets else "zero points"
+        return Unknown(gemm, f"scales and {beside} of {side} have groups of different sizes along k")
+    return of_side
 
 
 def _tile(factor: Decode, free: Sequence[Piece], along_k: Sequence[Piece]) -> Tile | None:
@@ -99,6 +110,8 @@ def _matmul(env: Environment, node: Node) -> Value | None:
     if isinstance(right, Unknown):
         return right
     a, b = as_affine(left), as_affine(right)
+    if a is not None and a.offsets:
+        a = None  # no matmul of codes: what it was decoded to is a float like any other
     if b is None:
         return left if isinstance(left, Unknown) else _float_weight(node, a)
     dims = _without_batch(b.codes.dims)
@@ -108,7 +121,7 @@ def _matmul(env: Environment, node: Node) -> Value | None:
     if a is None:
         return _weight_only(node, operands[0], b)
     product = _both(node, a, b)
-    if dtype(operands[0]) not in FLOAT_DTYPES or not (a.scales or a.zero_points):
+    if dtype(operands[0]) not in FLOAT_DTYPES or not (a.scales or a.zero_points or b.offsets):
         return product
     # What is no matmul of codes is at least one of a float activation and a quantized weight.
     fallback = _weight_only(node, operands[0], b)
@@ -147,6 +160,8 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
             return side
     assert isinstance(of_a, Operand)
     assert isinstance(of_b, Operand)
+    if of_b.offsets:
+        return Unknown(node, "the weight has an offset, which only a float activation is multiplied with")
     groups = {of_a.group, of_b.group} - {None}
     if len(groups) > 1:
         return Unknown(node, "the scales of a and b have groups of different sizes along k")
@@ -178,7 +193,8 @@ def _weight_only(node: Node, x: object, b: Affine) -> Product | Unknown:
         return weight
     if to not in FLOAT_DTYPES or dtype(x) is not to or not isinstance(x, Node):
         return Unknown(node, f"a weight-only matmul of {dtype(x)} that returns {to} has no rule")
-    numerics = _moved_out_class(weight.epsilon, to) if weight.scales or weight.epsilon else Numerics.SAME_ACCUM
+    moves_out = weight.scales or weight.offsets or weight.epsilon
+    numerics = _moved_out_class(weight.epsilon, to) if moves_out else Numerics.SAME_ACCUM
     return _started(node, x, None, weight, numerics)
 
 
@@ -209,6 +225,7 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
         offset=a.offset if isinstance(a, Codes) else 0,
         a_zero_points=() if of_a is None else of_a.zero_points,
         b_zero_points=of_b.zero_points,
+        b_offsets=of_b.offsets,
         block=block,
     )
     if a_is_codes and not product.wraps and not all(map(is_near, (*product.a_zero_points, *product.b_zero_points))):
@@ -234,7 +251,7 @@ def _block(of_a: Operand | None, of_b: Operand, n: int | torch.SymInt) -> tuple[
     group = of_b.group if of_a is None or of_a.group is None else of_a.group
     if group is None:
         return None
-    blocks = {tile.row_block for tile in (*of_b.scales, *of_b.zero_points)}
+    blocks = {tile.row_block for tile in of_b.tiles if isinstance(tile.source, Node)}
     if not isinstance(group, int) or not isinstance(n, int):
         return "groups along k must be of a static size"
     rows = next(iter(blocks)) if len(blocks) == 1 else 1

@@ -26,11 +26,12 @@ struct FxqFloat16 {
 };
 
 // Element (i, j) belongs to rows i * rows.. of the weight and to group j along k; a stride of 0 repeats one. With a
-// panel_stride, which is 0 otherwise, the 64 rows of a panel are side by side, and no row is missing.
+// panel_stride, which is 0 otherwise, the 64 rows of a panel are side by side, and no row is missing. A zero point that
+// is ``added`` is an offset of the scaled codes, code * scale + offset, where another is one of the codes alone.
 struct FxqFactor {
   FxqKind kind;
   const void* data;
-  int64_t rows, row_stride, group_stride, panel_stride;
+  int64_t rows, row_stride, group_stride, panel_stride, added;
 };
 
 constexpr int64_t FXQ_GROUPS = 16; // groups that are read at once

@@ -3,7 +3,7 @@
 //
 // acc[rows][64] = sum_j scale[j] * sum_{k in j} a[k] * (code[k] - zero_point[j]) over the groups j along k. In float32
 // zero points are taken off the codes, which is exact. bfloat16 has no cheap way to: there they are taken off the sum,
-// multiplied by sum_{k in j} a[k].
+// multiplied by sum_{k in j} a[k]. So multiplied, an offset of the scaled codes is added to the scaled sum.
 
 namespace {
 
@@ -67,7 +67,7 @@ FXQ_INLINE void fxq_step(
 template <typename DOT, typename DECODE>
 inline FxqRows<typename DOT::A> fxq_rows(
     const typename DOT::A* a, int64_t lda, int64_t, int64_t count, const FxqWeight& w) {
-  return FxqRows<typename DOT::A>(a, lda, count, w, DECODE::CORRECTS);
+  return FxqRows<typename DOT::A>(a, lda, count, w, DECODE::CORRECTS || w.zero_point.added);
 }
 
 // Part of a panel: k from begin to end, at codes, and the factors of its groups, the first of which is ``group``.
@@ -78,17 +78,40 @@ struct FxqChunk {
   alignas(64) float zero_points[FXQ_GROUPS][FXQ_PANEL];
 };
 
-// out[16] += sum, less ``all`` times the zero point, by the scales of its row and its group; null is none.
+// What is taken off the codes of group ``i`` of a chunk, where codes are; null where nothing is.
+inline const float* fxq_zero_point(const FxqWeight& w, const FxqChunk& chunk, int64_t i) {
+  return w.zero_point.kind == FXQ_NONE || w.zero_point.added ? nullptr : chunk.zero_points[i];
+}
+
+// What the zero points or offsets of a group are to its sums: null where it has none, or they are off the codes already.
+struct FxqShift {
+  const float *zero_point, *offset;
+
+  // ``values`` of group ``j`` and ``whether`` the sums begin with the group.
+  FXQ_INLINE FxqShift(const FxqWeight& w, const float* values, bool corrects, bool whether)
+      : zero_point(whether && corrects && w.zero_point.kind != FXQ_NONE && !w.zero_point.added ? values : nullptr),
+        offset(whether && w.zero_point.added ? values : nullptr) {}
+  FXQ_INLINE bool is_none() const {
+    return zero_point == nullptr && offset == nullptr;
+  }
+};
+
+// out[16] += sum, less ``all`` times the zero point, by the scales of its row and its group, and ``all`` times the
+// offset, both at ``column``; null is none.
 FXQ_INLINE void fxq_add(
-    __m512 sum, const float* zero_point, float all, const float* row_scale, const float* scale, float* out) {
-  if (zero_point != nullptr) {
-    sum = _mm512_fnmadd_ps(_mm512_set1_ps(all), _mm512_load_ps(zero_point), sum);
+    __m512 sum, const FxqShift& shift, int64_t column, float all, const float* row_scale, const float* scale, float* out) {
+  if (shift.zero_point != nullptr) {
+    sum = _mm512_fnmadd_ps(_mm512_set1_ps(all), _mm512_load_ps(shift.zero_point + column), sum);
   }
   if (row_scale != nullptr) {
     sum = _mm512_mul_ps(sum, _mm512_set1_ps(*row_scale));
   }
   const __m512 before = _mm512_load_ps(out);
-  _mm512_store_ps(out, scale ? _mm512_fmadd_ps(sum, _mm512_load_ps(scale), before) : _mm512_add_ps(sum, before));
+  sum = scale ? _mm512_fmadd_ps(sum, _mm512_load_ps(scale + column), before) : _mm512_add_ps(sum, before);
+  if (shift.offset != nullptr) {
+    sum = _mm512_fmadd_ps(_mm512_set1_ps(all), _mm512_load_ps(shift.offset + column), sum);
+  }
+  _mm512_store_ps(out, sum);
 }
 
 // acc[ROWS][64] of the rows from ``row`` on, which are ``first`` + row.. of the activation, and one chunk.
@@ -109,9 +132,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
   int64_t k = chunk.begin, group = chunk.group;
   for (int64_t i = 0; k < chunk.end; i++, group++) {
     const int64_t end = std::min(chunk.end, (group + 1) * w.group);
-    const float* zero_point = w.zero_point.kind == FXQ_NONE ? nullptr : chunk.zero_points[i];
+    const float* zero_point = fxq_zero_point(w, chunk, i);
     const float* scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i];
-    const bool corrects = DECODE::CORRECTS && zero_point != nullptr && k == group * w.group;
+    const FxqShift shift(w, chunk.zero_points[i], DECODE::CORRECTS, k == group * w.group);
     typename DOT::Vec sum[SETS][ROWS][4];
 #pragma GCC unroll 2
     for (int set = 0; set < SETS; set++) {
@@ -156,13 +179,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
         if (SETS == 2) {
           value = _mm512_add_ps(value, sum[SETS - 1][r][j]);
         }
-        fxq_add(
-            value,
-            corrects ? zero_point + j * 16 : nullptr,
-            corrects ? rows.sum(row + r, group) : 0.0f,
-            row_scale,
-            scale == nullptr ? nullptr : scale + j * 16,
-            acc + r * FXQ_PANEL + j * 16);
+        const float all = shift.is_none() ? 0.0f : rows.sum(row + r, group);
+        fxq_add(value, shift, j * 16, all, row_scale, scale, acc + r * FXQ_PANEL + j * 16);
       }
     }
   }
@@ -226,16 +244,17 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
     int64_t k = chunk.begin, group = chunk.group;
     for (int64_t i = 0; k < chunk.end; i++, group++) {
       const int64_t end = std::min(chunk.end, (group + 1) * w.group);
-      const bool corrects = w.zero_point.kind != FXQ_NONE && k == group * w.group;
+      const FxqShift shift(w, chunk.zero_points[i], true, k == group * w.group);
       for (int64_t column = 0; column < FXQ_PANEL; column += 32) {
         const uint8_t* const b = wide + (k - chunk.begin) * 128 + column * 4;
         const auto multiply = height > 16 ? fxq_bf16_tiles<true> : fxq_bf16_tiles<false>;
         multiply(a + k, rows.stride * sizeof(*a), rest, b, end - k, sums);
-        const float* const scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i] + column;
+        const float* const scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i];
         float* const out = acc + row * FXQ_PANEL + column;
         // What is usual, with the scales in registers: adding up takes longer than the tiles of a small group.
-        if (!corrects && w.row_scale == nullptr && scale != nullptr) {
-          const __m512 left_scale = _mm512_load_ps(scale), right_scale = _mm512_load_ps(scale + 16);
+        if (shift.is_none() && w.row_scale == nullptr && scale != nullptr) {
+          const __m512 left_scale = _mm512_load_ps(scale + column);
+          const __m512 right_scale = _mm512_load_ps(scale + column + 16);
 #pragma GCC unroll 4
           for (int64_t r = 0; r < height; r++) {
             float* const at = out + r * FXQ_PANEL;
@@ -247,16 +266,11 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
         }
         for (int64_t r = 0; r < height; r++) {
           const float* row_scale = fxq_row_scale(w, first + row + r, group);
-          const float all = corrects ? rows.sum(row + r, group) : 0.0f;
+          const float all = shift.is_none() ? 0.0f : rows.sum(row + r, group);
 #pragma GCC unroll 2
           for (int64_t c = 0; c < 32; c += 16) {
-            fxq_add(
-                _mm512_load_ps(sums + r * 32 + c),
-                corrects ? chunk.zero_points[i] + column + c : nullptr,
-                all,
-                row_scale,
-                scale == nullptr ? nullptr : scale + c,
-                out + r * FXQ_PANEL + c);
+            const __m512 sum = _mm512_load_ps(sums + r * 32 + c);
+            fxq_add(sum, shift, column + c, all, row_scale, scale, out + r * FXQ_PANEL + c);
           }
         }
       }
@@ -314,7 +328,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_widen(
   int64_t k = chunk.begin, group = chunk.group;
   for (int64_t i = 0; k < chunk.end; i++, group++) {
     const int64_t end = std::min(chunk.end, (group + 1) * w.group);
-    const float* zero_point = w.zero_point.kind == FXQ_NONE ? nullptr : chunk.zero_points[i];
+    const float* zero_point = fxq_zero_point(w, chunk, i);
     for (; k < end; k += DECODE::STEP) {
 #pragma GCC unroll 4
       for (int64_t line = 0; line < DECODE::STEP * DECODE::BYTES; line += 64) {
