@@ -123,7 +123,9 @@ class _Walk:
         value = node.meta.get("val")
         brought = node.op == "placeholder" and node not in self.constant
         # A tensor that is filled to a size of the call holds the same values in each.
-        if not isinstance(value, (int, torch.SymInt)) and (brought or not self.changes.isdisjoint(node.all_input_nodes)):
+        if not isinstance(value, (int, torch.SymInt)) and (
+            brought or not self.changes.isdisjoint(node.all_input_nodes)
+        ):
             self.changes.add(node)
         sources = [] if node.target in CONTRACTIONS else node.all_input_nodes
         self.statistics[node] = {source for n in sources for source in self.statistics[n]}
