@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
 import subprocess
 import tempfile
@@ -74,4 +73,4 @@ def _made(file: Path, command: str) -> None:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             made = Path(folder, file.name)
             subprocess.run([*command.split(), "-o", str(made)], check=True, capture_output=True)
-            os.replace(made, file)
+            made.replace(file)
