@@ -21,7 +21,6 @@ from torch._dynamo.utils import counters
 
 import fx_quant.backend  # noqa: F401  (once for all processes)
 from tests import models
-from tests.instruction_sets import believe_this_cpu
 from tests.quick_compiles import compile_quickly
 
 
@@ -87,7 +86,6 @@ def compile_all(caches: str, mode: str, file: str, cache: str) -> None:
 
 
 def main(jobs: list[str]) -> None:
-    believe_this_cpu()
     compile_quickly()
     # What Dynamo and AOTAutograd import when they are first used, once for all processes.
     torch.compile(torch.sin, backend="aot_eager")(torch.ones(2))

@@ -26,11 +26,9 @@ import torch._inductor.config
 from fx_quant.kernels.packed_weights import clear_packed_weights
 from tests.fresh_process import torch_alone
 from tests.graphs import running_op_by_op
-from tests.instruction_sets import believe_this_cpu
 from tests.quick_compiles import compile_quickly
 from tests.triton_interpreter import interpreting
 
-believe_this_cpu()
 compile_quickly()
 
 # For a line of the log, Dynamo empties the CPU's caches and clocks the guards of all that it compiles: 30 ms each time.

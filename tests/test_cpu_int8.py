@@ -157,7 +157,6 @@ from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.lowerings import cpu_template
 from fx_quant.kernels.cpu.plans import DEFAULT
-from tests.instruction_sets import believe_this_cpu
 from tests.quick_compiles import compile_quickly
 
 # A process for each, which has the imports and has asked nothing of this CPU.
@@ -171,7 +170,6 @@ else:
 os.environ["ATEN_CPU_CAPABILITY"] = capability
 # A header is compiled ahead in the time of nine kernels, and this is all that is compiled for the other capabilities.
 torch._inductor.config.cpp_cache_precompile_headers = capability == "avx512"
-believe_this_cpu()
 compile_quickly()
 
 # Two blocks of rows go over k in three parts.

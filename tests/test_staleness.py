@@ -451,8 +451,8 @@ def test_a_write_to_a_dtensor_is_seen_by_its_version_alone(tmp_path, monkeypatch
 
 RECEIVES_A_BROADCAST = """
 import os, sys, torch, fx_quant
-from tests.instruction_sets import believe_this_cpu
-believe_this_cpu()
+from tests.quick_compiles import compile_quickly
+compile_quickly()
 rank, store = int(os.fork() == 0), sys.argv[1]
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 torch.manual_seed(rank)
