@@ -25,10 +25,11 @@ import torch._inductor.config
 
 from fx_quant.kernels.packed_weights import clear_packed_weights
 from tests.fresh_process import torch_alone
-from tests.instruction_sets import believe_this_cpu
+from tests.graphs import running_op_by_op
+from tests.quick_compiles import compile_quickly
 from tests.triton_interpreter import interpreting
 
-believe_this_cpu()
+compile_quickly()
 
 # For a line of the log, Dynamo empties the CPU's caches and clocks the guards of all that it compiles: 30 ms each time.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
@@ -94,6 +95,13 @@ def uncached():
     ):
         yield
     clear_packed_weights()
+
+
+@pytest.fixture
+def op_by_op():
+    """What the passes leave of a graph that is compiled runs op by op: no C++ of Inductor's, where it is not the claim."""
+    with running_op_by_op():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from fx_quant import backend
 from fx_quant.compat import (
     copy_graph,
     decompositions_without_matmul,
@@ -38,6 +42,14 @@ from fx_quant.scheme import FLOAT8_DTYPES, Numerics
 from fx_quant.target import named_target
 from tests.printer import print_graph
 from tests.torchao_cpu import as_on_vnni
+
+
+@contextlib.contextmanager
+def running_op_by_op() -> Iterator[None]:
+    """Graphs that our backend compiles take every pass, and what it leaves of them runs op by op, as ``explain`` does."""
+    quick = functools.partial(backend.compile_fx, inner_compile=run_eagerly)
+    with mock.patch.object(backend, "compile_fx", quick):
+        yield
 
 
 @dataclass

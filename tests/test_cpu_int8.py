@@ -155,7 +155,7 @@ from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.layouts import pack_weight
 from fx_quant.lowerings import cpu_template
 from fx_quant.kernels.cpu.plans import DEFAULT
-from tests.instruction_sets import believe_this_cpu
+from tests.quick_compiles import compile_quickly
 
 # A process for each, which has the imports and has asked nothing of this CPU.
 for capability, *elsewhere in json.loads(sys.argv[1]):
@@ -168,7 +168,7 @@ else:
 os.environ["ATEN_CPU_CAPABILITY"] = capability
 # A header is compiled ahead in the time of nine kernels, and this is all that is compiled for the other capabilities.
 torch._inductor.config.cpp_cache_precompile_headers = capability == "avx512"
-believe_this_cpu()
+compile_quickly()
 
 # Two blocks of rows go over k in three parts.
 cpu_template.table = lambda kind: DEFAULT.replaced(7, chunk_k=64)

@@ -558,7 +558,7 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch):
 def test_inductor_compiles_sizes_and_pads_to_them():
     """The one that generates code."""
     torch._dynamo.reset()
-    model = blocks(3)
+    model = blocks(1)
     with torch.no_grad():
         run = compiled(model, compile_sizes=[16], padding="always")
         for m in (20, 9, 16):

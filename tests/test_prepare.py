@@ -347,7 +347,7 @@ def test_values_that_are_not_finite_spoil_the_rows_that_they_spoil_in_the_librar
         ("float8_block", (1, 2, 3)),
     ],
 )
-def test_a_compiled_swapped_linear_is_rewritten_and_computes_as_eagerly(name, ranks):
+def test_a_swapped_linear_is_rewritten_and_computes_as_eagerly(name, ranks, op_by_op):
     model = compressed_net(name, "frozen")
     prepare_(model)
     inputs = {rank: hostile("ordinary", torch.float32, rank) for rank in ranks}
@@ -778,8 +778,7 @@ def test_a_llama_from_a_checkpoint_compiles_to_one_graph_with_every_linear_rewri
     assert {site.module for site in found.sites} == {swapped.module for swapped in report.swapped}
 
 
-@pytest.mark.slow
-def test_a_compiled_prepared_llama_runs_as_it_does_eagerly(tmp_path):
+def test_the_graph_of_a_prepared_llama_runs_as_it_does_eagerly(tmp_path, op_by_op):
     library()
     model = in_state(apply_scheme(llama(torch.float32), "w8a16"), "frozen")
     prepare_(model)
