@@ -73,9 +73,9 @@ def tuned_kernels() -> tuple[TunedKernel, ...]:
 
 def supported_kernels() -> tuple[TunedKernel, ...]:
     """The kinds of native kernel that this machine has the instructions for; nothing is compiled."""
-    int8 = [level.dot for level in LEVELS if level.dot.packed and level.dot.exists_here()]
+    int8 = [(level.dot, level.dot.layout) for level in LEVELS if level.dot.layout and level.dot.exists_here()]
     # Of several the first is preferred.
-    kernels = [TunedKernel(dot.kind, dot.layout, torch.int8, torch.int8, dot) for dot in int8[:1]]
+    kernels = [TunedKernel(dot.kind, layout, torch.int8, torch.int8, dot) for dot, layout in int8[:1]]
     if BFLOAT16.exists_here():
         kernels.append(TunedKernel(BFLOAT16.kind, "bf16_pairs", torch.bfloat16, torch.bfloat16, BFLOAT16))
     for a_dtype, bytes_layout in ((torch.bfloat16, "pairs"), (torch.float32, "columns")):
