@@ -13,9 +13,11 @@ import fx_quant
 from fx_quant.kernels.select import verdicts
 from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.problem import Problem, SizeRange
-from fx_quant.scheme import Scheme
+from fx_quant.scheme import Numerics, Scheme
 from fx_quant.target import named_target
+from tests.dialects.gguf import Q4K
 from tests.graphs import assert_same_meaning, prove, trace
+from tests.tolerances import assert_within
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 N, K, G = 8, 64, 16
@@ -249,3 +251,16 @@ def test_a_layer_of_ours_has_no_offset():
         fx_quant.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 64)), str(scheme))
     with pytest.raises(ValueError, match="without offsets, got uint8 per_channel with offset; say symmetric=False"):
         quantize_weight(torch.randn(8, 8), scheme.weight)
+
+
+@pytest.mark.usefixtures("uncached")
+def test_a_compiled_linear_of_records_follows_its_bytes():
+    model = Q4K(F32, bias=True)
+    compiled = torch.compile(model, backend="fx_quant")
+    a = torch.randn(5, model.k)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_within(compiled(a), model(a), Numerics.REASSOCIATED)
+            model.blocks[:, 16:] ^= 0x5A  # other codes in place
+    report = fx_quant.explain(model, a, target="x86_vnni")
+    assert [site.scheme for site in report.sites] == ["float32 x int4 per_group(32) with offset"]

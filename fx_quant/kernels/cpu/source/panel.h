@@ -85,6 +85,7 @@ inline const float* fxq_zero_point(const FxqWeight& w, const FxqChunk& chunk, in
 
 // What the zero points or offsets of a group are to its sums: null where it has none, or they are off the codes already.
 struct FxqShift {
+  enum Kind { NONE, ZERO_POINT, OFFSET };
   const float *zero_point, *offset;
 
   // ``values`` of group ``j`` and ``whether`` the sums begin with the group.
@@ -219,6 +220,36 @@ FXQ_TARGET __attribute__((noinline)) void fxq_bf16_tiles(
   fxq_store_sums<TWO>(sums, 32);
 }
 
+// out[height][32 of 64] += sums[height][32] of ``rows`` from ``row`` on, by the scales of their group, and with its zero
+// points or offsets at ``shift``. These are in registers: adding up takes longer than the tiles of a small group.
+template <FxqShift::Kind KIND>
+FXQ_TARGET __attribute__((noinline)) void fxq_add_tile(
+    const float* sums,
+    int64_t height,
+    const float* scale,
+    const float* shift,
+    const FxqRows<uint16_t>& rows,
+    int64_t row,
+    int64_t group,
+    float* out) {
+  const __m512 scales[] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)};
+  const __m512 shifts[] = {_mm512_load_ps(shift), _mm512_load_ps(shift + 16)};
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < height; r++) {
+    const __m512 all = _mm512_set1_ps(KIND == FxqShift::NONE ? 0.0f : rows.sum(row + r, group));
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2; half++) {
+      float* const at = out + r * FXQ_PANEL + half * 16;
+      __m512 sum = _mm512_load_ps(sums + r * 32 + half * 16);
+      if (KIND == FxqShift::ZERO_POINT) {
+        sum = _mm512_fnmadd_ps(all, shifts[half], sum);
+      }
+      sum = _mm512_fmadd_ps(sum, scales[half], _mm512_load_ps(at));
+      _mm512_store_ps(at, KIND == FxqShift::OFFSET ? _mm512_fmadd_ps(all, shifts[half], sum) : sum);
+    }
+  }
+}
+
 // acc[count][64] of a chunk that is decoded at ``wide``; its groups are multiples of 32 k, or one.
 template <typename DECODE>
 FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
@@ -251,17 +282,11 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
         multiply(a + k, rows.stride * sizeof(*a), rest, b, end - k, sums);
         const float* const scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i];
         float* const out = acc + row * FXQ_PANEL + column;
-        // What is usual, with the scales in registers: adding up takes longer than the tiles of a small group.
-        if (shift.is_none() && w.row_scale == nullptr && scale != nullptr) {
-          const __m512 left_scale = _mm512_load_ps(scale + column);
-          const __m512 right_scale = _mm512_load_ps(scale + column + 16);
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < height; r++) {
-            float* const at = out + r * FXQ_PANEL;
-            const __m512 left = _mm512_load_ps(sums + r * 32), right = _mm512_load_ps(sums + r * 32 + 16);
-            _mm512_store_ps(at, _mm512_fmadd_ps(left, left_scale, _mm512_load_ps(at)));
-            _mm512_store_ps(at + 16, _mm512_fmadd_ps(right, right_scale, _mm512_load_ps(at + 16)));
-          }
+        if (w.row_scale == nullptr && scale != nullptr) {
+          const auto add = shift.is_none()  ? fxq_add_tile<FxqShift::NONE>
+              : shift.offset != nullptr ? fxq_add_tile<FxqShift::OFFSET>
+                                        : fxq_add_tile<FxqShift::ZERO_POINT>;
+          add(sums, height, scale + column, chunk.zero_points[i] + column, rows, row, group, out);
           continue;
         }
         for (int64_t r = 0; r < height; r++) {
