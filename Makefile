@@ -50,7 +50,9 @@ $(STAMP): | pyproject.toml constraints.txt
 	@echo "setup: 1/2 $$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
 	@echo "setup: 2/2 fx_quant and what the demo and the tests need"
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@# Where pip compiles no modules, those that every process of PyTorch's imports are compiled by an import meanwhile.
+	@if [ "$${PIP_COMPILE:-1}" = 0 ]; then $(BIN)/python -c 'import torch._inductor.compile_fx' 2>/dev/null & fi; \
+	  $(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"; wait
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 	@echo "setup: done"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 import subprocess
@@ -34,12 +33,11 @@ def compile_quickly() -> None:
 
 def _linked(command: str) -> str:
     """A library that names PyTorch's, which the process has loaded, and that finds their symbols when it is loaded."""
-    return (
-        command.replace(LINKED, f"-L{_empty_libraries()} -Wl,--no-as-needed {LINKED}") if LINKED in command else command
-    )
+    if LINKED not in command:
+        return command
+    return command.replace(LINKED, f"-L{_empty_libraries()} -Wl,--no-as-needed {LINKED}")
 
 
-@functools.cache
 def _empty_libraries() -> Path:
     """A folder with a library of no symbols for each of PyTorch's, under its name."""
     folder = Path(cache_dir(), "empty_libraries")
@@ -62,13 +60,13 @@ def _included(command: str) -> str:
     return command.replace(flags, f"{flags}-include {header} ")
 
 
-@functools.cache
 def _header(text: str, command: str) -> Path:
     """A file of ``text`` that is compiled ahead: the compiler takes the text where it cannot take that."""
     folder = Path(cache_dir(), "headers", hashlib.sha256(f"{command}\n{text}".encode()).hexdigest()[:16])
     folder.mkdir(parents=True, exist_ok=True)
     header = folder / "included.h"
-    header.write_text(f"{text}\n")
+    if not header.exists():
+        header.write_text(f"{text}\n")
     _made(folder / "included.h.gch", command.format(header))
     return header
 

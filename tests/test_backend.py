@@ -206,7 +206,7 @@ def fail(*_):
     raise RuntimeError("broken on purpose")
 
 
-def test_an_exception_in_a_pass_compiles_the_original_graph_with_one_warning(monkeypatch):
+def test_an_exception_in_a_pass_compiles_the_original_graph_with_one_warning(monkeypatch, op_by_op):
     monkeypatch.setattr(pipeline, "to_kernels", fail)
     model, x = int8_linear(), models.inputs(torch.float32)
     with pytest.warns(UserWarning, match="a pass failed with RuntimeError") as caught:
@@ -236,7 +236,7 @@ class ScaledAlongK(torch.nn.Module):
         return x @ (self.codes.float() * self.scale).t()
 
 
-def test_a_miss_is_logged_and_compiles_as_it_was(caplog):
+def test_a_miss_is_logged_and_compiles_as_it_was(caplog, op_by_op):
     model, x = ScaledAlongK(), models.inputs(torch.float32)
     with caplog.at_level(logging.WARNING, logger="fx_quant"):
         torch.testing.assert_close(compiled(model)(x), model(x))
@@ -280,7 +280,7 @@ def test_few_rows_equal_eager(rows):
 
 
 @pytest.mark.parametrize("scaled", [0.01, [[0.01], [0.02]]])
-def test_a_weight_that_is_a_literal_in_the_code_is_right_and_missed(scaled):
+def test_a_weight_that_is_a_literal_in_the_code_is_right_and_missed(scaled, op_by_op):
     def literal(x):
         return torch.nn.functional.linear(x, torch.tensor([[1, 2] * 32, [3, -4] * 32], dtype=torch.int8).float() * by())
 
@@ -292,7 +292,7 @@ def test_a_weight_that_is_a_literal_in_the_code_is_right_and_missed(scaled):
     assert counters["fx_quant"]["missed"] == 1
 
 
-def test_a_weight_that_is_chosen_by_a_number_of_the_call_is_right():
+def test_a_weight_that_is_chosen_by_a_number_of_the_call_is_right(op_by_op):
     class Experts(torch.nn.Module):
         def __init__(self):
             super().__init__()

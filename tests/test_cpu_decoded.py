@@ -455,7 +455,8 @@ def assert_each_is_its_sum(kinds, float_dtype, all_rows):
 @both
 def test_the_compiled_matmul_is_the_sum_for_any_rows(float_dtype):
     """Codes are decoded otherwise to each dtype, their factors are read alike."""
-    assert_each_is_its_sum(KINDS if float_dtype is BF16 else [*KINDS[:5], *KINDS[-2:]], float_dtype, (7, 2, 390))
+    kinds = KINDS if float_dtype is BF16 else [*KINDS[:2], *KINDS[3:5], *KINDS[-2:]]
+    assert_each_is_its_sum(kinds, float_dtype, (7, 2, 390))
 
 
 @both

@@ -551,7 +551,7 @@ class Frame(nn.Module):
         return x + RowMajor.compute(self.frame, self.w, self.scale)
 
 
-def test_an_activation_in_a_buffer_is_no_constant():
+def test_an_activation_in_a_buffer_is_no_constant(op_by_op):
     memory = np.zeros((4, K), np.float32)
     module, x = Frame(memory), x_of()
     call = compiled(module)
@@ -574,7 +574,7 @@ def test_nothing_of_the_activation_is_folded():
     assert [node.op for node in call.args[0]] == ["placeholder"]
 
 
-def test_a_cache_of_codes_that_grows_is_packed_in_every_call():
+def test_a_cache_of_codes_that_grows_is_packed_in_every_call(op_by_op):
     class Cache(nn.Module):
         def __init__(self) -> None:
             super().__init__()
