@@ -20,6 +20,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fx_quant.kernels.cpu.native import load
+from fx_quant.target import cpu_features
 
 # (streams, bytes that a prefetch runs ahead; 0 leaves it to the hardware)
 READS = ((1, 0), (2, 0), (4, 0), (8, 0), (1, 2048), (1, 8192), (4, 512), (4, 1024))
@@ -28,6 +29,9 @@ MIB = 1 << 20
 _SOURCE = r"""
 #include <cstdint>
 #include <omp.h>
+#if defined(__AMX_TILE__)
+#include <immintrin.h>
+#endif
 
 typedef int Line __attribute__((vector_size(64)));
 
@@ -101,6 +105,39 @@ int fxq_read(const char* p, int64_t size, int variant, int64_t repeats, int thre
 typedef float Floats __attribute__((vector_size(64)));
 typedef float HalfFloats __attribute__((vector_size(32)));
 
+// Four tiles of sums of 16 x 16, each of two tiles of 1 KiB.
+#define TILES(NAME, PRODUCT, OPERATIONS)                                                         \
+  extern "C" __attribute__((visibility("default"))) int NAME(int64_t repeats, int threads)       \
+  {                                                                                              \
+    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } all = {1}; \
+    for (int tile = 0; tile < 8; tile++) {                                                       \
+      all.bytes[tile] = 64;                                                                      \
+      all.rows[tile] = 16;                                                                       \
+    }                                                                                            \
+    _Pragma("omp parallel num_threads(threads)")                                                 \
+    {                                                                                            \
+      _tile_loadconfig(&all);                                                                    \
+      for (int64_t r = 0; r < repeats; r++) {                                                    \
+        PRODUCT(0, 4, 6);                                                                        \
+        PRODUCT(1, 4, 7);                                                                        \
+        PRODUCT(2, 5, 6);                                                                        \
+        PRODUCT(3, 5, 7);                                                                        \
+      }                                                                                          \
+      _tile_release();                                                                           \
+    }                                                                                            \
+    return 4 * OPERATIONS;                                                                       \
+  }
+
+#if defined(__AMX_INT8__)
+TILES(fxq_tdpbssd, _tile_dpbssd, 2 * 16 * 16 * 64)
+#else
+ABSENT(fxq_tdpbssd)
+#endif
+#if defined(__AMX_BF16__)
+TILES(fxq_tdpbf16ps, _tile_dpbf16ps, 2 * 16 * 16 * 32)
+#else
+ABSENT(fxq_tdpbf16ps)
+#endif
 #if defined(__AVX512VNNI__)
 CHAINS(fxq_vpdpbusd, Line, "vpdpbusd", 128)
 #else
@@ -120,7 +157,9 @@ ABSENT(fxq_vfmadd231ps)
 #endif
 """
 
-INSTRUCTIONS = ("vpdpbusd", "vdpbf16ps", "vfmadd231ps")
+INSTRUCTIONS = ("tdpbssd", "tdpbf16ps", "vpdpbusd", "vdpbf16ps", "vfmadd231ps")
+# Of tiles, where a processor lets the process use them.
+_BY_TILES = {"vpdpbusd": "tdpbssd", "vdpbf16ps": "tdpbf16ps"}
 
 
 @functools.cache
@@ -227,11 +266,19 @@ def reading(buffer: Buffer, threads: int, *, size: int | None = None) -> Ceiling
 
 def peak(instruction: str, threads: int) -> Ceiling | None:
     """The rate of ``instruction`` without any memory; None where the machine lacks it."""
+    if instruction in _BY_TILES.values() and "amx" not in cpu_features():
+        return None
     run, repeats = getattr(library(), f"fxq_{instruction}"), 2_000_000
     operations = run(1, threads)
     if not operations:
         return None
     return Ceiling(lambda: run(repeats, threads), float(operations) * repeats * threads)
+
+
+def fastest(instruction: str, threads: int) -> str:
+    """``instruction``, or the one by which tiles multiply the same numbers."""
+    by_tiles = _BY_TILES.get(instruction)
+    return instruction if by_tiles is None or peak(by_tiles, threads) is None else by_tiles
 
 
 def peaks(threads: int) -> dict[str, Ceiling]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from ceilings import MIB, Buffer, Ceiling, last_level_cache, peak, reading
+from ceilings import MIB, Buffer, Ceiling, fastest, last_level_cache, peak, reading
 from cpu_cases import (
     KINDS,
     WIDE,
@@ -251,7 +251,7 @@ def measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
     for m in sorted(case.rows):
         used = counts[m >= WIDE]
         with locked(settings.lock, alone=True):
-            instruction = kind.instruction[case.dtype != "bfloat16"]
+            instruction = fastest(kind.instruction[case.dtype != "bfloat16"], case.threads)
             around = {"read": reading(buffer, case.threads)}
             compute = peak(instruction, case.threads)
             if compute is not None:
