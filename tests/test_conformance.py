@@ -186,6 +186,10 @@ def largest_term(asked: Problem, given: dict[str, Tensor | None]) -> float:
         factors = (given["b_scale"], given["b_zero_point"], asked.scheme.weight.block, given["b_offset"])
         weight = dequantize_weight(given["weight"].t(), asked.k, *factors)
         terms.append((given["a"].float().abs().max() * weight.abs().max()).item())
+        if given["b_offset"] is not None:
+            # One offset is added for a whole group, times the sum of a row's activations there.
+            rows = given["a"].float().abs().sum(1).max()
+            terms.append((rows * given["b_offset"].float().abs().max()).item())
     return max(terms)
 
 
