@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
 
 import fx_quant
 from fx_quant.kernels.select import verdicts
@@ -184,7 +185,17 @@ NEAR_MISSES: dict[str, tuple[Graph, str]] = {
 }
 
 
-@pytest.mark.parametrize(("graph", "found"), NEAR_MISSES.values(), ids=NEAR_MISSES)
+# Before 2.13 PyTorch takes addcmul apart, into a product and a sum like any other.
+APART = torch.ops.aten.addcmul.default in select_decomp_table()
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [
+        pytest.param(*of, id=name, marks=pytest.mark.skipif(APART and "addcmul" in name, reason="no addcmul is traced"))
+        for name, of in NEAR_MISSES.items()
+    ],
+)
 def test_what_is_no_offset_of_groups_is_a_miss_that_says_why(graph, found):
     assert said(graph, x(), codes(), floats(N, K // G), floats(N, K // G)) == found
 
