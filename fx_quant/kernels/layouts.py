@@ -17,10 +17,26 @@ from torch import Tensor
 
 from fx_quant.errors import FxQuantError, unknown_name
 from fx_quant.kernels.huge_pages import empty_in_huge_pages, in_huge_pages
+from fx_quant.kernels.panels import (
+    PANEL,
+    byte_panels,
+    codes_from_panels,
+    factor_panels,
+    from_amx,
+    from_int4_words,
+    from_pairs,
+    from_panels,
+    from_vnni_int4,
+    panel_shape,
+    to_amx,
+    to_int4_words,
+    to_pairs,
+    to_panels,
+    to_vnni_int4,
+)
 from fx_quant.ops import unpack_nibbles
 from fx_quant.scheme import CODE_DTYPES, FLOAT8_DTYPES, dtype_name
 
-PANEL = 64
 TRANSPOSED = ".t"
 FACTOR_PANELS = "factor_panels"
 CODES = "codes"
@@ -75,93 +91,6 @@ class Held:
     k: int
 
 
-def _to_panels(weight: Tensor, group: int) -> Tensor:
-    """``[n, k]`` -> contiguous ``[ceil(n/64), ceil(k/group), 64, group]``, zeros where there is no weight."""
-    n, k = weight.shape
-    padded = F.pad(weight, (0, -k % group, 0, -n % PANEL))
-    panels = padded.reshape(-(-n // PANEL), PANEL, -(-k // group), group).permute(0, 2, 1, 3)
-    return panels.clone(memory_format=torch.contiguous_format)
-
-
-def _from_panels(packed: Tensor, n: int, k: int) -> Tensor:
-    panels, groups, _, group = packed.shape
-    return packed.permute(0, 2, 1, 3).reshape(panels * PANEL, groups * group)[:n, :k]
-
-
-def _panel_shape(group: int) -> Callable[[int, int], tuple[int, ...]]:
-    return lambda n, k: (-(-n // PANEL), -(-k // group), PANEL, group)
-
-
-def _byte_panels(weight: Tensor, group: int) -> Tensor:
-    """``_to_panels`` of codes of a byte each; padding does not know float8."""
-    return _to_panels(weight.view(torch.uint8), group).view(weight.dtype)
-
-
-def _codes_from_panels(packed: Tensor, n: int, k: int) -> Tensor:
-    return _from_panels(packed.view(torch.uint8), n, k).view(packed.dtype)
-
-
-def _amx(weight: Tensor) -> Tensor:
-    """``[n, k]`` -> ``[ceil(n/64), ceil(k/64), 4, 16, 16, 4]``: tiles of 16 columns, each as groups of 4 k of them."""
-    n, k = weight.shape
-    padded = F.pad(weight, (0, -k % 64, 0, -n % PANEL))
-    return padded.reshape(-(-n // PANEL), 4, 16, -(-k // 64), 16, 4).permute(0, 3, 1, 4, 2, 5).contiguous()
-
-
-def _from_amx(packed: Tensor, n: int, k: int) -> Tensor:
-    panels, steps = packed.shape[:2]
-    return packed.permute(0, 2, 4, 1, 3, 5).reshape(panels * PANEL, steps * 64)[:n, :k]
-
-
-# Half a panel as ``decode_bf16.h`` reads it: quarters, lanes and columns, of which quarters and lanes change places.
-def _pairs(weight: Tensor) -> Tensor:
-    panels = _byte_panels(weight, 2)
-    columns = panels.view(torch.uint8).unflatten(2, (2, 2, 4, 4)).transpose(3, 4).flatten(2, 5)
-    return columns.contiguous().view(weight.dtype)
-
-
-def _from_pairs(packed: Tensor, n: int, k: int) -> Tensor:
-    columns = packed.view(torch.uint8).unflatten(2, (2, 4, 2, 4)).transpose(3, 4).flatten(2, 5)
-    return _from_panels(columns, n, k).view(packed.dtype)
-
-
-def _int4_words(weight: Tensor) -> Tensor:
-    """``[n, k / 2]`` bytes (code + 8, even k low) -> ``[ceil(n/64), ceil(k/8), 64, 4]``; missing codes are 0."""
-    n, pairs = weight.shape
-    padded = F.pad(weight, (0, -pairs % 4, 0, -n % PANEL), value=0x88)
-    # Bytes b0..b3 of a column hold k 0..7: the even ones are the nibbles of the first two bytes, the odd ones follow.
-    quads = padded.reshape(-(-n // PANEL), PANEL, -1, 4).permute(0, 2, 1, 3)
-    low, high = quads & 0xF, quads >> 4
-    return torch.cat([nibbles[..., 0::2] | nibbles[..., 1::2] << 4 for nibbles in (low, high)], -1)
-
-
-def _from_int4_words(packed: Tensor, n: int, k: int) -> Tensor:
-    low, high = packed & 0xF, packed >> 4
-    nibbles = torch.stack((low, high), -1).flatten(-2)  # even k 0, 2, 4, 6, then odd k
-    quads = nibbles[..., :4] | nibbles[..., 4:] << 4
-    return _from_panels(quads.contiguous(), n, k)
-
-
-def _vnni_int4(weight: Tensor) -> Tensor:
-    """``[n, k / 2]`` bytes (code + 8, even k low) -> ``[ceil(n/64), ceil(k/8), 256]``; missing codes are 0."""
-    panels = _to_panels(unpack_nibbles(weight), 8)
-    # k 0..3 of a column are the low nibbles of four bytes, k 4..7 the high ones.
-    return (panels[..., :4] | panels[..., 4:] << 4).flatten(2)
-
-
-def _from_vnni_int4(packed: Tensor, n: int, k: int) -> Tensor:
-    columns = packed.unflatten(2, (PANEL, 4))
-    nibbles = _from_panels(torch.cat((columns & 15, columns >> 4), -1), n, 2 * k)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-
-
-def _factor_panels(factor: Tensor) -> Tensor:
-    """``[n, groups]`` -> contiguous ``[ceil(n/64), groups, 64]``, zeros where there is no column."""
-    n, groups = factor.shape
-    padded = F.pad(factor, (0, 0, 0, -n % PANEL))
-    return padded.reshape(-(-n // PANEL), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-
-
 _LAYOUTS: dict[str, Layout] = {}
 
 
@@ -183,10 +112,10 @@ for _layout in (
         name="vnni",
         weights=frozenset({torch.int8}),
         dtype=torch.uint8,
-        shape=_panel_shape(4),
+        shape=panel_shape(4),
         panels=0,
-        pack=lambda weight: _to_panels(weight, 4).view(torch.uint8).bitwise_xor_(0x80),
-        unpack=lambda packed, n, k: _from_panels(packed.bitwise_xor(0x80).view(torch.int8), n, k),
+        pack=lambda weight: to_panels(weight, 4).view(torch.uint8).bitwise_xor_(0x80),
+        unpack=lambda packed, n, k: from_panels(packed.bitwise_xor(0x80).view(torch.int8), n, k),
     ),
     # Tiles of AMX, which multiplies signed bytes.
     Layout(
@@ -195,47 +124,47 @@ for _layout in (
         dtype=torch.int8,
         shape=lambda n, k: (-(-n // PANEL), -(-k // 64), 4, 16, 16, 4),
         panels=0,
-        pack=_amx,
-        unpack=_from_amx,
+        pack=to_amx,
+        unpack=from_amx,
     ),
     # Every float8 value is exact in bfloat16; vdpbf16ps multiplies pairs along k.
     Layout(
         name="bf16_pairs",
         weights=FLOAT8_DTYPES,
         dtype=torch.bfloat16,
-        shape=_panel_shape(2),
+        shape=panel_shape(2),
         panels=0,
-        pack=lambda weight: _to_panels(weight.to(torch.bfloat16), 2),
-        unpack=_from_panels,
+        pack=lambda weight: to_panels(weight.to(torch.bfloat16), 2),
+        unpack=from_panels,
     ),
     # Codes that are decoded panel by panel: pairs along k where bfloat16 is multiplied, plain columns where float32 is.
     Layout(
         name="pairs",
         weights=CODE_DTYPES,
         dtype=None,
-        shape=_panel_shape(2),
+        shape=panel_shape(2),
         panels=0,
-        pack=_pairs,
-        unpack=_from_pairs,
+        pack=to_pairs,
+        unpack=from_pairs,
     ),
     Layout(
         name="columns",
         weights=CODE_DTYPES,
         dtype=None,
-        shape=_panel_shape(1),
+        shape=panel_shape(1),
         panels=0,
-        pack=partial(_byte_panels, group=1),
-        unpack=_codes_from_panels,
+        pack=partial(byte_panels, group=1),
+        unpack=codes_from_panels,
     ),
     # Two codes to a byte, so k counts bytes here.
     Layout(
         name="int4_words",
         weights=frozenset({torch.uint8}),
         dtype=torch.uint8,
-        shape=_panel_shape(4),
+        shape=panel_shape(4),
         panels=0,
-        pack=_int4_words,
-        unpack=_from_int4_words,
+        pack=to_int4_words,
+        unpack=from_int4_words,
     ),
     # The same for int8 products: a register of bytes is 8 k of 16 columns, the first four k in the low halves.
     Layout(
@@ -244,8 +173,8 @@ for _layout in (
         dtype=torch.uint8,
         shape=lambda n, k: (-(-n // PANEL), -(-k // 4), 4 * PANEL),
         panels=0,
-        pack=_vnni_int4,
-        unpack=_from_vnni_int4,
+        pack=to_vnni_int4,
+        unpack=from_vnni_int4,
     ),
     # Scales and zero points ``[n, groups]`` as the kernels that walk panels read them.
     Layout(
@@ -254,7 +183,7 @@ for _layout in (
         dtype=None,
         shape=lambda n, groups: (-(-n // PANEL), groups, PANEL),
         panels=0,
-        pack=_factor_panels,
+        pack=factor_panels,
         unpack=lambda packed, n, groups: packed.transpose(1, 2).reshape(-1, groups)[:n],
     ),
     Layout(
@@ -357,7 +286,7 @@ def _group_sums(group: int, packed: bool) -> Layout:
     def pack(weight: Tensor) -> Tensor:
         codes = unpack_nibbles(weight).to(torch.int8) - 8 if packed else weight
         whole = F.pad(codes, (0, -codes.shape[1] % group)).unflatten(1, (-1, group))
-        return _factor_panels(whole.sum(2, dtype=dtype))
+        return factor_panels(whole.sum(2, dtype=dtype))
 
     # Read for each group, so as small as they may be.
     dtype = torch.int16 if group * (8 if packed else 128) <= 2**15 else torch.int32

@@ -35,7 +35,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from fx_quant.compat import templates_take_unbacked_sizes
 from fx_quant.kernels.cpu.native import PLAN, TILE_LOOP, Dot
 from fx_quant.kernels.cpu.plans import PlanTable, table
-from fx_quant.kernels.layouts import PANEL
+from fx_quant.kernels.panels import PANEL
 
 aten = torch.ops.aten
 

@@ -53,11 +53,11 @@ class Blocks(HandLinear):
 
     def encoded(self, weight: Tensor) -> Tensor:
         """The records of ``weight [blocks, size]``."""
-        raise NotImplementedError
+        raise NotImplementedError  # of each kind of block
 
     def decoded(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         """``[blocks, size]``, as diffusers has it."""
-        raise NotImplementedError
+        raise NotImplementedError  # of each kind of block
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.decoded(self.blocks, x.dtype).reshape(self.n, self.k)

@@ -1,4 +1,4 @@
-// The tiles of AMX as a thread has them, for up to 32 rows and 32 columns.
+// The tiles of AMX as a thread has them, and an activation as they read it.
 
 #include <immintrin.h>
 

@@ -416,7 +416,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_pieces_of_tile(
   const int8_t* const a = rows.steps->from(row);
   // Pieces begin at a step of 64 k, or at half of one.
   const auto multiply = [&](int64_t i) FXQ_TARGET __attribute__((always_inline)) {
-    const uint64_t from = pieces[i].from, at = from - pieces[0].from, steps = (pieces[i].to - from + deep - 1) >> (deep == 64 ? 6 : 5);
+    const uint64_t from = pieces[i].from, at = from - pieces[0].from;
+    const int64_t steps = (pieces[i].to - from + deep - 1) >> (deep == 64 ? 6 : 5);
     const int8_t* const rows_of_a = a + from / 64 * 64 * height + from % 64;
     const int8_t* const columns = b + column * 64 + at / 64 * 64 * FXQ_PANEL + at % 64 * 16;
     if (i % 2) {
