@@ -350,6 +350,13 @@ def cpp_compiler() -> str | None:
         return None
 
 
+def inductor_cache() -> str:
+    """The folder that holds what Inductor compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
 def load_cpp(source: str) -> Any:
     """``source`` compiled as C++ for this machine, with OpenMP, as a ``ctypes`` library; kept in Inductor's cache."""
     from torch._inductor.codecache import CppCodeCache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from fx_quant.backend import safely, warn_of_failures
+from fx_quant.backend import safely, split_options, warn_of_failures
 from fx_quant.compat import static_input_indices
-from fx_quant.config import Options
 from fx_quant.diagnose.capture import run_captured, run_eagerly
+from fx_quant.diagnose.excerpts import with_excerpts
+from fx_quant.diagnose.inputs import check_inputs
 from fx_quant.diagnose.isolation import innermost
 from fx_quant.kernels.machine import resolve_target
-from fx_quant.loading.coded_modules import unseen_modules
+from fx_quant.loading.coded_modules import float_linears, unseen_modules
 from fx_quant.loading.module_names import renamed, roots_of
 from fx_quant.loading.prepare import first_steps, swappable
 from fx_quant.loading.release import held_twice
@@ -46,21 +46,27 @@ def explain(
     Args:
         target: a machine by name (``"sm90"``), a ``Target``, or None for the one the inputs are on.
         dynamic: as for ``torch.compile``.
-        options: as for the backend; ``strict`` is ignored, as a report is the purpose. With ``piecewise`` the report
-            says what the pieces are and for which numbers of rows; its matmuls are those of the whole graphs.
+        options: as for the backend, Inductor's too; ``strict`` is ignored, as a report is the purpose. With
+            ``piecewise`` the report says what the pieces are and for which numbers of rows; its matmuls are those of
+            the whole graphs.
 
     Raises:
         UnknownNameError: an unknown target, option or kernel.
         NoKernelError: a forced kernel cannot run a site.
+        ModelError: the model cannot be run on these inputs.
     """
-    parsed = Options.parse({**(options or {}), "strict": False})
+    parsed, inductors = split_options({**(options or {}), "strict": False})
+    check_inputs(model, args, kwargs)
     resolved = resolve_target(target, _device(args, kwargs))
     reports: list[Report] = []
     cuts: list[tuple[tuple[PieceReport, ...], str]] = []
 
     def on_graph(graph: Graph) -> None:
-        passes = functools.partial(run_passes, graph, resolved, parsed, static_input_indices(graph))
-        reports.append(safely(lambda: report_on(passes()), resolved, parsed))
+        def passes() -> Report:
+            state = run_passes(graph, resolved, parsed, static_input_indices(graph))
+            return with_excerpts(report_on(state), state)
+
+        reports.append(safely(passes, resolved, parsed))
 
     def on_dynamo_graph(gm: GraphModule) -> None:
         if parsed.piecewise:
@@ -76,6 +82,7 @@ def explain(
         inner_compile=run_eagerly,
         on_dynamo_graph=on_dynamo_graph,
         dynamic=dynamic,
+        inductor_options=inductors,
     )
     report = Report(
         str(resolved),
@@ -95,6 +102,7 @@ def explain(
         for renaming in called_for:
             report = report.merged(replace(of_graph.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
     report = replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
+    report = replace(report, floats=float_linears(capture.modules, report))
     return _with_memory(report, capture.modules, roots) if resolved.platform == "cpu" else report
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from tabulate import tabulate
+from fx_quant.report import Block, Paragraph, Reported, Table
 
 # What the default takes over what the chosen takes, at least.
 GAIN = 1.03
@@ -119,8 +119,8 @@ class Decision(Protocol):
         """The decision as cells of the report's table."""
 
 
-@dataclass(frozen=True)
-class Report(Generic[DecisionT]):
+@dataclass(frozen=True, repr=False)
+class Report(Reported, Generic[DecisionT]):
     """What a tuning run decided.
 
     Args:
@@ -142,6 +142,7 @@ class Report(Generic[DecisionT]):
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""
         return {
+            "summary": self.summary(),
             "decisions": [decision.to_dict() for decision in self.decisions],
             "unreached": list(map(str, self.unreached)),
             "seconds": round(self.seconds, 3),
@@ -155,6 +156,10 @@ class Report(Generic[DecisionT]):
 
     def summary(self) -> str:
         """What was decided, in a line."""
+        return f"{self.decided()} in {self.seconds:.1f} s"
+
+    def decided(self) -> str:
+        """How much was decided, in words."""
         raise NotImplementedError  # each provider counts what it decides
 
     def summary_of_unreached(self) -> str:
@@ -165,11 +170,12 @@ class Report(Generic[DecisionT]):
         """Lines below the table."""
         return []
 
-    def __str__(self) -> str:
-        rows = [decision.row() for decision in self.decisions]
-        lines = [tabulate(rows, headers=self.headers, disable_numparse=True)] if rows else ["nothing was decided"]
-        lines += [*self.remarks(), f"\n{self.summary()} in {self.seconds:.1f} s"]
+    def blocks(self, *, wide: bool) -> list[Block]:
+        """A row a decision, what was not reached, and where the decisions are."""
+        rows = tuple(tuple(map(str, decision.row())) for decision in self.decisions)
+        blocks: list[Block] = [Table(self.headers, rows) if rows else Paragraph("nothing was decided")]
+        said = self.remarks()
         if self.unreached:
-            lines.append(f"not reached within the budget, so as before: {self.summary_of_unreached()}")
-        lines.append(f"saved in {self.path}" if self.path else f"nothing is saved: {self.otherwise} in force")
-        return "\n".join(lines)
+            said.append(f"not reached within the budget, so as before: {self.summary_of_unreached()}")
+        said.append(f"saved in {self.path}" if self.path else f"nothing is saved: {self.otherwise} in force")
+        return [*blocks, *map(Paragraph, said)]

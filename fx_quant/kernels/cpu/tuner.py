@@ -78,7 +78,7 @@ class Decision:
         return self.kernel, self.rows, self.parameter, self.default, self.chosen, gain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TuneReport(Report[Decision]):
     """What a tuning run decided.
 
@@ -99,12 +99,12 @@ class TuneReport(Report[Decision]):
         """The machine as JSON holds it."""
         return {"machine": dataclasses.asdict(self.machine)}
 
-    def summary(self) -> str:
+    def decided(self) -> str:
         """How many parameters changed, and for what."""
         changed = sum(decision.chosen != decision.default for decision in self.decisions)
         return (
             f"{changed} of {len(self.decisions)} parameters changed for {self.machine.cpu}, "
-            f"{self.machine.threads} threads,"
+            f"{self.machine.threads} threads"
         )
 
     def summary_of_unreached(self) -> str:
