@@ -36,6 +36,7 @@ from fx_quant.report import (
     alike_by_name,
     counted,
 )
+from fx_quant.report.progress import counting
 from fx_quant.target import Target
 
 
@@ -369,16 +370,22 @@ def check(
     original = innermost(model)
     with preserve_rng_state(), uncompiled(named_modules_of(original).values()), torch.no_grad(), row_scales_on_cpu():
         reference = original(*args, **kwargs)
-    capture = run_captured(
-        original,
-        args,
-        kwargs,
-        on_graph=recorder.on_graph,
-        on_call=recorder.on_call,
-        inner_compile=recorder.inner_compile,
-        dynamic=dynamic,
-        inductor_options=inductors,
-    )
+    with counting("compiling and comparing", "graph") as done:
+
+        def on_graph(graph: Graph) -> None:
+            recorder.on_graph(graph)
+            done()
+
+        capture = run_captured(
+            original,
+            args,
+            kwargs,
+            on_graph=on_graph,
+            on_call=recorder.on_call,
+            inner_compile=recorder.inner_compile,
+            dynamic=dynamic,
+            inductor_options=inductors,
+        )
     outputs = _output_error(capture.output, reference)
     return CheckReport(tuple(recorder.sites), tuple(recorder.misses), outputs, capture.uncaptured)
 

@@ -26,6 +26,7 @@ from fx_quant.passes.reporting import report_on
 from fx_quant.piecewise.compile import pieces_of
 from fx_quant.piecewise.sizes import Asked
 from fx_quant.report import PieceReport, Report
+from fx_quant.report.progress import counting
 from fx_quant.target import Target
 
 
@@ -67,6 +68,7 @@ def explain(
             return with_excerpts(report_on(state), state)
 
         reports.append(safely(passes, resolved, parsed))
+        done()
 
     def on_dynamo_graph(gm: GraphModule) -> None:
         if parsed.piecewise:
@@ -74,16 +76,17 @@ def explain(
             cuts.append(pieces_of(gm, parsed.splitting_ops, asked, parsed.splitting_modules))
 
     roots = roots_of(innermost(model)).values()
-    capture = run_captured(
-        model,
-        args,
-        kwargs,
-        on_graph=on_graph,
-        inner_compile=run_eagerly,
-        on_dynamo_graph=on_dynamo_graph,
-        dynamic=dynamic,
-        inductor_options=inductors,
-    )
+    with counting("explaining", "graph") as done:
+        capture = run_captured(
+            model,
+            args,
+            kwargs,
+            on_graph=on_graph,
+            inner_compile=run_eagerly,
+            on_dynamo_graph=on_dynamo_graph,
+            dynamic=dynamic,
+            inductor_options=inductors,
+        )
     report = Report(
         str(resolved),
         (),

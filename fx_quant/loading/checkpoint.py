@@ -20,6 +20,7 @@ from fx_quant.loading.checkpoint_formats import Config, read_config, scheme_of_g
 from fx_quant.loading.checkpoint_linear import decode_linear, tensors_of
 from fx_quant.loading.checkpoint_values import CheckpointError, must
 from fx_quant.report import Block, Entries, Paragraph, Reported, Table, counted
+from fx_quant.report.progress import progress
 from fx_quant.scheme import Scheme, short_scheme
 
 __all__ = ["CheckpointError", "LoadReport", "load_quantized_", "scheme_of_group"]
@@ -116,7 +117,7 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
             f"unexpected: {_some(report.unexpected) or 'none'}; build the model from that config.json, or pass "
             "strict=False"
         )
-    quantized = [_decoded(model, linear, files) for linear in plan.linears]
+    quantized = [_decoded(model, linear, files) for linear in progress(plan.linears, "loading", "linear")]
     values = [None if slot.key is None else files.mapped(slot.key) for slot in plan.slots]
     _make_buffers(model)
     for planned, module in zip(plan.linears, quantized, strict=True):

@@ -22,6 +22,7 @@ from fx_quant.loading.adapters.base import Adapter, adapter_of, adapters, differ
 from fx_quant.loading.library_notes import library_notes
 from fx_quant.loading.release import Ledger, Memory
 from fx_quant.report import Block, Entries, Paragraph, Reported, Table, alike_by_name, folded, mebibytes
+from fx_quant.report.progress import counting
 from fx_quant.scheme import short_scheme
 
 _HOOKS = (
@@ -208,30 +209,32 @@ def prepare_(
     owners, found = _weight_owners(model), _found(model, release)
     # Asked before anything changes, as it may raise.
     unwanted = {module for module, (_, names) in found.items() if filter is not None and not filter(names[0], module)}
-    while found:
-        module = next(iter(found))
-        adapter, names = found.pop(module)
-        where = (names[0], names[1:], adapter.library, type(module).__name__)
-        if module in unwanted:
-            left.append(LeftModule(*where, adapter.describe(module), "the filter left it out"))
-            continue
-        result = _swapped_for(module, adapter, owners)
-        if isinstance(result, str):
-            left.append(LeftModule(*where, adapter.describe(module), result))
-            continue
-        linear, numerics, note, dtype = result
-        memory = ledger.memory_of(module)
-        for name in names:
-            model.set_submodule(name, linear)
-        adapter.let_go(module)
-        # Where nothing else holds the library's module.
-        owners.pop(module, None)
-        unwanted.discard(module)
-        del module, result
-        linear.pack_for(dtype)
-        used[adapter.library] = adapter
-        swapped.append((SwappedModule(*where, str(linear.scheme), numerics, note), memory))
-        kept += memory.kept if adapter.compiles else 0
+    with counting("preparing", "module", len(found)) as done:
+        while found:
+            module = next(iter(found))
+            adapter, names = found.pop(module)
+            done()
+            where = (names[0], names[1:], adapter.library, type(module).__name__)
+            if module in unwanted:
+                left.append(LeftModule(*where, adapter.describe(module), "the filter left it out"))
+                continue
+            result = _swapped_for(module, adapter, owners)
+            if isinstance(result, str):
+                left.append(LeftModule(*where, adapter.describe(module), result))
+                continue
+            linear, numerics, note, dtype = result
+            memory = ledger.memory_of(module)
+            for name in names:
+                model.set_submodule(name, linear)
+            adapter.let_go(module)
+            # Where nothing else holds the library's module.
+            owners.pop(module, None)
+            unwanted.discard(module)
+            del module, result
+            linear.pack_for(dtype)
+            used[adapter.library] = adapter
+            swapped.append((SwappedModule(*where, str(linear.scheme), numerics, note), memory))
+            kept += memory.kept if adapter.compiles else 0
     if swapped:
         disable_fast_paths(model)
         trim()

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from fx_quant.report import Block, Paragraph, Reported, Table
+from fx_quant.report.progress import progress
 
+_NOTHING = "nothing was decided; what was compiled is kept, so that a second run has more time to measure"
 # What the default takes over what the chosen takes, at least.
 GAIN = 1.03
 
@@ -44,14 +46,18 @@ class Budget:
         """Seconds since the start."""
         return self._clock() - self._start
 
-    def check(self) -> None:
-        """Nothing, where time is left.
+    def check(self, needed: float = 0.0) -> None:
+        """Nothing, where time is left, as much as is ``needed``.
 
         Raises:
             BudgetSpentError: there is none.
         """
-        if self.spent >= self._seconds:
+        if self.spent >= self._seconds or self.spent + needed > self._seconds:
             raise BudgetSpentError
+
+    def leaves(self, needed: float, share: float) -> bool:
+        """Whether within ``share`` of the budget there is time for what is ``needed``."""
+        return self.spent + needed <= share * self._seconds
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def _fastest(
 
 def decide_all(cases: Iterable[Case], decide: Callable[[Case], DecisionT], budget: Budget) -> Iterator[DecisionT]:
     """Decide case by case until the budget is spent; a case whose decision it ends is not decided."""
-    for case in cases:
+    for case in progress(cases, "tuning", "decision"):
         try:
             budget.check()
             decision = decide(case)
@@ -173,7 +179,7 @@ class Report(Reported, Generic[DecisionT]):
     def blocks(self, *, wide: bool) -> list[Block]:
         """A row a decision, what was not reached, and where the decisions are."""
         rows = tuple(tuple(map(str, decision.row())) for decision in self.decisions)
-        blocks: list[Block] = [Table(self.headers, rows) if rows else Paragraph("nothing was decided")]
+        blocks: list[Block] = [Table(self.headers, rows) if rows else Paragraph(_NOTHING)]
         said = self.remarks()
         if self.unreached:
             said.append(f"not reached within the budget, so as before: {self.summary_of_unreached()}")
