@@ -114,15 +114,18 @@ struct FxqHalf {
 };
 
 // acc[ROWS][COLUMNS] += rows x columns of a panel of nibbles at b, ``count`` k of them
-template <typename DOT, int ROWS, int COLUMNS>
+template <typename DOT, int ROWS, int COLUMNS, bool ASKS = (ROWS > 2)>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_nibble_products(
     typename DOT::Vec (&acc)[ROWS][COLUMNS], FxqLanes a, const char* b, int64_t count, FxqAhead& ahead) {
   constexpr int LINES = COLUMNS * sizeof(typename DOT::Codes) / 64;
   for (int64_t k = 0; k < count; k += 8, b += 256) {
+    // For one row or two the hardware asks in time.
+    if (ASKS) {
 #pragma GCC unroll 4
-    for (int line = 0; line < LINES; line++) {
-      __builtin_prefetch(ahead.at);
-      ahead.at += ahead.step;
+      for (int line = 0; line < LINES; line++) {
+        __builtin_prefetch(ahead.at);
+        ahead.at += ahead.step;
+      }
     }
     typename DOT::Codes bytes[COLUMNS];
 #pragma GCC unroll 8
@@ -157,9 +160,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_nibble_products(
 struct FxqPieces {
   int64_t first, count, group;
   const uint8_t* codes; // of the first piece: packed, or widened to bytes
-  alignas(64) float scales[FXQ_GROUPS][FXQ_PANEL];
-  alignas(64) float zero_points[FXQ_GROUPS][FXQ_PANEL];
-  alignas(64) float code_sums[FXQ_GROUPS][FXQ_PANEL];
+  FxqGroupFactors scales, zero_points, code_sums;
 };
 
 // Those of one group, from one column on.
@@ -282,7 +283,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
       if constexpr (NIBBLES) {
         fxq_nibble_products<DOT, ROWS, COLUMNS>(sum, lanes, b + column * 4, count, ahead);
       } else {
-        fxq_products<DOT, ROWS, COLUMNS, true>(sum, lanes, b + column * 4, groups, rest, ahead);
+        fxq_products<DOT, ROWS, COLUMNS>(sum, lanes, b + column * 4, groups, rest, ahead);
       }
       const FxqPieceFactors factors{chunk.scales[group] + column, chunk.zero_points[group] + column,
                                     chunk.code_sums[group] + column};
@@ -450,8 +451,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_pieces_of_tile(
       }
       continue;
     }
-    const Float scale = _mm512_load_ps(factors.scale);
-    [[maybe_unused]] const Float code_sum = _mm512_load_ps(factors.code_sum);
+    const Float scale = _mm512_loadu_ps(factors.scale);
+    [[maybe_unused]] const Float code_sum = _mm512_loadu_ps(factors.code_sum);
     const bool shifts = SHIFT == FxqShift::ROWS && pieces[i].from == pieces[i].group * rows.weight.group;
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++) {
@@ -537,9 +538,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     }
     chunk.group = begin.group;
     const int64_t read = end.group - begin.group + 1;
-    fxq_read(w.scale, panel * FXQ_PANEL, w.n, begin.group, read, chunk.scales);
-    fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, begin.group, read, chunk.zero_points);
-    fxq_read(w.code_sum, panel * FXQ_PANEL, w.n, begin.group, read, chunk.code_sums);
+    chunk.scales.find(w.scale, panel, w.n, begin.group, read);
+    chunk.zero_points.find(w.zero_point, panel, w.n, begin.group, read);
+    chunk.code_sums.find(w.code_sum, panel, w.n, begin.group, read);
     const int64_t deep = (end.to - begin.from + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP;
     chunk.codes = codes;
 #ifdef FXQ_AMX
@@ -560,9 +561,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
       const int64_t row = count * tile / tiles, height = count * (tile + 1) / tiles - row;
       FxqAhead asked[4] = {fxq_ahead(plan, tile, tiles, codes, deep * DECODE::BYTES), {}, {}, {}};
       if (tile == 0) {
-        asked[1] = fxq_factors_ahead(w.scale, panel, begin.group + read, read, chunk.count);
-        asked[2] = fxq_factors_ahead(w.zero_point, panel, begin.group + read, read, chunk.count);
-        asked[3] = fxq_factors_ahead(w.code_sum, panel, begin.group + read, read, chunk.count);
+        asked[1] = chunk.scales.ahead(w.scale, panel, begin.group + read, read, chunk.count);
+        asked[2] = chunk.zero_points.ahead(w.zero_point, panel, begin.group + read, read, chunk.count);
+        asked[3] = chunk.code_sums.ahead(w.code_sum, panel, begin.group + read, read, chunk.count);
       }
       float* out = acc + row * FXQ_PANEL;
       if (DECODE::IS_NIBBLES && !widens) {
