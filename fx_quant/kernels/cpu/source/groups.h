@@ -310,6 +310,75 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
   }
 }
 
+// acc[ROWS][64] of the rows from ``row`` on, and some pieces of bytes, to the bits that fxq_piece_rows gives. Three rows
+// have room for their floats beside their integers: nothing is stored from piece to piece, for which six would wait.
+template <typename DOT, FxqShift SHIFT, typename DECODE, int ROWS>
+FXQ_TARGET __attribute__((noinline)) void fxq_kept_rows(
+    int64_t row, const FxqCodeRows<DOT, DECODE>& rows, const FxqPieces& chunk, FxqAhead ahead, float* acc) {
+  using Vec = typename DOT::Vec;
+  using Float = typename DOT::Float;
+  constexpr int COLUMNS = FXQ_PANEL / DOT::LANES;
+  const int64_t begin = rows.pieces[chunk.first].from, all = rows.pieces.size(), per_group = rows.weight.group;
+  const int32_t* starts = rows.starts(row);
+  const int8_t* const a = rows.data + row * rows.stride;
+  [[maybe_unused]] float points[ROWS];
+  Float kept[ROWS][COLUMNS];
+#pragma GCC unroll 3
+  for (int r = 0; r < ROWS; r++) {
+    points[r] = SHIFT == FxqShift::ROWS ? rows.zero_point(row + r) : 0.0f;
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; j++) {
+      std::memcpy(&kept[r][j], acc + r * FXQ_PANEL + j * DOT::LANES, sizeof(Float));
+    }
+  }
+  for (int64_t i = chunk.first; i < chunk.first + chunk.count; i++) {
+    const FxqPiece piece = rows.pieces[i];
+    const int64_t count = piece.to - piece.from, group = piece.group - chunk.group;
+    const FxqLanes lanes{reinterpret_cast<const char*>(a + piece.from), rows.stride, 0};
+    const char* b = reinterpret_cast<const char*>(chunk.codes + (piece.from - begin) * FXQ_PANEL);
+    Vec sum[ROWS][COLUMNS];
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; j++) {
+        sum[r][j] = DOT::splat(starts[r * all + i]);
+      }
+    }
+    fxq_products<DOT, ROWS, COLUMNS, true>(sum, lanes, b, count / DOT::GROUP, count % DOT::GROUP, ahead);
+    const float* const scale = chunk.scales[group];
+    const float* const code_sum = chunk.code_sums[group];
+    const bool shifts = SHIFT == FxqShift::ROWS && piece.from == piece.group * per_group;
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; j++) {
+        Float value = DOT::floats(sum[r][j]), factor;
+        if (shifts) {
+          std::memcpy(&factor, code_sum + j * DOT::LANES, sizeof(factor));
+          value = DOT::less(value, DOT::all(points[r]), factor);
+        }
+        std::memcpy(&factor, scale + j * DOT::LANES, sizeof(factor));
+        kept[r][j] = DOT::plus(kept[r][j], value, factor);
+      }
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; j++) {
+      std::memcpy(acc + r * FXQ_PANEL + j * DOT::LANES, &kept[r][j], sizeof(Float));
+    }
+  }
+}
+
+// Two rows or three.
+template <typename DOT, FxqShift SHIFT, typename DECODE>
+inline void fxq_few_kept_rows(
+    int64_t count, int64_t row, const FxqCodeRows<DOT, DECODE>& rows, const FxqPieces& chunk, FxqAhead ahead, float* acc) {
+  return count == 2 ? fxq_kept_rows<DOT, SHIFT, DECODE, 2>(row, rows, chunk, ahead, acc)
+                    : fxq_kept_rows<DOT, SHIFT, DECODE, 3>(row, rows, chunk, ahead, acc);
+}
+
 template <typename DOT, typename DECODE, bool NIBBLES>
 inline void fxq_some_rows(
     int64_t count,
@@ -511,7 +580,11 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     const FxqWeight& w,
     int64_t panel,
     float* acc) {
-  const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+  const FxqShift shift = fxq_shift(w);
+  // Of 32 registers; a tile has two rows at least.
+  const bool keeps = DOT::LANES == 16 && DOT::PARTS == 1 && shift != FxqShift::ANY && count > FXQ_TILE_ROWS;
+  const int64_t most_rows = keeps ? FXQ_TILE_ROWS / 2 : FXQ_TILE_ROWS;
+  const int64_t tiles = (count + most_rows - 1) / most_rows;
 #ifdef FXQ_AMX
   FxqTiles amx;
   const bool in_tiles = rows.steps.has_value();
@@ -570,6 +643,14 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
         fxq_some_rows<DOT, DECODE, DECODE::IS_NIBBLES>(height, row, rows, chunk, asked, out);
       } else {
         asked[0].step = asked[0].step * DECODE::BYTES / FXQ_PANEL;
+        if constexpr (DOT::LANES == 16 && DOT::PARTS == 1) {
+          if (keeps) {
+            const auto multiply = shift == FxqShift::NONE ? fxq_few_kept_rows<DOT, FxqShift::NONE, DECODE>
+                                                          : fxq_few_kept_rows<DOT, FxqShift::ROWS, DECODE>;
+            multiply(height, row, rows, chunk, asked[0], out);
+            continue;
+          }
+        }
         fxq_some_rows<DOT, DECODE, false>(height, row, rows, chunk, asked, out);
       }
     }
