@@ -60,6 +60,7 @@ class Report(Reported):
         releasable: how many of them ``prepare_(model, release=True)`` would free.
         floats: linears that are not quantized.
         call: what a call of the model takes, where it was measured.
+        attention: calls of attention of one query that a kernel beside the matmuls' has.
     """
 
     target: str
@@ -78,6 +79,7 @@ class Report(Reported):
     releasable: int = 0
     floats: tuple[FloatReport, ...] = ()
     call: CallReport | None = None
+    attention: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain data, in which rows name what they share by its number."""
@@ -129,6 +131,7 @@ class Report(Reported):
             graph_breaks=self.graph_breaks + other.graph_breaks,
             pieces=self.pieces + other.pieces,
             whole=self.whole or other.whole,
+            attention=self.attention + other.attention,
         )
 
     def renamed(self, name_of: Callable[[str], str]) -> Report:
@@ -184,6 +187,13 @@ class Report(Reported):
         ours, inductor = 1e3 * self.call.seconds, 1e3 * self.call.inductor_seconds
         return f"a call takes {ours:.3g} ms, as Inductor alone compiles it {inductor:.3g} ms"
 
+    def attended(self) -> str:
+        """One line: how many calls of attention a kernel of ours has."""
+        if not self.attention:
+            return ""
+        calls = counted(self.attention, "call of attention", "calls of attention")
+        return f"{calls} with one query by cpu_attention, which reads keys and values once"
+
     def lost_to_compiler(self) -> list[str]:
         """For each matmul the kernel that a C++ compiler would have given it, where the target has none."""
         return list(dict.fromkeys(row.lost for row in (*self.sites, *self.recognised) if row.lost))
@@ -195,7 +205,9 @@ class Report(Reported):
     def remarks(self) -> list[Block]:
         """What is said above the rows: what to do first, memory, pieces, time, and a compiler that is missing."""
         blocks: list[Block] = [
-            Paragraph(text) for text in (self.note, self.memory(), self.how_cut(), self.timing()) if text
+            Paragraph(text)
+            for text in (self.note, self.memory(), self.attended(), self.how_cut(), self.timing())
+            if text
         ]
         lost = self.lost_to_compiler()
         return [*blocks, *sizes_list(self.pieces), *([Paragraph(without_compiler(lost))] if lost else [])]
