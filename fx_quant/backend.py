@@ -389,6 +389,12 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], **arguments: A
     return compile_fx_inner(gm, example_inputs, **arguments)
 
 
+def compile_plainly(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
+    """As ``compile_graph``, under what Inductor does of itself."""
+    with inductor_config.patch(epilogue_fusion_first=False):
+        return compile_fx_inner(gm, example_inputs, **arguments)
+
+
 def compile_with(
     gm: GraphModule,
     example_inputs: Sequence[Any],

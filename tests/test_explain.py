@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import fx_quant
+from fx_quant.diagnose import timing
 from fx_quant.diagnose.check import CheckReport, Error, SiteCheck, error_of
-from fx_quant.errors import NoKernelError, ToleranceError, UnknownNameError
-from fx_quant.report import MissReport, Report
+from fx_quant.errors import FxQuantError, NoKernelError, ToleranceError, UnknownNameError
+from fx_quant.report import CallReport, MissReport, Report
 from fx_quant.target import named_target
 from tests import models
 
@@ -303,3 +304,47 @@ def test_depyf_dump_holds_our_graphs(tmp_path):
     assert kernel.search(after)
     written = next(text for name, text in dumped.items() if "WRITE_CANONICAL_OPS" in name)
     assert "fx_quant.scaled_mm" in written and not kernel.search(written)
+
+
+# --- measured times ---------------------------------------------------------------------------------------------------
+
+
+def test_time_measures_each_kind_of_matmul_beside_inductor_and_the_call(monkeypatch, op_by_op):
+    """Op by op here: what is compiled is the claim of others."""
+    monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    counted = []
+    compiled = timing._compiled
+    monkeypatch.setattr(timing, "_compiled", lambda *args: counted.append(args) or compiled(*args))
+    model = TwoDeep(lambda: models.POSITIVE["int8_int_mm"].build(torch.float32, True))
+    report = fx_quant.explain(model, models.inputs(torch.float32), time=True)
+    assert len(counted) == 2  # alike layers are compiled once by each way
+    assert min(report.call.seconds, report.call.inductor_seconds) > 0
+    for site in report.sites:
+        assert min(site.time.seconds, site.time.inductor_seconds) > 0
+        assert site.time.share == pytest.approx(site.time.seconds / report.call.seconds)
+    assert "Inductor us" in str(report) and "a call takes" in str(report)
+    assert fx_quant.Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("name", sorted(models.POSITIVE))
+def test_what_is_timed_of_inductor_computes_what_ours_does(name, op_by_op, monkeypatch):
+    results = []
+
+    def compare(group, kept):
+        values = [kept[name] for name in group.inputs[0]]
+        with torch._C.DisableTorchFunction():
+            results.append((group.ours(list(values))[0], group.plain(list(values))[0]))
+        return dict.fromkeys(group.members, (1.0, 1.0))
+
+    monkeypatch.setattr(timing, "_measured", compare)
+    monkeypatch.setattr("fx_quant.diagnose.explain.call_times", lambda *_: CallReport(1.0, 1.0))
+    fx_quant.explain(models.POSITIVE[name].build(torch.float32, True), models.inputs(torch.float32), time=True)
+    assert results
+    for ours, plain in results:
+        assert ours.shape == plain.shape
+        assert error_of(ours, plain).sqnr_db > 25
+
+
+def test_time_is_of_this_machine_only():
+    with pytest.raises(FxQuantError, match="no target may be given"):
+        fx_quant.explain(torch.nn.Linear(4, 4), torch.zeros(1, 4), target="sm90", time=True)

@@ -1,4 +1,4 @@
-"""``explain`` and ``check``: what becomes of the model that a callable of the user's returns."""
+"""``explain``, ``bench`` and ``check``: what becomes of the model that a callable of the user's returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from fx_quant.errors import FxQuantError, MissError, ToleranceError
 from fx_quant.report import Report, Reported
 
 
-def explain(arguments: argparse.Namespace) -> int:
+def bench(arguments: argparse.Namespace) -> int:
+    """Print what the rewritten matmuls of the model take here, beside Inductor alone."""
+    return explain(arguments, time=True)
+
+
+def explain(arguments: argparse.Namespace, *, time: bool = False) -> int:
     """Print what would become of the model; 1 where that is not as expected."""
     from fx_quant.diagnose.explain import explain
 
@@ -25,7 +30,7 @@ def explain(arguments: argparse.Namespace) -> int:
     options, before = _options(arguments.option), _saved(arguments.compare)
     _check_writable(arguments.html)
     model, args, kwargs = _load(arguments.model)
-    report = explain(model, *args, target=target, dynamic=arguments.dynamic, options=options, **kwargs)
+    report = explain(model, *args, target=target, dynamic=arguments.dynamic, options=options, time=time, **kwargs)
     if arguments.html:
         report.to_html(arguments.html)
     _print(report if before is None else before.compare(report), arguments)

@@ -64,6 +64,7 @@ def _parser() -> tuple[_Parser, dict[str, Any]]:
     _of_explain(
         command("explain", models.explain, "every quantized matmul of a model: its kernel, or why it is missed")
     )
+    _of_bench(command("bench", models.bench, "what each rewritten matmul and a call take here, beside Inductor alone"))
     _of_check(command("check", models.check, "run a model compiled and uncompiled, and compare each quantized matmul"))
     _of_tune(command("tune", tune.run, "measure the native CPU kernels on this machine and keep what is faster"))
     return parser, dict(commands.choices)
@@ -95,6 +96,12 @@ def _of_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write a page to look at")
     parser.add_argument("--compare", metavar="FILE", help="what became different from a report that --json gave")
     _add_expectations(parser)
+
+
+def _of_bench(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--html", metavar="FILE", help="write a page to look at")
+    parser.set_defaults(target=None, packages=[], compare=None, strict=False, expect=None)
 
 
 def _of_check(parser: argparse.ArgumentParser) -> None:

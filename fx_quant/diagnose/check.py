@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule
 
 from fx_quant.backend import compile_graph, safely, split_options, warn_of_failures
 from fx_quant.compat import copy_graph, replace_contents, row_scales_on_cpu, second_compile, static_input_indices
 from fx_quant.config import Options
 from fx_quant.diagnose.capture import run_captured, run_eagerly
+from fx_quant.diagnose.cuts import Keeper, cut_out
 from fx_quant.diagnose.inputs import check_inputs
 from fx_quant.diagnose.isolation import innermost, preserve_rng_state, uncompiled
 from fx_quant.errors import MissError, ToleranceError
@@ -23,7 +24,6 @@ from fx_quant.kernels.machine import detect_target
 from fx_quant.loading.module_names import named_modules_of, renamed
 from fx_quant.passes.pipeline import run_passes
 from fx_quant.passes.reporting import report_on
-from fx_quant.passes.rewriting import Rewriting
 from fx_quant.passes.sites import Site
 from fx_quant.report import (
     Block,
@@ -234,7 +234,7 @@ class _Recorder:
         state = run_passes(graph, target, self.options, static_input_indices(graph))
         report = report_on(state)
         if state.rows:
-            alone, inputs = _cut_out(state)
+            alone, inputs = cut_out(state, [row.written()[1] for row in state.rows.values()])
             self._sites = _Sites(
                 before=state.before,
                 alone=alone,
@@ -260,7 +260,7 @@ class _Recorder:
         compiled = compile_graph(gm, example_inputs, **kwargs)
 
         def run(inputs: list[Any]) -> Any:
-            keeper = _Keeper(source, {*sites.inputs, *sites.roots, *(codes[0] for codes in sites.codes if codes)})
+            keeper = Keeper(source, {*sites.inputs, *sites.roots, *(codes[0] for codes in sites.codes if codes)})
             with torch._C.DisableTorchFunction():
                 with row_scales_on_cpu():
                     keeper.run(*inputs)
@@ -285,36 +285,6 @@ def _saturated(codes: Tensor, low: float, high: float) -> float:
     return ((values <= low) | (values >= high)).float().mean().item() if values.numel() else 0.0
 
 
-def _cut_out(state: Rewriting) -> tuple[Graph, list[str]]:
-    """The rewritten sites of ``state`` as a graph of their own, and the source nodes that are its inputs.
-
-    A node of the rewritten graph that is none of ours stands for the source node of the same name.
-    """
-    source = {node.name for node in state.before.nodes}
-    needed: set[Node] = set()
-    results = [row.written()[1] for row in state.rows.values()]
-    waiting = list(results)
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += () if node.name in source else node.all_input_nodes
-    # Inductor reads the sizes of a dynamic graph off its symbolic inputs.
-    needed.update(n for n in state.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt))
-
-    graph, copied, inputs = Graph(state.graph.owning_module), {}, []
-    for node in state.graph.nodes:
-        if node in needed and node.name in source:
-            copied[node] = graph.placeholder(node.name)
-            copied[node].meta = dict(node.meta)
-            inputs.append(node.name)
-    for node in state.graph.nodes:
-        if node in needed and node.name not in source:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(tuple(copied[node] for node in results))
-    return graph, inputs
-
-
 def _on_cuda(graph: Graph) -> bool:
     return any(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_cuda for n in graph.nodes)
 
@@ -329,22 +299,6 @@ def _saturation_bounds(site: Site) -> tuple[str, float, float] | None:
     # Symmetric codes of int8 stop at -127, which is as saturated as 127.
     low = info.min + 1 if dtype is torch.int8 else info.min
     return codes.name, float(low), float(info.max)
-
-
-class _Keeper(Interpreter):
-    """Runs a graph and keeps the values of some nodes."""
-
-    def __init__(self, module: GraphModule, names: set[str]) -> None:
-        super().__init__(module)
-        self.kept: dict[str, Tensor] = {}
-        self._names = names
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        """Run ``n`` and keep its value when asked for."""
-        value = super().run_node(n)
-        if n.name in self._names:
-            self.kept[n.name] = value
-        return value
 
 
 def check(

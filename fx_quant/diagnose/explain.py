@@ -16,6 +16,8 @@ from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.diagnose.excerpts import with_excerpts
 from fx_quant.diagnose.inputs import check_inputs
 from fx_quant.diagnose.isolation import innermost
+from fx_quant.diagnose.timing import SiteTimes, call_times, model_bytes, timed
+from fx_quant.errors import FxQuantError, must
 from fx_quant.kernels.machine import resolve_target
 from fx_quant.loading.coded_modules import float_linears, unseen_modules
 from fx_quant.loading.module_names import renamed, roots_of
@@ -36,6 +38,7 @@ def explain(
     target: Target | str | None = None,
     dynamic: bool | None = None,
     options: dict[str, Any] | None = None,
+    time: bool = False,
     **kwargs: Any,
 ) -> Report:
     """Every quantized matmul of ``model``: its scheme, kernel and losers, or why it would be missed.
@@ -51,6 +54,9 @@ def explain(
             ``piecewise`` the report says what the pieces are and for which numbers of rows; its matmuls are those of
             the whole graphs.
 
+        time: measure here what each rewritten matmul and a call take, beside Inductor alone. For this the model is
+            compiled both ways, and each kind of matmul alone.
+
     Raises:
         UnknownNameError: an unknown target, option or kernel.
         NoKernelError: a forced kernel cannot run a site.
@@ -58,6 +64,8 @@ def explain(
     """
     parsed, inductors = split_options({**(options or {}), "strict": False})
     check_inputs(model, args, kwargs)
+    must(not time or target is None, "time=True measures this machine, so no target may be given", FxQuantError)
+    times = SiteTimes() if time else None
     resolved = resolve_target(target, _device(args, kwargs))
     reports: list[Report] = []
     cuts: list[tuple[tuple[PieceReport, ...], str]] = []
@@ -65,7 +73,10 @@ def explain(
     def on_graph(graph: Graph) -> None:
         def passes() -> Report:
             state = run_passes(graph, resolved, parsed, static_input_indices(graph))
-            return with_excerpts(report_on(state), state)
+            report = with_excerpts(report_on(state), state)
+            if times is not None:
+                times.on_state(state, report.sites)
+            return report
 
         reports.append(safely(passes, resolved, parsed))
         done()
@@ -82,11 +93,16 @@ def explain(
             args,
             kwargs,
             on_graph=on_graph,
-            inner_compile=run_eagerly,
+            inner_compile=run_eagerly if times is None else times.inner_compile,
             on_dynamo_graph=on_dynamo_graph,
             dynamic=dynamic,
             inductor_options=inductors,
         )
+    call = None
+    if times is not None:
+        call = call_times(model, args, kwargs, dynamic, options or {}, inductors)
+        pairs = zip(reports, times.times, strict=True)
+        reports = [replace(each, sites=timed(each.sites, seconds, call)) for each, seconds in pairs]
     report = Report(
         str(resolved),
         (),
@@ -96,6 +112,8 @@ def explain(
         note=" ".join(filter(None, map(first_steps, roots))),
         breaks=capture.breaks,
         uncaptured=capture.uncaptured,
+        call=call,
+        model_bytes=model_bytes(capture.modules),
         pieces=tuple(piece for pieces, _ in cuts for piece in pieces),
         whole=next((why for _, why in cuts if why), ""),
     )

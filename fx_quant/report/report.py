@@ -60,6 +60,7 @@ class Report(Reported):
         releasable: how many of them ``prepare_(model, release=True)`` would free.
         floats: linears that are not quantized.
         call: what a call of the model takes, where it was measured.
+        model_bytes: that the model's tensors take.
         attention: calls of attention of one query that a kernel beside the matmuls' has.
     """
 
@@ -79,6 +80,7 @@ class Report(Reported):
     releasable: int = 0
     floats: tuple[FloatReport, ...] = ()
     call: CallReport | None = None
+    model_bytes: int = 0
     attention: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,9 +178,12 @@ class Report(Reported):
         twice = (
             f"{mebibytes(self.held_twice)} of weights are held twice once compiled, as codes and packed for a kernel"
         )
-        if not self.releasable:
+        if self.releasable:
+            twice = f"{twice}; fx_quant.prepare_(model, release=True) would free {mebibytes(self.releasable)}"
+        if not self.model_bytes:
             return twice
-        return f"{twice}; fx_quant.prepare_(model, release=True) would free {mebibytes(self.releasable)}"
+        then = mebibytes(self.model_bytes + self.held_twice)
+        return f"{twice}; the model's tensors take {mebibytes(self.model_bytes)} now, and with those {then}"
 
     def timing(self) -> str:
         """One line: what a call takes, beside Inductor alone."""
