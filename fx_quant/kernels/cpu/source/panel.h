@@ -316,12 +316,12 @@ inline void fxq_chunk_tile(
     const FxqAhead (&ahead)[3],
     float* out) {
   switch (count) {
-    case 1: return fxq_chunk_rows<DOT, DECODE, 1>(first, row, rows, w, chunk, ahead, out);
-    case 2: return fxq_chunk_rows<DOT, DECODE, 2>(first, row, rows, w, chunk, ahead, out);
-    case 3: return fxq_chunk_rows<DOT, DECODE, 3>(first, row, rows, w, chunk, ahead, out);
-    case 4: return fxq_chunk_rows<DOT, DECODE, 4>(first, row, rows, w, chunk, ahead, out);
-    case 5: return fxq_chunk_rows<DOT, DECODE, 5>(first, row, rows, w, chunk, ahead, out);
-    default: return fxq_chunk_rows<DOT, DECODE, 6>(first, row, rows, w, chunk, ahead, out);
+    case 1: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(1)>(first, row, rows, w, chunk, ahead, out);
+    case 2: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(2)>(first, row, rows, w, chunk, ahead, out);
+    case 3: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(3)>(first, row, rows, w, chunk, ahead, out);
+    case 4: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(4)>(first, row, rows, w, chunk, ahead, out);
+    case 5: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(5)>(first, row, rows, w, chunk, ahead, out);
+    default: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(6)>(first, row, rows, w, chunk, ahead, out);
   }
 }
 
@@ -432,7 +432,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
   chunk.begin = chunk.end = 0;
   chunk.codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
   std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
-  if constexpr (FXQ_WIDE_ROWS != INT64_MAX) {
+  if constexpr (FXQ_WIDE_ROWS != INT64_MAX && FXQ_ROWS_AT_MOST == FXQ_TILE_ROWS) {
     if (fxq_is_wide(count, w)) {
       return fxq_wide_panel<DOT, DECODE>(plan, first, count, rows, w, panel, chunk, acc);
     }
