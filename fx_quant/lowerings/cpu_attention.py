@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
@@ -17,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fx_quant.compat import templates_take_unbacked_sizes
 from fx_quant.kernels.cpu.native import source
-from fx_quant.lowerings.cpu_template import EpilogueTemplate, in_memory, with_contiguous_rows
+from fx_quant.lowerings.cpu_template import EpilogueTemplate, in_memory, is_number, with_contiguous_rows
 
 aten = torch.ops.aten
 fxq = torch.ops.fx_quant
@@ -118,7 +117,7 @@ def _can_render(q: ir.TensorBox, k: ir.TensorBox, mask: ir.TensorBox | None) -> 
     dtypes = {q.get_dtype()} if mask is None else {q.get_dtype(), mask.get_dtype()}
     if not templates_take_unbacked_sizes() and any(map(free_unbacked_symbols, (*q.get_size(), *k.get_size()))):
         return False
-    return isinstance(head, (int, sympy.Integer)) and head > 0 and head % 16 == 0 and dtypes <= set(_TYPES)
+    return is_number(head) and head > 0 and head % 16 == 0 and dtypes <= set(_TYPES)
 
 
 @register_lowering(fxq.single_query_attention.default, type_promotion_kind=None)

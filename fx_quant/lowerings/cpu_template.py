@@ -50,7 +50,12 @@ def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
     sizes = (n, a.get_size()[1])
     if not templates_take_unbacked_sizes() and free_unbacked_symbols(a.get_size()[0]):
         return False
-    return is_wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) and size > 0 for size in sizes)
+    return is_wide and dot.exists_here() and all(is_number(size) and size > 0 for size in sizes)
+
+
+def is_number(size: Any) -> bool:
+    """Whether ``size`` is known."""
+    return isinstance(size, (int, sympy.Integer))
 
 
 # What a thread computes: its rows and panels.
@@ -221,6 +226,9 @@ class EpilogueTemplate(CppTemplate):
         ]
 
 
+_TILE_ROWS = 6  # of share.h
+
+
 class TileTemplate(EpilogueTemplate):
     """Renders one packed matmul."""
 
@@ -235,8 +243,11 @@ class TileTemplate(EpilogueTemplate):
         return table(self.dot.kind)
 
     def native(self) -> str:
-        """The tiles, and their plans."""
-        return f"{PLAN}\nstatic constexpr FxqPlan FXQ_PLANS[] = {self.plans().rendered()};\n{self.source}"
+        """The tiles, and their plans; only those for so few rows as there are at most."""
+        m = self.input_nodes[0].get_size()[0]
+        few = f"#define FXQ_ROWS_AT_MOST {m}\n" if is_number(m) and 0 < m < _TILE_ROWS else ""
+        plans = f"static constexpr FxqPlan FXQ_PLANS[] = {self.plans().rendered()};"
+        return f"{few}{PLAN}\n{plans}\n{self.source}"
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The matmul's sizes."""

@@ -390,16 +390,16 @@ inline void fxq_some_rows(
   static_assert(DOT::ROWS == 6);
   if constexpr (NIBBLES || !DECODE::IS_NIBBLES) {
     if (count <= 2) {
-      return count == 1 ? fxq_piece_rows<DOT, DECODE, NIBBLES, 1>(row, rows, chunk, asked, acc)
-                        : fxq_piece_rows<DOT, DECODE, NIBBLES, 2>(row, rows, chunk, asked, acc);
+      return count == 1 ? fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(1)>(row, rows, chunk, asked, acc)
+                        : fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(2)>(row, rows, chunk, asked, acc);
     }
   }
   // Several tiles have three rows at least.
   switch (count) {
-    case 3: return fxq_piece_rows<DOT, DECODE, NIBBLES, 3>(row, rows, chunk, asked, acc);
-    case 4: return fxq_piece_rows<DOT, DECODE, NIBBLES, 4>(row, rows, chunk, asked, acc);
-    case 5: return fxq_piece_rows<DOT, DECODE, NIBBLES, 5>(row, rows, chunk, asked, acc);
-    default: return fxq_piece_rows<DOT, DECODE, NIBBLES, 6>(row, rows, chunk, asked, acc);
+    case 3: return fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(3)>(row, rows, chunk, asked, acc);
+    case 4: return fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(4)>(row, rows, chunk, asked, acc);
+    case 5: return fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(5)>(row, rows, chunk, asked, acc);
+    default: return fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(6)>(row, rows, chunk, asked, acc);
   }
 }
 
@@ -641,16 +641,18 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
       float* out = acc + row * FXQ_PANEL;
       if (DECODE::IS_NIBBLES && !widens) {
         fxq_some_rows<DOT, DECODE, DECODE::IS_NIBBLES>(height, row, rows, chunk, asked, out);
-      } else {
-        asked[0].step = asked[0].step * DECODE::BYTES / FXQ_PANEL;
-        if constexpr (DOT::LANES == 16 && DOT::PARTS == 1) {
-          if (keeps) {
-            const auto multiply = shift == FxqShift::NONE ? fxq_few_kept_rows<DOT, FxqShift::NONE, DECODE>
-                                                          : fxq_few_kept_rows<DOT, FxqShift::ROWS, DECODE>;
-            multiply(height, row, rows, chunk, asked[0], out);
-            continue;
-          }
+        continue;
+      }
+      asked[0].step = asked[0].step * DECODE::BYTES / FXQ_PANEL;
+      if constexpr (DOT::LANES == 16 && DOT::PARTS == 1 && FXQ_ROWS_AT_MOST == FXQ_TILE_ROWS) {
+        if (keeps) {
+          const auto multiply = shift == FxqShift::NONE ? fxq_few_kept_rows<DOT, FxqShift::NONE, DECODE>
+                                                        : fxq_few_kept_rows<DOT, FxqShift::ROWS, DECODE>;
+          multiply(height, row, rows, chunk, asked[0], out);
+          continue;
         }
+      }
+      if constexpr (!DECODE::IS_NIBBLES || FXQ_ROWS_AT_MOST == FXQ_TILE_ROWS) {
         fxq_some_rows<DOT, DECODE, false>(height, row, rows, chunk, asked, out);
       }
     }
