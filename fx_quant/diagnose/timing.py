@@ -7,6 +7,7 @@ the model, so that none finds its weight in a cache because it was the last.
 from __future__ import annotations
 
 import itertools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -110,7 +111,7 @@ class SiteTimes:
 def _groups(gm: GraphModule, state: Rewriting, sites: Sequence[SiteReport], kwargs: Mapping[str, Any]) -> list[_Alike]:
     alike: dict[tuple[Any, ...], _Alike] = {}
     for member, (row, site) in enumerate(zip(state.rows.values(), sites, strict=True)):
-        ours, inputs = cut_out(state, [row.written()[1]])
+        ours, inputs = _alone(cut_out(state, [row.written()[1]])[0])
         kind = (site.scheme, site.m, site.n, site.k, site.kernel, site.padding, site.excerpt, *_types(ours))
         if kind not in alike:
             plain = _source_of(state, row.site.root, inputs)
@@ -120,6 +121,24 @@ def _groups(gm: GraphModule, state: Rewriting, sites: Sequence[SiteReport], kwar
         alike[kind].members.append(member)
         alike[kind].inputs.append(inputs)
     return list(alike.values())
+
+
+def _alone(graph: Graph) -> tuple[Graph, list[str]]:
+    """``graph`` of one site packing its own weight alone, which one op does for all, and its inputs."""
+    for node in list(graph.nodes):
+        packed = node.args[0] if node.target is operator.getitem else None
+        if isinstance(packed, Node) and packed.target is torch.ops.fx_quant.prepack.default:
+            (weights, layouts), (_, at) = packed.args, node.args
+            with graph.inserting_before(node):
+                own = graph.call_function(packed.target, ([weights[at]], [layouts[at]]))
+            own.meta["val"] = [packed.meta["val"][at]]
+            node.args = (own, 0)
+    graph.eliminate_dead_code()
+    for placeholder in graph.find_nodes(op="placeholder"):
+        # Inductor reads the sizes of a dynamic graph off its symbolic inputs.
+        if not placeholder.users and not isinstance(placeholder.meta["val"], torch.SymInt):
+            graph.erase_node(placeholder)
+    return graph, [str(node.target) for node in graph.find_nodes(op="placeholder")]
 
 
 def _types(graph: Graph) -> tuple[str, ...]:
