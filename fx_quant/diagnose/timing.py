@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ def _alone(graph: Graph) -> tuple[Graph, list[str]]:
     for node in list(graph.nodes):
         packed = node.args[0] if node.target is operator.getitem else None
         if isinstance(packed, Node) and packed.target is torch.ops.fx_quant.prepack.default:
-            (weights, layouts), (_, at) = packed.args, node.args
+            weights, layouts, at = cast("tuple[list, list, int]", (*packed.args, node.args[1]))
             with graph.inserting_before(node):
                 own = graph.call_function(packed.target, ([weights[at]], [layouts[at]]))
             own.meta["val"] = [packed.meta["val"][at]]
