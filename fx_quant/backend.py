@@ -24,12 +24,14 @@ from torch.fx import Graph, GraphModule
 import fx_quant.lowerings  # cached artifacts need ops and lowerings before any pass runs
 from fx_quant.compat import (
     carried_by_artefacts,
+    compile_id,
     decompositions_without_matmul,
     dump_graph,
     kept_inputs,
     marked_dynamic,
     restore_matmul_decompositions,
     static_input_indices,
+    trace_json,
 )
 from fx_quant.config import Options, option_names
 from fx_quant.errors import FxQuantError, MissError, must, unknown_name
@@ -91,10 +93,10 @@ class RewritePass(CustomGraphPass):
         restore_matmul_decompositions(graph)
         dump_graph("FX_QUANT_AFTER", graph)
 
-    def record(self, report: Report) -> None:
+    def record(self, report: Report, *, cached: bool = False) -> None:
         """Count, log and hand on ``report``, which a pass has made or a cached artefact brought."""
         self.reports.append(report)
-        _record(report)
+        _record(report, cached=cached)
         if self.on_report is not None:
             self.on_report(report)
 
@@ -157,17 +159,31 @@ def warn_of_failures(report: Report) -> None:
             )
 
 
-def _record(report: Report) -> None:
+def _record(report: Report, *, cached: bool = False) -> None:
+    counters["fx_quant_graphs"]["cached" if cached else "compiled"] += 1
+    for site in report.sites:
+        counters["fx_quant_kernels"][site.kernel] += 1
+    trace_json("fx_quant_report", report.to_json)
     counters["fx_quant"]["rewritten"] += len(report.sites)
     counters["fx_quant"]["recognised"] += len(report.recognised)
     counters["fx_quant"]["missed"] += len(report.misses)
-    if report.sites or report.misses:
-        log.info("%s", report.summary())
+    log.info("graph %s%s: %s", compile_id(), " from a cache" if cached else "", report.summary())
+    log.debug("%s", _Table(report))
     if how := report.how_cut():
         log.log(logging.WARNING if report.whole else logging.INFO, "%s", how)
     warn_of_failures(report)
     for miss in report.misses:
         log.warning("%s left as it is at %s: %s", miss.op, miss.module or miss.source or miss.node, miss.reason)
+
+
+class _Table:
+    """A report as text, made only where a log prints it."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def __str__(self) -> str:
+        return self.report.to_text(wide=True)
 
 
 @functools.cache
@@ -314,14 +330,14 @@ def _compile_and_report(
     if not rewrite.reports and found:
         # AOTAutograd's cache had the graph, so that no pass ran: what they said when it was made holds still.
         for report in _from_text(found[0]):
-            rewrite.record(report)
+            rewrite.record(report, cached=True)
     return compiled
 
 
 class _PiecePass(RewritePass):
     """The passes on one piece, of which the graph's report tells later."""
 
-    def record(self, report: Report) -> None:
+    def record(self, report: Report, *, cached: bool = False) -> None:
         """Keep ``report``."""
         self.reports.append(report)
 
@@ -374,6 +390,12 @@ def _from_text(text: str) -> list[Report]:
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
     """Inductor's compilation of one graph after AOTAutograd: what an ``inner_compile`` wraps."""
     return compile_fx_inner(gm, example_inputs, **arguments)
+
+
+def compile_plainly(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
+    """As ``compile_graph``, under what Inductor does of itself."""
+    with inductor_config.patch(epilogue_fusion_first=False):
+        return compile_fx_inner(gm, example_inputs, **arguments)
 
 
 def compile_with(
