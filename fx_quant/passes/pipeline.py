@@ -46,6 +46,7 @@ from fx_quant.passes.row_ranges import in_declared_range
 from fx_quant.passes.rulebook import starts_codes
 from fx_quant.passes.rules.padded import may_pad
 from fx_quant.passes.sites import Found, Recognised, Site, SizeMiss, find_sites
+from fx_quant.passes.slices import decode_parts
 from fx_quant.passes.specialize import specialize_weights
 from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
@@ -74,9 +75,10 @@ def merge_common_subexpressions(state: Rewriting) -> None:
 
 
 def drop_identities(state: Rewriting) -> None:
-    """Views, casts and arithmetic that change nothing go, and new tensors that are filled by slices."""
+    """What changes nothing goes, and so do new tensors that slices fill, and slices of decoded weights."""
     join_slices(state.graph)
     remove_identities(state.graph)
+    decode_parts(state.graph, state.static_indices)
 
 
 def drop_pads(state: Rewriting) -> None:
