@@ -37,6 +37,7 @@ from fx_quant.passes.rewrite import remove_identities
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.sites import Found, Miss, Site, find_sites
 from fx_quant.passes.slices import decode_parts
+from fx_quant.passes.turned import turn
 from fx_quant.passes.values import Codes
 from fx_quant.passes.written import join_slices
 from fx_quant.scheme import FLOAT8_DTYPES, Numerics
@@ -162,6 +163,7 @@ def prove(graph: Graph, static: Sequence[int] | None = None, numerics: str = "re
     remove_identities(work)
     static = range(1, len(work.find_nodes(op="placeholder"))) if static is None else static
     decode_parts(work, frozenset(static))
+    turn(work, frozenset(static), {})
     before = copy_of(work)
     found = find_sites(work, Annotation(work), classify_inputs(work, frozenset(static)), Numerics[numerics.upper()])
     emitter, results = Emitter(work), {}

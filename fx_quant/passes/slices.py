@@ -107,7 +107,7 @@ def decode_parts(graph: Graph, static_indices: frozenset[int] | None) -> None:
 
     Left are slices that do not follow the groups, and those of what is returned, or written to.
     """
-    coded = _coded(graph)
+    coded = coded_nodes(graph)
     sliced: dict[Node, list[tuple[Node, Cut]]] = {}
     for node in graph.nodes:
         found = cut_of(node)
@@ -129,7 +129,7 @@ def decode_parts(graph: Graph, static_indices: frozenset[int] | None) -> None:
         graph.eliminate_dead_code()
 
 
-def _coded(graph: Graph) -> set[Node]:
+def coded_nodes(graph: Graph) -> set[Node]:
     """What is made of codes by steps that integers take, or that keep elements apart."""
     coded: set[Node] = set()
     for node in graph.nodes:
