@@ -39,6 +39,7 @@ from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import disabled_kernels
 from fx_quant.kernels.subclasses import with_outer_versions
+from fx_quant.lowerings.toolchain import prepare_in_background
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.packed import refuse_writes
 from fx_quant.passes.pipeline import rewrite_graph
@@ -288,6 +289,8 @@ def fx_quant(
         MissError: ``strict`` and a quantized matmul was missed.
         FxQuantError: the graph writes to the weight of a layer that holds it packed.
     """
+    if _device(example_inputs).type == "cpu":
+        prepare_in_background()
     refuse_writes(gm)
     ours, inductors = split_options(options)
     if ours.piecewise:

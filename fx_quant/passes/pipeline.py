@@ -22,6 +22,7 @@ from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.select import Selection, Verdict, check_kernel_names, select
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import UnassignedError, assign
+from fx_quant.passes.attention import attend_single_queries
 from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
@@ -292,7 +293,7 @@ FINDING: tuple[Pass, ...] = (
     choose_kernels,
 )
 WRITING: tuple[Pass, ...] = (recognise_quantizes, write_canonical_ops, write_quantizes, tidy)
-LOWERING: tuple[Pass, ...] = (assign_kernels, fold, check)
+LOWERING: tuple[Pass, ...] = (assign_kernels, fold, attend_single_queries, check)
 PASSES = FINDING + WRITING + LOWERING
 
 

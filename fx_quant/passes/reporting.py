@@ -34,7 +34,8 @@ def report_on(state: Rewriting) -> Report:
         )
         for miss in state.misses
     )
-    return Report(str(state.target), sites, misses, tuple(map(_recognised_report, state.recognised)))
+    recognised = tuple(map(_recognised_report, state.recognised))
+    return Report(str(state.target), sites, misses, recognised, attention=state.attended)
 
 
 def _recognised_report(recognised: Recognised) -> RecognisedReport:

@@ -69,6 +69,7 @@ class Rewriting:
         recognised: what is left as it is, because nothing here runs it faster.
         memory: which nodes of ``graph`` share memory, as it was when the sites were found.
         emitter: writes the canonical ops.
+        attended: calls of attention of one query that our kernel has.
     """
 
     source: Graph
@@ -89,6 +90,7 @@ class Rewriting:
     recognised: list[Recognised] = field(default_factory=list)
     memory: Memory | None = None
     emitter: Emitter | None = None
+    attended: int = 0
 
     def miss(self, site: Site, reason: str) -> None:
         """Leave ``site`` as it is."""

@@ -51,6 +51,7 @@ class Report:
         whole: why a graph that was to be compiled in pieces was not.
         held_twice: bytes of the model's codes that kernels hold a packed copy of once it is compiled for a CPU.
         releasable: how many of them ``prepare_(model, release=True)`` would free.
+        attention: calls of attention of one query that a kernel beside the matmuls' has.
     """
 
     target: str
@@ -67,6 +68,7 @@ class Report:
     whole: str = ""
     held_twice: int = 0
     releasable: int = 0
+    attention: int = 0
 
     def to_json(self) -> str:
         """The whole report as JSON: ``losers`` of a row are texts, and ``unmet`` the kinds of these."""
@@ -104,6 +106,7 @@ class Report:
             graph_breaks=self.graph_breaks + other.graph_breaks,
             pieces=self.pieces + other.pieces,
             whole=self.whole or other.whole,
+            attention=self.attention + other.attention,
         )
 
     def renamed(self, name_of: Callable[[str], str]) -> Report:
@@ -172,6 +175,9 @@ class Report:
             parts.append(textwrap.fill(self.note, 118))
         if memory := self.memory():
             parts.append(textwrap.fill(memory, 118))
+        if self.attention:
+            calls = counted(self.attention, "call of attention", "calls of attention")
+            parts.append(f"{calls} with one query by cpu_attention, which reads keys and values once")
         if how := self.how_cut():
             parts.append(textwrap.fill(how, 118))
         if sized := sizes_list(self.pieces):
