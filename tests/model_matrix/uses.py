@@ -20,7 +20,16 @@ from tests.dialects.capture import fresh, inductor_config_restored
 from tests.dialects.outcome import failed
 from tests.model_matrix import images, text
 from tests.model_matrix.count import quantized_calls
-from tests.model_matrix.measure import cpu_seconds, error, merged, of_report, outcome_of, quantized, uncached
+from tests.model_matrix.measure import (
+    cpu_seconds,
+    error,
+    graphs_without_us,
+    merged,
+    of_report,
+    outcome_of,
+    quantized,
+    uncached,
+)
 from tests.model_matrix.outcome import Outcome
 from tests.model_matrix.registry import Model, Way, in_dtype, missing
 from tests.model_matrix.ways import WAYS
@@ -77,7 +86,7 @@ def generated(name: str, by: str, cache: str, row: Outcome) -> Outcome:
     expected = [decoders.generate(model, ids, cache) for ids in given]
     counts, _ = quantized_calls(model, lambda: model(input_ids=given[0], use_cache=False))
     tokens, seen, breaks = _generated(model, given, cache, ours())
-    _, plain, _ = _generated(model, given, cache, _as_it_is)
+    plain = graphs_without_us(seen.graphs, lambda compiler: _generated(model, given, cache, compiler)[1].graphs)
     wrong = sum((found != wanted).sum().item() for found, wanted in zip(tokens, expected, strict=True))
     report = merged(seen.reports)
     linears = sum(counts.values()) * seen.graphs
@@ -88,7 +97,7 @@ def generated(name: str, by: str, cache: str, row: Outcome) -> Outcome:
         silent=max(0, linears - told),
         error=wrong / sum(wanted.numel() for wanted in expected),
         graphs=seen.graphs,
-        plain_graphs=plain.graphs,
+        plain_graphs=plain,
     )
 
 
@@ -104,10 +113,6 @@ def _generated(
             return tokens, seen, sum(counters["graph_break"].values())
     finally:
         model.forward = forward
-
-
-def _as_it_is(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-    return gm.forward
 
 
 # --- blocks compiled by themselves ------------------------------------------------------------------------------------
@@ -127,14 +132,18 @@ def in_blocks(model: Model, way: Way, blocks: Callable[[Any], Sequence[nn.Module
     output, seen, breaks = _in_blocks(module, blocks(module), inputs[:1], ours())
     report = merged(seen.reports)
     told = len(report.sites) + len(report.recognised) + len(report.misses)
-    all_sizes = [_in_blocks(module, blocks(module), inputs, compiler)[1].graphs for compiler in (ours(), _as_it_is)]
+
+    def graphs(compiler: decoders.Compiler) -> int:
+        return _in_blocks(module, blocks(module), inputs, compiler)[1].graphs
+
+    of_all_sizes = graphs(ours())
     return dataclasses.replace(
         row,
         **of_report(report, linears) | {"breaks": breaks},
         silent=max(0, linears - told),
         error=error(output, eager),
-        graphs=all_sizes[0],
-        plain_graphs=all_sizes[1],
+        graphs=of_all_sizes,
+        plain_graphs=graphs_without_us(of_all_sizes, graphs),
     )
 
 
