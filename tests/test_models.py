@@ -18,9 +18,9 @@ from tests.model_matrix.ways import WAYS
 
 # One of each kind of architecture and of each library that the development environment has.
 SLICE = (
-    "mamba2, torchao W8A8",
-    "opt, torchao 8da4w",
+    "gpt2, torchao W8A8",
     "gpt2, quantize_ W4A16",
+    "phi3, torchao 8da4w",
     "qwen3-moe, compressed-tensors W8A8",
     "vit, torchao int8 weights",
 )
@@ -38,7 +38,7 @@ def test_a_pass_that_says_nothing_is_seen(monkeypatch):
     """A report without sites is what a silent miss looks like."""
     monkeypatch.setattr("fx_quant.diagnose.explain.report_on", lambda state: Report("x86", (), ()))
     monkeypatch.setattr("fx_quant.diagnose.explain.unseen_modules", lambda *_: ())
-    found = measure.measure(*rows.PAIRS["mamba2, torchao W8A8"])
+    found = measure.measure(*rows.PAIRS["gpt2, torchao W8A8"])
     assert found.silent == found.linears > 0
     assert faults(found) == [f"{found.silent} silent"]
 
@@ -57,7 +57,7 @@ def test_a_site_that_computes_something_else_is_wrong(monkeypatch):
         return state
 
     monkeypatch.setattr(measure.checking, "run_passes", halved)
-    found = measure.measure(*rows.PAIRS["mamba2, torchao W8A8"])
+    found = measure.measure(*rows.PAIRS["gpt2, torchao W8A8"])
     assert any(fault.startswith("wrong") for fault in faults(found))
 
 
@@ -105,6 +105,13 @@ def test_the_count_sees_a_weight_that_is_read_without_calling_its_module():
         model, lambda: model[2](torch.nn.functional.linear(model[0](model[0](x)), model[1].weight))
     )
     assert counts == {"0": 2, "1": 1} and result.shape == (4, 32)
+
+
+def test_what_a_compiler_computes_once_counts_once():
+    model = WAYS[0].quantize(torch.nn.Sequential(torch.nn.Linear(32, 32)).eval().requires_grad_(False))
+    x = torch.randn(4, 32)
+    counts, _ = count.quantized_calls(model, lambda: (model[0](x), model[0](x.clone()), model[0](x + 1)))
+    assert counts == {"0": 2}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,35 +26,49 @@ _MATMULS = {
 
 
 def quantized_calls(model: nn.Module, call: Callable[[], Any]) -> tuple[Counter[str], Any]:
-    """How often ``call`` multiplies with each quantized weight of ``model``, by the module's name; and its result."""
-    counts: Counter[str] = Counter()
+    """How often ``call`` multiplies with each quantized weight of ``model``, by the module's name; and its result.
+
+    A module that is called again with the same values counts once: a compiler computes that once.
+    """
+    calls: dict[str, list[Tensor]] = {}
     weights: dict[int, str] = {}
     handles = []
+
+    def note(name: str, args: Iterable[Any]) -> None:
+        x = next(each for each in args if isinstance(each, Tensor) and id(each) not in weights)
+        known = calls.setdefault(name, [])
+        if not any(each.dtype is x.dtype and torch.equal(each, x) for each in known):
+            known.append(x.clone())
+
     for name, module in model.named_modules():
         subclasses = [each for each in module.parameters(recurse=False) if _holds_codes(each)]
         for each in subclasses:
             weights.setdefault(id(each), name)
         # One of compressed-tensors keeps plain tensors, and a layer of ours its own.
         if not subclasses and (isinstance(module, QuantizedLinear) or getattr(module, "quantization_status", None)):
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: counts.update([name])))
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: note(name, args)))
     try:
-        with torch.no_grad(), _Counting(weights, counts):
-            return counts, call()
+        with torch.no_grad(), _Watching(weights, note):
+            result = call()
     finally:
         for handle in handles:
             handle.remove()
+    return Counter({name: len(known) for name, known in calls.items()}), result
 
 
-class _Counting(TorchFunctionMode):
-    def __init__(self, weights: dict[int, str], counts: Counter[str]) -> None:
+class _Watching(TorchFunctionMode):
+    """Calls ``note`` with the name of each of ``weights`` that is multiplied with, by its id, and what it is given with."""
+
+    def __init__(self, weights: dict[int, str], note: Callable[[str, Iterable[Any]], None]) -> None:
         super().__init__()
-        self._weights, self._counts = weights, counts
+        self._weights, self._note = weights, note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _MATMULS:
-            given = [self._weights.get(id(each)) for each in (*args, *kwargs.values())]
-            self._counts.update(name for name in given if name is not None)
+            given = (*args, *kwargs.values())
+            for name in [self._weights[id(each)] for each in given if id(each) in self._weights]:
+                self._note(name, given)
         return func(*args, **kwargs)
 
 

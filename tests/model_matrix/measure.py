@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import os
@@ -50,10 +49,12 @@ def measure(model: Model, way: Way, *, recompiles: bool = False, compiled: bool 
     with inductor_config_restored():
         try:
             module = quantized(model, way)
+            # The library's own, whatever ``prepare_`` makes of the other.
+            eager = quantized(model, way) if needs_prepare(module) else module
         except Exception as error:  # noqa: BLE001  (a library may fail in any way)
             return dataclasses.replace(row, unavailable=f"cannot be quantized: {failed(error)}")
         inputs = [in_dtype(model.inputs(*size), way.dtype) for size in model.sizes]
-        row = outcome_of(row, module, inputs, recompiles=recompiles, compiled=compiled)
+        row = outcome_of(row, module, eager, inputs, recompiles=recompiles, compiled=compiled)
     return dataclasses.replace(row, seconds=cpu_seconds() - started)
 
 
@@ -70,6 +71,7 @@ def quantized(model: Model, way: Way) -> nn.Module:
 def outcome_of(
     row: Outcome,
     module: nn.Module,
+    eager: nn.Module,
     inputs: list[dict[str, Any]],
     *,
     recompiles: bool = False,
@@ -78,10 +80,9 @@ def outcome_of(
 ) -> Outcome:
     """``row`` with what becomes of ``module``, called under ``context`` with the first of ``inputs``, and with all.
 
-    The eager model is the library's own, whatever ``prepare_`` makes of it where ``explain`` asks for that.
+    ``prepare_`` is called where ``explain`` asks for it; what the results are compared with are those of ``eager``.
     """
     with context():
-        eager = copy.deepcopy(module) if needs_prepare(module) else module
         counts, output = quantized_calls(eager, lambda: eager(**inputs[0]))
         try:
             row = dataclasses.replace(row, prepared=needs_prepare(module) is not None)

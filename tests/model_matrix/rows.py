@@ -39,19 +39,14 @@ def names(patterns: Sequence[str] = ()) -> list[str]:
     return [name for name in known if not patterns or any(_matches(name, pattern) for pattern in patterns)]
 
 
-def counts_graphs(name: str) -> bool:
-    """Whether the graphs of the pair ``name`` are counted: of the first way of each model, and of one that rotates."""
-    model, way = PAIRS[name]
-    turn = 1 + MODELS.index(model) % (len(WAYS) - 1)
-    return way in (WAYS[0], WAYS[turn])
-
-
 def row(name: str, compiled: bool = False) -> Outcome:
     """The row ``name``, measured in this process."""
     import_torchvision()
     if name in BY_NAME:
         return use(BY_NAME[name])
-    return measure(*PAIRS[name], recompiles=counts_graphs(name), compiled=compiled and name in COMPILED)
+    model, way = PAIRS[name]
+    # Counting graphs takes longer than all else; what guards there are depends on the model.
+    return measure(model, way, recompiles=way is WAYS[0], compiled=compiled and name in COMPILED)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -128,8 +128,9 @@ def in_blocks(model: Model, way: Way, blocks: Callable[[Any], Sequence[nn.Module
     for block in blocks(module):
         inside = sum(calls for name, calls in counts.items() if name.startswith(f"{names[block]}."))
         of_class[type(block)].append(inside)
-    linears = sum(map(min, of_class.values()))
     output, seen, breaks = _in_blocks(module, blocks(module), inputs[:1], ours())
+    shared = seen.graphs < sum(map(len, of_class.values()))
+    linears = sum((min if shared else sum)(inside) for inside in of_class.values())
     report = merged(seen.reports)
     told = len(report.sites) + len(report.recognised) + len(report.misses)
 
@@ -188,7 +189,7 @@ def changed(
     module = change(quantized(model, way))
     inputs = [in_dtype(model.inputs(*size), way.dtype) for size in model.sizes]
     row = dataclasses.replace(row, dtype=dtype)
-    return outcome_of(row, module, inputs, recompiles=True, context=context)
+    return outcome_of(row, module, module, inputs, recompiles=True, context=context)
 
 
 def with_adapters(module: nn.Module) -> nn.Module:
