@@ -311,9 +311,26 @@ def fx_quant(
     ours, inductors = split_options(options)
     if ours.piecewise:
         return _compile_in_pieces(gm, example_inputs, ours, mode, inductors)
-    return with_outer_versions(
-        _compile_and_report(gm, example_inputs, RewritePass(ours), mode, inductors), example_inputs
-    )
+    compiled = _compile_and_report(gm, example_inputs, RewritePass(ours), mode, inductors)
+    return outside_function_modes(with_outer_versions(compiled, example_inputs))
+
+
+def outside_function_modes(compiled: Any) -> Any:
+    """``compiled``, whose ops no torch-function mode sees: what a mode does is in the graph already.
+
+    A mode of NNCF's decodes each parameter that an op takes, and so the codes that a kernel's op packs.
+    """
+    if not callable(compiled):
+        return compiled
+
+    @functools.wraps(compiled)
+    def run(*inputs: Any) -> Any:
+        if torch._C._len_torch_function_stack() == 0:
+            return compiled(*inputs)
+        with torch._C.DisableTorchFunction():
+            return compiled(*inputs)
+
+    return run
 
 
 def _compile_and_report(
@@ -376,7 +393,7 @@ def _compile_in_pieces(
         gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole), asked, options.splitting_modules
     )
     _record(report)
-    return with_outer_versions(compiled, example_inputs)
+    return outside_function_modes(with_outer_versions(compiled, example_inputs))
 
 
 def _to_text(reports: Sequence[Report]) -> str:
