@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+
 from torch.fx import Node
 
 from fx_quant.passes import dialects
@@ -25,7 +27,8 @@ _RULES: dict[object, Rule] = {
 }
 # Ops that make codes of what has no low-bit dtype.
 _STARTS = frozenset({*packing.RULES, *fake_quantize.STARTS, aten.view.dtype, aten.round.decimals})
-_NAMED: dict[str, Rule] = {**dialects.RULES, **dialects.MATMUL_RULES}
+# Of the dialects, as they are now: one may come from outside at any time.
+_NAMED: ChainMap[str, Rule] = ChainMap(dialects.MATMUL_RULES, dialects.RULES)
 
 
 def rule_of(node: Node) -> Rule | None:
