@@ -42,6 +42,7 @@ from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import disabled_kernels
 from fx_quant.kernels.subclasses import with_outer_versions
 from fx_quant.lowerings.toolchain import prepare_in_background
+from fx_quant.passes import dialects
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.packed import refuse_writes
 from fx_quant.passes.pipeline import rewrite_graph
@@ -103,7 +104,8 @@ class RewritePass(CustomGraphPass):
     def uuid(self) -> object:
         """Key of Inductor's caches: our sources, options, context, target, the kernels, their versions and plans.
 
-        And which sizes are marked as dynamic: what is compiled for others may have guards, which they refuse.
+        And dialects from outside, and which sizes are marked as dynamic: what is compiled for others may have guards,
+        which they refuse.
         """
         target = self.target or detect_target(_first_device())
         return (
@@ -112,6 +114,7 @@ class RewritePass(CustomGraphPass):
             repr(self.context),
             repr((target.platform, target.arch, sorted(target.features), sorted(target.packages.items()))),
             tuple(kernel.name for kernel in kernels()),
+            dialects.registered(),
             tuple(sorted(disabled_kernels())),
             repr(sorted(tuned_tables().items())),
             marked_dynamic(),

@@ -20,6 +20,7 @@ from fx_quant.config import Options, PaddingPolicy
 from fx_quant.errors import MissError, NoKernelError
 from fx_quant.kernels.context import CompileContext
 from fx_quant.kernels.select import Selection, Verdict, check_kernel_names, select
+from fx_quant.passes import dialects
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import UnassignedError, assign
 from fx_quant.passes.attention import attend_single_queries
@@ -395,6 +396,7 @@ def run_passes(
     Raises:
         NoKernelError: the forced kernel cannot run a site.
     """
+    dialects.load_dialects()
     if not holds_codes(graph):
         return Rewriting(graph, graph, target, options, context or CompileContext.of(options), static_indices)
     with collector_paused():

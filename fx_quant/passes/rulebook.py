@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import ChainMap
 from collections.abc import Mapping
 
 from torch.fx import Node
@@ -41,7 +42,8 @@ _MATMULS = _merged(matmuls.RULES, scaled_matmuls.RULES)
 _RULES = _merged(views.RULES, arithmetic.RULES, packing.RULES, fake_quantize.RULES, _MATMULS)
 # Ops that make codes of what has no low-bit dtype.
 _STARTS = frozenset({*packing.STARTS, *fake_quantize.STARTS, aten.view.dtype, aten.round.decimals})
-_NAMED: dict[str, Rule] = {**dialects.RULES, **dialects.MATMUL_RULES}
+# Of the dialects, as they are now: one may come from outside at any time.
+_NAMED: ChainMap[str, Rule] = ChainMap(dialects.MATMUL_RULES, dialects.RULES)
 
 
 def rule_of(node: Node) -> Rule | None:
