@@ -42,6 +42,7 @@ from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import disabled_kernels
 from fx_quant.kernels.subclasses import with_outer_versions
 from fx_quant.lowerings.toolchain import prepare_in_background
+from fx_quant.passes import dialects
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.packed import refuse_writes
 from fx_quant.passes.pipeline import rewrite_graph
@@ -103,7 +104,8 @@ class RewritePass(CustomGraphPass):
     def uuid(self) -> object:
         """Key of Inductor's caches: our sources, options, context, target, the kernels, their versions and plans.
 
-        And which sizes are marked as dynamic: what is compiled for others may have guards, which they refuse.
+        And dialects from outside, and which sizes are marked as dynamic: what is compiled for others may have guards,
+        which they refuse.
         """
         target = self.target or detect_target(_first_device())
         return (
@@ -112,6 +114,7 @@ class RewritePass(CustomGraphPass):
             repr(self.context),
             repr((target.platform, target.arch, sorted(target.features), sorted(target.packages.items()))),
             tuple(kernel.name for kernel in kernels()),
+            dialects.registered(),
             tuple(sorted(disabled_kernels())),
             repr(sorted(tuned_tables().items())),
             marked_dynamic(),
@@ -311,9 +314,26 @@ def fx_quant(
     ours, inductors = split_options(options)
     if ours.piecewise:
         return _compile_in_pieces(gm, example_inputs, ours, mode, inductors)
-    return with_outer_versions(
-        _compile_and_report(gm, example_inputs, RewritePass(ours), mode, inductors), example_inputs
-    )
+    compiled = _compile_and_report(gm, example_inputs, RewritePass(ours), mode, inductors)
+    return outside_function_modes(with_outer_versions(compiled, example_inputs))
+
+
+def outside_function_modes(compiled: Any) -> Any:
+    """``compiled``, whose ops no torch-function mode sees: what a mode does is in the graph already.
+
+    A mode of NNCF's decodes each parameter that an op takes, and so the codes that a kernel's op packs.
+    """
+    if not callable(compiled):
+        return compiled
+
+    @functools.wraps(compiled)
+    def run(*inputs: Any) -> Any:
+        if torch._C._len_torch_function_stack() == 0:
+            return compiled(*inputs)
+        with torch._C.DisableTorchFunction():
+            return compiled(*inputs)
+
+    return run
 
 
 def _compile_and_report(
@@ -376,7 +396,7 @@ def _compile_in_pieces(
         gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole), asked, options.splitting_modules
     )
     _record(report)
-    return with_outer_versions(compiled, example_inputs)
+    return outside_function_modes(with_outer_versions(compiled, example_inputs))
 
 
 def _to_text(reports: Sequence[Report]) -> str:

@@ -241,7 +241,7 @@ def carried_by_artefacts(text: Callable[[], str], found: list[str]) -> Iterator[
             CompiledFxGraph.__init__, CompiledFxGraph.post_compile = made, loaded
 
 
-_MATMULS = ("mm", "addmm", "bmm")
+_MATMULS = ("mm", "mv", "addmm", "bmm")
 
 
 class _DecompositionsWithoutMatmul(dict):

@@ -21,6 +21,8 @@ def report_on(state: Rewriting) -> Report:
     notes: dict[str, list[str]] = {}
     for pad in state.pads:
         notes.setdefault(pad.gemm, []).append(str(pad))
+    for matmul, spelled in state.turned.matmuls.items():
+        notes.setdefault(matmul, []).append(f"{spelled} as a matmul with the weight on the right")
     sites = tuple(_site_report(row, tuple(notes.get(row.site.gemm.name, ()))) for row in state.rows.values())
     misses = tuple(
         MissReport(
