@@ -647,7 +647,7 @@ def test_what_quantize_leaves_is_said_once_for_repeated_layers():
     report = quantize_(model, INT8[0])
     assert report.quantized == ("3.up", "4.up")
     assert [row.module for row in report.left] == ["3.experts", "4.experts", "5"]
-    lines = str(report).splitlines()
+    lines = report.to_text(wide=True).splitlines()
     assert lines[0] == f"fx_quant: 2 linears quantized as {INT8[0]}, 3 left in float"
     assert (
         " ".join(lines[1:]).split()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +17,6 @@ from fx_quant.backend import RewritePass
 from fx_quant.config import ATTENTION, Options, PaddingPolicy
 from fx_quant.errors import FxQuantError
 from fx_quant.piecewise import compile as compile_module
-from fx_quant.piecewise import progress as progress_module
 from fx_quant.piecewise.compile import compile_in_pieces
 from fx_quant.piecewise.sizes import Asked, Layout
 from fx_quant.report import PieceReport, Report
@@ -494,7 +492,7 @@ def test_sizes_are_compiled_as_the_call_runs(compiles, context):  # noqa: F811
     assert len(compiles.graphs) == 4
 
 
-# --- options, report and progress ---------------------------------------------------------------------------------
+# --- options and report ---------------------------------------------------------------------------------
 
 
 def test_sizes_are_read_and_in_the_key_of_caches():
@@ -543,15 +541,6 @@ def test_a_model_in_sizes_is_the_eager_one_and_reported(compiles, caplog):  # no
 def test_the_report_says_that_a_cpu_pads_nothing_by_itself(pieces):
     pieces.run(blocks(2), padding="auto")(rows(5))
     assert "other m: not padded, as padding='auto' pads no rows on a cpu" in " ".join(str(pieces.reports[0]).split())
-
-
-def test_progress_is_shown_on_a_terminal_only(monkeypatch):
-    pieces = ["a", "b", "c"]
-    assert progress_module.progress(pieces) is pieces
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(progress_module.progress(pieces)) == pieces
-    assert progress_module.progress(pieces) is not pieces
-    assert progress_module.progress(pieces[:1]) == ["a"]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def shown(monkeypatch, is_terminal):
     stream = Stream(is_terminal)
     monkeypatch.setattr(sys, "stderr", stream)
     assert list(progress([1, 2, 3], "loading", "linear")) == [1, 2, 3]
+    assert progress(single := ["a"], "loading", "linear") is single
     with counting("explaining", "graph") as done:
         done()
     return stream.getvalue()
