@@ -726,7 +726,7 @@ def test_rows_that_the_seeds_layer_pads_go(per_token, dynamic):
 def test_the_report_says_what_was_taken_out_and_json_too():
     state, _ = settled(padded_before_the_quantize, X, W, WS)
     report = report_on(state)
-    assert "author's pad of m to 17 removed" in str(report)
+    assert "author's pad of m to 17 removed" in report.to_text(wide=True)
     assert Report.from_json(report.to_json()) == report
     assert '"notes": [\n        "author\'s pad of m to 17 removed"' in report.to_json()
 
