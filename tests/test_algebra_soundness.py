@@ -452,7 +452,7 @@ RULES: dict[str, Rule] = {
             ),
             "shifted_with_their_sign": (
                 lambda x, p: x @ torch.cat((p.view(INT8) >> 4, p.view(INT8) >> 4), -1).float().t(),
-                "float32 x int8 unscaled -> same_accum",
+                "float32 x int4 unscaled -> same_accum",
             ),
             "of_five_bits": (
                 lambda x, p: x @ torch.stack((p & 31, p >> 3), -1).flatten(1).float().t(),

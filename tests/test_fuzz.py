@@ -36,6 +36,7 @@ SEEDS = {
     "groups": 13,
     "layout": 12,
     "slice": 55,
+    "part": 42,
     "columns": 1,
     "inverse": 26,
     "class": 1,

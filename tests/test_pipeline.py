@@ -178,7 +178,7 @@ def test_a_graph_without_a_site_goes_no_further_than_the_choice_of_kernels(monke
     dumped = []
     monkeypatch.setattr(pipeline, "dump_graph", lambda name, graph: dumped.append(name))
     rewritten(trace(lambda x, w: decoded(x) @ w.t(), sample(M, K), sample(N, K)))
-    assert dumped[-1] == "FX_QUANT_05_CHOOSE_KERNELS"
+    assert dumped[-1] == "FX_QUANT_06_CHOOSE_KERNELS"
 
 
 def test_verify_refuses_a_canonical_op_without_a_kernel():

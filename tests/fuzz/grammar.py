@@ -41,6 +41,7 @@ class Draft:
         self.far = random.Random(-seed - 1)
         self.pads = random.Random(-seed - 2)
         self.offsets = random.Random(-seed - 3)
+        self.parts = random.Random(-seed - 4)
         self.inputs: list[Input] = []
         self.steps: list[Step] = []
         self.values: dict[str, Any] = {}
@@ -613,6 +614,8 @@ def float_matmul(d: Draft, a: str, w: str, bias: Callable[[], str]) -> str:
     """``a [..., k]`` times ``w [n, k]``, in one of its forms."""
     rank = len(d.shape(a))
     k = d.shape(a)[-1]
+    if d.parts.random() < 0.06:
+        return d.first(d.parts.choice(_in_parts(d, a, w)), f"{a} @ {w}.t()")
     texts = [
         f"{a} @ {w}.t()",
         f"{a} @ {w}.mT",
@@ -644,6 +647,24 @@ def float_matmul(d: Draft, a: str, w: str, bias: Callable[[], str]) -> str:
     if d.chance(0.25) and d.shape(w)[0] == d.shape(w)[1]:
         texts.append(f"{a} @ {w}")
     return d.first(texts[d.rng.randrange(len(texts))] if d.chance(0.4) else d.rng.choice(texts[:5]), texts[0])
+
+
+def _in_parts(d: Draft, a: str, w: str) -> list[str]:
+    """Matmuls of ``a`` and parts of the weight ``w [n, k]``."""
+    n, k = d.shape(w)
+    row, column = d.parts.randrange(n), d.parts.choice((k // 2, d.parts.randrange(1, k + 1)))
+    views = f"{w}.view(2, -1, {k})", f"{w}.view(-1, 2, {k})"
+    return [
+        f"torch.cat([{a} @ {w}.chunk(2)[0].t(), {a} @ {w}.chunk(2)[1].t()], -1)",
+        f"torch.cat([{a} @ {w}.split({row + 1})[0].mT, {a} @ {w}.split({row + 1})[-1].mT], -1)",
+        f"torch.stack([{a} @ {views[0]}.unbind()[1].t(), {a} @ {views[0]}.unbind()[0].t()], -1)",
+        f"{a} @ {views[1]}.unbind(1)[1].t() - {a} @ {views[1]}[:, 0].t()",
+        f"F.linear({a}, {w}[{row}:])",
+        f"F.linear({a}, {w}[{row}])",
+        f"F.linear({a}[..., :{column}], {w}[:, :{column}])",
+        f"F.linear({a}[..., ::2], {w}[:, ::2])",
+        f"F.linear({a}, {w}[{row}::2])",
+    ]
 
 
 def integer_matmul(d: Draft, q: str, w: Weight) -> str:

@@ -234,6 +234,14 @@ def _drops_any_padding(old: Any) -> Any:
     return rule
 
 
+def _first_parts(old: Any) -> Any:
+    def operands_of_part(node: Node, cut: Any) -> Any:
+        parts = old(node, cut)
+        return parts and {source: dataclasses.replace(part, start=0) for source, part in parts.items()}
+
+    return operands_of_part
+
+
 def _never_stale(old: Any) -> Any:
     return lambda group, tensors: not any(mark.storage.expired() for mark in group.marks)
 
@@ -253,6 +261,7 @@ PLANTS = (
     Plant("groups", "passes.axes:block_size", _neighbours, "codes that share a scale are taken to be neighbours"),
     Plant("layout", "passes.matrices:matrix_base", _transposed_square, "a square weight is packed transposed"),
     Plant("slice", "passes.rules.views:_slice", _any_slice, "a slice is taken for the whole"),
+    Plant("part", "passes.slices:operands_of_part", _first_parts, "each part of a weight is its first"),
     Plant("columns", "passes.rules.views:_keeps_columns", _any_columns, "a view that moves columns is taken for none"),
     Plant("inverse", "passes.rules.steps:scale_of", _never_inverse, "division by a scale is taken for multiplication"),
     Plant("class", "passes.rules.matmuls:_moved_out_class", _exact, "scales that leave the sum are said to be exact"),
