@@ -82,7 +82,8 @@ PAGE = """\
 Printed by `make models` (`python -m tests.model_matrix --write --compile`): small models with random weights, two layers
 of width 64 and an odd vocabulary, of the classes that `transformers`, `diffusers`, `timm` and `sentence-transformers` have.
 
-- *linears*: quantized linears that one eager call runs, counted without fx_quant, by classes and tensor subclasses. Each is
+- *linears*: quantized linears, and convolutions where a library quantizes them, that one eager call runs, counted without
+  fx_quant, by classes and tensor subclasses. Each is
   *rewritten*, *recognised* (understood, and nothing here is faster) or *missed* with a reason; *outside* are those that the
   report names as in no graph; *silent* would be those of which it says nothing.
 - *prepared*: `explain` asked for `fx_quant.prepare_` first.
