@@ -153,7 +153,8 @@ def test_the_page_counts_every_row():
         "2 rows, 1 not here: 3 quantized linears, 1 rewritten, 0 recognised, 1 missed, 0 outside of graphs, 1 silent; "
         "0 rows wrong, 0 failed, 1 of 1 with more graphs than without fx_quant"
     )
-    text = page(found, "today")
+    text = page(found, "today", left=7)
+    assert "more graphs than without fx_quant. 7 further rows were left out of this run.\n" in text
     assert (
         "- why: b (a)" in text and "compiles 3 graphs, Inductor 2" in text and "today; 0 minutes of one core." in text
     )

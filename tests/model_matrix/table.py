@@ -92,7 +92,7 @@ of width 64 and an odd vocabulary, of the classes that `transformers`, `diffuser
   traces is then the eager model itself. In *compiled error* C++ is compiled by fx_quant and by plain Inductor.
 - *graphs*: how many calls of three batches and lengths compile, and what `torch.compile` makes of them without fx_quant.
 
-{totals}.
+{totals}.{left}
 
 {table}
 
@@ -104,7 +104,12 @@ Why what is not rewritten is not, and which rows are not here:
 """
 
 
-def page(rows: Sequence[Outcome], made: str) -> str:
-    """The whole of ``docs/models.md``."""
-    fields = {"totals": totals(rows), "table": result_table(rows), "reasons": reason_list(rows)}
+def page(rows: Sequence[Outcome], made: str, left: int = 0) -> str:
+    """The whole of ``docs/models.md``, of which ``left`` rows were left out."""
+    fields = {
+        "left": f" {left} further rows were left out of this run." if left else "",
+        "totals": totals(rows),
+        "table": result_table(rows),
+        "reasons": reason_list(rows),
+    }
     return PAGE.format(**fields, made=made, minutes=sum(row.seconds for row in rows) / 60)
