@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from fx_quant.report import without_numbers
+from fx_quant.report.tables import without_numbers
 from tests.model_matrix.outcome import Outcome, faults
 
 _HEADS = (
