@@ -36,7 +36,7 @@ def test_every_quantized_linear_is_rewritten_and_true(name):
 
 def test_a_pass_that_says_nothing_is_seen(monkeypatch):
     """A report without sites is what a silent miss looks like."""
-    monkeypatch.setattr("fx_quant.diagnose.explain.report_on", lambda state: Report("x86", (), ()))
+    monkeypatch.setattr("fx_quant.diagnose.explain.safely", lambda *_: Report("x86", (), ()))
     monkeypatch.setattr("fx_quant.diagnose.explain.unseen_modules", lambda *_: ())
     found = measure.measure(*rows.PAIRS["gpt2, torchao W8A8"])
     assert found.silent == found.linears > 0
