@@ -83,9 +83,9 @@ Printed by `make models` (`python -m tests.model_matrix --write --compile`): sma
 of width 64 and an odd vocabulary, of the classes that `transformers`, `diffusers`, `timm` and `sentence-transformers` have.
 
 - *linears*: quantized linears, and convolutions where a library quantizes them, that one eager call runs, counted without
-  fx_quant, by classes and tensor subclasses. Each is
-  *rewritten*, *recognised* (understood, and nothing here is faster) or *missed* with a reason; *outside* are those that the
-  report names as in no graph; *silent* would be those of which it says nothing.
+  fx_quant, by classes and tensor subclasses. Each is *rewritten*, *recognised* (understood, and nothing here is faster) or
+  *missed* with a reason; *outside* are those that the report names as in no graph; *silent* would be those of which it says
+  nothing.
 - *prepared*: `explain` asked for `fx_quant.prepare_` first.
 - *error of a site*: the largest of any rewritten matmul on the values that the source graph gives it; *of the output*: of
   the whole model to the eager quantized one. Both run op by op, as fractions of the largest value; what plain Inductor
