@@ -115,9 +115,9 @@ def watched(*, eager: bool) -> Iterator[Seen]:
     """Notes what is compiled; where ``eager``, what the passes leave is run op by op instead."""
     seen, record, compile_fx = Seen(), backend._record, backend.compile_fx
 
-    def recorded(report: Report) -> None:
+    def recorded(report: Report, **how: Any) -> None:
         seen.reports.append(report)
-        record(report)
+        record(report, **how)
 
     def quick(*args: Any, **kwargs: Any) -> Any:
         return compile_fx(*args, **{**({"inner_compile": run_eagerly} if eager else {}), **kwargs})

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps([dataclasses.asdict(row) for row in measured], indent=2) + "\n")
     if options.write:
-        PAGE.write_text(page(measured, made_with(*PACKAGES)))
+        PAGE.write_text(page(measured, made_with(*PACKAGES), len(rows.names()) - len(names)))
     bad = [row for row in measured if faults(row)]
     for row in bad:
         print(f"{row.name}: {'; '.join(faults(row))}", file=sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from fx_quant.report import without_numbers
+from fx_quant.report.tables import without_numbers
 from tests.model_matrix.outcome import Outcome, faults
 
 _HEADS = (
@@ -82,16 +82,17 @@ PAGE = """\
 Printed by `make models` (`python -m tests.model_matrix --write --compile`): small models with random weights, two layers
 of width 64 and an odd vocabulary, of the classes that `transformers`, `diffusers`, `timm` and `sentence-transformers` have.
 
-- *linears*: quantized linears that one eager call runs, counted without fx_quant, by classes and tensor subclasses. Each is
-  *rewritten*, *recognised* (understood, and nothing here is faster) or *missed* with a reason; *outside* are those that the
-  report names as in no graph; *silent* would be those of which it says nothing.
+- *linears*: quantized linears, and convolutions where a library quantizes them, that one eager call runs, counted without
+  fx_quant, by classes and tensor subclasses. Each is *rewritten*, *recognised* (understood, and nothing here is faster) or
+  *missed* with a reason; *outside* are those that the report names as in no graph; *silent* would be those of which it says
+  nothing.
 - *prepared*: `explain` asked for `fx_quant.prepare_` first.
 - *error of a site*: the largest of any rewritten matmul on the values that the source graph gives it; *of the output*: of
   the whole model to the eager quantized one. Both run op by op, as fractions of the largest value; what plain Inductor
   traces is then the eager model itself. In *compiled error* C++ is compiled by fx_quant and by plain Inductor.
 - *graphs*: how many calls of three batches and lengths compile, and what `torch.compile` makes of them without fx_quant.
 
-{totals}.
+{totals}.{left}
 
 {table}
 
@@ -103,7 +104,12 @@ Why what is not rewritten is not, and which rows are not here:
 """
 
 
-def page(rows: Sequence[Outcome], made: str) -> str:
-    """The whole of ``docs/models.md``."""
-    fields = {"totals": totals(rows), "table": result_table(rows), "reasons": reason_list(rows)}
+def page(rows: Sequence[Outcome], made: str, left: int = 0) -> str:
+    """The whole of ``docs/models.md``, of which ``left`` rows were left out."""
+    fields = {
+        "left": f" {left} further rows were left out of this run." if left else "",
+        "totals": totals(rows),
+        "table": result_table(rows),
+        "reasons": reason_list(rows),
+    }
     return PAGE.format(**fields, made=made, minutes=sum(row.seconds for row in rows) / 60)
