@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | libraries | promises | setup. Each does all the set-up
-# it needs, the first time only. make gpu-check installs nothing.
+# make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | libraries | models | promises | setup.
+# Each does all the set-up it needs, the first time only. make gpu-check installs nothing.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects libraries promises gates gpu-check clean
+.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects libraries models promises gates gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,6 +31,7 @@ help:
 	@echo "make bench-passes  what share of a Llama's compile the passes take (many minutes)"
 	@echo "make dialects      what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"
 	@echo "make libraries     the tests of other libraries' real modules, in $(LIBRARIES), where each must run (some minutes)"
+	@echo "make models        what becomes of real architectures, however quantized: writes docs/models.md (20 minutes)"
 	@echo "make promises      attack every promise and write docs/promises.md (half an hour; ARGS=--quick takes some minutes)"
 	@echo "make gates         compile every Triton kernel for GPUs that are not here, by two Tritons (some 10 minutes)"
 	@echo "make gpu-check     on a GPU machine, by its own $(PYTHON): GPU tests, benchmark, report (10 minutes a section)"
@@ -97,6 +98,17 @@ $(LIBRARIES_STAMP): | pyproject.toml constraints.txt constraints-libraries.txt
 	@rm -f $(LIBRARIES)/.installed-*
 	@touch $@
 
+# Libraries of models beside those of dev, which transformers would find and import: not in $(VENV).
+MODELS := .venv-models
+models: $(MODELS)/.installed
+	@$(MODELS)/bin/python -m tests.model_matrix --write --compile $(ARGS)
+
+$(MODELS)/.installed: pyproject.toml constraints.txt
+	@test -x $(MODELS)/bin/python || $(PYTHON) -m venv $(MODELS)
+	@$(MODELS)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	@$(MODELS)/bin/python -m pip install -q -c constraints.txt -e ".[dev,models]"
+	@touch $@
+
 promises: $(STAMP)
 	@$(BIN)/python -m tests.promises --write $(ARGS)
 
@@ -119,4 +131,4 @@ gpu-check:
 	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py --sections $(SECTIONS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(LIBRARIES) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(OLDEST) $(LIBRARIES) $(MODELS) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build

@@ -24,12 +24,14 @@ from torch.fx import Graph, GraphModule
 import fx_quant.lowerings  # cached artifacts need ops and lowerings before any pass runs
 from fx_quant.compat import (
     carried_by_artefacts,
+    compile_id,
     decompositions_without_matmul,
     dump_graph,
     kept_inputs,
     marked_dynamic,
     restore_matmul_decompositions,
     static_input_indices,
+    trace_json,
 )
 from fx_quant.config import Options, option_names
 from fx_quant.errors import FxQuantError, MissError, must, unknown_name
@@ -39,6 +41,8 @@ from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import disabled_kernels
 from fx_quant.kernels.subclasses import with_outer_versions
+from fx_quant.lowerings.toolchain import prepare_in_background
+from fx_quant.passes import dialects
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.packed import refuse_writes
 from fx_quant.passes.pipeline import rewrite_graph
@@ -90,17 +94,18 @@ class RewritePass(CustomGraphPass):
         restore_matmul_decompositions(graph)
         dump_graph("FX_QUANT_AFTER", graph)
 
-    def record(self, report: Report) -> None:
+    def record(self, report: Report, *, cached: bool = False) -> None:
         """Count, log and hand on ``report``, which a pass has made or a cached artefact brought."""
         self.reports.append(report)
-        _record(report)
+        _record(report, cached=cached)
         if self.on_report is not None:
             self.on_report(report)
 
     def uuid(self) -> object:
         """Key of Inductor's caches: our sources, options, context, target, the kernels, their versions and plans.
 
-        And which sizes are marked as dynamic: what is compiled for others may have guards, which they refuse.
+        And dialects from outside, and which sizes are marked as dynamic: what is compiled for others may have guards,
+        which they refuse.
         """
         target = self.target or detect_target(_first_device())
         return (
@@ -109,6 +114,7 @@ class RewritePass(CustomGraphPass):
             repr(self.context),
             repr((target.platform, target.arch, sorted(target.features), sorted(target.packages.items()))),
             tuple(kernel.name for kernel in kernels()),
+            dialects.registered(),
             tuple(sorted(disabled_kernels())),
             repr(sorted(tuned_tables().items())),
             marked_dynamic(),
@@ -156,17 +162,31 @@ def warn_of_failures(report: Report) -> None:
             )
 
 
-def _record(report: Report) -> None:
+def _record(report: Report, *, cached: bool = False) -> None:
+    counters["fx_quant_graphs"]["cached" if cached else "compiled"] += 1
+    for site in report.sites:
+        counters["fx_quant_kernels"][site.kernel] += 1
+    trace_json("fx_quant_report", report.to_json)
     counters["fx_quant"]["rewritten"] += len(report.sites)
     counters["fx_quant"]["recognised"] += len(report.recognised)
     counters["fx_quant"]["missed"] += len(report.misses)
-    if report.sites or report.misses:
-        log.info("%s", report.summary())
+    log.info("graph %s%s: %s", compile_id(), " from a cache" if cached else "", report.summary())
+    log.debug("%s", _Table(report))
     if how := report.how_cut():
         log.log(logging.WARNING if report.whole else logging.INFO, "%s", how)
     warn_of_failures(report)
     for miss in report.misses:
         log.warning("%s left as it is at %s: %s", miss.op, miss.module or miss.source or miss.node, miss.reason)
+
+
+class _Table:
+    """A report as text, made only where a log prints it."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def __str__(self) -> str:
+        return self.report.to_text(wide=True)
 
 
 @functools.cache
@@ -288,6 +308,8 @@ def fx_quant(
         MissError: ``strict`` and a quantized matmul was missed.
         FxQuantError: the graph writes to the weight of a layer that holds it packed.
     """
+    if _device(example_inputs).type == "cpu":
+        prepare_in_background()
     refuse_writes(gm)
     ours, inductors = split_options(options)
     if ours.piecewise:
@@ -328,14 +350,14 @@ def _compile_and_report(
     if not rewrite.reports and found:
         # AOTAutograd's cache had the graph, so that no pass ran: what they said when it was made holds still.
         for report in _from_text(found[0]):
-            rewrite.record(report)
+            rewrite.record(report, cached=True)
     return compiled
 
 
 class _PiecePass(RewritePass):
     """The passes on one piece, of which the graph's report tells later."""
 
-    def record(self, report: Report) -> None:
+    def record(self, report: Report, *, cached: bool = False) -> None:
         """Keep ``report``."""
         self.reports.append(report)
 
@@ -388,6 +410,12 @@ def _from_text(text: str) -> list[Report]:
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
     """Inductor's compilation of one graph after AOTAutograd: what an ``inner_compile`` wraps."""
     return compile_fx_inner(gm, example_inputs, **arguments)
+
+
+def compile_plainly(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
+    """As ``compile_graph``, under what Inductor does of itself."""
+    with inductor_config.patch(epilogue_fusion_first=False):
+        return compile_fx_inner(gm, example_inputs, **arguments)
 
 
 def compile_with(

@@ -1095,14 +1095,17 @@ def test_the_report_prints_as_a_table_and_as_json():
 GOLDEN = """\
 fx_quant: 3 of 4 quantized modules swapped for QuantizedLinear, 1 left
 
-module       modules    library             from    scheme                                       numerics
------------  ---------  ------------------  ------  -------------------------------------------  ------------
-layers.*.fc  2          compressed-tensors  Linear  bfloat16 x int8 per_channel                  reassociated
-head.fc      1          compressed-tensors  Linear  int8 per_token (dynamic) x int8 per_channel  reassociated
+compressed-tensors, Linear, reassociated
+
+module       modules  scheme
+-----------  -------  -----------------------------
+layers.*.fc  2        bf16 x int8 channel
+head.fc      1        int8 token dyn x int8 channel
 
 left:
-  last.fc: compressed-tensors Linear (int8 per_token (dynamic) x int8 per_channel): it must have no hooks, which a
-      swap would lose, got forward_hooks; remove them first"""
+  last.fc: compressed-tensors Linear (int8 per_token (dynamic) x int8
+      per_channel): it must have no hooks, which a swap would lose, got
+      forward_hooks; remove them first"""
 
 
 def test_what_cannot_be_prepared_in_place_is_an_error_of_one_line():
