@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | models | promises | setup. Each does all the set-up
-# it needs, the first time only. make gpu-check installs nothing.
+# make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | libraries | models | promises | setup.
+# Each does all the set-up it needs, the first time only. make gpu-check installs nothing.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects models promises gates gpu-check clean
+.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects libraries models promises gates gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-eager   single quantized linears without torch.compile, timed (some minutes)"
 	@echo "make bench-passes  what share of a Llama's compile the passes take (many minutes)"
 	@echo "make dialects      what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"
+	@echo "make libraries     the tests of other libraries' real modules, in $(LIBRARIES), where each must run (some minutes)"
 	@echo "make models        what becomes of real architectures, however quantized: writes docs/models.md (20 minutes)"
 	@echo "make promises      attack every promise and write docs/promises.md (half an hour; ARGS=--quick takes some minutes)"
 	@echo "make gates         compile every Triton kernel for GPUs that are not here, by two Tritons (some 10 minutes)"
@@ -81,6 +82,23 @@ bench-passes: $(STAMP)
 dialects: $(STAMP)
 	@$(BIN)/python -m tests.dialects $(ARGS)
 
+# What CI's environment lacks, beside it in one of its own.
+LIBRARIES := .venv-libraries
+LIBRARIES_STAMP := $(LIBRARIES)/.installed-$(shell cat pyproject.toml constraints.txt constraints-libraries.txt | cksum | cut -d' ' -f1)
+libraries: $(LIBRARIES_STAMP)
+	@FX_QUANT_LIBRARIES=1 $(LIBRARIES)/bin/python -m pytest -q tests/test_libraries.py $(ARGS)
+	@# But those of 4 bits, for which quanto builds C++ of its own and did not end here: ARGS="-k quanto" names them.
+	@FX_QUANT_LIBRARIES=1 $(LIBRARIES)/bin/python -m pytest -q tests/test_prepare.py -k "quanto and not 4_bit and not cannot" $(ARGS)
+
+$(LIBRARIES_STAMP): | pyproject.toml constraints.txt constraints-libraries.txt
+	@test -x $(LIBRARIES)/bin/python || $(PYTHON) -m venv $(LIBRARIES)
+	@$(LIBRARIES)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	@# Without their dependencies, as some ask for versions of what is pinned that they do not need here.
+	@$(LIBRARIES)/bin/python -m pip install -q --no-deps -r constraints-libraries.txt
+	@$(LIBRARIES)/bin/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@rm -f $(LIBRARIES)/.installed-*
+	@touch $@
+
 # Libraries of models beside those of dev, which transformers would find and import: not in $(VENV).
 MODELS := .venv-models
 models: $(MODELS)/.installed
@@ -114,4 +132,4 @@ gpu-check:
 	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py --sections $(SECTIONS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(MODELS) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(OLDEST) $(LIBRARIES) $(MODELS) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build

@@ -167,6 +167,12 @@ def dynamic_linear():
     return quantize(nn.Sequential(nn.Linear(K, K)), dtype=torch.qint8)[0]
 
 
+def zero_points_alone():
+    module = nn.Module()
+    module.register_buffer("_zero_point", torch.zeros(K, 1, dtype=torch.uint8))
+    return module
+
+
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
@@ -184,6 +190,7 @@ def dynamic_linear():
         (lambda: nn.Linear(K, K), False),
         (lambda: nn.Embedding(4, K, _weight=torch.zeros(4, K)), False),
         (lambda: nn.Sequential(Coded()), False),
+        (zero_points_alone, False),
     ],
 )
 def test_what_holds_codes(build, expected):

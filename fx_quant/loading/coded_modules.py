@@ -14,6 +14,8 @@ from fx_quant.report import FloatReport, Report, UnseenReport
 
 # Several codes to an integer, as GPTQ, AWQ and compressed-tensors store them; other integers are indices.
 _PACKED = ("qweight", "packed")
+# Bytes in two dims or more that are no codes; NNCF's hooks hold zero points beside a weight that is its module's.
+_NO_CODES = ("mask", "zero_point")
 
 
 def holds_codes(module: nn.Module) -> bool:
@@ -24,7 +26,7 @@ def holds_codes(module: nn.Module) -> bool:
 
 
 def _is_codes(name: str, value: Tensor) -> bool:
-    if value.dim() < 2 or "mask" in name:
+    if value.dim() < 2 or any(word in name for word in _NO_CODES):
         return False
     if is_traceable_wrapper_subclass(value):
         return any(_is_codes(each, getattr(value, each)) for each in value.__tensor_flatten__()[0])

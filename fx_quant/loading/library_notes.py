@@ -14,9 +14,13 @@ from fx_quant.loading.module_names import tensors_of
 
 _INSTEAD = "quantize the float model with fx_quant.quantize_ or torchao instead"
 _FAKE = f"round in float and multiply in float, to simulate what is meant to run elsewhere: {_INSTEAD}"
+# Linear8bitLt with a threshold; without one it compiles.
+_OUTLIERS = "bitsandbytes int8 with a threshold"
 # By package: what its modules do, after "<number> modules of <package>", and what to do about it.
 _LIBRARIES = {
     "bitsandbytes": f"call kernels of their own, which a compiler can only call as well: {_INSTEAD}",
+    _OUTLIERS: "multiply some columns of each activation in float, chosen by their values, which breaks the graph: "
+    "load the model with llm_int8_threshold=0.0",
     "modelopt": _FAKE,
     "brevitas": _FAKE,
     "neural_compressor": f"decode their weights in steps of their own: {_INSTEAD}",
@@ -35,7 +39,7 @@ def library_notes(model: nn.Module, known: Set[nn.Module] = frozenset()) -> list
     """
     counts: Counter[str] = Counter()
     for module in model.modules():
-        package = next((name for name in _LIBRARIES if is_of(module, name)), None)
+        package = _package(module)
         if package is not None and module not in known and _multiplies(module):
             counts[package] += 1
     notes = [f"{_count(count, 'module')} of {package} {_LIBRARIES[package]}." for package, count in counts.items()]
@@ -45,6 +49,14 @@ def library_notes(model: nn.Module, known: Set[nn.Module] = frozenset()) -> list
             "linears without calling them: switch it off, torch.backends.mha.set_fastpath_enabled(False)."
         )
     return notes
+
+
+def _package(module: nn.Module) -> str | None:
+    """The key in ``_LIBRARIES`` of a module that cannot be rewritten as it is."""
+    threshold = getattr(getattr(module, "state", None), "threshold", None)
+    if is_of(module, "bitsandbytes") and threshold is not None:
+        return _OUTLIERS if threshold > 0 else None
+    return next((name for name in _LIBRARIES if is_of(module, name)), None)
 
 
 def _count(count: int, what: str) -> str:

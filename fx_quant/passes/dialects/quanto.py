@@ -1,17 +1,19 @@
 """optimum-quanto: ``quanto::qbytes_mm(activations, weights [n, k], output_scales)``.
 
-``output_scales`` is the weight's scale, times the activation's where that is codes too. Some devices scale the
-sum, some the weight before it. Source: ``optimum/quanto/library/qbytes_mm.py``.
+``output_scales`` is the weight's scale, ``[n, 1]``, ``[n]`` or a scalar, times the activation's where that is codes
+too. Some devices scale the sum, some the weight before it. Source: ``optimum/quanto/library/qbytes_mm.py``.
 """
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
-from fx_quant.passes.nodes import args_of, dtype
+from fx_quant.passes.axes import Piece, Segment
+from fx_quant.passes.nodes import args_of, dtype, same_shape, shape
 from fx_quant.passes.rules.scaled_matmuls import scaled_product
-from fx_quant.passes.values import Codes, Environment, Rule, Unknown, Value
-from fx_quant.scheme import FLOAT_DTYPES
+from fx_quant.passes.values import Codes, Environment, Product, Rule, Stage, Tile, Unknown, Value
+from fx_quant.scheme import FLOAT_DTYPES, Numerics
 
 
 def _qbytes_mm(env: Environment, node: Node) -> Value | None:
@@ -22,7 +24,23 @@ def _qbytes_mm(env: Environment, node: Node) -> Value | None:
     a = of_activation if isinstance(of_activation, Codes) else activation
     if isinstance(a, Node) and dtype(a) != dtype(node):
         return Unknown(node, f"qbytes_mm of a {dtype(a)} activation has no rule")
-    return scaled_product(node, a, Codes(codes.node, codes.dims[::-1], bounds=codes.bounds), scale)
+    b = Codes(codes.node, codes.dims[::-1], bounds=codes.bounds)
+    n, to = shape(weight)[0], dtype(node)
+    if not isinstance(n, int) or not same_shape(shape(scale), (n, 1)) or to is None:
+        return scaled_product(node, a, b, scale)
+    return Product(
+        gemm=node,
+        a=a,
+        b=b,
+        rows=(),
+        # One a row of the weight as it is stored, and so one a column of the result.
+        columns=(Tile(scale, (Segment(n, Piece(0, n)),)),),
+        bias=None,
+        dtype=to,
+        stage=Stage.B_SCALE if to is torch.float32 else Stage.CAST,
+        numerics=Numerics.REASSOCIATED,
+        offset=a.offset if isinstance(a, Codes) else 0,
+    )
 
 
 MATMUL_RULES: dict[str, Rule] = {"quanto.qbytes_mm.default": _qbytes_mm}
