@@ -1,10 +1,10 @@
-# make demo | test | lint | docs | examples | wheel | bench | bench-cpu | bench-eager | bench-passes | dialects | promises | setup. Each does all the set-up
+# make demo | test | lint | docs | examples | wheel | bench | bench-cpu | bench-eager | bench-passes | dialects | models | promises | setup. Each does all the set-up
 # it needs, the first time only. make gpu-check installs nothing.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs examples wheel bench bench-cpu bench-eager bench-passes dialects promises gates gpu-check clean
+.PHONY: help setup demo test lint docs examples wheel bench bench-cpu bench-eager bench-passes dialects models promises gates gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,6 +33,7 @@ help:
 	@echo "make bench-eager   single quantized linears without torch.compile, timed (some minutes)"
 	@echo "make bench-passes  what share of a Llama's compile the passes take (many minutes)"
 	@echo "make dialects      what becomes of each way to quantize a linear; ARGS='--group all --variants all' for all"
+	@echo "make models        what becomes of real architectures, however quantized: writes docs/models.md (20 minutes)"
 	@echo "make promises      attack every promise and write docs/promises.md (half an hour; ARGS=--quick takes some minutes)"
 	@echo "make gates         compile every Triton kernel for GPUs that are not here, by two Tritons (some 10 minutes)"
 	@echo "make gpu-check     on a GPU machine, by its own $(PYTHON): GPU tests, benchmark, report (10 minutes a section)"
@@ -107,6 +108,17 @@ bench-passes: $(STAMP)
 dialects: $(STAMP)
 	@$(BIN)/python -m tests.dialects $(ARGS)
 
+# Libraries of models beside those of dev, which transformers would find and import: not in $(VENV).
+MODELS := .venv-models
+models: $(MODELS)/.installed
+	@$(MODELS)/bin/python -m tests.model_matrix --write --compile $(ARGS)
+
+$(MODELS)/.installed: pyproject.toml constraints.txt
+	@test -x $(MODELS)/bin/python || $(PYTHON) -m venv $(MODELS)
+	@$(MODELS)/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	@$(MODELS)/bin/python -m pip install -q -c constraints.txt -e ".[dev,models]"
+	@touch $@
+
 promises: $(STAMP)
 	@$(BIN)/python -m tests.promises --write $(ARGS)
 
@@ -129,4 +141,4 @@ gpu-check:
 	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py --sections $(SECTIONS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-ci .venv-wheel site .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(OLDEST) $(MODELS) .venv-ci .venv-wheel site .pytest_cache .ruff_cache .hypothesis dist build

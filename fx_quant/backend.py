@@ -24,12 +24,14 @@ from torch.fx import Graph, GraphModule
 import fx_quant.lowerings  # cached artifacts need ops and lowerings before any pass runs
 from fx_quant.compat import (
     carried_by_artefacts,
+    compile_id,
     decompositions_without_matmul,
     dump_graph,
     kept_inputs,
     marked_dynamic,
     restore_matmul_decompositions,
     static_input_indices,
+    trace_json,
 )
 from fx_quant.config import Options, option_names
 from fx_quant.errors import FxQuantError, MissError, must, unknown_name
@@ -39,6 +41,7 @@ from fx_quant.kernels.machine import detect_target
 from fx_quant.kernels.registry import kernels
 from fx_quant.kernels.select import disabled_kernels
 from fx_quant.kernels.subclasses import with_outer_versions
+from fx_quant.lowerings.toolchain import prepare_in_background
 from fx_quant.passes import dialects
 from fx_quant.passes.nodes import tensor
 from fx_quant.passes.packed import refuse_writes
@@ -91,10 +94,10 @@ class RewritePass(CustomGraphPass):
         restore_matmul_decompositions(graph)
         dump_graph("FX_QUANT_AFTER", graph)
 
-    def record(self, report: Report) -> None:
+    def record(self, report: Report, *, cached: bool = False) -> None:
         """Count, log and hand on ``report``, which a pass has made or a cached artefact brought."""
         self.reports.append(report)
-        _record(report)
+        _record(report, cached=cached)
         if self.on_report is not None:
             self.on_report(report)
 
@@ -159,17 +162,31 @@ def warn_of_failures(report: Report) -> None:
             )
 
 
-def _record(report: Report) -> None:
+def _record(report: Report, *, cached: bool = False) -> None:
+    counters["fx_quant_graphs"]["cached" if cached else "compiled"] += 1
+    for site in report.sites:
+        counters["fx_quant_kernels"][site.kernel] += 1
+    trace_json("fx_quant_report", report.to_json)
     counters["fx_quant"]["rewritten"] += len(report.sites)
     counters["fx_quant"]["recognised"] += len(report.recognised)
     counters["fx_quant"]["missed"] += len(report.misses)
-    if report.sites or report.misses:
-        log.info("%s", report.summary())
+    log.info("graph %s%s: %s", compile_id(), " from a cache" if cached else "", report.summary())
+    log.debug("%s", _Table(report))
     if how := report.how_cut():
         log.log(logging.WARNING if report.whole else logging.INFO, "%s", how)
     warn_of_failures(report)
     for miss in report.misses:
         log.warning("%s left as it is at %s: %s", miss.op, miss.module or miss.source or miss.node, miss.reason)
+
+
+class _Table:
+    """A report as text, made only where a log prints it."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def __str__(self) -> str:
+        return self.report.to_text(wide=True)
 
 
 @functools.cache
@@ -291,13 +308,32 @@ def fx_quant(
         MissError: ``strict`` and a quantized matmul was missed.
         FxQuantError: the graph writes to the weight of a layer that holds it packed.
     """
+    if _device(example_inputs).type == "cpu":
+        prepare_in_background()
     refuse_writes(gm)
     ours, inductors = split_options(options)
     if ours.piecewise:
         return _compile_in_pieces(gm, example_inputs, ours, mode, inductors)
-    return with_outer_versions(
-        _compile_and_report(gm, example_inputs, RewritePass(ours), mode, inductors), example_inputs
-    )
+    compiled = _compile_and_report(gm, example_inputs, RewritePass(ours), mode, inductors)
+    return outside_function_modes(with_outer_versions(compiled, example_inputs))
+
+
+def outside_function_modes(compiled: Any) -> Any:
+    """``compiled``, whose ops no torch-function mode sees: what a mode does is in the graph already.
+
+    A mode of NNCF's decodes each parameter that an op takes, and so the codes that a kernel's op packs.
+    """
+    if not callable(compiled):
+        return compiled
+
+    @functools.wraps(compiled)
+    def run(*inputs: Any) -> Any:
+        if torch._C._len_torch_function_stack() == 0:
+            return compiled(*inputs)
+        with torch._C.DisableTorchFunction():
+            return compiled(*inputs)
+
+    return run
 
 
 def _compile_and_report(
@@ -314,14 +350,14 @@ def _compile_and_report(
     if not rewrite.reports and found:
         # AOTAutograd's cache had the graph, so that no pass ran: what they said when it was made holds still.
         for report in _from_text(found[0]):
-            rewrite.record(report)
+            rewrite.record(report, cached=True)
     return compiled
 
 
 class _PiecePass(RewritePass):
     """The passes on one piece, of which the graph's report tells later."""
 
-    def record(self, report: Report) -> None:
+    def record(self, report: Report, *, cached: bool = False) -> None:
         """Keep ``report``."""
         self.reports.append(report)
 
@@ -360,7 +396,7 @@ def _compile_in_pieces(
         gm, example_inputs, options.splitting_ops, compiler, "; ".join(whole), asked, options.splitting_modules
     )
     _record(report)
-    return with_outer_versions(compiled, example_inputs)
+    return outside_function_modes(with_outer_versions(compiled, example_inputs))
 
 
 def _to_text(reports: Sequence[Report]) -> str:
@@ -374,6 +410,12 @@ def _from_text(text: str) -> list[Report]:
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
     """Inductor's compilation of one graph after AOTAutograd: what an ``inner_compile`` wraps."""
     return compile_fx_inner(gm, example_inputs, **arguments)
+
+
+def compile_plainly(gm: GraphModule, example_inputs: Sequence[Any], **arguments: Any) -> Callable[[list[Any]], Any]:
+    """As ``compile_graph``, under what Inductor does of itself."""
+    with inductor_config.patch(epilogue_fusion_first=False):
+        return compile_fx_inner(gm, example_inputs, **arguments)
 
 
 def compile_with(

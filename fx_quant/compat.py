@@ -241,7 +241,7 @@ def carried_by_artefacts(text: Callable[[], str], found: list[str]) -> Iterator[
             CompiledFxGraph.__init__, CompiledFxGraph.post_compile = made, loaded
 
 
-_MATMULS = ("mm", "addmm", "bmm")
+_MATMULS = ("mm", "mv", "addmm", "bmm")
 
 
 class _DecompositionsWithoutMatmul(dict):
@@ -328,6 +328,20 @@ def dump_graph(name: str, graph: Graph) -> None:
         lazy_format_graph_code(name, module())
 
 
+def trace_json(name: str, text: Callable[[], str]) -> None:
+    """Put the JSON ``text()`` into ``TORCH_TRACE``, where somebody listens; tlparse shows it beside the graph."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=text)
+
+
+def compile_id() -> str:
+    """The number of the graph that is compiled, ``0/0``, as PyTorch's own logs have it; ``-`` outside a compile."""
+    from torch._guards import CompileContext
+
+    return str(CompileContext.current_compile_id() or "-")
+
+
 def templates_take_unbacked_sizes() -> bool:
     """Whether Inductor's C++ templates take sizes that are read off values; those of 2.11 ask what they may be."""
     return _TORCH >= (2, 13)  # 2.12 was not tried
@@ -348,6 +362,13 @@ def cpp_compiler() -> str | None:
         return get_cpp_compiler()
     except InvalidCxxCompiler:
         return None
+
+
+def inductor_cache() -> str:
+    """The folder that holds what Inductor compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
 
 
 def load_cpp(source: str) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 
+# More names than this are not listed where some are near.
+_LISTED = 60
+
 
 class FxQuantError(Exception):
     """Base of every error that fx_quant raises on purpose."""
@@ -12,6 +15,10 @@ class FxQuantError(Exception):
 
 class UnknownNameError(FxQuantError, ValueError):
     """A name (option, target, kernel, numerics class, ...) that is not one of the known names."""
+
+
+class ModelError(FxQuantError, ValueError):
+    """A model or its inputs that cannot be run."""
 
 
 class MissError(FxQuantError):
@@ -42,8 +49,9 @@ def must(holds: bool, message: str | Callable[[], str], error: type[Exception] =
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """The error for ``name`` not being in ``known``: near matches first, then all known names, sorted."""
+    """The error for ``name`` not being in ``known``: near matches first, then all names, sorted, unless too many."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return UnknownNameError(f"unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+    listed = f" Known: {', '.join(names) or 'none'}." if len(names) <= _LISTED or not near else ""
+    return UnknownNameError(f"unknown {what} {name!r}.{hint}{listed}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 
 class Kind(str, Enum):
@@ -27,8 +26,6 @@ class Kind(str, Enum):
     CONSTANT_WEIGHT = "constant_weight"
     DISABLED = "disabled"
     DETERMINISTIC = "deterministic"
-    UNKNOWN = "unknown"
-    """Read from a report that was saved before reasons had kinds."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +82,18 @@ def in_words(verdicts: Verdicts, can_run: str = "can run, lower priority") -> di
 
 
 def as_data(verdicts: Verdicts) -> dict[str, list[dict[str, str]]]:
-    """The kinds and names of ``verdicts`` as plain data, which ``from_data`` reads beside the texts."""
+    """``verdicts`` as plain data, which ``from_data`` reads; nothing stands against a kernel that could have run."""
     return {
-        kernel: [{"kind": each.kind.value} | ({"name": each.name} if each.name else {}) for each in unmet]
+        kernel: [
+            {"kind": each.kind.value, "text": each.text} | ({"name": each.name} if each.name else {}) for each in unmet
+        ]
         for kernel, unmet in verdicts.items()
     }
 
 
-def from_data(texts: Mapping[str, Sequence[str]], kinds: Mapping[str, Any] | None) -> dict[str, tuple[Unmet, ...]]:
-    """The verdicts of which ``in_words`` made ``texts`` and ``as_data`` made ``kinds``; unknown ones without."""
-    if kinds is None:
-        return {kernel: tuple(Unmet(Kind.UNKNOWN, text) for text in said) for kernel, said in texts.items()}
+def from_data(data: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, tuple[Unmet, ...]]:
+    """The verdicts of which ``as_data`` made ``data``."""
     return {
-        kernel: tuple(
-            Unmet(Kind(kind["kind"]), text, kind.get("name", ""))
-            for kind, text in zip(kinds[kernel], said, strict=False)
-        )
-        for kernel, said in texts.items()
+        kernel: tuple(Unmet(Kind(each["kind"]), each["text"], each.get("name", "")) for each in unmet)
+        for kernel, unmet in data.items()
     }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -257,18 +259,60 @@ class Scheme:
         """The scheme that prints as ``text``: ``int8 per_token (dynamic) x int8 per_channel``.
 
         Without ``(dynamic)`` or ``(static)`` a quantized activation is dynamic. ``bfloat16 x int4 per_group(128)`` is
-        weight-only.
+        weight-only. A word of ``WORDS`` stands for a scheme, and it may be short as ``short_scheme`` prints it.
 
         Raises:
             ValueError: ``text`` is not of that form.
         """
-        parts = text.split(" x ")
+        parts = _in_full(WORDS.get(text.strip().lower(), text)).split(" x ")
         if len(parts) != 2:
             raise ValueError(f"a scheme must read 'activation x weight', got {text!r}; {_EXAMPLE}")
         return cls(_parse_operand(parts[0], text, dynamic=True), _parse_operand(parts[1], text, dynamic=False))
 
 
-_EXAMPLE = "for example 'int8 per_token (dynamic) x int8 per_channel'"
+# What people call a scheme, for weights of a linear in groups of 128 where there are groups.
+WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "int8": "int8 per_token (dynamic) x int8 per_channel",
+        "w8a8": "int8 per_token (dynamic) x int8 per_channel",
+        "fp8": "float8_e4m3fn per_token (dynamic) x float8_e4m3fn per_channel",
+        "fp8_block": "float8_e4m3fn per_group(128) (dynamic) x float8_e4m3fn per_block(128, 128)",
+        "w4a8": "int8 per_token (dynamic) x int4 per_group(128)",
+        "w8a16": "bfloat16 x int8 per_channel",
+        "w4a16": "bfloat16 x int4 per_group(128)",
+        "int4": "bfloat16 x int4 per_group(128)",
+    }
+)
+# How a scheme is shortened, and read in full again.
+_SHORT = (
+    (r"float8_e4m3fn\b", "fp8", r"\b(?:fp8|float8)\b", "float8_e4m3fn"),
+    (r"float8_e", "fp8_e", r"\bfp8_e", "float8_e"),
+    (r"\bbfloat16\b", "bf16", r"\bbf16\b", "bfloat16"),
+    (r"\bfloat(16|32)\b", r"f\1", r"\bf(?:p)?(16|32)\b", r"float\1"),
+    (r"\bper_group\((\d+)\)", r"group\1", r"\bgroup(\d+)\b", r"per_group(\1)"),
+    (r"\bper_block\((\d+), (\d+)\)", r"block\1x\2", r"\bblock(\d+)x(\d+)\b", r"per_block(\1, \2)"),
+    (r"\bper_(tensor|token|channel)\b", r"\1", r"(?<!per_)\b(tensor|token|channel)\b", r"per_\1"),
+    (r"\(dynamic\)", "dyn", r"\bdyn\b", "(dynamic)"),
+    (r"\(static\)", "static", r"(?<!\()\bstatic\b", "(static)"),
+    (r"\basymmetric\b", "asym", r"\basym\b", "asymmetric"),
+    (r" with offset\b", " +offset", r" \+offset\b", " with offset"),
+)
+
+
+def short_scheme(text: str) -> str:
+    """A scheme as it prints in few letters, for tables that must fit: ``int8 token dyn x int8 channel``."""
+    for words, short, _, _ in _SHORT:
+        text = re.sub(words, short, text)
+    return text
+
+
+def _in_full(text: str) -> str:
+    for _, _, short, words in _SHORT:
+        text = re.sub(short, words, text)
+    return text
+
+
+_EXAMPLE = "for example 'int8 per_token (dynamic) x int8 per_channel', or 'w8a8'"
 _OPERAND = re.compile(
     r"(?P<dtype>\w+)(?: (?P<kind>per_\w+|unscaled)(?:\((?P<sizes>[\d, ]+)\))?)?(?P<asymmetric> asymmetric)?"
     r"(?P<offset> with offset)?(?: (?P<scale_dtype>\w+) scales)?(?: \((?P<when>dynamic|static)\))?"

@@ -35,6 +35,30 @@ _NAMED: Mapping[str, tuple[str, str, frozenset[str]]] = MappingProxyType(
     }
 )
 
+# What machines are sold as.
+_SOLD_AS: Mapping[str, str] = MappingProxyType(
+    {
+        "a100": "sm80",
+        "l4": "sm89",
+        "l40s": "sm89",
+        "rtx4090": "sm89",
+        "h100": "sm90",
+        "h200": "sm90",
+        "b200": "sm100",
+        "rtx5090": "sm120",
+        "mi300x": "gfx942",
+        "mi350x": "gfx950",
+        "mi355x": "gfx950",
+        "icelake": "x86_vnni",
+        "zen4": "x86_vnni",
+        "zen5": "x86_vnni",
+        "spr": "x86_amx",
+        "gnr": "x86_amx",
+        "zen3": "x86",
+        "graviton": "arm",
+    }
+)
+
 # What PyTorch brings along on every GPU, at least: the Triton of torch 2.11.
 _BUNDLED_TRITON = "3.6.0"
 
@@ -81,16 +105,17 @@ class Target:
 
 
 def named_target(name: str, packages: Mapping[str, str] | None = None) -> Target:
-    """The machine called ``name`` (``sm90``, ``x86_vnni``, ...), with the torch installed here unless told.
+    """The machine called ``name`` (``sm90``, ``x86_vnni``, ``h100``, ...), with the torch installed here unless told.
 
     A GPU has the Triton that every supported PyTorch brings along there.
 
     Raises:
         UnknownNameError: ``name`` is not a known target.
     """
-    if name not in _NAMED:
-        raise unknown_name("target", name, _NAMED)
-    platform, arch, features = _NAMED[name]
+    known = _SOLD_AS.get(name.lower(), name)
+    if known not in _NAMED:
+        raise unknown_name("target", name, [*_NAMED, *_SOLD_AS])
+    platform, arch, features = _NAMED[known]
     if packages is None:
         bundled = {} if platform == "cpu" else {"triton": _BUNDLED_TRITON}
         packages = MappingProxyType({"torch": torch.__version__, **bundled})

@@ -11,6 +11,8 @@ import pytest
 
 # Before torch and transformers read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What reports fit, whatever terminal the tests run in.
+os.environ["COLUMNS"] = "80"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that wait for each other sleep: beside another worker's they would burn more time than the tests compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

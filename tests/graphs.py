@@ -36,6 +36,8 @@ from fx_quant.passes.pipeline import Rewriting, to_canonical, to_kernels
 from fx_quant.passes.rewrite import remove_identities
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.sites import Found, Miss, Site, find_sites
+from fx_quant.passes.slices import decode_parts
+from fx_quant.passes.turned import turn
 from fx_quant.passes.values import Codes
 from fx_quant.passes.written import join_slices
 from fx_quant.scheme import FLOAT8_DTYPES, Numerics
@@ -159,8 +161,10 @@ def prove(graph: Graph, static: Sequence[int] | None = None, numerics: str = "re
     work = common_subexpressions_merged(graph)
     join_slices(work)
     remove_identities(work)
-    before = copy_of(work)
     static = range(1, len(work.find_nodes(op="placeholder"))) if static is None else static
+    decode_parts(work, frozenset(static))
+    turn(work, frozenset(static), {})
+    before = copy_of(work)
     found = find_sites(work, Annotation(work), classify_inputs(work, frozenset(static)), Numerics[numerics.upper()])
     emitter, results = Emitter(work), {}
     for site in list(found.sites):

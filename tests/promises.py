@@ -7,12 +7,8 @@ are not there says so. Ends with 1 where anything failed or is missing.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tabulate import tabulate
+
+from tests.provenance import made_with
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "promises.md"
@@ -216,36 +213,10 @@ def page(counts: dict[Row, Counts | None], seconds: float, options: argparse.Nam
             table(counts),
             *(["", "Left out by `--quick`: " + "; ".join(left) + "."] if left else []),
             "",
-            f"{_date()}, {_machine()}, Python {platform.python_version()}, PyTorch {torch.__version__}, "
-            f"fx_quant {importlib.metadata.version('fx-quant')} at {_commit()}; {seconds / 60:.0f} minutes, "
-            f"random programs from seed {options.seed}.",
+            f"{made_with()}; {seconds / 60:.0f} minutes, random programs from seed {options.seed}.",
             "",
         ]
     )
-
-
-def _date() -> str:
-    return datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d")
-
-
-def _machine() -> str:
-    names = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name} with {os.cpu_count()} cores, {platform.system()}"
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=TESTS, check=False
-    )
-    return found.stdout.strip() or "no commit"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

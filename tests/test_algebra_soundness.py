@@ -242,7 +242,7 @@ RULES: dict[str, Rule] = {
             "tiled_instead_of_repeated": (lambda x, w, s: x @ (w.float() * s.repeat(1, 2)).t(), EVERY_SCALE),
             "sliced": (
                 lambda x, w, s: x[:, :3] @ grouped(w.float(), s)[:, :3].t(),
-                "miss: no rule proves aten.slice.Tensor of a dequantized tensor",
+                "miss: a part of a decoded weight that is no slice of its codes, scales and zero points",
             ),
             "ragged": (
                 lambda x, w, s: x @ (w.float() * s.repeat_interleave(3, 1)[:, :SIZE]).t(),

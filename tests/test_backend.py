@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
+from torch.overrides import TorchFunctionMode
 
 import fx_quant
 from fx_quant.backend import HOOK, Chain, RewritePass, compile_with, config_patches, source_digest, split_options
@@ -357,3 +358,29 @@ def test_a_packed_weight_is_known_where_something_is_trained():
         torch.compile(model, backend=backend)(x)
     (report,) = rewrite.reports
     assert len(report.sites) + len(report.misses) + len(report.recognised) == 1
+
+
+class DecodesParameters(TorchFunctionMode):
+    """What NNCF's hooks do: an op that takes a parameter is given what it decodes to."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        coded = [isinstance(x, nn.Parameter) and x.dtype is torch.int8 for x in args]
+        given = [x.to(torch.bfloat16) * 0.01 if is_coded else x for x, is_coded in zip(args, coded, strict=True)]
+        return func(*given, **(kwargs or {}))
+
+
+class HookedLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randint(-128, 128, (64, models.K), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+def test_no_op_of_a_compiled_graph_is_seen_by_a_mode_that_decodes_what_it_takes():
+    model, x = HookedLinear(), models.inputs(torch.bfloat16, 2)
+    with DecodesParameters():
+        found, wanted = compiled(model)(x).float(), model(x).float()
+    assert counters["fx_quant"]["rewritten"] == 1
+    assert (found - wanted).norm() < 0.01 * wanted.norm()

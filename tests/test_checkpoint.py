@@ -709,10 +709,16 @@ def test_strict_names_what_is_missing_and_unexpected_before_anything_changes(tmp
     assert report.unexpected == ("fourth.weight", "third.weight")
     assert isinstance(model.first, QuantizedLinear) and torch.equal(model.second.weight, before["second.weight"])
     assert str(report).splitlines() == [
-        "bfloat16 x int8 per_channel: 1 linears",
-        "float: second",
-        "missing: norm.weight, second.weight",
-        "unexpected: fourth.weight, third.weight",
+        "fx_quant: 1 linear loaded quantized, 1 left in float, 2 missing, 2 unexpected",
+        "",
+        "scheme               linears",
+        "-------------------  -------",
+        "bf16 x int8 channel  1",
+        "",
+        "others:",
+        "  left in float: second",
+        "  missing: norm.weight, second.weight",
+        "  unexpected: fourth.weight, third.weight",
     ]
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 import fx_quant
-from fx_quant.__main__ import main
+from fx_quant.diagnose import timing
 from fx_quant.diagnose.check import CheckReport, Error, SiteCheck, error_of
-from fx_quant.errors import NoKernelError, ToleranceError, UnknownNameError
-from fx_quant.report import MissReport, Report
+from fx_quant.errors import FxQuantError, NoKernelError, ToleranceError, UnknownNameError
+from fx_quant.report import CallReport, MissReport, Report
 from fx_quant.target import named_target
 from tests import models
 
@@ -80,7 +79,7 @@ def test_explain_says_in_one_line_what_a_compiler_would_give():
     bare = replace(target, features=target.features - {"cpp_compiler"})
     report = fx_quant.explain(*_model_and_input(), target=bare)
     assert report.lost_to_compiler() == ["cpu_int8_vnni"]
-    (line,) = [line for line in str(report).splitlines() if "install g++ or clang++, or set CXX" in line]
+    (line,) = [line for line in report.to_text(wide=True).splitlines() if "install g++ or clang++, or set CXX" in line]
     assert line.startswith("No C++ compiler was found, so cpu_int8_vnni cannot be used")
     assert "C++ compiler" not in str(fx_quant.explain(*_model_and_input(), target=target))
 
@@ -127,7 +126,7 @@ def test_explain_counts_graph_breaks():
 
     report = fx_quant.explain(broken, models.inputs(torch.float32))
     assert (report.graphs, report.graph_breaks, len(report.sites)) == (2, 1, 1)
-    assert "matmuls outside the graphs are not seen" in str(report)
+    assert "matmuls outside the graphs are not seen" in report.to_text(wide=True)
 
 
 def test_explain_raises_our_own_errors_unwrapped():
@@ -193,7 +192,7 @@ def test_sites_of_repeated_layers_share_a_row():
 def test_misses_of_repeated_layers_share_a_line():
     report = fx_quant.explain(TwoDeep(TwoLayers), models.inputs(torch.bfloat16))
     assert len(report.misses) == 2
-    (line,) = [line for line in str(report).splitlines() if "left as it is" in line]
+    (line,) = [line for line in report.to_text(wide=True).splitlines() if "left as it is" in line]
     assert line.strip().startswith("layers.*")
     assert " x 2: aten.mm" in line
 
@@ -256,7 +255,8 @@ def test_check_takes_each_site_on_its_own_inputs(dynamic):
 def test_check_prints_the_worst_of_repeated_layers():
     errors = [Error(1e-7, 140.0, 0, 0), Error(1e-3, 60.0, 1, 0)]
     sites = tuple(SiteCheck(f"layers.{i}.proj", "kernel", "exact", e, i / 2) for i, e in enumerate(errors))
-    (row,) = [line for line in str(CheckReport(sites, (), errors[0])).splitlines() if line.startswith("layers")]
+    report = CheckReport(sites, (), errors[0])
+    (row,) = [line for line in report.to_text(wide=True).splitlines() if line.startswith("layers")]
     assert row.split() == ["layers.*.proj", "2", "kernel", "exact", "1.00e-03", "60.0", "1", "0", "50.00%"]
 
 
@@ -290,62 +290,6 @@ def test_error_of_an_empty_tensor_is_none():
     assert error_of(torch.empty(0), torch.empty(0)).max_rel_err == 0
 
 
-# --- the command line -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def importable(monkeypatch):
-    monkeypatch.setitem(sys.modules, "two_layers", sys.modules[__name__])
-
-
-@pytest.mark.parametrize("builder", ["build_two_layers", "build_named_inputs"])
-def test_explain_command_prints_the_table(builder, importable, capsys):
-    assert main(["explain", f"two_layers:{builder}"]) == 0
-    assert "1 of 2 quantized matmuls rewritten" in capsys.readouterr().out
-
-
-def test_explain_command_prints_json_for_another_target(importable, capsys):
-    assert main(["explain", "two_layers:build_two_layers", "--target", "sm90", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["target"] == "sm90"
-
-
-def test_explain_command_strict_ends_with_one_on_a_miss(importable):
-    assert main(["explain", "two_layers:build_two_layers", "--strict"]) == 1
-
-
-def test_check_command_ends_with_one_when_a_site_is_worse(importable, capsys):
-    assert main(["check", "two_layers:build_reordered_scales", "--min-sqnr-db", "1000"]) == 1
-    assert "SQNR must be" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["explain", "two_layers"], "must be given as module.path:callable"),
-        (["explain", "no_such_module:build"], "cannot import 'no_such_module'"),
-        (["explain", "two_layers:nothing"], "must have a callable 'nothing'"),
-        (["explain", "two_layers:TwoLayers"], "must return (model, args) or (model, kwargs), got TwoLayers"),
-        (["explain", "two_layers:build_two_layers", "--target", "sm9"], "unknown target 'sm9'"),
-        (["explain", "two_layers:build_two_layers", "--option", "strict"], "must be NAME=VALUE"),
-        (["kernels", "--target", "h100"], "unknown target 'h100'"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_two(arguments, message, importable, capsys):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("command", [["doctor"], ["kernels"], ["kernels", "--target", "gfx942"]])
-def test_machine_commands_list_every_kernel(command, capsys):
-    from fx_quant.kernels.registry import kernels
-
-    assert main(command) == 0
-    out = capsys.readouterr().out
-    assert all(kernel.name in out for kernel in kernels())
-
-
 def test_depyf_dump_holds_our_graphs(tmp_path):
     depyf = pytest.importorskip("depyf", reason="the debug extra is not installed")
     model, x = models.POSITIVE["int8_int_mm"].build(torch.float32, True), models.inputs(torch.float32)
@@ -360,3 +304,47 @@ def test_depyf_dump_holds_our_graphs(tmp_path):
     assert kernel.search(after)
     written = next(text for name, text in dumped.items() if "WRITE_CANONICAL_OPS" in name)
     assert "fx_quant.scaled_mm" in written and not kernel.search(written)
+
+
+# --- measured times ---------------------------------------------------------------------------------------------------
+
+
+def test_time_measures_each_kind_of_matmul_beside_inductor_and_the_call(monkeypatch, op_by_op):
+    """Op by op here: what is compiled is the claim of others."""
+    monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    counted = []
+    compiled = timing._compiled
+    monkeypatch.setattr(timing, "_compiled", lambda *args: counted.append(args) or compiled(*args))
+    model = TwoDeep(lambda: models.POSITIVE["int8_int_mm"].build(torch.float32, True))
+    report = fx_quant.explain(model, models.inputs(torch.float32), time=True)
+    assert len(counted) == 2  # alike layers are compiled once by each way
+    assert min(report.call.seconds, report.call.inductor_seconds) > 0
+    for site in report.sites:
+        assert min(site.time.seconds, site.time.inductor_seconds) > 0
+        assert site.time.share == pytest.approx(site.time.seconds / report.call.seconds)
+    assert "Inductor us" in str(report) and "a call takes" in str(report)
+    assert fx_quant.Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("name", sorted(models.POSITIVE))
+def test_what_is_timed_of_inductor_computes_what_ours_does(name, op_by_op, monkeypatch):
+    results = []
+
+    def compare(group, kept):
+        values = [kept[name] for name in group.inputs[0]]
+        with torch._C.DisableTorchFunction():
+            results.append((group.ours(list(values))[0], group.plain(list(values))[0]))
+        return dict.fromkeys(group.members, (1.0, 1.0))
+
+    monkeypatch.setattr(timing, "_measured", compare)
+    monkeypatch.setattr("fx_quant.diagnose.explain.call_times", lambda *_: CallReport(1.0, 1.0))
+    fx_quant.explain(models.POSITIVE[name].build(torch.float32, True), models.inputs(torch.float32), time=True)
+    assert results
+    for ours, plain in results:
+        assert ours.shape == plain.shape
+        assert error_of(ours, plain).sqnr_db > 25
+
+
+def test_time_is_of_this_machine_only():
+    with pytest.raises(FxQuantError, match="no target may be given"):
+        fx_quant.explain(torch.nn.Linear(4, 4), torch.zeros(1, 4), target="sm90", time=True)

@@ -652,7 +652,7 @@ def test_what_quantize_leaves_is_said_once_for_repeated_layers():
     assert (
         " ".join(lines[1:]).split()
         == (
-            "*.experts x 2 (_Experts): it is no linear, and multiplies with a weight itself: "
+            "left in float: *.experts x 2 (_Experts): it is no linear, and multiplies with a weight itself: "
             f"gate_up_proj [3, {K}, {2 * K}], down_proj [3, {K}, {2 * K}] "
             "5 (Bilinear): it is no linear, and multiplies with a weight itself: weight [6, 4, 5]"
         ).split()

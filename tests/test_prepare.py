@@ -839,6 +839,12 @@ def under_engine(engine: str, make: Any) -> Any:
         torch.backends.quantized.engine = before
 
 
+def how_added(engine: str) -> str:
+    if engine == "onednn":
+        return "apart"
+    return "fused" if torch.torch_version.TorchVersion(torch.__version__) < (2, 14) else "last"
+
+
 def halfway(k: int, steps: int, scale: float, zero_point: int) -> Tensor:
     """Values halfway between codes, and the ends of their range: what engines round differently."""
     x = (torch.randint(0, steps, (33, k)) - zero_point + 0.5) * scale
@@ -861,7 +867,7 @@ def test_activations_get_the_codes_of_the_engine_bit_for_bit(engine, k, reduce_r
     cases += [torch.randn(33, k), torch.zeros(2, k), torch.randn(33, k) * 1e-40, torch.randn(33, k) * 1e37]
     for x in cases:
         y = torch.ops.quantized.linear_dynamic(x, packed, reduce_range=reduce_range)
-        codes, scale, zero_point = quantize_activation(x, None, None, steps=steps, fused=engine != "onednn")
+        codes, scale, zero_point = quantize_activation(x, None, None, steps=steps, adds=how_added(engine))
         expected, point = torch._choose_qparams_per_tensor(x, steps == 127)
         assert zero_point.item() == point - 128
         torch.testing.assert_close(
@@ -878,7 +884,7 @@ def test_a_linear_keeps_the_formula_of_the_engine_that_it_was_made_under(engine)
     before = model(x)
     assert only(prepare_(model)).numerics == "reassociated"
     assert_within(model(x), before, Numerics.REASSOCIATED)
-    assert model.fc.quantizer.keywords == {"steps": 255 if engine == "qnnpack" else 127, "fused": engine != "onednn"}
+    assert model.fc.quantizer.keywords == {"steps": 255 if engine == "qnnpack" else 127, "adds": how_added(engine)}
 
 
 def test_a_linear_of_an_engine_that_no_formula_fits_is_approximate_with_a_note(monkeypatch):
@@ -887,7 +893,7 @@ def test_a_linear_of_an_engine_that_no_formula_fits_is_approximate_with_a_note(m
     model = quantize_dynamic(Net(), "per_channel_dynamic_qconfig", "eager")
     x = ordinary(torch.float32, 3)
     before = model(x)
-    monkeypatch.setattr(torch_ao, "_ENGINES", ({"steps": 200, "fused": True},))
+    monkeypatch.setattr(torch_ao, "_ENGINES", ({"steps": 200, "adds": "fused"},))
     swapped = only(prepare_(model))
     assert (swapped.numerics, model.fc.quantizer) == ("approximate", None)
     assert swapped.note == "activations are quantized by a formula that fx_quant does not know"
@@ -1089,14 +1095,17 @@ def test_the_report_prints_as_a_table_and_as_json():
 GOLDEN = """\
 fx_quant: 3 of 4 quantized modules swapped for QuantizedLinear, 1 left
 
-module       modules    library             from    scheme                                       numerics
------------  ---------  ------------------  ------  -------------------------------------------  ------------
-layers.*.fc  2          compressed-tensors  Linear  bfloat16 x int8 per_channel                  reassociated
-head.fc      1          compressed-tensors  Linear  int8 per_token (dynamic) x int8 per_channel  reassociated
+compressed-tensors, Linear, reassociated
+
+module       modules  scheme
+-----------  -------  -----------------------------
+layers.*.fc  2        bf16 x int8 channel
+head.fc      1        int8 token dyn x int8 channel
 
 left:
-  last.fc: compressed-tensors Linear (int8 per_token (dynamic) x int8 per_channel): it must have no hooks, which a
-      swap would lose, got forward_hooks; remove them first"""
+  last.fc: compressed-tensors Linear (int8 per_token (dynamic) x int8
+      per_channel): it must have no hooks, which a swap would lose, got
+      forward_hooks; remove them first"""
 
 
 def test_what_cannot_be_prepared_in_place_is_an_error_of_one_line():

@@ -444,11 +444,14 @@ def test_the_report_prints_what_was_freed():
 
 
 GOLDEN = """\
-fx_quant: 2 of 2 quantized modules swapped for QuantizedLinear, 0 left, 2.1 MiB of their tensors freed
+fx_quant: 2 of 2 quantized modules swapped for QuantizedLinear, 0 left, 2.1 MiB
+of their tensors freed
 
-module    modules    library    from    scheme                                                    numerics      freed
---------  ---------  ---------  ------  --------------------------------------------------------  ------------  -------
-*         2          torchao    Linear  int8 per_token asymmetric (dynamic) x int4 per_group(32)  reassociated  2.1 MiB"""
+torchao, Linear, int8 token asym dyn x int4 group32, reassociated
+
+module  modules  freed
+------  -------  -------
+*       2        2.1 MiB"""
 
 
 def test_explain_says_what_a_model_holds_twice_and_what_would_be_freed():

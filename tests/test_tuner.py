@@ -70,7 +70,8 @@ def folder(tmp_path, monkeypatch):
 def given_times(folder, monkeypatch):
     """The tuner with one kernel of known times: 4096 bytes ahead is a tenth faster."""
     times = Times(by_ahead({4096: 0.9}))
-    monkeypatch.setattr(tuner, "tuned_kernels", lambda: (KERNEL,))
+    monkeypatch.setattr(tuner, "tuned_kernels", lambda *_: (KERNEL,))
+    monkeypatch.setattr(tuner, "supported_kernels", lambda: (KERNEL,))
     monkeypatch.setattr(tuner, "Timer", lambda *_: times)
     return times
 
@@ -149,8 +150,26 @@ def test_a_later_parameter_is_tried_under_what_was_chosen_before():
 # --- the budget ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("budget", "calls", "decided"), [(3.5, 4, 1), (4.0, 4, 1), (7.9, 8, 2), (0.0, 0, 0)])
-def test_no_measurement_begins_after_the_budget(budget, calls, decided):
+def test_compiling_takes_half_of_the_budget_at_most(monkeypatch):
+    compiled = []
+    supported = tuple(TunedKernel(str(i), "vnni", torch.int8, torch.int8, INT8_VNNI) for i in range(9))
+    now = [0.0]
+
+    def runs(kernel):
+        compiled.append(kernel)
+        now[0] += 4.0
+        return True
+
+    monkeypatch.setattr(candidates, "supported_kernels", lambda: supported)
+    monkeypatch.setattr(candidates, "_runs", runs)
+    monkeypatch.setattr(candidates.time, "perf_counter", lambda: now[0])
+    assert candidates.tuned_kernels(Budget(20.0, lambda: now[0])) == supported[:2]
+    assert candidates.tuned_kernels() == supported
+    assert candidates.tuned_kernels(Budget(1.0, lambda: now[0])) == supported[:1]
+
+
+@pytest.mark.parametrize(("budget", "calls", "decided"), [(3.5, 3, 0), (4.0, 4, 1), (7.9, 7, 1), (0.0, 0, 0)])
+def test_no_measurement_begins_that_would_end_after_the_budget(budget, calls, decided):
     times = Times(by_ahead({4096: 0.9}))
     steps_ = [Step(KERNEL, rows, "ahead", CANDIDATES, SHAPES) for rows in (4, 16, 64)]
     decisions, tables = decide_all(steps_, times, Budget(budget, times.clock))
@@ -253,7 +272,7 @@ def test_bad_arguments_are_errors(arguments, message, given_times):
 
 
 def test_without_a_native_kernel_there_is_nothing_to_tune(folder, monkeypatch):
-    monkeypatch.setattr(tuner, "tuned_kernels", tuple)
+    monkeypatch.setattr(tuner, "tuned_kernels", lambda *_: ())
     with pytest.raises(FxQuantError, match="none; see `python -m fx_quant doctor`"):
         fx_quant.tune()
 

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from fx_quant.backend import compile_with
 from fx_quant.compat import row_scales_on_cpu
+from fx_quant.diagnose.inputs import check_inputs, failures_in_a_line
 from fx_quant.diagnose.isolation import graph_breaks, innermost, isolated, uncompiled, why_nothing_was_captured
 from fx_quant.errors import FxQuantError
 from fx_quant.loading.module_names import ModuleNames, named_modules_of
@@ -52,13 +53,18 @@ def run_captured(
     on_dynamo_graph: Callable[[GraphModule], None] = lambda gm: None,
     on_call: Callable[[Mapping[str, str]], None] = lambda renaming: None,
     dynamic: bool | None = None,
+    inductor_options: Mapping[str, Any] | None = None,
 ) -> Capture:
     """Call ``model`` compiled by ``inner_compile``, ``on_graph`` seeing each joint graph, ``on_call`` each call.
 
     ``on_dynamo_graph`` sees each graph as Dynamo made it, before all others.
     Modules go by their names in ``named_modules()``. What the model or its parts were compiled with is left aside, and
     Dynamo is afterwards as it was before.
+
+    Raises:
+        ModelError: ``model`` cannot be run on these inputs.
     """
+    check_inputs(model, args, kwargs)
     model = innermost(model)
     modules = named_modules_of(model)
     names = ModuleNames(modules)
@@ -81,7 +87,7 @@ def run_captured(
             gm,
             example_inputs,
             rewrite,
-            inductor_options={"fx_graph_cache": False, "fx_graph_remote_cache": False},
+            inductor_options={**(inductor_options or {}), "fx_graph_cache": False, "fx_graph_remote_cache": False},
             inner_compile=inner_compile,
         )
 
@@ -94,7 +100,7 @@ def run_captured(
 
         return call
 
-    with isolated(), uncompiled(modules.values()), torch.no_grad():
+    with isolated(), uncompiled(modules.values()), torch.no_grad(), failures_in_a_line():
         try:
             output = torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
         except BackendCompilerFailed as error:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule
 
-from fx_quant.backend import compile_graph, safely, warn_of_failures
+from fx_quant.backend import compile_graph, safely, split_options, warn_of_failures
 from fx_quant.compat import copy_graph, replace_contents, row_scales_on_cpu, second_compile, static_input_indices
 from fx_quant.config import Options
 from fx_quant.diagnose.capture import run_captured, run_eagerly
+from fx_quant.diagnose.cuts import Keeper, cut_out
+from fx_quant.diagnose.inputs import check_inputs
 from fx_quant.diagnose.isolation import innermost, preserve_rng_state, uncompiled
-from fx_quant.errors import ToleranceError
+from fx_quant.errors import MissError, ToleranceError
 from fx_quant.kernels.machine import detect_target
 from fx_quant.loading.module_names import named_modules_of, renamed
 from fx_quant.passes.pipeline import run_passes
 from fx_quant.passes.reporting import report_on
-from fx_quant.passes.rewriting import Rewriting
 from fx_quant.passes.sites import Site
-from fx_quant.report import MissReport, Report, SiteReport, without_numbers
+from fx_quant.report import (
+    Block,
+    MissReport,
+    Paragraph,
+    Report,
+    Reported,
+    SiteReport,
+    Table,
+    alike_by_name,
+    counted,
+)
+from fx_quant.report.progress import counting
 from fx_quant.target import Target
 
 
@@ -57,8 +67,8 @@ class SiteCheck:
     saturated: float
 
 
-@dataclass(frozen=True)
-class CheckReport:
+@dataclass(frozen=True, repr=False)
+class CheckReport(Reported):
     """Errors of every site and of the model's outputs; prints as a table.
 
     Each site starts from the values of the source graph, so its error is its own. The outputs are those of the whole
@@ -93,38 +103,72 @@ class CheckReport:
                 raise ToleranceError(f"{name}: {error.new_nan} new NaN and {error.new_inf} new infinite elements")
         return self
 
-    def to_json(self) -> str:
-        """The whole report as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    def raise_if_missed(self, *, missed: bool = True, fewer_than: int | None = None) -> CheckReport:
+        """Raise when a matmul was missed or none was compared, or fewer than expected; returns self otherwise.
 
-    def __str__(self) -> str:
-        """One row a site, with the worst of repeated layers, then the model's outputs."""
-        alike: dict[tuple[str, str, str], list[SiteCheck]] = {}
-        for site in self.sites:
-            alike.setdefault((without_numbers(site.module), site.kernel, site.numerics), []).append(site)
-        rows: list[tuple[object, ...]] = []
-        for (module, kernel, numerics), sites in alike.items():
-            name = sites[0].module if len(sites) == 1 else module
-            worst = _worst([site.error for site in sites])
-            saturated = max(site.saturated for site in sites)
-            rows.append((name or "?", len(sites), kernel, numerics, *_cells(worst), f"{100 * saturated:.2f}%"))
-        rows.append(("model output", "", "", "", *_cells(self.outputs), ""))
-        headers = ("module", "sites", "kernel", "numerics", "max rel err", "SQNR dB", "new NaN", "new Inf", "saturated")
-        text = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
-        if self.sites:
-            text += (
-                "\n\nEach site on the inputs that eager gives it, the worst of its row; the model output is that of the"
-                "\nwhole compiled model, in which dynamic quantization amplifies the rounding of every op."
-            )
+        Raises:
+            MissError: says which.
+        """
+        if missed and (self.misses or not self.sites):
+            raise MissError(f"every quantized matmul must be compared and none missed, got: {self.summary()}")
+        if fewer_than is not None and len(self.sites) < fewer_than:
+            raise MissError(f"{fewer_than} or more rewritten matmuls must be compared, got: {self.summary()}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {"summary": self.summary(), **dataclasses.asdict(self)}
+
+    def summary(self) -> str:
+        """One line: how many were compared, and how far the worst is from its source."""
         if self.uncaptured:
-            text += f"\n\nNothing was compiled, so nothing was compared: {self.uncaptured}."
+            return f"nothing was compiled, so nothing was compared: {self.uncaptured}"
+        if not self.sites:
+            return "no quantized matmul was rewritten, so that the outputs alone were compared"
+        worst = _worst([site.error for site in self.sites])
+        return (
+            f"{counted(len(self.sites), 'rewritten matmul', 'rewritten matmuls')} compared, "
+            f"the worst relative error is {worst.max_rel_err:.1e}"
+            + (f"; {len(self.misses)} missed" if self.misses else "")
+        )
+
+    def blocks(self, *, wide: bool) -> list[Block]:
+        """One row a site, with the worst of repeated layers, then the model's outputs."""
+        alike = alike_by_name(self.sites, lambda site: (site.kernel, site.numerics))
+        errors = [*(_worst([site.error for site in sites]) for _, sites in alike), self.outputs]
+        columns = {
+            "module": [*(name or "?" for name, _ in alike), "model output"],
+            "sites": [*(str(len(sites)) for _, sites in alike), ""],
+            "kernel": [*(sites[0].kernel for _, sites in alike), ""],
+            "numerics": [*(sites[0].numerics for _, sites in alike), ""],
+            "rel err": [f"{error.max_rel_err:.2e}" for error in errors],
+            "SQNR dB": [f"{error.sqnr_db:.1f}" for error in errors],
+            "new NaN": [str(error.new_nan) for error in errors],
+            "new Inf": [str(error.new_inf) for error in errors],
+            "saturated": [*(f"{100 * max(site.saturated for site in sites):.2f}%" for _, sites in alike), ""],
+        }
+        blocks: list[Block] = []
+        if not wide:
+            if sound := not any(error.new_nan or error.new_inf for error in errors):
+                del columns["new NaN"], columns["new Inf"]
+            said = ["no new NaN or infinity"] if sound else []
+            for name in ("kernel", "numerics"):
+                if len(values := set(columns[name][:-1])) == 1:
+                    del columns[name]
+                    said.insert(0, values.pop())
+            blocks += [Paragraph(", ".join(said))] if said else []
+        blocks.append(Table(tuple(columns), tuple(zip(*columns.values(), strict=True))))
+        if self.sites:
+            blocks.append(
+                Paragraph(
+                    "Each site on the inputs that eager gives it, the worst of its row; the model output is that of "
+                    "the whole compiled model, in which dynamic quantization amplifies the rounding of every op."
+                )
+            )
         if self.misses:
-            text += f"\n\n{len(self.misses)} quantized matmuls were missed and run as they were; see explain."
-        return text
-
-
-def _cells(error: Error) -> tuple[str, str, str, str]:
-    return (f"{error.max_rel_err:.2e}", f"{error.sqnr_db:.1f}", str(error.new_nan), str(error.new_inf))
+            missed = counted(len(self.misses), "quantized matmul was missed", "quantized matmuls were missed")
+            blocks.append(Paragraph(f"{missed}, and ran as before; see explain."))
+        return blocks
 
 
 def error_of(value: Tensor, reference: Tensor) -> Error:
@@ -190,7 +234,7 @@ class _Recorder:
         state = run_passes(graph, target, self.options, static_input_indices(graph))
         report = report_on(state)
         if state.rows:
-            alone, inputs = _cut_out(state)
+            alone, inputs = cut_out(state, [row.written()[1] for row in state.rows.values()])
             self._sites = _Sites(
                 before=state.before,
                 alone=alone,
@@ -216,7 +260,7 @@ class _Recorder:
         compiled = compile_graph(gm, example_inputs, **kwargs)
 
         def run(inputs: list[Any]) -> Any:
-            keeper = _Keeper(source, {*sites.inputs, *sites.roots, *(codes[0] for codes in sites.codes if codes)})
+            keeper = Keeper(source, {*sites.inputs, *sites.roots, *(codes[0] for codes in sites.codes if codes)})
             with torch._C.DisableTorchFunction():
                 with row_scales_on_cpu():
                     keeper.run(*inputs)
@@ -241,36 +285,6 @@ def _saturated(codes: Tensor, low: float, high: float) -> float:
     return ((values <= low) | (values >= high)).float().mean().item() if values.numel() else 0.0
 
 
-def _cut_out(state: Rewriting) -> tuple[Graph, list[str]]:
-    """The rewritten sites of ``state`` as a graph of their own, and the source nodes that are its inputs.
-
-    A node of the rewritten graph that is none of ours stands for the source node of the same name.
-    """
-    source = {node.name for node in state.before.nodes}
-    needed: set[Node] = set()
-    results = [row.written()[1] for row in state.rows.values()]
-    waiting = list(results)
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += () if node.name in source else node.all_input_nodes
-    # Inductor reads the sizes of a dynamic graph off its symbolic inputs.
-    needed.update(n for n in state.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.SymInt))
-
-    graph, copied, inputs = Graph(state.graph.owning_module), {}, []
-    for node in state.graph.nodes:
-        if node in needed and node.name in source:
-            copied[node] = graph.placeholder(node.name)
-            copied[node].meta = dict(node.meta)
-            inputs.append(node.name)
-    for node in state.graph.nodes:
-        if node in needed and node.name not in source:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(tuple(copied[node] for node in results))
-    return graph, inputs
-
-
 def _on_cuda(graph: Graph) -> bool:
     return any(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_cuda for n in graph.nodes)
 
@@ -287,22 +301,6 @@ def _saturation_bounds(site: Site) -> tuple[str, float, float] | None:
     return codes.name, float(low), float(info.max)
 
 
-class _Keeper(Interpreter):
-    """Runs a graph and keeps the values of some nodes."""
-
-    def __init__(self, module: GraphModule, names: set[str]) -> None:
-        super().__init__(module)
-        self.kept: dict[str, Tensor] = {}
-        self._names = names
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        """Run ``n`` and keep its value when asked for."""
-        value = super().run_node(n)
-        if n.name in self._names:
-            self.kept[n.name] = value
-        return value
-
-
 def check(
     model: Callable[..., Any],
     *args: Any,
@@ -314,24 +312,34 @@ def check(
 
     Args:
         dynamic: as for ``torch.compile``.
-        options: as for the backend.
+        options: as for the backend, Inductor's too.
 
     Raises:
         UnknownNameError, NoKernelError: as the backend.
+        ModelError: the model cannot be run on these inputs.
     """
-    recorder = _Recorder(Options.parse(options or {}))
+    parsed, inductors = split_options(options)
+    check_inputs(model, args, kwargs)
+    recorder = _Recorder(parsed)
     original = innermost(model)
     with preserve_rng_state(), uncompiled(named_modules_of(original).values()), torch.no_grad(), row_scales_on_cpu():
         reference = original(*args, **kwargs)
-    capture = run_captured(
-        original,
-        args,
-        kwargs,
-        on_graph=recorder.on_graph,
-        on_call=recorder.on_call,
-        inner_compile=recorder.inner_compile,
-        dynamic=dynamic,
-    )
+    with counting("compiling and comparing", "graph") as done:
+
+        def on_graph(graph: Graph) -> None:
+            recorder.on_graph(graph)
+            done()
+
+        capture = run_captured(
+            original,
+            args,
+            kwargs,
+            on_graph=on_graph,
+            on_call=recorder.on_call,
+            inner_compile=recorder.inner_compile,
+            dynamic=dynamic,
+            inductor_options=inductors,
+        )
     outputs = _output_error(capture.output, reference)
     return CheckReport(tuple(recorder.sites), tuple(recorder.misses), outputs, capture.uncaptured)
 

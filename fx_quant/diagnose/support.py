@@ -72,11 +72,12 @@ class Support:
 
     def __str__(self) -> str:
         """The choice, then each other kernel of the platform that has the codes."""
-        lines = [f"{self.scheme} -> {self.kernel or 'no kernel'}"]
-        for name, reasons in self.losers.items():
-            if is_candidate(self.unmet[name]):
-                lines.append(f"    not {name}: {'; '.join(reasons)}")
-        return "\n".join(lines)
+        not_chosen = [f"    not {name}: {'; '.join(reasons)}" for name, reasons in self.candidates().items()]
+        return "\n".join([f"{self.scheme} -> {self.kernel or 'no kernel'}", *not_chosen])
+
+    def candidates(self) -> dict[str, list[str]]:
+        """Each other kernel of the platform that has the codes, with its reasons in words."""
+        return {name: reasons for name, reasons in self.losers.items() if is_candidate(self.unmet[name])}
 
 
 def support_matrix(

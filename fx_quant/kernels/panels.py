@@ -8,17 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fx_quant.ops import unpack_nibbles
-
 PANEL = 64
+_CONTIGUOUS = torch.contiguous_format
+
+
+# What moves together is copied as one word.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def to_panels(weight: Tensor, group: int) -> Tensor:
     """``[n, k]`` -> contiguous ``[ceil(n/64), ceil(k/group), 64, group]``, zeros where there is no weight."""
     n, k = weight.shape
-    padded = F.pad(weight, (0, -k % group, 0, -n % PANEL))
-    panels = padded.reshape(-(-n // PANEL), PANEL, -(-k // group), group).permute(0, 2, 1, 3)
-    return panels.clone(memory_format=torch.contiguous_format)
+    padded = weight.contiguous() if n % PANEL == k % group == 0 else F.pad(weight, (0, -k % group, 0, -n % PANEL))
+    panels, groups, word = -(-n // PANEL), -(-k // group), _WORDS.get(group * weight.element_size())
+    if word is None or not padded.numel():
+        return padded.reshape(panels, PANEL, groups, group).permute(0, 2, 1, 3).clone(memory_format=_CONTIGUOUS)
+    columns = padded.view(word).reshape(panels, PANEL, groups)
+    packed = columns.new_empty(panels, groups, PANEL)
+    for panel in range(panels):
+        packed[panel].copy_(columns[panel].t())  # of two dims: block by block
+    return packed.view(weight.dtype).reshape(panels, groups, PANEL, group)
 
 
 def from_panels(packed: Tensor, n: int, k: int) -> Tensor:
@@ -91,9 +100,20 @@ def from_int4_words(packed: Tensor, n: int, k: int) -> Tensor:
 
 def to_vnni_int4(weight: Tensor) -> Tensor:
     """``[n, k / 2]`` bytes (code + 8, even k low) -> ``[ceil(n/64), ceil(k/8), 256]``; missing codes are 0."""
-    panels = to_panels(unpack_nibbles(weight), 8)
+    bytes_missing = -weight.shape[1] % 4
+    padded = F.pad(weight, (0, bytes_missing)) if bytes_missing else weight.contiguous()
+    if not padded.numel():
+        return to_panels(padded, 4).flatten(2)
     # k 0..3 of a column are the low nibbles of four bytes, k 4..7 the high ones.
-    return (panels[..., :4] | panels[..., 4:] << 4).flatten(2)
+    words = padded.view(torch.int32)
+    columns = _nibbles_in_bytes(words & 0xFFFF) | _nibbles_in_bytes(words >> 16 & 0xFFFF) << 4
+    return to_panels(columns.view(torch.uint8), 4).flatten(2)
+
+
+def _nibbles_in_bytes(words: Tensor) -> Tensor:
+    """The four nibbles of the lower half of each word as its four bytes."""
+    words = (words | words << 8) & 0x00FF00FF
+    return (words | words << 4) & 0x0F0F0F0F
 
 
 def from_vnni_int4(packed: Tensor, n: int, k: int) -> Tensor:
@@ -107,4 +127,4 @@ def factor_panels(factor: Tensor) -> Tensor:
     """``[n, groups]`` -> contiguous ``[ceil(n/64), groups, 64]``, zeros where there is no column."""
     n, groups = factor.shape
     padded = F.pad(factor, (0, 0, 0, -n % PANEL))
-    return padded.reshape(-(-n // PANEL), PANEL, groups).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return padded.reshape(-(-n // PANEL), PANEL, groups).transpose(1, 2).clone(memory_format=_CONTIGUOUS)

@@ -17,6 +17,8 @@ from fx_quant.reasons import DISABLED, Unmet, for_platform, lacks_only_compiler
 from fx_quant.target import Target
 
 DISABLED_VARIABLE = "FX_QUANT_DISABLED_KERNELS"
+# The attention of one query beside quantized matmuls, which is switched off like a kernel.
+CPU_ATTENTION = "cpu_attention"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def check_kernel_names(names: Collection[str]) -> None:
     """
     if not names:
         return
-    known = _CLASS_NAMES.union(*map(_names, kernels()))
+    known = _CLASS_NAMES.union({CPU_ATTENTION}, *map(_names, kernels()))
     for name in sorted(names):
         if name not in known:
             raise unknown_name("kernel or provider", name, known)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -14,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fx_quant.kernels.huge_pages import trim
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.layers.linear_operands import check_scheme
-from fx_quant.report import without_numbers
+from fx_quant.report import Block, Entries, Reported, alike_by_name, counted
 from fx_quant.scheme import Scheme
 
 # Tables that are looked up or added, and filters: their weights meet no matmul of rows.
@@ -38,8 +37,8 @@ class LeftWeight:
     reason: str
 
 
-@dataclass(frozen=True)
-class QuantizeReport:
+@dataclass(frozen=True, repr=False)
+class QuantizeReport(Reported):
     """What ``quantize_`` did; prints as text.
 
     Args:
@@ -52,23 +51,22 @@ class QuantizeReport:
     quantized: tuple[str, ...] = ()
     left: tuple[LeftWeight, ...] = ()
 
-    def to_json(self) -> str:
-        """The whole report as JSON."""
-        return json.dumps(asdict(self), indent=2)
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {"summary": self.summary(), **asdict(self)}
 
-    def __str__(self) -> str:
-        """One line, and one for each kind of module that is left; those of repeated layers share one."""
-        count = len(self.quantized)
+    def summary(self) -> str:
+        """One line: how many linears were quantized, and how many were left."""
         kept = f"{len(self.left)} left in float" if self.left else "nothing left in float"
-        lines = [f"fx_quant: {count} linear{'s' * (count != 1)} quantized as {self.scheme}, {kept}"]
-        alike: dict[tuple[str, str, str], list[str]] = {}
-        for row in self.left:
-            alike.setdefault((without_numbers(row.module), row.kind, row.reason), []).append(row.module)
-        for (module, kind, reason), names in alike.items():
-            where = (names[0] if len(names) == 1 else f"{module} x {len(names)}") or "the model itself"
-            text = f"{where} ({kind}): {reason}"
-            lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
-        return "\n".join(lines)
+        return f"{counted(len(self.quantized), 'linear', 'linears')} quantized as {self.scheme}, {kept}"
+
+    def blocks(self, *, wide: bool) -> list[Block]:
+        """A line for each kind of module that is left; those of repeated layers share one."""
+        items = [
+            f"{name if len(rows) == 1 else f'{name} x {len(rows)}'} ({rows[0].kind}): {rows[0].reason}"
+            for name, rows in alike_by_name(self.left, lambda row: (row.kind, row.reason))
+        ]
+        return [Entries("left in float", tuple(items))] if items else []
 
 
 def quantize_(

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from fx_quant.loading.checkpoint_files import Files, read_json
 from fx_quant.loading.checkpoint_formats import Config, read_config, scheme_of_group
 from fx_quant.loading.checkpoint_linear import decode_linear, tensors_of
 from fx_quant.loading.checkpoint_values import CheckpointError, must
-from fx_quant.scheme import Scheme
+from fx_quant.report import Block, Entries, Paragraph, Reported, Table, counted
+from fx_quant.report.progress import progress
+from fx_quant.scheme import Scheme, short_scheme
 
 __all__ = ["CheckpointError", "LoadReport", "load_quantized_", "scheme_of_group"]
 
 
-@dataclass(frozen=True)
-class LoadReport:
+@dataclass(frozen=True, repr=False)
+class LoadReport(Reported):
     """What ``load_quantized_`` did.
 
     Args:
@@ -42,14 +44,33 @@ class LoadReport:
     unexpected: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        lines = [f"{scheme}: {len(names)} linears" for scheme, names in self.replaced.items()]
-        lines += [f"{what}: {_some(names)}" for what, names in _named_rows(self) if names]
-        return "\n".join([*lines, *self.notes])
+    def summary(self) -> str:
+        """One line: how many linears are quantized now, and whether all names agree."""
+        count = sum(map(len, self.replaced.values()))
+        odd = [f"{len(names)} {what}" for what, names in self._odd() if names]
+        return f"{counted(count, 'linear', 'linears')} loaded quantized{''.join(f', {each}' for each in odd)}"
 
+    def _odd(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return ("left in float", self.ignored), ("missing", self.missing), ("unexpected", self.unexpected)
 
-def _named_rows(report: LoadReport) -> tuple[tuple[str, Sequence[str]], ...]:
-    return ("float", report.ignored), ("missing", report.missing), ("unexpected", report.unexpected)
+    def blocks(self, *, wide: bool) -> list[Block]:
+        """Each scheme with its linears, then names that are in one of the two only."""
+        rows = tuple(
+            (str(scheme) if wide else short_scheme(str(scheme)), str(len(names)))
+            for scheme, names in self.replaced.items()
+        )
+        odd = [f"{what}: {_some(names)}" for what, names in self._odd() if names]
+        return [
+            *([Table(("scheme", "linears"), rows)] if rows else []),
+            *([Entries("others", tuple(odd))] if odd else []),
+            *map(Paragraph, self.notes),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "replaced"}
+        replaced = {str(scheme): names for scheme, names in self.replaced.items()}
+        return {"summary": self.summary(), "replaced": replaced, **facts}
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:
@@ -96,7 +117,7 @@ def load_quantized_(model: nn.Module, directory: str | os.PathLike, *, strict: b
             f"unexpected: {_some(report.unexpected) or 'none'}; build the model from that config.json, or pass "
             "strict=False"
         )
-    quantized = [_decoded(model, linear, files) for linear in plan.linears]
+    quantized = [_decoded(model, linear, files) for linear in progress(plan.linears, "loading", "linear")]
     values = [None if slot.key is None else files.mapped(slot.key) for slot in plan.slots]
     _make_buffers(model)
     for planned, module in zip(plan.linears, quantized, strict=True):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_quant.loading.adapters.base import adapter_of
 from fx_quant.loading.module_names import tensors_of
-from fx_quant.report import Report, UnseenReport
+from fx_quant.report import FloatReport, Report, UnseenReport
 
 # Several codes to an integer, as GPTQ, AWQ and compressed-tensors store them; other integers are indices.
 _PACKED = ("qweight", "packed")
@@ -47,6 +47,20 @@ def unseen_modules(modules: Mapping[str, nn.Module], seen: Set[str], report: Rep
         UnseenReport(each[0], type(module).__name__, not seen.isdisjoint(each))
         for module, each in names.items()
         if holds_codes(module) and not any(_tells_of(path, name, name in seen) for path in told for name in each)
+    )
+
+
+def float_linears(modules: Mapping[str, nn.Module], report: Report) -> tuple[FloatReport, ...]:
+    """The linears among ``modules`` whose weight is floating point, and of which ``report`` tells nothing."""
+    told = {row.module for row in (*report.sites, *report.misses, *report.recognised, *report.unseen)}
+    linears: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and name not in told and not holds_codes(module):
+            linears.setdefault(module, name)
+    return tuple(
+        FloatReport(name, type(module).__name__, module.weight.numel() * module.weight.dtype.itemsize)
+        for module, name in linears.items()
+        if isinstance(module.weight, Tensor) and module.weight.is_floating_point()
     )
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -23,7 +21,9 @@ from fx_quant.layers.quantize_model import disable_fast_paths
 from fx_quant.loading.adapters.base import Adapter, adapter_of, adapters, difference
 from fx_quant.loading.library_notes import library_notes
 from fx_quant.loading.release import Ledger, Memory
-from fx_quant.report import mebibytes, without_numbers
+from fx_quant.report import Block, Entries, Paragraph, Reported, Table, alike_by_name, folded, mebibytes
+from fx_quant.report.progress import counting
+from fx_quant.scheme import short_scheme
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -81,8 +81,8 @@ class LeftModule:
     reason: str
 
 
-@dataclass(frozen=True)
-class PrepareReport:
+@dataclass(frozen=True, repr=False)
+class PrepareReport(Reported):
     """What ``prepare_`` did; prints as a table.
 
     Args:
@@ -104,9 +104,9 @@ class PrepareReport:
         """Bytes of the old modules' tensors that nothing holds any more."""
         return sum(swapped.freed for swapped in self.swapped)
 
-    def to_json(self) -> str:
-        """The whole report as JSON, with ``freed`` of all modules."""
-        return json.dumps(dataclasses.asdict(self) | {"freed": self.freed}, indent=2)
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, with ``freed`` of all modules."""
+        return {"summary": self.summary(), **dataclasses.asdict(self), "freed": self.freed}
 
     def summary(self) -> str:
         """One line: how many modules were swapped, and how many were left."""
@@ -119,49 +119,41 @@ class PrepareReport:
         count = f"{len(self.swapped)} of {total} quantized modules"
         return f"{count} swapped for QuantizedLinear, {len(self.left)} left{freed}{before}"
 
-    def __str__(self) -> str:
-        parts = [f"fx_quant: {self.summary()}", self._swapped_table(), self._left_table(), *self.notes]
-        return "\n\n".join(part for part in parts if part)
-
-    def _swapped_table(self) -> str:
-        """One row a module; those of repeated layers share one, with ``*`` for the number of the layer."""
-        rows = [
-            (module, len(alike), *(getattr(alike[0], field) for field in _ALIKE), *self._freed_of(alike))
-            for module, alike in _alike(self.swapped, *_ALIKE)
-        ]
-        headers = ("module", "modules", "library", "from", "scheme", "numerics", *("freed",) * self.released)
+    def blocks(self, *, wide: bool) -> list[Block]:
+        """What was swapped, a row for repeated layers, and what was left, a line."""
+        alike = alike_by_name(self.swapped, lambda row: _facts(row, row.numerics))
+        columns = {
+            "module": [name for name, _ in alike],
+            "modules": [str(len(rows)) for _, rows in alike],
+            "library": [rows[0].library for _, rows in alike],
+            "from": [rows[0].from_class for _, rows in alike],
+            "scheme": [rows[0].scheme if wide else short_scheme(rows[0].scheme) for _, rows in alike],
+            "numerics": [rows[0].numerics for _, rows in alike],
+        }
+        if self.released:
+            columns["freed"] = [mebibytes(sum(row.freed for row in rows)) for _, rows in alike]
+        said = [] if wide or not alike else folded(columns, ("library", "from", "scheme", "numerics"))
         notes = Counter(swapped.note for swapped in self.swapped if swapped.note)
-        lines = [f"approximate in {count}: {note}" for note, count in notes.items()]
-        table = [tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)] if rows else []
-        return "\n\n".join([*table, *(textwrap.fill(line, 118, subsequent_indent="      ") for line in lines)])
-
-    def _freed_of(self, alike: Sequence[SwappedModule]) -> tuple[str, ...]:
-        return (mebibytes(sum(row.freed for row in alike)),) if self.released else ()
+        left = [
+            f"{name}{f' x {len(rows)}' if len(rows) > 1 else ''}: {rows[0].library} {rows[0].from_class} "
+            f"({rows[0].scheme}): {rows[0].reason}"
+            for name, rows in alike_by_name(self.left, lambda row: _facts(row, row.reason))
+        ]
+        return [
+            *([Paragraph(", ".join(said))] if said else []),
+            *([Table(tuple(columns), tuple(zip(*columns.values(), strict=True)))] if alike else []),
+            *(Paragraph(f"approximate in {count}: {note}") for note, count in notes.items()),
+            *([Entries("left", tuple(left))] if left else []),
+            *map(Paragraph, self.notes),
+        ]
 
     def _nothing_known(self) -> str:
         names = [adapter.library for adapter in adapters(compiled=self.released)]
         return f"no quantized module of {', '.join(names[:-1])} or {names[-1]} found"
 
-    def _left_table(self) -> str:
-        """One line a module; those of repeated layers with the same reason share one."""
-        lines = []
-        for module, alike in _alike(self.left, "library", "from_class", "scheme", "reason"):
-            times = f" x {len(alike)}" if len(alike) > 1 else ""
-            text = f"{module}{times}: {alike[0].library} {alike[0].from_class} ({alike[0].scheme}): {alike[0].reason}"
-            lines.append(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="      "))
-        return "\n".join(["left:", *lines]) if lines else ""
 
-
-_ALIKE = ("library", "from_class", "scheme", "numerics")
-
-
-def _alike(rows: Sequence[SwappedModule | LeftModule], *fields: str) -> Iterator[tuple[str, list]]:
-    """``rows`` that agree in ``fields`` and, but for numbers, in path: the path that they share, and the rows."""
-    groups: dict[tuple[str, ...], list] = {}
-    for row in rows:
-        groups.setdefault((without_numbers(row.module), *(getattr(row, field) for field in fields)), []).append(row)
-    for (module, *_), alike in groups.items():
-        yield alike[0].module if len(alike) == 1 else module, alike
+def _facts(row: SwappedModule | LeftModule, last: str) -> tuple[str, ...]:
+    return row.library, row.from_class, row.scheme, last
 
 
 def prepare_(
@@ -217,30 +209,32 @@ def prepare_(
     owners, found = _weight_owners(model), _found(model, release)
     # Asked before anything changes, as it may raise.
     unwanted = {module for module, (_, names) in found.items() if filter is not None and not filter(names[0], module)}
-    while found:
-        module = next(iter(found))
-        adapter, names = found.pop(module)
-        where = (names[0], names[1:], adapter.library, type(module).__name__)
-        if module in unwanted:
-            left.append(LeftModule(*where, adapter.describe(module), "the filter left it out"))
-            continue
-        result = _swapped_for(module, adapter, owners)
-        if isinstance(result, str):
-            left.append(LeftModule(*where, adapter.describe(module), result))
-            continue
-        linear, numerics, note, dtype = result
-        memory = ledger.memory_of(module)
-        for name in names:
-            model.set_submodule(name, linear)
-        adapter.let_go(module)
-        # Where nothing else holds the library's module.
-        owners.pop(module, None)
-        unwanted.discard(module)
-        del module, result
-        linear.pack_for(dtype)
-        used[adapter.library] = adapter
-        swapped.append((SwappedModule(*where, str(linear.scheme), numerics, note), memory))
-        kept += memory.kept if adapter.compiles else 0
+    with counting("preparing", "module", len(found)) as done:
+        while found:
+            module = next(iter(found))
+            adapter, names = found.pop(module)
+            done()
+            where = (names[0], names[1:], adapter.library, type(module).__name__)
+            if module in unwanted:
+                left.append(LeftModule(*where, adapter.describe(module), "the filter left it out"))
+                continue
+            result = _swapped_for(module, adapter, owners)
+            if isinstance(result, str):
+                left.append(LeftModule(*where, adapter.describe(module), result))
+                continue
+            linear, numerics, note, dtype = result
+            memory = ledger.memory_of(module)
+            for name in names:
+                model.set_submodule(name, linear)
+            adapter.let_go(module)
+            # Where nothing else holds the library's module.
+            owners.pop(module, None)
+            unwanted.discard(module)
+            del module, result
+            linear.pack_for(dtype)
+            used[adapter.library] = adapter
+            swapped.append((SwappedModule(*where, str(linear.scheme), numerics, note), memory))
+            kept += memory.kept if adapter.compiles else 0
     if swapped:
         disable_fast_paths(model)
         trim()

@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-from fx_quant.lowerings import packing, quantize, scaled_mm
+from fx_quant.lowerings import cpu_attention, packing, quantize, scaled_mm
 
-__all__ = ["packing", "quantize", "scaled_mm"]
+__all__ = ["cpu_attention", "packing", "quantize", "scaled_mm"]

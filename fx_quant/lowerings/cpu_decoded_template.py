@@ -13,11 +13,18 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import to_dtype
 
 from fx_quant.kernels.cpu.decode import DECODED_LOOP, Decode, factor_kind
 from fx_quant.kernels.cpu.plans import PlanTable
-from fx_quant.lowerings.cpu_template import N_START, SHARE, STORE, TileTemplate, contiguous, with_contiguous_rows
+from fx_quant.lowerings.cpu_template import (
+    N_START,
+    SHARE,
+    STORE,
+    TileTemplate,
+    contiguous,
+    in_memory,
+    with_contiguous_rows,
+)
 
 _TEMPLATE = (
     r"""
@@ -97,6 +104,7 @@ class DecodedTemplate(TileTemplate):
         ]
         point = inputs.get("P")
         return {
+            **super().arguments(inputs),
             "decode": self.decode,
             "group": self.k if self.block is None else self.block[1],
             "factors": factors,
@@ -116,14 +124,6 @@ class DecodedTemplate(TileTemplate):
 
 def _is_single(node: Any) -> bool:
     return all(size == 1 for size in node.get_size())
-
-
-def _in_memory(x: ir.TensorBox, dtype: torch.dtype | None) -> ir.IRNode:
-    """``x`` in memory with strides that are known, copied only where they are not."""
-    x = x if dtype is None else to_dtype(x, dtype)
-    realized = ir.ExternKernel.realize_input(x)
-    is_fixed = isinstance(realized.get_layout(), ir.FixedLayout)
-    return realized if is_fixed else ir.ExternKernel.require_contiguous(realized)
 
 
 def decoded_matmul(
@@ -149,15 +149,15 @@ def decoded_matmul(
     """
     inputs: dict[str, ir.IRNode] = {"A": with_contiguous_rows(a), "B": contiguous(b)}
     if (block is not None or b_offset is not None) and b_scale is not None:
-        inputs["S"] = _in_memory(b_scale, torch.float32 if factor_kind(b_scale.get_dtype()) is None else None)
+        inputs["S"] = in_memory(b_scale, torch.float32 if factor_kind(b_scale.get_dtype()) is None else None)
     if b_offset is not None:
-        inputs["O"] = _in_memory(b_offset, torch.float32 if factor_kind(b_offset.get_dtype()) is None else None)
+        inputs["O"] = in_memory(b_offset, torch.float32 if factor_kind(b_offset.get_dtype()) is None else None)
     if b_zero_point is not None:
-        inputs["Z"] = _in_memory(b_zero_point, torch.int32 if factor_kind(b_zero_point.get_dtype()) is None else None)
+        inputs["Z"] = in_memory(b_zero_point, torch.int32 if factor_kind(b_zero_point.get_dtype()) is None else None)
     if block is not None and a_scale is not None:
-        inputs["R"] = _in_memory(a_scale, torch.float32)
+        inputs["R"] = in_memory(a_scale, torch.float32)
     if a_zero_point is not None and b_sum is not None:
-        inputs |= {"P": _in_memory(a_zero_point, torch.int32), "C": _in_memory(b_sum, None)}
+        inputs |= {"P": in_memory(a_zero_point, torch.int32), "C": in_memory(b_sum, None)}
     m, k = inputs["A"].get_size()
     layout = ir.FixedLayout(inputs["A"].get_device_or_error(), torch.float32, [m, n])
     return DecodedTemplate(decode, inputs, layout, int(n), int(k), block).generate().output_node()

@@ -24,7 +24,7 @@ from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_bu
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.lowering import lowerings
+from torch._inductor.lowering import lowerings, to_dtype
 from torch._inductor.ops_handler import WrapperHandler
 from torch._inductor.utils import parallel_num_threads, sympy_index_symbol
 from torch._inductor.virtualized import V, ops
@@ -50,7 +50,12 @@ def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
     sizes = (n, a.get_size()[1])
     if not templates_take_unbacked_sizes() and free_unbacked_symbols(a.get_size()[0]):
         return False
-    return is_wide and dot.exists_here() and all(isinstance(size, (int, sympy.Integer)) and size > 0 for size in sizes)
+    return is_wide and dot.exists_here() and all(is_number(size) and size > 0 for size in sizes)
+
+
+def is_number(size: Any) -> bool:
+    """Whether ``size`` is known."""
+    return isinstance(size, (int, sympy.Integer))
 
 
 # What a thread computes: its rows and panels.
@@ -129,19 +134,25 @@ def _template(text: str) -> Any:
     return CppTemplate._template_from_string(text)
 
 
-class TileTemplate(CppTemplate):
-    """Renders one packed matmul, together with the epilogue nodes that the scheduler fused into it."""
+class EpilogueTemplate(CppTemplate):
+    """Renders native code that yields ``[m, n]`` rows, together with the epilogue nodes that were fused into it.
 
-    text = _TEMPLATE
+    Args:
+        name: of the kernel.
+        inputs: by the names that ``text`` has for them.
+        layout: of what the native code yields.
+        n: columns of it.
+    """
 
-    def __init__(self, dot: Dot, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, n: int, k: int) -> None:
-        super().__init__(dot.name, list(inputs.values()), layout, parallel_num_threads())
-        self.dot, self.names, self.n, self.k = dot, tuple(inputs), n, k
-        self.source = dot.source
+    text = ""
 
-    def plans(self) -> PlanTable:
-        """What the native code does for each number of rows."""
-        return table(self.dot.kind)
+    def __init__(self, name: str, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, n: int) -> None:
+        super().__init__(name, list(inputs.values()), layout, parallel_num_threads())
+        self.names, self.n = tuple(inputs), n
+
+    def native(self) -> str:
+        """The native code that ``text`` calls."""
+        raise NotImplementedError
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What ``text`` reads beside the names that every template has."""
@@ -161,8 +172,7 @@ class TileTemplate(CppTemplate):
             assert isinstance(self.output_node, ir.Buffer)
             kernel.def_kernel(inputs=inputs, outputs={"Y": self.output_node})
             return ""
-        plans = f"static constexpr FxqPlan FXQ_PLANS[] = {self.plans().rendered()};"
-        native, namespace = in_own_namespace(f"{PLAN}\n{plans}\n{self.source}")
+        native, namespace = in_own_namespace(self.native())
         template_buffer: ir.Buffer = template_buffer_node
         # The accumulator of a tile is local; `acc_node` is the buffer whose reads it replaces in the epilogue.
         acc_node, Y, Y_2d = template_buffer, template_buffer, template_buffer
@@ -189,8 +199,6 @@ class TileTemplate(CppTemplate):
                 template=self,
                 kernel=kernel,
                 inputs=inputs,
-                panels=-(-self.n // PANEL),
-                dot=self.dot,
                 Y=Y,
                 Y_2d=Y_2d,
                 acc_node=acc_node,
@@ -198,7 +206,6 @@ class TileTemplate(CppTemplate):
                 epilogue_nodes=[_reading_in_tile(node, template_buffer.get_size()[0], self.n) for node in nodes],
                 reindexers=reindexers,
                 n=self.n,
-                k=self.k,
                 num_threads=self.num_threads,
                 dynamic_threads=_threads_are_dynamic(self.num_threads),
                 native=native,
@@ -217,6 +224,34 @@ class TileTemplate(CppTemplate):
             for buffer in vectors
             if isinstance(buffer, (ir.Buffer, ir.TensorBox)) and _is_vector(buffer, self.n)
         ]
+
+
+_TILE_ROWS = 6  # of share.h
+
+
+class TileTemplate(EpilogueTemplate):
+    """Renders one packed matmul."""
+
+    text = _TEMPLATE
+
+    def __init__(self, dot: Dot, inputs: Mapping[str, ir.IRNode], layout: ir.Layout, n: int, k: int) -> None:
+        super().__init__(dot.name, inputs, layout, n)
+        self.dot, self.k, self.source = dot, k, dot.source
+
+    def plans(self) -> PlanTable:
+        """What the native code does for each number of rows."""
+        return table(self.dot.kind)
+
+    def native(self) -> str:
+        """The tiles, and their plans; only those for so few rows as there are at most."""
+        m = self.input_nodes[0].get_size()[0]
+        few = f"#define FXQ_ROWS_AT_MOST {m}\n" if is_number(m) and 0 < m < _TILE_ROWS else ""
+        plans = f"static constexpr FxqPlan FXQ_PLANS[] = {self.plans().rendered()};"
+        return f"{few}{PLAN}\n{plans}\n{self.source}"
+
+    def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The matmul's sizes."""
+        return {"dot": self.dot, "k": self.k, "panels": -(-self.n // PANEL)}
 
 
 def in_own_namespace(code: str) -> tuple[str, str]:
@@ -318,6 +353,14 @@ def with_contiguous_rows(x: ir.TensorBox) -> ir.IRNode:
     if fixed and V.graph.sizevars.statically_known_equals(rows.get_stride()[-1], 1):
         return rows
     return ir.ExternKernel.require_contiguous(rows)
+
+
+def in_memory(x: ir.TensorBox, dtype: torch.dtype | None = None) -> ir.IRNode:
+    """``x`` in memory with strides that are known, in ``dtype`` where one is given; copied only where it must."""
+    x = x if dtype is None else to_dtype(x, dtype)
+    realized = ir.ExternKernel.realize_input(x)
+    is_fixed = isinstance(realized.get_layout(), ir.FixedLayout)
+    return realized if is_fixed else ir.ExternKernel.require_contiguous(realized)
 
 
 def contiguous(x: ir.TensorBox) -> ir.IRNode:

@@ -7,6 +7,7 @@ stays opaque to AOTAutograd, runs eagerly on every device, and Inductor may stil
 from __future__ import annotations
 
 from fx_quant.ops import fold
+from fx_quant.ops.attention import single_query_attention
 from fx_quant.ops.decode import decode, repeat_blocks, unpack_codes, unpack_nibbles
 from fx_quant.ops.library import KEEPING_TAGS, LIBRARY, MATMUL_TAGS, QUANTIZE_TAGS, register
 from fx_quant.ops.quantize import (
@@ -51,6 +52,7 @@ __all__ = [
     "register",
     "repeat_blocks",
     "scaled_mm",
+    "single_query_attention",
     "split_zero_point",
     "unpack_codes",
     "unpack_nibbles",

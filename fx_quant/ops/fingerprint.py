@@ -143,6 +143,11 @@ def _watch(address: int, geometry: Geometry) -> _Watch:
     return watch
 
 
+def prepare() -> None:
+    """Compile the native code now, which is otherwise done when a weight is first looked at."""
+    _library()
+
+
 @functools.cache
 def _library() -> Any | None:
     """The native code; None where it cannot be compiled: then Python looks at the bytes, more slowly."""

@@ -89,14 +89,15 @@ def viewed(node: Node, dims: Dims) -> Dims | None:
     if is_op(node, *RESHAPES):
         return _reshaped(dims, [extent(size) for size in shape(node)])
     if is_op(node, *PERMUTES):
-        order = _order(node)
+        order = order_of(node)
         return None if order is None else tuple(dims[i] for i in order)
     if is_op(node, *EXPANDS):
         return _expanded(dims, args_of(node)[0], node)
     return None
 
 
-def _order(node: Node) -> list[int] | None:
+def order_of(node: Node) -> list[int] | None:
+    """For each dim of the permutation ``node`` the dim of its input."""
     rank = len(shape(node))
     if node.target is aten.permute.default:
         return [int(d) % rank for d in args_of(node)[1]]

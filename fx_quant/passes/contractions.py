@@ -14,7 +14,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.flop_counter import flop_registry
 
-from fx_quant.passes.nodes import aten, dtype, is_op, shape
+from fx_quant.passes.nodes import ADDING_MATMULS, aten, dtype, is_op, shape, summed_size
 
 _COUNTED = frozenset(flop_registry)
 _CONTRACTION = re.compile(
@@ -143,10 +143,9 @@ def subgraphs_of(node: Node) -> list[Graph]:
 
 def outer_product(node: Node) -> bool:
     """Whether a matmul has nothing to sum over, as the outer product of two vectors."""
-    if not is_op(node, aten.mm.default, aten.bmm.default, aten.addmm.default):
+    if not is_op(node, aten.mm.default, aten.bmm.default, aten.mv.default, *ADDING_MATMULS):
         return False
-    left = node.args[1] if is_op(node, aten.addmm.default) else node.args[0]
-    return shape(left)[-1:] == (1,)
+    return summed_size(node) == 1
 
 
 # Dtypes narrower than 16 bits: whatever holds such is codes, or bytes of them.

@@ -44,6 +44,8 @@ ANDS = frozenset({aten.bitwise_and.Scalar, aten.bitwise_and.Tensor, aten.__and__
 RIGHT_SHIFTS = frozenset(
     {aten.bitwise_right_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor, aten.__rshift__.Scalar}
 )
+# What adds its first argument to the product of the other two.
+ADDING_MATMULS = frozenset({aten.addmm.default, aten.baddbmm.default})
 JOINS = frozenset({aten.cat.default, aten.stack.default})
 
 
@@ -151,9 +153,17 @@ def _known(size: Size) -> Size:
     return size if known is None else known
 
 
+def multiplied(matmul: Node) -> tuple[Any, Any]:
+    """The activation ``[..., k]`` of a matmul and its weight ``[..., k, n]``, of ``mv`` ``[n, k]``."""
+    if is_op(matmul, aten.mv.default):
+        return args_of(matmul)[1], args_of(matmul)[0]
+    first = 1 if is_op(matmul, *ADDING_MATMULS) else 0
+    return args_of(matmul)[first], args_of(matmul)[first + 1]
+
+
 def summed_size(matmul: Node) -> Size:
-    """K of a matmul, whose activation ``[..., k]`` comes first, or after the bias of ``addmm``."""
-    return shape(matmul.args[1] if is_op(matmul, aten.addmm.default) else matmul.args[0])[-1]
+    """K of a matmul."""
+    return shape(multiplied(matmul)[0])[-1]
 
 
 def same_size(left: Size, right: Size) -> bool:

@@ -23,6 +23,7 @@ from fx_quant.kernels.select import Selection, Verdict, check_kernel_names, sele
 from fx_quant.passes import dialects
 from fx_quant.passes.annotate import Annotation
 from fx_quant.passes.assign import UnassignedError, assign
+from fx_quant.passes.attention import attend_single_queries
 from fx_quant.passes.canonicalize import canonicalize
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
@@ -47,7 +48,9 @@ from fx_quant.passes.row_ranges import in_declared_range
 from fx_quant.passes.rulebook import starts_codes
 from fx_quant.passes.rules.padded import may_pad
 from fx_quant.passes.sites import Found, Recognised, Site, SizeMiss, find_sites
+from fx_quant.passes.slices import decode_parts
 from fx_quant.passes.specialize import specialize_weights
+from fx_quant.passes.turned import reasons, turn
 from fx_quant.passes.values import Product, sources
 from fx_quant.passes.verify import verify
 from fx_quant.passes.written import join_slices
@@ -75,15 +78,21 @@ def merge_common_subexpressions(state: Rewriting) -> None:
 
 
 def drop_identities(state: Rewriting) -> None:
-    """Views, casts and arithmetic that change nothing go, and new tensors that are filled by slices."""
+    """What changes nothing goes, and so do new tensors that slices fill, and slices of decoded weights."""
     join_slices(state.graph)
     remove_identities(state.graph)
+    decode_parts(state.graph, state.static_indices)
 
 
 def drop_pads(state: Rewriting) -> None:
     """Pads that an author wrote for eager calls go, where nothing that is left depends on them."""
     if any(map(may_pad, state.graph.nodes)):
         state.pads = remove_pads(state.graph, classify_inputs(state.graph, state.static_indices), state.kept_pads)
+
+
+def turn_weights(state: Rewriting) -> None:
+    """Weights on the left, and convolutions of one element, are spelled as matmuls where one is rewritten."""
+    state.turned = turn(state.graph, state.static_indices, state.kept_spellings)
 
 
 def find(state: Rewriting) -> None:
@@ -94,6 +103,9 @@ def find(state: Rewriting) -> None:
         matmuls = _found(state)
     # Those of a subgraph are missed once in each call of it, as the graph around it says.
     state.misses, state.recognised = [] if is_subgraph(state.source) else matmuls.misses, matmuls.recognised
+    state.misses = [
+        dataclasses.replace(miss, rule=state.turned.left.get(miss.gemm.name, miss.rule)) for miss in state.misses
+    ]
     state.sites = matmuls.sites
     state.memory = Memory(state.graph)
 
@@ -273,9 +285,16 @@ def check(state: Rewriting) -> None:
     verify(state.graph, state.source, {row.canonical for row in state.rows.values()})
 
 
-FINDING: tuple[Pass, ...] = (merge_common_subexpressions, drop_identities, drop_pads, find, choose_kernels)
+FINDING: tuple[Pass, ...] = (
+    merge_common_subexpressions,
+    drop_identities,
+    drop_pads,
+    turn_weights,
+    find,
+    choose_kernels,
+)
 WRITING: tuple[Pass, ...] = (recognise_quantizes, write_canonical_ops, write_quantizes, tidy)
-LOWERING: tuple[Pass, ...] = (assign_kernels, fold, check)
+LOWERING: tuple[Pass, ...] = (assign_kernels, fold, attend_single_queries, check)
 PASSES = FINDING + WRITING + LOWERING
 
 
@@ -308,14 +327,18 @@ def to_canonical(
     check_kernel_names(options.disabled_kernels)
     context = context or CompileContext.of(options)
     kept: dict[PadName, str] = {}
+    spellings: dict[str, str] = {}
     failed = False
     while True:
-        state = Rewriting(graph, graph, target, options, context, static_indices, left, kept)
+        state = Rewriting(graph, graph, target, options, context, static_indices, left, kept, spellings)
         try:
             _run(FINDING, state)
             if state.rows:
                 _run(WRITING, state)
-            stays = _of_misses(state)
+            stays, as_written = _of_misses(state), _as_written(state)
+            spellings = spellings | as_written
+            if not stays and not as_written:
+                return state
         except UnremovableError as error:
             # One that cannot be taken out costs no other pad; with a second all stay, so that time stays linear.
             stays = dict.fromkeys(error.going if failed else error.pads, error.reason)
@@ -325,8 +348,6 @@ def to_canonical(
             stays = {name: str(error) for pad in state.pads if pad.kept is None for name in pad.pads}
             if not stays:
                 raise
-        if not stays:
-            return state
         kept |= stays
 
 
@@ -335,6 +356,13 @@ def _of_misses(state: Rewriting) -> dict[PadName, str]:
     rewritten = {site.gemm.name for site in state.rows}
     left = [pad for pad in state.pads if pad.kept is None and pad.gemm not in rewritten]
     return {name: f"the matmul {pad.gemm} is not rewritten" for pad in left for name in pad.pads}
+
+
+def _as_written(state: Rewriting) -> dict[str, str]:
+    """Why linears that were spelled as something else are to be left so: their matmuls are not rewritten."""
+    why = {miss.gemm.name: miss.rule for miss in state.misses}
+    why |= {row.gemm.name: row.reason for row in state.recognised}
+    return reasons(state.turned, why, {site.gemm.name for site in state.rows})
 
 
 def to_kernels(state: Rewriting) -> None:

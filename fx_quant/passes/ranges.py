@@ -1,4 +1,4 @@
-"""Between which integers a zero point lies: what is proven of it by its dtype and the steps that computed it."""
+"""Between which integers codes or a zero point lie: what is proven by the dtype and the steps that computed them."""
 
 from __future__ import annotations
 
@@ -156,9 +156,9 @@ def _mask(node: Node, range_of: _RangeOf) -> Range:
 
 def _shift(node: Node, range_of: _RangeOf) -> Range:
     (low, high), bits = range_of(node.args[0]), uniform_value(node.args[1])
-    if not isinstance(bits, int) or not 0 <= bits < 32 or low < 0 or not math.isfinite(high):
+    if not isinstance(bits, int) or not 0 <= bits < 32 or not math.isfinite(low) or not math.isfinite(high):
         return _ANY
-    return 0, int(high) >> bits
+    return int(low) >> bits, int(high) >> bits
 
 
 def _rounded(to_integer: Callable[[float], int]) -> Callable[[Node, _RangeOf], Range]:

@@ -11,7 +11,7 @@ from fx_quant.passes.nodes import module_path, qualified_name, source_line
 from fx_quant.passes.rewriting import Rewriting, Row
 from fx_quant.passes.sites import Recognised
 from fx_quant.problem import Problem
-from fx_quant.reasons import Unmet
+from fx_quant.reasons import Unmet, lacks_only_compiler
 from fx_quant.report import MissReport, PlanReport, RecognisedReport, Report, SiteReport
 from fx_quant.scheme import dtype_name
 
@@ -21,6 +21,8 @@ def report_on(state: Rewriting) -> Report:
     notes: dict[str, list[str]] = {}
     for pad in state.pads:
         notes.setdefault(pad.gemm, []).append(str(pad))
+    for matmul, spelled in state.turned.matmuls.items():
+        notes.setdefault(matmul, []).append(f"{spelled} as a matmul with the weight on the right")
     sites = tuple(_site_report(row, tuple(notes.get(row.site.gemm.name, ()))) for row in state.rows.values())
     misses = tuple(
         MissReport(
@@ -32,7 +34,8 @@ def report_on(state: Rewriting) -> Report:
         )
         for miss in state.misses
     )
-    return Report(str(state.target), sites, misses, tuple(map(_recognised_report, state.recognised)))
+    recognised = tuple(map(_recognised_report, state.recognised))
+    return Report(str(state.target), sites, misses, recognised, attention=state.attended)
 
 
 def _recognised_report(recognised: Recognised) -> RecognisedReport:
@@ -47,6 +50,8 @@ def _recognised_report(recognised: Recognised) -> RecognisedReport:
         k=None if site is None else site.problem.k,
         reason=recognised.reason,
         unmet=_unmet(recognised.verdicts),
+        weight_bytes=0 if site is None else _weight_bytes(site.problem),
+        lost=next((each.kernel for each in recognised.verdicts if lacks_only_compiler(each.unmet)), ""),
     )
 
 
@@ -74,7 +79,15 @@ def _site_report(row: Row, notes: tuple[str, ...]) -> SiteReport:
         unmet=_unmet(selection.verdicts, selection.kernel.name),
         notes=notes,
         plans={str(mode): _plan_report(problem, selection.padding_in(mode)) for mode in Mode},
+        weight_bytes=_weight_bytes(problem),
+        lost=next(iter(selection.without_compiler), ""),
     )
+
+
+def _weight_bytes(problem: Problem) -> int:
+    """Bytes of the weight's codes."""
+    weight = problem.scheme.weight
+    return problem.n * problem.k * weight.storage.itemsize // weight.codes_per_element
 
 
 def _plan_report(problem: Problem, padding: Padding) -> PlanReport:

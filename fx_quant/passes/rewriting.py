@@ -15,6 +15,7 @@ from fx_quant.passes.memory import Memory
 from fx_quant.passes.pads import AuthorsPad, PadName
 from fx_quant.passes.quantizers import Quantizer
 from fx_quant.passes.sites import Miss, Recognised, Site
+from fx_quant.passes.turned import Turned
 from fx_quant.target import Target
 
 
@@ -58,6 +59,8 @@ class Rewriting:
         static_indices: positions of the placeholders that are parameters or buffers; None where that is not known.
         left: sites to leave as they are: the reason, by the name of the matmul.
         kept_pads: pads of the author's to leave as they are: the reason, by pad.
+        kept_spellings: linears that are spelled as something else, to be left so: the reason, by name.
+        turned: those that are matmuls now, and why others are not.
         pads: what an author padded, as it was when the sites were found.
         before: the source as the sites were found in it: normalised, nothing rewritten.
         sites: those that were found.
@@ -66,6 +69,7 @@ class Rewriting:
         recognised: what is left as it is, because nothing here runs it faster.
         memory: which nodes of ``graph`` share memory, as it was when the sites were found.
         emitter: writes the canonical ops.
+        attended: calls of attention of one query that our kernel has.
     """
 
     source: Graph
@@ -76,6 +80,8 @@ class Rewriting:
     static_indices: frozenset[int] | None = None
     left: Mapping[str, str] = field(default_factory=dict)
     kept_pads: Mapping[PadName, str] = field(default_factory=dict)
+    kept_spellings: Mapping[str, str] = field(default_factory=dict)
+    turned: Turned = field(default_factory=Turned)
     pads: list[AuthorsPad] = field(default_factory=list)
     before: Graph = field(default_factory=Graph)
     sites: list[Site] = field(default_factory=list)
@@ -84,6 +90,7 @@ class Rewriting:
     recognised: list[Recognised] = field(default_factory=list)
     memory: Memory | None = None
     emitter: Emitter | None = None
+    attended: int = 0
 
     def miss(self, site: Site, reason: str) -> None:
         """Leave ``site`` as it is."""

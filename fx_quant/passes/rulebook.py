@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import ChainMap
+from collections.abc import Mapping
 
 from torch.fx import Node
 
@@ -15,18 +17,31 @@ from fx_quant.passes.contractions import (
 )
 from fx_quant.passes.nodes import aten
 from fx_quant.passes.rules import arithmetic, fake_quantize, matmuls, packing, scaled_matmuls, views
-from fx_quant.passes.values import Rule
+from fx_quant.passes.values import Environment, Rule, Value
 
-_MATMULS: dict[object, Rule] = {**matmuls.RULES, **scaled_matmuls.RULES}
-_RULES: dict[object, Rule] = {
-    **views.RULES,
-    **arithmetic.RULES,
-    **packing.RULES,
-    **fake_quantize.RULES,
-    **_MATMULS,
-}
+
+def _merged(*tables: Mapping[object, Rule]) -> dict[object, Rule]:
+    """One table of ``tables``; of several rules for an op the first that proves something counts."""
+    merged: dict[object, Rule] = {}
+    for table in tables:
+        for op, rule in table.items():
+            merged[op] = _either(merged[op], rule) if op in merged else rule
+    return merged
+
+
+def _either(first: Rule, second: Rule) -> Rule:
+    @functools.wraps(second)
+    def rule(env: Environment, node: Node) -> Value | None:
+        value = first(env, node)
+        return second(env, node) if value is None else value
+
+    return rule
+
+
+_MATMULS = _merged(matmuls.RULES, scaled_matmuls.RULES)
+_RULES = _merged(views.RULES, arithmetic.RULES, packing.RULES, fake_quantize.RULES, _MATMULS)
 # Ops that make codes of what has no low-bit dtype.
-_STARTS = frozenset({*packing.RULES, *fake_quantize.STARTS, aten.view.dtype, aten.round.decimals})
+_STARTS = frozenset({*packing.STARTS, *fake_quantize.STARTS, aten.view.dtype, aten.round.decimals})
 # Of the dialects, as they are now: one may come from outside at any time.
 _NAMED: ChainMap[str, Rule] = ChainMap(dialects.MATMUL_RULES, dialects.RULES)
 

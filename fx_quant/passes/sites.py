@@ -318,7 +318,8 @@ def is_constant(codes: Codes, inputs: Inputs) -> bool:
     """Whether ``codes`` are a parameter, buffer or constant, or computed of such alone."""
     if _is_constant_matrix(codes.node, codes.dims, inputs):
         return True
-    return codes.node.op == "call_function" and codes.node not in inputs.runtime
+    computed = codes.node.op == "call_function" and codes.node not in inputs.runtime
+    return computed or codes.node in inputs.constant
 
 
 def _is_constant_matrix(node: Node, dims: Dims | None, inputs: Inputs) -> bool:

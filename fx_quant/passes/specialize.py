@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fx_quant.compat import is_guarded, is_marked_dynamic
-from fx_quant.passes.nodes import aten, dtype, is_op, shape
+from fx_quant.passes.nodes import dtype, multiplied, shape
 from fx_quant.problem import Size
 from fx_quant.scheme import STORED_DTYPES
 
@@ -43,7 +43,7 @@ def why_symbolic(size: Size) -> str | None:
 
 def _weights(matmul: Node) -> list[Node]:
     """Inputs of the graph that hold the codes of ``matmul``'s second operand: matrices, packed or not."""
-    operand = matmul.args[2 if is_op(matmul, aten.addmm.default) else 1] if len(matmul.args) > 1 else None
+    operand = multiplied(matmul)[1] if len(matmul.args) > 1 else None
     if not isinstance(operand, Node):
         return []
     seen, waiting, weights = {operand}, [operand], []

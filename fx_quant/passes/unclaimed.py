@@ -14,7 +14,17 @@ from fx_quant.passes.contractions import (
     operands_of_contraction,
     outer_product,
 )
-from fx_quant.passes.nodes import CASTS, MULTIPLICATIONS, VIEWS, args_of, aten, is_op, qualified_name, through
+from fx_quant.passes.nodes import (
+    ADDING_MATMULS,
+    CASTS,
+    MULTIPLICATIONS,
+    VIEWS,
+    args_of,
+    aten,
+    is_op,
+    qualified_name,
+    through,
+)
 from fx_quant.passes.origins import Kind, Origin, Origins, is_library_matmul
 from fx_quant.passes.rulebook import is_matmul
 from fx_quant.passes.values import Unknown, Value
@@ -52,7 +62,7 @@ def unclaimed_contraction(
     return _lost(gemm, operands, coded, annotation)
 
 
-_MATRICES = (aten.mm.default, aten.bmm.default, aten.addmm.default)
+_MATRICES = (aten.mm.default, aten.bmm.default, *ADDING_MATMULS)
 
 
 def _is_on_the_left(operands: list[Node], coded: list[tuple[Node, Origin]]) -> bool:

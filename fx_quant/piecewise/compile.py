@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fx_quant.piecewise.padded_run import SizedPiece
-from fx_quant.piecewise.progress import progress
 from fx_quant.piecewise.run import as_it_is, runner
 from fx_quant.piecewise.same import key_of, renaming
 from fx_quant.piecewise.sizes import Asked, SizePlan, copied, plan_sizes, specialised
@@ -22,6 +21,7 @@ from fx_quant.piecewise.split import NotSplitError, Part, Split, split
 from fx_quant.piecewise.traced import compiling_later
 from fx_quant.piecewise.writes import check_writes, written_inputs
 from fx_quant.report import PieceReport, Report
+from fx_quant.report.progress import progress
 
 log = logging.getLogger("fx_quant")
 
@@ -130,7 +130,7 @@ def _compile(
     functions: dict[Part, Callable[..., Any]] = {
         part: as_it_is(part) for part in dict.fromkeys(first_of.values()) if part not in compiled
     }
-    for part in progress(compiled):
+    for part in progress(compiled, "compiling", "piece"):
         inputs = [_input(node, given, cut) for node in part.call.args]
         plan = plans.get(part, SizePlan())
         # Inductor changes what it compiles.

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from fx_quant.kernels.registry import kernels
-from fx_quant.reasons import as_data, from_data, lacks_only_compiler, without_compiler
+from fx_quant.errors import MissError
+from fx_quant.reasons import without_compiler
+from fx_quant.report.blocks import Block, Paragraph
+from fx_quant.report.compare import Comparison
+from fx_quant.report.record import ROWS, rows_as_data, rows_from_data
+from fx_quant.report.reported import Reported
 from fx_quant.report.rows import (
     BreakReport,
+    CallReport,
+    FloatReport,
     MissReport,
     PieceReport,
-    PlanReport,
     RecognisedReport,
     SiteReport,
     UnseenReport,
@@ -22,6 +27,7 @@ from fx_quant.report.rows import (
 from fx_quant.report.tables import (
     breaks_list,
     counted,
+    float_list,
     losers_list,
     mebibytes,
     miss_list,
@@ -31,11 +37,12 @@ from fx_quant.report.tables import (
     sizes_list,
     unseen_list,
 )
+from fx_quant.report.tree_page import report_page
 
 
-@dataclass(frozen=True)
-class Report:
-    """What became of each quantized matmul of a model on a target; prints as tables.
+@dataclass(frozen=True, repr=False)
+class Report(Reported):
+    """What became of each quantized matmul of a model on a target; prints as tables, and shows itself as a page.
 
     Args:
         target: the machine.
@@ -51,6 +58,10 @@ class Report:
         whole: why a graph that was to be compiled in pieces was not.
         held_twice: bytes of the model's codes that kernels hold a packed copy of once it is compiled for a CPU.
         releasable: how many of them ``prepare_(model, release=True)`` would free.
+        floats: linears that are not quantized.
+        call: what a call of the model takes, where it was measured.
+        model_bytes: that the model's tensors take.
+        attention: calls of attention of one query that a kernel beside the matmuls' has.
     """
 
     target: str
@@ -67,31 +78,49 @@ class Report:
     whole: str = ""
     held_twice: int = 0
     releasable: int = 0
+    floats: tuple[FloatReport, ...] = ()
+    call: CallReport | None = None
+    model_bytes: int = 0
+    attention: int = 0
 
-    def to_json(self) -> str:
-        """The whole report as JSON: ``losers`` of a row are texts, and ``unmet`` the kinds of these."""
-        data = dataclasses.asdict(self)
-        for name in _JUDGED:
-            for fields, row in zip(data[name], getattr(self, name), strict=True):
-                fields |= {"losers": row.losers, "unmet": as_data(row.unmet)}
-        return json.dumps(data, indent=2)
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain data, in which rows name what they share by its number."""
+        rows = {name: getattr(self, name) for name in ROWS}
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ROWS}
+        call = None if self.call is None else dataclasses.asdict(self.call)
+        return {"summary": self.summary(), **facts, "call": call, **rows_as_data(rows)}
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report of which ``to_json`` made ``text``; the kinds of one that was saved without are unknown."""
+        """The report of which ``to_json`` made ``text``."""
         data = json.loads(text)
-        for name in _JUDGED:
-            for fields in data[name]:
-                fields["unmet"] = from_data(fields.pop("losers"), fields.get("unmet"))
-        for fields in data.get("pieces", ()):
-            fields["sizes"] = tuple(fields.get("sizes", ()))
-        for fields in data["sites"]:
-            fields["notes"] = tuple(fields.get("notes", ()))
-            plans = fields.get("plans", {}).items()
-            fields["plans"] = {mode: PlanReport(**plan | {"cut": tuple(plan["cut"])}) for mode, plan in plans}
-        for name, row in _ROWS.items():
-            data[name] = tuple(row(**fields) for fields in data[name])
-        return cls(**data)
+        rows = rows_from_data(data)
+        facts = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data and f.name not in ROWS}
+        if facts.get("call") is not None:
+            facts["call"] = CallReport(**facts["call"])
+        fields: dict[str, Any] = {**facts, **rows}
+        return cls(**fields)
+
+    def compare(self, other: Report) -> Comparison:
+        """What became different from this report to ``other``: of another version, machine, option or model."""
+        return Comparison.of(self, other)
+
+    def raise_if(self, *, missed: bool = True, fewer_than: int | None = None) -> Report:
+        """Raise when a matmul was missed, or fewer were rewritten than expected; returns self otherwise.
+
+        Args:
+            missed: raise for a miss, for a module that holds codes and is in no row, and where nothing was analysed.
+            fewer_than: raise when fewer are rewritten.
+
+        Raises:
+            MissError: says which.
+        """
+        told = len(self.sites) + len(self.recognised) + len(self.misses)
+        if missed and (self.misses or self.unseen or not told):
+            raise MissError(f"every quantized matmul must be found and none missed, got: {self.summary()}")
+        if fewer_than is not None and len(self.sites) < fewer_than:
+            raise MissError(f"{fewer_than} or more quantized matmuls must be rewritten, got: {self.summary()}")
+        return self
 
     def merged(self, other: Report) -> Report:
         """The sites and misses of this report and of ``other``, in order."""
@@ -104,6 +133,7 @@ class Report:
             graph_breaks=self.graph_breaks + other.graph_breaks,
             pieces=self.pieces + other.pieces,
             whole=self.whole or other.whole,
+            attention=self.attention + other.attention,
         )
 
     def renamed(self, name_of: Callable[[str], str]) -> Report:
@@ -148,58 +178,58 @@ class Report:
         twice = (
             f"{mebibytes(self.held_twice)} of weights are held twice once compiled, as codes and packed for a kernel"
         )
-        if not self.releasable:
+        if self.releasable:
+            twice = f"{twice}; fx_quant.prepare_(model, release=True) would free {mebibytes(self.releasable)}"
+        if not self.model_bytes:
             return twice
-        return f"{twice}; fx_quant.prepare_(model, release=True) would free {mebibytes(self.releasable)}"
+        then = mebibytes(self.model_bytes + self.held_twice)
+        return f"{twice}; the model's tensors take {mebibytes(self.model_bytes)} now, and with those {then}"
+
+    def timing(self) -> str:
+        """One line: what a call takes, beside Inductor alone."""
+        if self.call is None:
+            return ""
+        ours, inductor = 1e3 * self.call.seconds, 1e3 * self.call.inductor_seconds
+        return f"a call takes {ours:.3g} ms, as Inductor alone compiles it {inductor:.3g} ms"
+
+    def attended(self) -> str:
+        """One line: how many calls of attention a kernel of ours has."""
+        if not self.attention:
+            return ""
+        calls = counted(self.attention, "call of attention", "calls of attention")
+        return f"{calls} with one query by cpu_attention, which reads keys and values once"
 
     def lost_to_compiler(self) -> list[str]:
         """For each matmul the kernel that a C++ compiler would have given it, where the target has none."""
-        order = [kernel.name for kernel in kernels()]
-        lost: dict[str, None] = {}
-        rows = [(site.unmet, site.kernel) for site in self.sites] + [(row.unmet, "") for row in self.recognised]
-        for unmet, chosen in rows:
-            better = order[: order.index(chosen)] if chosen in order else order
-            lost.update(dict.fromkeys([n for n in better if lacks_only_compiler(unmet.get(n, ()))][:1]))
-        return list(lost)
+        return list(dict.fromkeys(row.lost for row in (*self.sites, *self.recognised) if row.lost))
 
     def _graphs(self) -> str:
         breaks = f", {self.graph_breaks} graph breaks" if self.graph_breaks else ""
         return f"{self.graphs} graph{'s' if self.graphs != 1 else ''}{breaks}"
 
-    def __str__(self) -> str:
-        parts = [f"fx_quant: {self.summary()}"]
-        if self.note:
-            parts.append(textwrap.fill(self.note, 118))
-        if memory := self.memory():
-            parts.append(textwrap.fill(memory, 118))
-        if how := self.how_cut():
-            parts.append(textwrap.fill(how, 118))
-        if sized := sizes_list(self.pieces):
-            parts.append(sized)
-        if lost := self.lost_to_compiler():
-            parts.append(without_compiler(lost))
+    def remarks(self) -> list[Block]:
+        """What is said above the rows: what to do first, memory, pieces, time, and a compiler that is missing."""
+        blocks: list[Block] = [
+            Paragraph(text)
+            for text in (self.note, self.memory(), self.attended(), self.how_cut(), self.timing())
+            if text
+        ]
+        lost = self.lost_to_compiler()
+        return [*blocks, *sizes_list(self.pieces), *([Paragraph(without_compiler(lost))] if lost else [])]
+
+    def blocks(self, *, wide: bool) -> list[Block]:
+        """Notes, then sites, recognised matmuls and misses, then what is outside the graphs."""
+        blocks = self.remarks()
         if self.sites:
-            parts.append(site_table(self.sites))
-            parts.append(padding_list(self.sites))
-            parts.append(losers_list(self.sites))
-        if self.recognised:
-            parts.append(recognised_list(self.recognised))
-        if self.misses:
-            parts.append(miss_list(self.misses))
+            blocks += [*site_table(self.sites, wide=wide), *padding_list(self.sites), *losers_list(self.sites)]
+        blocks += recognised_list(self.recognised) + miss_list(self.misses)
         reported = (*self.sites, *self.recognised, *self.misses)
-        parts.append(unseen_list(self.unseen, nameless=sum(not row.module for row in reported)))
+        blocks += unseen_list(self.unseen, nameless=sum(not row.module for row in reported))
+        blocks += float_list(self.floats) if reported else []
         # Only where something may be outside the graphs.
         if self.graph_breaks and (reported or self.unseen):
-            parts.append(breaks_list(self.breaks, self._graphs()))
-        return "\n\n".join(part for part in parts if part)
+            blocks += breaks_list(self.breaks, self._graphs())
+        return blocks
 
-
-_JUDGED = ("sites", "recognised")
-_ROWS = {
-    "sites": SiteReport,
-    "misses": MissReport,
-    "recognised": RecognisedReport,
-    "unseen": UnseenReport,
-    "breaks": BreakReport,
-    "pieces": PieceReport,
-}
+    def _page(self) -> str:
+        return report_page(self)

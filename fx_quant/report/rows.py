@@ -27,6 +27,47 @@ class PlanReport:
 
 
 @dataclass(frozen=True)
+class ExcerptReport:
+    """The graph around one matmul, a line each step, in which values are numbered in order.
+
+    Args:
+        before: as the model states it.
+        after: as it was rewritten; empty where it was not.
+    """
+
+    before: str
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class TimeReport:
+    """What a matmul takes, with the steps that its rewrite replaces.
+
+    Args:
+        seconds: as fx_quant compiles it.
+        inductor_seconds: as Inductor alone compiles the same steps on the same inputs.
+        share: of the whole call as fx_quant compiles it that ``seconds`` are.
+    """
+
+    seconds: float
+    inductor_seconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """What a call of the whole model takes.
+
+    Args:
+        seconds: compiled by fx_quant.
+        inductor_seconds: compiled by Inductor alone.
+    """
+
+    seconds: float
+    inductor_seconds: float
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One quantized matmul that was rewritten.
 
@@ -45,6 +86,10 @@ class SiteReport:
         unmet: kernels that were not chosen, each with what it requires and is not met; nothing when it could have run.
         notes: what became of pads that the author wrote around it.
         plans: what each mode pads, by its name: ``eager``, ``graph`` and ``piecewise``.
+        weight_bytes: that the codes of the weight take.
+        lost: the kernel that it would have had with a C++ compiler, where the target has none.
+        excerpt: the graph around it, where somebody looks.
+        time: what it takes, where it was measured.
     """
 
     module: str
@@ -62,6 +107,10 @@ class SiteReport:
     unmet: dict[str, tuple[Unmet, ...]]
     notes: tuple[str, ...] = ()
     plans: dict[str, PlanReport] = field(default_factory=dict)
+    weight_bytes: int = 0
+    lost: str = ""
+    excerpt: ExcerptReport | None = None
+    time: TimeReport | None = None
 
     @property
     def losers(self) -> dict[str, list[str]]:
@@ -77,6 +126,7 @@ class MissReport:
         module, source, op: where it is, as in ``SiteReport``.
         node: the graph node at which the rule failed.
         reason: the rule, in words.
+        excerpt: the graph around it, where somebody looks.
     """
 
     module: str
@@ -84,6 +134,7 @@ class MissReport:
     op: str
     node: str
     reason: str
+    excerpt: ExcerptReport | None = None
 
     @classmethod
     def of_graph(cls, reason: str) -> MissReport:
@@ -105,6 +156,7 @@ class RecognisedReport:
         scheme, m, n, k: what it is; ``""`` and None where a library's own kernel hides it.
         reason: why it is left.
         unmet: kernels that cannot run it, each with what it requires and is not met.
+        weight_bytes, lost, excerpt: as in ``SiteReport``.
     """
 
     module: str
@@ -116,6 +168,9 @@ class RecognisedReport:
     k: int | None
     reason: str
     unmet: dict[str, tuple[Unmet, ...]]
+    weight_bytes: int = 0
+    lost: str = ""
+    excerpt: ExcerptReport | None = None
 
     @property
     def losers(self) -> dict[str, list[str]]:
@@ -137,6 +192,21 @@ class UnseenReport:
     module: str
     kind: str
     in_graph: bool
+
+
+@dataclass(frozen=True)
+class FloatReport:
+    """One linear that is not quantized.
+
+    Args:
+        module: its name in ``named_modules()``.
+        kind: its class.
+        weight_bytes: that its weight takes.
+    """
+
+    module: str
+    kind: str
+    weight_bytes: int
 
 
 @dataclass(frozen=True)

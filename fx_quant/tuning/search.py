@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from tabulate import tabulate
+from fx_quant.report import Block, Paragraph, Reported, Table
+from fx_quant.report.progress import progress
 
+_NOTHING = "nothing was decided; what was compiled is kept, so that a second run has more time to measure"
 # What the default takes over what the chosen takes, at least.
 GAIN = 1.03
 
@@ -44,14 +46,18 @@ class Budget:
         """Seconds since the start."""
         return self._clock() - self._start
 
-    def check(self) -> None:
-        """Nothing, where time is left.
+    def check(self, needed: float = 0.0) -> None:
+        """Nothing, where time is left, as much as is ``needed``.
 
         Raises:
             BudgetSpentError: there is none.
         """
-        if self.spent >= self._seconds:
+        if self.spent >= self._seconds or self.spent + needed > self._seconds:
             raise BudgetSpentError
+
+    def leaves(self, needed: float, share: float) -> bool:
+        """Whether within ``share`` of the budget there is time for what is ``needed``."""
+        return self.spent + needed <= share * self._seconds
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def _fastest(
 
 def decide_all(cases: Iterable[Case], decide: Callable[[Case], DecisionT], budget: Budget) -> Iterator[DecisionT]:
     """Decide case by case until the budget is spent; a case whose decision it ends is not decided."""
-    for case in cases:
+    for case in progress(cases, "tuning", "decision"):
         try:
             budget.check()
             decision = decide(case)
@@ -119,8 +125,8 @@ class Decision(Protocol):
         """The decision as cells of the report's table."""
 
 
-@dataclass(frozen=True)
-class Report(Generic[DecisionT]):
+@dataclass(frozen=True, repr=False)
+class Report(Reported, Generic[DecisionT]):
     """What a tuning run decided.
 
     Args:
@@ -142,6 +148,7 @@ class Report(Generic[DecisionT]):
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""
         return {
+            "summary": self.summary(),
             "decisions": [decision.to_dict() for decision in self.decisions],
             "unreached": list(map(str, self.unreached)),
             "seconds": round(self.seconds, 3),
@@ -155,6 +162,10 @@ class Report(Generic[DecisionT]):
 
     def summary(self) -> str:
         """What was decided, in a line."""
+        return f"{self.decided()} in {self.seconds:.1f} s"
+
+    def decided(self) -> str:
+        """How much was decided, in words."""
         raise NotImplementedError  # each provider counts what it decides
 
     def summary_of_unreached(self) -> str:
@@ -165,11 +176,12 @@ class Report(Generic[DecisionT]):
         """Lines below the table."""
         return []
 
-    def __str__(self) -> str:
-        rows = [decision.row() for decision in self.decisions]
-        lines = [tabulate(rows, headers=self.headers, disable_numparse=True)] if rows else ["nothing was decided"]
-        lines += [*self.remarks(), f"\n{self.summary()} in {self.seconds:.1f} s"]
+    def blocks(self, *, wide: bool) -> list[Block]:
+        """A row a decision, what was not reached, and where the decisions are."""
+        rows = tuple(tuple(map(str, decision.row())) for decision in self.decisions)
+        blocks: list[Block] = [Table(self.headers, rows) if rows else Paragraph(_NOTHING)]
+        said = self.remarks()
         if self.unreached:
-            lines.append(f"not reached within the budget, so as before: {self.summary_of_unreached()}")
-        lines.append(f"saved in {self.path}" if self.path else f"nothing is saved: {self.otherwise} in force")
-        return "\n".join(lines)
+            said.append(f"not reached within the budget, so as before: {self.summary_of_unreached()}")
+        said.append(f"saved in {self.path}" if self.path else f"nothing is saved: {self.otherwise} in force")
+        return [*blocks, *map(Paragraph, said)]

@@ -23,6 +23,8 @@ from fx_quant.kernels.cpu.int8_kernels import LEVELS
 from fx_quant.kernels.cpu.native import BFLOAT16, Dot, matmul
 from fx_quant.kernels.cpu.plans import PlanTable, default_table
 from fx_quant.kernels.layouts import packed_layout
+from fx_quant.report.progress import progress
+from fx_quant.tuning.search import Budget
 
 Shape = tuple[int, int]
 
@@ -66,9 +68,22 @@ class TunedKernel:
         return self.layout == "int4_words"
 
 
-def tuned_kernels() -> tuple[TunedKernel, ...]:
-    """The kinds of native kernel that this machine has the instructions and a compiler for."""
-    return tuple(filter(_runs, supported_kernels()))
+def tuned_kernels(budget: Budget | None = None) -> tuple[TunedKernel, ...]:
+    """The kinds of native kernel that this machine has the instructions and a compiler for, in order of preference.
+
+    Args:
+        budget: once compiling them has taken a half of it, no other is compiled; the first always is.
+    """
+    found: list[TunedKernel] = []
+    longest = 0.0
+    for kernel in progress(supported_kernels(), "compiling", "kernel"):
+        if found and budget is not None and not budget.leaves(longest, share=0.5):
+            break
+        begin = time.perf_counter()
+        if _runs(kernel):
+            found.append(kernel)
+        longest = max(longest, time.perf_counter() - begin)
+    return tuple(found)
 
 
 def supported_kernels() -> tuple[TunedKernel, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fx_quant.errors import FxQuantError
-from fx_quant.kernels.cpu.candidates import Shape, Timer, TunedKernel, tuned_kernels
+from fx_quant.kernels.cpu.candidates import Shape, Timer, TunedKernel, supported_kernels, tuned_kernels
 from fx_quant.kernels.cpu.plans import ANY_ROWS, PLANS, Machine, PlanTable, default_table, table, this_machine
 from fx_quant.tuning import search
 from fx_quant.tuning.search import Budget, Report, choose
@@ -78,7 +78,7 @@ class Decision:
         return self.kernel, self.rows, self.parameter, self.default, self.chosen, gain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TuneReport(Report[Decision]):
     """What a tuning run decided.
 
@@ -99,12 +99,12 @@ class TuneReport(Report[Decision]):
         """The machine as JSON holds it."""
         return {"machine": dataclasses.asdict(self.machine)}
 
-    def summary(self) -> str:
+    def decided(self) -> str:
         """How many parameters changed, and for what."""
         changed = sum(decision.chosen != decision.default for decision in self.decisions)
         return (
             f"{changed} of {len(self.decisions)} parameters changed for {self.machine.cpu}, "
-            f"{self.machine.threads} threads,"
+            f"{self.machine.threads} threads"
         )
 
     def summary_of_unreached(self) -> str:
@@ -129,7 +129,8 @@ def tune(
 
     Args:
         shapes: ``(n, k)`` of weights to measure with; None is 2048 x 2048 and 4096 x 4096.
-        budget_seconds: after which no measurement begins.
+        budget_seconds: for everything, compiling included; nothing begins for which less time is left than its like
+            took. Kernels that are not compiled within a half of it are not reached.
         threads: to measure for, which must be PyTorch's number when the plans are to be used; None is the present one.
 
     Raises:
@@ -141,7 +142,7 @@ def tune(
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else threads)
     try:
-        kernels = tuned_kernels()
+        kernels = tuned_kernels(budget)
         if not kernels:
             raise FxQuantError(
                 "tuning needs a native kernel that can run here, and there is none; see `python -m fx_quant doctor`"
@@ -150,7 +151,9 @@ def tune(
         PLANS.check_writable(machine)
         all_steps = steps(kernels, shapes, machine.threads)
         decided, tables = decide_all(all_steps, Timer(kernels, shapes), budget)
-        return _saved(decided, all_steps, tables, machine, budget.spent)
+        uncompiled = [kernel for kernel in supported_kernels() if kernel not in kernels]
+        planned = [*all_steps, *steps(uncompiled, shapes, machine.threads)]
+        return _saved(decided, planned, tables, machine, budget.spent)
     finally:
         torch.set_num_threads(before)
 
@@ -225,10 +228,15 @@ def decide_all(
     No measurement begins after it, and a step that it ends is not decided.
     """
     tables = {step.kernel.kind: table(step.kernel.kind) for step in all_steps}
+    # What a measurement has taken, by its rows.
+    took: dict[int, float] = {}
 
     def timed(step: Step, shape: Shape, tried: Sequence[PlanTable]) -> Sequence[float]:
-        budget.check()
-        return measure(step.kernel, step.rows, shape, tried)
+        budget.check(took.get(step.rows, 0.0))
+        begin = budget.spent
+        found = measure(step.kernel, step.rows, shape, tried)
+        took[step.rows] = max(took.get(step.rows, 0.0), budget.spent - begin)
+        return found
 
     def decide(step: Step) -> Decision:
         kind = step.kernel.kind

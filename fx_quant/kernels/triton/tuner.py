@@ -88,14 +88,14 @@ class Decision:
         return self.case, self.default, f"{self.default_seconds * 1e6:.1f}", chosen, f"{self.chosen_seconds * 1e6:.1f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GpuReport(Report[Decision]):
     """What a tuning run decided; ``unreached`` holds what was ``Asked``."""
 
     headers = ("case", "the model's", "us", "chosen", "us")
     otherwise = "the model's choices are"
 
-    def summary(self) -> str:
+    def decided(self) -> str:
         """How many cases were decided."""
         return f"{len(self.decisions)} cases"
 

@@ -27,7 +27,10 @@ _PACKED = ("_weight_bias", "_packed_params", "_all_weight_values", "_packed_weig
 _SMALL_SCALE = torch.tensor(6.1e-5).item()
 # How many outputs of a linear tell its engine.
 _PROBED = 256
-_ENGINES = tuple({"steps": steps, "fused": fused} for steps in (127, 255) for fused in (True, False))
+# How the zero point is added: with the product before it is rounded, to the rounded code (fbgemm, x86 and qnnpack of
+# torch 2.14), or apart, as oneDNN has it.
+_ADDITIONS = ("fused", "last", "apart")
+_ENGINES = tuple({"steps": steps, "adds": adds} for steps in (127, 255) for adds in _ADDITIONS)
 _ELSEWHERE = "quantize the float model with fx_quant.quantize_ or torchao"
 
 
@@ -93,13 +96,14 @@ def _convert(module: Any) -> Conversion:
 
 
 def quantize_activation(
-    x: Tensor, input_scale: None, input_zero_point: None, *, steps: int, fused: bool
+    x: Tensor, input_scale: None, input_zero_point: None, *, steps: int, adds: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(codes, scale, zero_point)`` of ``x [..., k]``, one scale for all, as the engines compute them.
 
     ::
 
-        codes       clamp(round(x * (1 / scale) + zero_point), 0, 255), 128 less to be int8
+        codes       clamp(round(x * (1 / scale) + zero_point), 0, 255), or round(x * (1 / scale)) + zero_point,
+                    128 less to be int8
         scale       (high - low) / steps in float64; 0.1 where it is 0, at least 6.1e-5 elsewhere
         zero_point  round(clamp(-low / scale, 0, steps)) or from the upper end, 128 less
 
@@ -108,19 +112,21 @@ def quantize_activation(
 
     Args:
         steps: 127 under ``reduce_range``; 255 without it, and on qnnpack, which ignores it.
-        fused: ``x * (1 / scale) + zero_point`` is one operation (fbgemm, x86, qnnpack), or two in float32 (onednn).
+        adds: ``x * (1 / scale) + zero_point`` is one operation (``fused``: fbgemm, x86, qnnpack until torch 2.13), two
+            in float32 (``apart``: onednn), or the product is rounded before (``last``: the former since torch 2.14).
 
     Source: ``ChooseQuantizationParams`` in QuantUtils.h, ``apply_dynamic_impl`` in qlinear_dynamic.cpp
     """
     x = x.float()
     wide, zero_point = _parameters(x.amin().clamp(max=0), x.amax().clamp(min=0), steps)
-    if fused:
-        scale = wide.float()
+    # oneDNN is handed the inverse, and inverts it.
+    scale = 1 / (1 / wide).float() if adds == "apart" else wide.float()
+    if adds == "fused":
         scaled = (x.double() * (1 / scale).double() + zero_point).float()
-    else:
-        # oneDNN is handed the inverse, and inverts it.
-        scale = 1 / (1 / wide).float()
+    elif adds == "apart":
         scaled = x * (1 / scale) + zero_point
+    else:
+        scaled = (x * (1 / scale)).round() + zero_point
     scaled = torch.where(scaled.isnan(), zero_point.float(), scaled)
     codes = scaled.round().clamp(0, 255) - 128
     return codes.to(torch.int8), scale, zero_point.to(torch.int32) - 128
@@ -146,13 +152,13 @@ def _parameters(low: Tensor, high: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return wide, zero_point.masked_fill(zero_point.isnan(), 0)
 
 
-def _is_formula_of(module: Any, linear: QuantizedLinear, *, steps: int, fused: bool) -> bool:
+def _is_formula_of(module: Any, linear: QuantizedLinear, *, steps: int, adds: str) -> bool:
     """Whether ``module`` gives on one small input what its weight and this formula give, for some of its outputs.
 
     Its engine cannot be asked for, and is not that of the process if the module was made under another.
     """
     x = _ties(linear.in_features, steps)
-    codes, scale, zero_point = quantize_activation(x, None, None, steps=steps, fused=fused)
+    codes, scale, zero_point = quantize_activation(x, None, None, steps=steps, adds=adds)
     n = min(_PROBED, linear.out_features)
     products = (codes.double() - zero_point) @ linear.weight[:n].double().t()
     bias = 0 if linear.bias is None else linear.bias[:n].double()

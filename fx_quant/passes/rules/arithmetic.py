@@ -292,9 +292,11 @@ def _zero_point(value: Value, node: Node, other: object, subtracts: bool) -> Val
         return Unknown(node, "every code has a zero point of its own")
     moved = dataclasses.replace(affine, zero_points=(*affine.zero_points, zero_point))
     if not to.is_floating_point:
+        if difference_fits(moved, to):
+            return moved
         if to not in ACCUMULATORS:
             return Unknown(node, f"a zero point is subtracted in {to}, where the difference may wrap around")
-        return moved if difference_fits(moved, to) else dataclasses.replace(moved, wraps=node)
+        return dataclasses.replace(moved, wraps=node)
     kind = dtype(zero_point.source)
     if affine.zero_points or rounds_difference(affine.codes, kind, to):
         moved = rounded(moved, to)

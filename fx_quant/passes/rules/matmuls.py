@@ -9,8 +9,10 @@ import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import REPEAT, Dims, Piece, cut, flat, segments
+from fx_quant.passes.contractions import op_name
 from fx_quant.passes.matrices import axis_of, integer_range, tile_along
 from fx_quant.passes.nodes import (
+    ADDING_MATMULS,
     CASTS,
     args_of,
     arguments,
@@ -18,6 +20,7 @@ from fx_quant.passes.nodes import (
     dtype,
     dtype_of,
     is_op,
+    multiplied,
     shape,
     summed_size,
     through,
@@ -104,8 +107,8 @@ def _tile(factor: Decode, free: Sequence[Piece], along_k: Sequence[Piece]) -> Ti
 
 
 def _matmul(env: Environment, node: Node) -> Value | None:
-    """``mm``, ``bmm``, ``addmm`` and ``_int_mm`` of codes, dequantized or not."""
-    operands = args_of(node)[1:3] if is_op(node, aten.addmm.default) else args_of(node)[:2]
+    """``mm``, ``mv``, ``bmm``, ``addmm``, ``baddbmm`` and ``_int_mm`` of codes, dequantized or not."""
+    operands = multiplied(node)
     left, right = map(env.value, operands)
     if isinstance(right, Unknown):
         return right
@@ -114,7 +117,7 @@ def _matmul(env: Environment, node: Node) -> Value | None:
         a = None  # no matmul of codes: what it was decoded to is a float like any other
     if b is None:
         return left if isinstance(left, Unknown) else _float_weight(node, a)
-    dims = _without_batch(b.codes.dims)
+    dims = b.codes.dims[::-1] if is_op(node, aten.mv.default) else _without_batch(b.codes.dims)
     if dims is None:
         return Unknown(node, "a batched matmul whose second operand differs from batch to batch")
     b = dataclasses.replace(b, codes=dataclasses.replace(b.codes, dims=dims))
@@ -231,13 +234,13 @@ def _started(node: Node, a: Codes | Node, of_a: Operand | None, of_b: Operand, n
     if a_is_codes and not product.wraps and not all(map(is_near, (*product.a_zero_points, *product.b_zero_points))):
         # The part of a zero point that lies far out is taken off the sum in float32.
         product = dataclasses.replace(product, numerics=max(product.numerics, Numerics.REASSOCIATED))
-    if not is_op(node, aten.addmm.default):
+    if not is_op(node, *ADDING_MATMULS):
         return product
     if arguments(node)["alpha"] != 1 or arguments(node)["beta"] != 1:
-        return Unknown(node, "addmm with alpha or beta other than 1")
+        return Unknown(node, f"{op_name(node.target)} with alpha or beta other than 1")
     axis = axis_of(args_of(node)[0], node)
     if axis not in (Axis.COLUMN, Axis.SCALAR) or dtype(args_of(node)[0]) not in FLOAT_DTYPES:
-        return Unknown(node, "addmm adds a matrix, not a bias along n")
+        return Unknown(node, f"{op_name(node.target)} adds a matrix, not a bias along n")
     return dataclasses.replace(
         product,
         bias=tile_along(axis, args_of(node)[0], node),
@@ -271,5 +274,5 @@ def _float_sum_class(a: Operand, b: Operand, k: int | torch.SymInt, to: torch.dt
 
 
 RULES: dict[object, Rule] = dict.fromkeys(
-    (aten.mm.default, aten.bmm.default, aten.addmm.default, aten._int_mm.default), _matmul
+    (aten.mm.default, aten.mv.default, aten.bmm.default, aten._int_mm.default, *ADDING_MATMULS), _matmul
 )

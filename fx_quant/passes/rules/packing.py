@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import seen_through
 from fx_quant.passes.matrices import integer_range, stored_dtype
-from fx_quant.passes.nodes import ANDS, CASTS, JOINS, RIGHT_SHIFTS, args_of, aten, dtype, is_op, shape, uniform_value
+from fx_quant.passes.nodes import ANDS, CASTS, JOINS, RIGHT_SHIFTS, args_of, aten, dtype, is_op, shape
+from fx_quant.passes.ranges import bounds_of
 from fx_quant.passes.rules.steps import is_integer
 from fx_quant.passes.values import Codes, Environment, Rule, Unknown, Value
 
-_NARROW = 256
+_CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 
 
-def _mask(env: Environment, node: Node) -> Value | None:
-    """``packed & mask``: codes ``0..mask``, whatever they were packed in."""
-    mask = uniform_value(args_of(node)[1])
-    to = dtype(node)
-    if to is None or not is_integer(to) or not isinstance(mask, int) or not 0 < mask < _NARROW:
+def _bounded(env: Environment, node: Node) -> Value | None:
+    """``packed & mask``, ``packed >> bits``, a clamp of integers: codes within bounds, whatever held them."""
+    to, bounds = dtype(node), bounds_of(node)
+    if not is_integer(to) or bounds is None:
         return None
-    if mask > torch.iinfo(to).max:
-        return None  # as int8, 200 is negative
-    return Codes.of(node, bounds=(0, mask))
-
-
-def _shift(env: Environment, node: Node) -> Value | None:
-    """``packed >> bits`` of bytes: codes of the remaining bits."""
-    value, bits = env.value(args_of(node)[0]), uniform_value(args_of(node)[1])
-    if not isinstance(value, Codes) or not isinstance(bits, int) or dtype(node) is not torch.uint8:
-        return None
-    bounds = integer_range(value)
-    if bounds is None or bounds[0] < 0 or bits not in range(8):
-        return None  # other numbers of bits wrap around
-    return Codes.of(node, bounds=(0, bounds[1] >> bits))
+    codes = Codes.of(node, bounds)
+    return None if stored_dtype(codes) is None else codes
 
 
 def _joined(env: Environment, node: Node) -> Value | None:
@@ -72,9 +59,10 @@ GATHERED = (
     "desc_act"
 )
 
+# Which of these may make codes of what holds none by its dtype.
+STARTS = frozenset({aten.index.Tensor, *ANDS, *RIGHT_SHIFTS, *JOINS})
 RULES: dict[object, Rule] = {
     aten.index.Tensor: _indexed,
-    **dict.fromkeys(ANDS, _mask),
-    **dict.fromkeys(RIGHT_SHIFTS, _shift),
+    **dict.fromkeys((*ANDS, *RIGHT_SHIFTS, *_CLAMPS), _bounded),
     **dict.fromkeys(JOINS, _joined),
 }

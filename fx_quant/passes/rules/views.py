@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import viewed
-from fx_quant.passes.matrices import ACCUMULATORS, holds_exactly
+from fx_quant.passes.matrices import ACCUMULATORS, holds_exactly, integer_range
 from fx_quant.passes.nodes import (
     CASTS,
     COPIES,
@@ -23,7 +24,8 @@ from fx_quant.passes.nodes import (
     same_size,
     shape,
 )
-from fx_quant.passes.rules.steps import may_wrap, rounded, stepped
+from fx_quant.passes.rules.steps import is_integer, may_wrap, rounded, stepped
+from fx_quant.passes.slices import cut_of
 from fx_quant.passes.values import Affine, Codes, ColumnSum, Environment, Product, Rule, Stage, Unknown, Value
 from fx_quant.scheme import CODE_DTYPES, FLOAT_DTYPES
 
@@ -61,9 +63,18 @@ def _keeps_columns(node: Node) -> bool:
 
 
 def _slice(env: Environment, node: Node) -> Value | None:
-    """A slice that keeps everything, such as the unpad of an operand that was not padded."""
-    source = args_of(node)[0]
-    return env.value(source) if same_shape(shape(node), shape(source)) else None
+    """A slice that keeps everything, such as the unpad of an operand that was not padded, or a part of codes."""
+    found = cut_of(node)
+    source = args_of(node)[0] if found is None else found[0]
+    value = env.value(source)
+    if same_shape(shape(node), shape(source)):
+        return value
+    if isinstance(value, Affine) and found is not None:
+        return Unknown(node, "a part of a decoded weight that is no slice of its codes, scales and zero points")
+    if not isinstance(value, Codes) or not is_integer(dtype(node)):
+        return None
+    bounds = integer_range(value)
+    return None if bounds is None else Codes.of(node, bounds)
 
 
 def _cast(env: Environment, node: Node) -> Value | None:
@@ -71,7 +82,9 @@ def _cast(env: Environment, node: Node) -> Value | None:
     assert to is not None
     if isinstance(value, Codes):
         if holds_exactly(value, to):
-            return value
+            # What is cast to a byte is where codes are told from the steps that quantize or unpack them.
+            narrows = to in CODE_DTYPES and dtype(value.node) not in CODE_DTYPES
+            return Codes.of(node, integer_range(value)) if narrows else value
         if to in CODE_DTYPES:
             return None
         return Unknown(node, f"a cast of the codes to {to} is not exact")
@@ -99,5 +112,5 @@ def _cast(env: Environment, node: Node) -> Value | None:
 RULES: dict[object, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(CASTS, _cast),
-    aten.slice.Tensor: _slice,
+    **dict.fromkeys((aten.slice.Tensor, aten.select.int, operator.getitem), _slice),
 }

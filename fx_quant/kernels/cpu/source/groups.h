@@ -114,15 +114,18 @@ struct FxqHalf {
 };
 
 // acc[ROWS][COLUMNS] += rows x columns of a panel of nibbles at b, ``count`` k of them
-template <typename DOT, int ROWS, int COLUMNS>
+template <typename DOT, int ROWS, int COLUMNS, bool ASKS = (ROWS > 2)>
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_nibble_products(
     typename DOT::Vec (&acc)[ROWS][COLUMNS], FxqLanes a, const char* b, int64_t count, FxqAhead& ahead) {
   constexpr int LINES = COLUMNS * sizeof(typename DOT::Codes) / 64;
   for (int64_t k = 0; k < count; k += 8, b += 256) {
+    // For one row or two the hardware asks in time.
+    if (ASKS) {
 #pragma GCC unroll 4
-    for (int line = 0; line < LINES; line++) {
-      __builtin_prefetch(ahead.at);
-      ahead.at += ahead.step;
+      for (int line = 0; line < LINES; line++) {
+        __builtin_prefetch(ahead.at);
+        ahead.at += ahead.step;
+      }
     }
     typename DOT::Codes bytes[COLUMNS];
 #pragma GCC unroll 8
@@ -157,9 +160,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_nibble_products(
 struct FxqPieces {
   int64_t first, count, group;
   const uint8_t* codes; // of the first piece: packed, or widened to bytes
-  alignas(64) float scales[FXQ_GROUPS][FXQ_PANEL];
-  alignas(64) float zero_points[FXQ_GROUPS][FXQ_PANEL];
-  alignas(64) float code_sums[FXQ_GROUPS][FXQ_PANEL];
+  FxqGroupFactors scales, zero_points, code_sums;
 };
 
 // Those of one group, from one column on.
@@ -282,7 +283,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
       if constexpr (NIBBLES) {
         fxq_nibble_products<DOT, ROWS, COLUMNS>(sum, lanes, b + column * 4, count, ahead);
       } else {
-        fxq_products<DOT, ROWS, COLUMNS, true>(sum, lanes, b + column * 4, groups, rest, ahead);
+        fxq_products<DOT, ROWS, COLUMNS>(sum, lanes, b + column * 4, groups, rest, ahead);
       }
       const FxqPieceFactors factors{chunk.scales[group] + column, chunk.zero_points[group] + column,
                                     chunk.code_sums[group] + column};
@@ -309,6 +310,75 @@ FXQ_TARGET __attribute__((noinline)) void fxq_piece_rows(
   }
 }
 
+// acc[ROWS][64] of the rows from ``row`` on, and some pieces of bytes, to the bits that fxq_piece_rows gives. Three rows
+// have room for their floats beside their integers: nothing is stored from piece to piece, for which six would wait.
+template <typename DOT, FxqShift SHIFT, typename DECODE, int ROWS>
+FXQ_TARGET __attribute__((noinline)) void fxq_kept_rows(
+    int64_t row, const FxqCodeRows<DOT, DECODE>& rows, const FxqPieces& chunk, FxqAhead ahead, float* acc) {
+  using Vec = typename DOT::Vec;
+  using Float = typename DOT::Float;
+  constexpr int COLUMNS = FXQ_PANEL / DOT::LANES;
+  const int64_t begin = rows.pieces[chunk.first].from, all = rows.pieces.size(), per_group = rows.weight.group;
+  const int32_t* starts = rows.starts(row);
+  const int8_t* const a = rows.data + row * rows.stride;
+  [[maybe_unused]] float points[ROWS];
+  Float kept[ROWS][COLUMNS];
+#pragma GCC unroll 3
+  for (int r = 0; r < ROWS; r++) {
+    points[r] = SHIFT == FxqShift::ROWS ? rows.zero_point(row + r) : 0.0f;
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; j++) {
+      std::memcpy(&kept[r][j], acc + r * FXQ_PANEL + j * DOT::LANES, sizeof(Float));
+    }
+  }
+  for (int64_t i = chunk.first; i < chunk.first + chunk.count; i++) {
+    const FxqPiece piece = rows.pieces[i];
+    const int64_t count = piece.to - piece.from, group = piece.group - chunk.group;
+    const FxqLanes lanes{reinterpret_cast<const char*>(a + piece.from), rows.stride, 0};
+    const char* b = reinterpret_cast<const char*>(chunk.codes + (piece.from - begin) * FXQ_PANEL);
+    Vec sum[ROWS][COLUMNS];
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; j++) {
+        sum[r][j] = DOT::splat(starts[r * all + i]);
+      }
+    }
+    fxq_products<DOT, ROWS, COLUMNS, true>(sum, lanes, b, count / DOT::GROUP, count % DOT::GROUP, ahead);
+    const float* const scale = chunk.scales[group];
+    const float* const code_sum = chunk.code_sums[group];
+    const bool shifts = SHIFT == FxqShift::ROWS && piece.from == piece.group * per_group;
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; j++) {
+        Float value = DOT::floats(sum[r][j]), factor;
+        if (shifts) {
+          std::memcpy(&factor, code_sum + j * DOT::LANES, sizeof(factor));
+          value = DOT::less(value, DOT::all(points[r]), factor);
+        }
+        std::memcpy(&factor, scale + j * DOT::LANES, sizeof(factor));
+        kept[r][j] = DOT::plus(kept[r][j], value, factor);
+      }
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; j++) {
+      std::memcpy(acc + r * FXQ_PANEL + j * DOT::LANES, &kept[r][j], sizeof(Float));
+    }
+  }
+}
+
+// Two rows or three.
+template <typename DOT, FxqShift SHIFT, typename DECODE>
+inline void fxq_few_kept_rows(
+    int64_t count, int64_t row, const FxqCodeRows<DOT, DECODE>& rows, const FxqPieces& chunk, FxqAhead ahead, float* acc) {
+  return count == 2 ? fxq_kept_rows<DOT, SHIFT, DECODE, 2>(row, rows, chunk, ahead, acc)
+                    : fxq_kept_rows<DOT, SHIFT, DECODE, 3>(row, rows, chunk, ahead, acc);
+}
+
 template <typename DOT, typename DECODE, bool NIBBLES>
 inline void fxq_some_rows(
     int64_t count,
@@ -320,16 +390,16 @@ inline void fxq_some_rows(
   static_assert(DOT::ROWS == 6);
   if constexpr (NIBBLES || !DECODE::IS_NIBBLES) {
     if (count <= 2) {
-      return count == 1 ? fxq_piece_rows<DOT, DECODE, NIBBLES, 1>(row, rows, chunk, asked, acc)
-                        : fxq_piece_rows<DOT, DECODE, NIBBLES, 2>(row, rows, chunk, asked, acc);
+      return count == 1 ? fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(1)>(row, rows, chunk, asked, acc)
+                        : fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(2)>(row, rows, chunk, asked, acc);
     }
   }
   // Several tiles have three rows at least.
   switch (count) {
-    case 3: return fxq_piece_rows<DOT, DECODE, NIBBLES, 3>(row, rows, chunk, asked, acc);
-    case 4: return fxq_piece_rows<DOT, DECODE, NIBBLES, 4>(row, rows, chunk, asked, acc);
-    case 5: return fxq_piece_rows<DOT, DECODE, NIBBLES, 5>(row, rows, chunk, asked, acc);
-    default: return fxq_piece_rows<DOT, DECODE, NIBBLES, 6>(row, rows, chunk, asked, acc);
+    case 3: return fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(3)>(row, rows, chunk, asked, acc);
+    case 4: return fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(4)>(row, rows, chunk, asked, acc);
+    case 5: return fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(5)>(row, rows, chunk, asked, acc);
+    default: return fxq_piece_rows<DOT, DECODE, NIBBLES, fxq_rows_of(6)>(row, rows, chunk, asked, acc);
   }
 }
 
@@ -450,8 +520,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_pieces_of_tile(
       }
       continue;
     }
-    const Float scale = _mm512_load_ps(factors.scale);
-    [[maybe_unused]] const Float code_sum = _mm512_load_ps(factors.code_sum);
+    const Float scale = _mm512_loadu_ps(factors.scale);
+    [[maybe_unused]] const Float code_sum = _mm512_loadu_ps(factors.code_sum);
     const bool shifts = SHIFT == FxqShift::ROWS && pieces[i].from == pieces[i].group * rows.weight.group;
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++) {
@@ -510,7 +580,11 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     const FxqWeight& w,
     int64_t panel,
     float* acc) {
-  const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
+  const FxqShift shift = fxq_shift(w);
+  // Of 32 registers; a tile has two rows at least.
+  const bool keeps = DOT::LANES == 16 && DOT::PARTS == 1 && shift != FxqShift::ANY && count > FXQ_TILE_ROWS;
+  const int64_t most_rows = keeps ? FXQ_TILE_ROWS / 2 : FXQ_TILE_ROWS;
+  const int64_t tiles = (count + most_rows - 1) / most_rows;
 #ifdef FXQ_AMX
   FxqTiles amx;
   const bool in_tiles = rows.steps.has_value();
@@ -537,9 +611,9 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     }
     chunk.group = begin.group;
     const int64_t read = end.group - begin.group + 1;
-    fxq_read(w.scale, panel * FXQ_PANEL, w.n, begin.group, read, chunk.scales);
-    fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, begin.group, read, chunk.zero_points);
-    fxq_read(w.code_sum, panel * FXQ_PANEL, w.n, begin.group, read, chunk.code_sums);
+    chunk.scales.find(w.scale, panel, w.n, begin.group, read);
+    chunk.zero_points.find(w.zero_point, panel, w.n, begin.group, read);
+    chunk.code_sums.find(w.code_sum, panel, w.n, begin.group, read);
     const int64_t deep = (end.to - begin.from + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP;
     chunk.codes = codes;
 #ifdef FXQ_AMX
@@ -560,15 +634,25 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
       const int64_t row = count * tile / tiles, height = count * (tile + 1) / tiles - row;
       FxqAhead asked[4] = {fxq_ahead(plan, tile, tiles, codes, deep * DECODE::BYTES), {}, {}, {}};
       if (tile == 0) {
-        asked[1] = fxq_factors_ahead(w.scale, panel, begin.group + read, read, chunk.count);
-        asked[2] = fxq_factors_ahead(w.zero_point, panel, begin.group + read, read, chunk.count);
-        asked[3] = fxq_factors_ahead(w.code_sum, panel, begin.group + read, read, chunk.count);
+        asked[1] = chunk.scales.ahead(w.scale, panel, begin.group + read, read, chunk.count);
+        asked[2] = chunk.zero_points.ahead(w.zero_point, panel, begin.group + read, read, chunk.count);
+        asked[3] = chunk.code_sums.ahead(w.code_sum, panel, begin.group + read, read, chunk.count);
       }
       float* out = acc + row * FXQ_PANEL;
       if (DECODE::IS_NIBBLES && !widens) {
         fxq_some_rows<DOT, DECODE, DECODE::IS_NIBBLES>(height, row, rows, chunk, asked, out);
-      } else {
-        asked[0].step = asked[0].step * DECODE::BYTES / FXQ_PANEL;
+        continue;
+      }
+      asked[0].step = asked[0].step * DECODE::BYTES / FXQ_PANEL;
+      if constexpr (DOT::LANES == 16 && DOT::PARTS == 1 && FXQ_ROWS_AT_MOST == FXQ_TILE_ROWS) {
+        if (keeps) {
+          const auto multiply = shift == FxqShift::NONE ? fxq_few_kept_rows<DOT, FxqShift::NONE, DECODE>
+                                                        : fxq_few_kept_rows<DOT, FxqShift::ROWS, DECODE>;
+          multiply(height, row, rows, chunk, asked[0], out);
+          continue;
+        }
+      }
+      if constexpr (!DECODE::IS_NIBBLES || FXQ_ROWS_AT_MOST == FXQ_TILE_ROWS) {
         fxq_some_rows<DOT, DECODE, false>(height, row, rows, chunk, asked, out);
       }
     }

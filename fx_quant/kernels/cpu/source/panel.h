@@ -17,7 +17,7 @@ FXQ_INLINE void fxq_columns(const uint8_t* codes, int part, const float* zero_po
   if (DECODE::SUBTRACTS && zero_point != nullptr) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      const __m512 less = _mm512_sub_ps(_mm512_castsi512_ps(columns[j]), _mm512_load_ps(zero_point + j * 16));
+      const __m512 less = _mm512_sub_ps(_mm512_castsi512_ps(columns[j]), _mm512_loadu_ps(zero_point + j * 16));
       columns[j] = _mm512_castps_si512(less);
     }
   }
@@ -74,8 +74,7 @@ inline FxqRows<typename DOT::A> fxq_rows(
 struct FxqChunk {
   int64_t begin, end, group;
   const uint8_t* codes;
-  alignas(64) float scales[FXQ_GROUPS][FXQ_PANEL];
-  alignas(64) float zero_points[FXQ_GROUPS][FXQ_PANEL];
+  FxqGroupFactors scales, zero_points;
 };
 
 // What is taken off the codes of group ``i`` of a chunk, where codes are; null where nothing is.
@@ -102,15 +101,15 @@ struct FxqShift {
 FXQ_INLINE void fxq_add(
     __m512 sum, const FxqShift& shift, int64_t column, float all, const float* row_scale, const float* scale, float* out) {
   if (shift.zero_point != nullptr) {
-    sum = _mm512_fnmadd_ps(_mm512_set1_ps(all), _mm512_load_ps(shift.zero_point + column), sum);
+    sum = _mm512_fnmadd_ps(_mm512_set1_ps(all), _mm512_loadu_ps(shift.zero_point + column), sum);
   }
   if (row_scale != nullptr) {
     sum = _mm512_mul_ps(sum, _mm512_set1_ps(*row_scale));
   }
   const __m512 before = _mm512_load_ps(out);
-  sum = scale ? _mm512_fmadd_ps(sum, _mm512_load_ps(scale + column), before) : _mm512_add_ps(sum, before);
+  sum = scale ? _mm512_fmadd_ps(sum, _mm512_loadu_ps(scale + column), before) : _mm512_add_ps(sum, before);
   if (shift.offset != nullptr) {
-    sum = _mm512_fmadd_ps(_mm512_set1_ps(all), _mm512_load_ps(shift.offset + column), sum);
+    sum = _mm512_fmadd_ps(_mm512_set1_ps(all), _mm512_loadu_ps(shift.offset + column), sum);
   }
   _mm512_store_ps(out, sum);
 }
@@ -187,6 +186,86 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
   }
 }
 
+#ifndef FXQ_AMX
+// acc[ROWS][64] of the rows from ``row`` on, and one chunk that is decoded: fxq_chunk_rows to its bits. Three rows have room
+// for their results beside the sums of a group: nothing is stored from group to group, for which six would wait.
+template <typename DOT, typename WIDE, FxqShift::Kind KIND, int ROWS>
+FXQ_TARGET __attribute__((noinline)) void fxq_kept_rows(
+    int64_t row, const FxqRows<typename DOT::A>& rows, const FxqWeight& w, const FxqChunk& chunk, float* acc) {
+  const typename DOT::A* a = rows.data + row * rows.stride;
+  const uint8_t* codes = chunk.codes;
+  int64_t k = chunk.begin, group = chunk.group;
+  __m512 kept[ROWS][4];
+#pragma GCC unroll 3
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      kept[r][j] = _mm512_load_ps(acc + r * FXQ_PANEL + j * 16);
+    }
+  }
+  for (int64_t i = 0; k < chunk.end; i++, group++) {
+    const int64_t end = std::min(chunk.end, (group + 1) * w.group);
+    const bool shifts = KIND != FxqShift::NONE && k == group * w.group;
+    typename DOT::Vec sum[1][ROWS][4];
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        sum[0][r][j] = _mm512_setzero_ps();
+      }
+    }
+    for (; k + WIDE::STEP <= end; k += WIDE::STEP, codes += WIDE::STEP * WIDE::BYTES) {
+      fxq_step<DOT, WIDE, ROWS, 1>(sum, a + k, rows.stride, codes, nullptr);
+    }
+    if (k < end) {
+      typename DOT::A rest[ROWS][WIDE::STEP] = {};
+      for (int r = 0; r < ROWS; r++) {
+        std::memcpy(rest[r], a + r * rows.stride + k, (end - k) * sizeof(typename DOT::A));
+      }
+      fxq_step<DOT, WIDE, ROWS, 1>(sum, rest[0], WIDE::STEP, codes, nullptr);
+      codes += WIDE::STEP * WIDE::BYTES;
+      k = end;
+    }
+    const float *scale = chunk.scales[i], *shift = chunk.zero_points[i];
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; r++) {
+      const __m512 all = _mm512_set1_ps(shifts ? rows.sum(row + r, group) : 0.0f);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        __m512 value = sum[0][r][j];
+        if (KIND == FxqShift::ZERO_POINT && shifts) {
+          value = _mm512_fnmadd_ps(all, _mm512_loadu_ps(shift + j * 16), value);
+        }
+        kept[r][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(scale + j * 16), kept[r][j]);
+        if (KIND == FxqShift::OFFSET && shifts) {
+          kept[r][j] = _mm512_fmadd_ps(all, _mm512_loadu_ps(shift + j * 16), kept[r][j]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      _mm512_store_ps(acc + r * FXQ_PANEL + j * 16, kept[r][j]);
+    }
+  }
+}
+
+// acc[count][64] of a chunk that is decoded, three rows at a time or two.
+template <typename DOT, typename WIDE, FxqShift::Kind KIND>
+FXQ_TARGET inline void fxq_kept_chunk(
+    int64_t count, const FxqRows<typename DOT::A>& rows, const FxqWeight& w, const FxqChunk& chunk, float* acc) {
+  const int64_t tiles = (count + 2) / 3;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t row = count * tile / tiles;
+    const auto multiply = count * (tile + 1) / tiles - row == 2 ? fxq_kept_rows<DOT, WIDE, KIND, 2>
+                                                                 : fxq_kept_rows<DOT, WIDE, KIND, 3>;
+    multiply(row, rows, w, chunk, acc + row * FXQ_PANEL);
+  }
+}
+#endif
+
 #ifdef FXQ_AMX
 constexpr int64_t FXQ_TILE_K = 32; // of bfloat16, in one tile
 
@@ -232,8 +311,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_add_tile(
     int64_t row,
     int64_t group,
     float* out) {
-  const __m512 scales[] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)};
-  const __m512 shifts[] = {_mm512_load_ps(shift), _mm512_load_ps(shift + 16)};
+  const __m512 scales[] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
+  const __m512 shifts[] = {_mm512_loadu_ps(shift), _mm512_loadu_ps(shift + 16)};
 #pragma GCC unroll 4
   for (int64_t r = 0; r < height; r++) {
     const __m512 all = _mm512_set1_ps(KIND == FxqShift::NONE ? 0.0f : rows.sum(row + r, group));
@@ -317,12 +396,12 @@ inline void fxq_chunk_tile(
     const FxqAhead (&ahead)[3],
     float* out) {
   switch (count) {
-    case 1: return fxq_chunk_rows<DOT, DECODE, 1>(first, row, rows, w, chunk, ahead, out);
-    case 2: return fxq_chunk_rows<DOT, DECODE, 2>(first, row, rows, w, chunk, ahead, out);
-    case 3: return fxq_chunk_rows<DOT, DECODE, 3>(first, row, rows, w, chunk, ahead, out);
-    case 4: return fxq_chunk_rows<DOT, DECODE, 4>(first, row, rows, w, chunk, ahead, out);
-    case 5: return fxq_chunk_rows<DOT, DECODE, 5>(first, row, rows, w, chunk, ahead, out);
-    default: return fxq_chunk_rows<DOT, DECODE, 6>(first, row, rows, w, chunk, ahead, out);
+    case 1: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(1)>(first, row, rows, w, chunk, ahead, out);
+    case 2: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(2)>(first, row, rows, w, chunk, ahead, out);
+    case 3: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(3)>(first, row, rows, w, chunk, ahead, out);
+    case 4: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(4)>(first, row, rows, w, chunk, ahead, out);
+    case 5: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(5)>(first, row, rows, w, chunk, ahead, out);
+    default: return fxq_chunk_rows<DOT, DECODE, fxq_rows_of(6)>(first, row, rows, w, chunk, ahead, out);
   }
 }
 
@@ -340,8 +419,8 @@ FXQ_TARGET inline bool fxq_next(const FxqWeight& w, int64_t panel, int64_t most,
   chunk.end = groups ? (chunk.group + groups) * w.group : std::min(chunk.begin + most, (chunk.group + 1) * w.group);
   chunk.end = std::min(chunk.end, w.k);
   const int64_t read = (chunk.end - 1) / w.group - chunk.group + 1;
-  fxq_read(w.scale, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.scales);
-  fxq_read(w.zero_point, panel * FXQ_PANEL, w.n, chunk.group, read, chunk.zero_points);
+  chunk.scales.find(w.scale, panel, w.n, chunk.group, read);
+  chunk.zero_points.find(w.zero_point, panel, w.n, chunk.group, read);
   return true;
 }
 
@@ -405,6 +484,14 @@ FXQ_TARGET __attribute__((noinline)) void fxq_wide_panel(
 #else
     FxqChunk decoded = chunk;
     decoded.codes = wide;
+    if (w.row_scale == nullptr && w.scale.kind != FXQ_NONE) {
+      const bool corrects = DECODE::CORRECTS && w.zero_point.kind != FXQ_NONE;
+      const auto multiply = w.zero_point.added ? fxq_kept_chunk<DOT, Wide, FxqShift::OFFSET>
+          : corrects                           ? fxq_kept_chunk<DOT, Wide, FxqShift::ZERO_POINT>
+                                               : fxq_kept_chunk<DOT, Wide, FxqShift::NONE>;
+      multiply(count, rows, w, decoded, acc);
+      continue;
+    }
     const FxqAhead none = {reinterpret_cast<const char*>(wide), 0}, ahead[] = {none, none, none};
     const int64_t tiles = (count + FXQ_TILE_ROWS - 1) / FXQ_TILE_ROWS;
     static_assert(FXQ_WIDE_ROWS >= 4 * FXQ_TILE_ROWS); // so that no tile has less than five rows
@@ -433,7 +520,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
   chunk.begin = chunk.end = 0;
   chunk.codes = w.codes + panel * ((w.k + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP) * DECODE::BYTES;
   std::memset(acc, 0, count * FXQ_PANEL * sizeof(float));
-  if constexpr (FXQ_WIDE_ROWS != INT64_MAX) {
+  if constexpr (FXQ_WIDE_ROWS != INT64_MAX && FXQ_ROWS_AT_MOST == FXQ_TILE_ROWS) {
     if (fxq_is_wide(count, w)) {
       return fxq_wide_panel<DOT, DECODE>(plan, first, count, rows, w, panel, chunk, acc);
     }
@@ -444,8 +531,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_panel(
     const int64_t bytes = (chunk.end - chunk.begin + DECODE::STEP - 1) / DECODE::STEP * DECODE::STEP * DECODE::BYTES;
     const int64_t steps = bytes / (DECODE::STEP * DECODE::BYTES);
     const FxqAhead factors[] = {
-        fxq_factors_ahead(w.scale, panel, chunk.group + read, read, steps),
-        fxq_factors_ahead(w.zero_point, panel, chunk.group + read, read, steps)};
+        chunk.scales.ahead(w.scale, panel, chunk.group + read, read, steps),
+        chunk.zero_points.ahead(w.zero_point, panel, chunk.group + read, read, steps)};
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t row = count * tile / tiles;
       const FxqAhead none = {reinterpret_cast<const char*>(chunk.codes), 0};

@@ -17,7 +17,15 @@ namespace {
 
 constexpr int64_t FXQ_PANEL = 64;
 constexpr int64_t FXQ_TILE_ROWS = 6;    // of a tile in registers
+#ifndef FXQ_ROWS_AT_MOST
+#define FXQ_ROWS_AT_MOST 6 // that a block has, where it is known that there are fewer rows
+#endif
 constexpr int64_t FXQ_CHUNK_ROWS = 384; // rows that stream past a panel while it is in cache
+
+// What is instantiated for a block of ``rows``: none that is never called, as each takes a compiler's time.
+constexpr int fxq_rows_of(int rows) {
+  return rows < FXQ_ROWS_AT_MOST ? rows : FXQ_ROWS_AT_MOST;
+}
 
 // Passes of nearly as many rows each over the whole weight. Tiles of AMX are so fast that they would wait for an activation
 // that does not stay in the second cache.

@@ -167,12 +167,12 @@ inline void fxq_tile(
   const int64_t bytes = (part.to - part.from) * FXQ_PANEL * sizeof(*panel);
   const FxqAhead ahead = fxq_ahead(plan, block.index, block.blocks, panel + part.from * FXQ_PANEL, bytes);
   switch (block.rows) {
-    case 1: return fxq_tile_rows<DOT, 1>(a, rows.lda, panel, part, start, ahead, out);
-    case 2: return fxq_tile_rows<DOT, 2>(a, rows.lda, panel, part, start, ahead, out);
-    case 3: return fxq_tile_rows<DOT, 3>(a, rows.lda, panel, part, start, ahead, out);
-    case 4: return fxq_tile_rows<DOT, 4>(a, rows.lda, panel, part, start, ahead, out);
-    case 5: return fxq_tile_rows<DOT, 5>(a, rows.lda, panel, part, start, ahead, out);
-    default: return fxq_tile_rows<DOT, 6>(a, rows.lda, panel, part, start, ahead, out);
+    case 1: return fxq_tile_rows<DOT, fxq_rows_of(1)>(a, rows.lda, panel, part, start, ahead, out);
+    case 2: return fxq_tile_rows<DOT, fxq_rows_of(2)>(a, rows.lda, panel, part, start, ahead, out);
+    case 3: return fxq_tile_rows<DOT, fxq_rows_of(3)>(a, rows.lda, panel, part, start, ahead, out);
+    case 4: return fxq_tile_rows<DOT, fxq_rows_of(4)>(a, rows.lda, panel, part, start, ahead, out);
+    case 5: return fxq_tile_rows<DOT, fxq_rows_of(5)>(a, rows.lda, panel, part, start, ahead, out);
+    default: return fxq_tile_rows<DOT, fxq_rows_of(6)>(a, rows.lda, panel, part, start, ahead, out);
   }
 }
 
