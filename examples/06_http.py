@@ -76,9 +76,7 @@ def main(layers: int = 2, sizes: Sequence[int] = SIZES, bursts: Sequence[int] = 
         answer.raise_for_status()
         worst = max(worst, distance(torch.tensor(answer.json()["embeddings"]), model(*tokenize(texts))))
     more = counters["stats"]["unique_graphs"] - warm
-    print(
-        f"requests of {list(bursts)} sentences: at most {worst:.6f} from eager, {more} graphs compiled after the warm-up"
-    )
+    print(f"requests of {list(bursts)} sentences: at most {worst:.6f} from eager, {more} graphs compiled after warm-up")
     return int(more > 0 or worst > CLOSE)
 
 
