@@ -80,6 +80,12 @@ def test_every_public_name_is_there_and_lean_to_list(loaded_by):
     assert all(hasattr(fx_quant, name) for name in fx_quant.__all__)
 
 
+@pytest.mark.parametrize("first", ["explain", "prepare_"])
+def test_whatever_is_used_first_finds_every_op(first, loaded_by):
+    ask = f"import fx_quant; fx_quant.{first}" if first in fx_quant.__all__ else f"import fx_quant.{first}"
+    assert loaded_by(ask, "fx_quant")
+
+
 def room(name):
     """Where the module ``name`` stands: a folder of the package, or a module beside the folders."""
     return ".".join(name.split(".")[:2])

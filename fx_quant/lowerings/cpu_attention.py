@@ -14,6 +14,7 @@ from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+import fx_quant.ops.attention  # noqa: F401  (the op)
 from fx_quant.compat import templates_take_unbacked_sizes
 from fx_quant.kernels.cpu.native import source
 from fx_quant.lowerings.cpu_template import EpilogueTemplate, in_memory, is_number, with_contiguous_rows

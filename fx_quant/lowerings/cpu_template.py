@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from unittest.mock import patch
 
 import sympy
@@ -53,7 +53,7 @@ def can_render(dot: Dot, a: ir.TensorBox, n: int) -> bool:
     return is_wide and dot.exists_here() and all(is_number(size) and size > 0 for size in sizes)
 
 
-def is_number(size: Any) -> bool:
+def is_number(size: object) -> TypeGuard[int | sympy.Integer]:
     """Whether ``size`` is known."""
     return isinstance(size, (int, sympy.Integer))
 
