@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | bench-cpu | bench-eager | bench-passes | dialects | libraries | models | promises | setup.
-# Each does all the set-up it needs, the first time only. make gpu-check installs nothing.
+# make demo | test | lint | docs | examples | wheel | bench | bench-cpu | bench-eager | bench-passes | dialects | libraries | models |
+# promises | setup. Each does all the set-up it needs, the first time only. make gpu-check installs nothing.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-cpu bench-eager bench-passes dialects libraries models promises gates gpu-check clean
+.PHONY: help setup demo test lint docs examples wheel bench bench-cpu bench-eager bench-passes dialects libraries models promises gates gpu-check clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +25,9 @@ help:
 	@echo "make demo          a real sentence encoder, quantized twice and compiled by fx_quant (some minutes)"
 	@echo "make test          the tests"
 	@echo "make lint          formatting, lint and types"
+	@echo "make docs          the documentation, into site/ (a warning or a dead link is an error)"
+	@echo "make examples      every example as it stands, compiled (many minutes)"
+	@echo "make wheel         a wheel, checked, and tried in a fresh environment (TORCH=2.11.0 for another PyTorch there)"
 	@echo "make bench         the demo's models, timed"
 	@echo "make bench-cpu     quantized linears on this CPU against every peer (hours; ARGS=--quick takes some minutes)"
 	@echo "make bench-eager   single quantized linears without torch.compile, timed (some minutes)"
@@ -69,6 +72,30 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+# The environment of the documentation is that of the tests, and what the site is made with.
+DOCS := $(VENV)/.docs-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+docs: $(DOCS)
+	@$(BIN)/python -m mkdocs build --strict $(ARGS)
+
+$(DOCS): $(STAMP)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	@rm -f $(VENV)/.docs-*
+	@touch $@
+
+examples: $(STAMP)
+	@set -e; for example in examples/[0-9]*.py; do echo "== $$example"; $(BIN)/python $$example; done
+
+# What a user gets, in an environment that has nothing else; the newest PyTorch unless told.
+TORCH ?=
+wheel: $(STAMP)
+	@rm -rf dist .venv-wheel
+	@$(BIN)/python -m pip install -q build twine
+	@$(BIN)/python -m build
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(PYTHON) -m venv .venv-wheel
+	@.venv-wheel/bin/python -m pip install -q "torch$(if $(TORCH),==$(TORCH))" dist/*.whl
+	@cd dist && ../.venv-wheel/bin/python ../examples/00_core.py
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/minilm.py $(ARGS)
@@ -132,4 +159,4 @@ gpu-check:
 	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py --sections $(SECTIONS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(LIBRARIES) $(MODELS) .venv-ci .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(OLDEST) $(LIBRARIES) $(MODELS) .venv-ci .venv-wheel site .pytest_cache .ruff_cache .hypothesis dist build

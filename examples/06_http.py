@@ -9,6 +9,7 @@ with 1 where an answer is not that of the eager model, or something was compiled
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ from torch._dynamo.utils import counters
 import fx_quant
 
 TOKENS = 16
-SIZES = [1, 2, 4]
-BURSTS = [3, 1, 4, 2, 7]
-OPTIONS: dict[str, Any] = {"piecewise": True, "compile_sizes": SIZES, "padding": "always"}
+SIZES = (1, 2, 4)
+BURSTS = (3, 1, 4, 2, 7)
 
 
 def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -34,14 +34,19 @@ def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def service(model: Any = None) -> Any:
+def options(sizes: Sequence[int]) -> dict[str, Any]:
+    """Those of the backend: pieces for any number of sentences, and for each of ``sizes`` by itself."""
+    return {"piecewise": True, "compile_sizes": list(sizes), "padding": "always"}
+
+
+def service(model: Any = None, sizes: Sequence[int] = SIZES) -> Any:
     """The application: ``POST /embed {"texts": [...]}`` gives ``{"embeddings": [...]}``; warm when it returns."""
     from fastapi import Body, FastAPI  # pyrefly: ignore[missing-import]
 
     model = model or int8_(Encoder())
-    run = torch.compile(model, backend="fx_quant", options=OPTIONS)
+    run = torch.compile(model, backend="fx_quant", options=options(sizes))
     with torch.inference_mode():
-        for size in (*SIZES[::-1], 2 * SIZES[-1]):
+        for size in (*sizes[::-1], 2 * sizes[-1]):
             run(*tokenize(["warm"] * size))
     app = FastAPI()
 
@@ -57,21 +62,21 @@ def service(model: Any = None) -> Any:
 
 
 @torch.inference_mode()
-def main() -> int:
+def main(layers: int = 2, sizes: Sequence[int] = SIZES, bursts: Sequence[int] = BURSTS) -> int:
     """Serve some bursts to a client of the same process; returns the exit status."""
     from fastapi.testclient import TestClient  # pyrefly: ignore[missing-import]
 
-    model = int8_(Encoder())
-    print(fx_quant.explain(model, *tokenize(["one", "two", "three"]), options=OPTIONS).summary())
-    client, worst = TestClient(service(model)), 0.0
+    model = int8_(Encoder(layers=layers))
+    print(fx_quant.explain(model, *tokenize(["one", "two", "three"]), options=options(sizes)).summary())
+    client, worst = TestClient(service(model, sizes)), 0.0
     warm = counters["stats"]["unique_graphs"]
-    for burst in BURSTS:
+    for burst in bursts:
         texts = [f"sentence {i} of {burst}" for i in range(burst)]
         answer = client.post("/embed", json={"texts": texts})
         answer.raise_for_status()
         worst = max(worst, distance(torch.tensor(answer.json()["embeddings"]), model(*tokenize(texts))))
     more = counters["stats"]["unique_graphs"] - warm
-    print(f"requests of {BURSTS} sentences: at most {worst:.6f} from eager, {more} graphs compiled after the warm-up")
+    print(f"requests of {list(bursts)} sentences: at most {worst:.6f} from eager, {more} graphs compiled after warm-up")
     return int(more > 0 or worst > CLOSE)
 
 

@@ -22,9 +22,12 @@ from fx_quant.passes import dialects
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Run by other tests of this file, or by `make demo` and `make examples` alone: minutes of C++, or real weights.
-ELSEWHERE = {"01_minilm", "03_serving", "10_aot_inductor", "13_tensor_parallel", "14_workers"}
-SIZES: dict[str, dict[str, Any]] = {"04_generate": {"layers": 1, "hidden": 32}, "05_checkpoint": {"hidden": 32}}
-NEEDS = {"05_checkpoint": "compressed_tensors", "06_http": "fastapi"}
+ELSEWHERE = {
+    *("01_minilm", "03_serving", "04_generate", "06_http", "10_aot_inductor"),  # tests/test_generate.py has generate()
+    *("13_tensor_parallel", "14_workers"),
+}
+SIZES: dict[str, dict[str, Any]] = {"05_checkpoint": {"hidden": 32}}
+NEEDS = {"05_checkpoint": "compressed_tensors"}
 NUMBERED = sorted(path.stem for path in EXAMPLES.glob("[0-9]*.py"))
 
 pytestmark = pytest.mark.skipif(

@@ -495,13 +495,13 @@ def calls_until_seen(module: Linear, change: Callable[[], None], limit: int) -> 
 
 @pytest.mark.parametrize("row", [0, K - 1])
 @pytest.mark.parametrize("kind", [RowMajor, WeightOnly, Int4])
-def test_a_rewritten_row_is_seen_within_the_calls_that_the_readme_says(kind, row):
+def test_a_rewritten_row_is_seen_within_the_calls_that_the_documents_say(kind, row):
     module = kind()
 
     def change() -> None:
         module.w.data[row] = new_codes(module, 3)[row]
 
-    assert f"within {CALLS} calls" in " ".join((ROOT / "README.md").read_text().split())
+    assert f"within {CALLS} calls" in " ".join((ROOT / "docs" / "libraries.md").read_text().split())
     calls_until_seen(module, change, CALLS)
 
 
