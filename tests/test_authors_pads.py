@@ -775,9 +775,12 @@ return %3
             """\
 fx_quant: 1 of 1 quantized matmuls rewritten on x86_vnni, 0 missed
 
-module    sites    scheme                                       m    n    k    kernel         padding                                numerics
---------  -------  -------------------------------------------  ---  ---  ---  -------------  -------------------------------------  ----------
-?         1        int8 per_token (dynamic) x int8 per_channel  5    24   32   cpu_int8_vnni  none; author's pad of m to 17 removed  exact
+int8 token dyn x int8 channel, cpu_int8_vnni, exact, m 5, padding none; author's
+pad of m to 17 removed
+
+module  sites  n   k
+------  -----  --  --
+?       1      24  32
 
 """,
         )

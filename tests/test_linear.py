@@ -699,7 +699,7 @@ def test_a_conv1d_with_a_forward_of_its_own_is_left():
             "float32 x int4 per_channel",
             "^1: codes must have an even k, got 3",
         ),
-        (nn.Sequential(), "int8", "a scheme must read 'activation x weight', got 'int8'"),
+        (nn.Sequential(), "integers", "a scheme must read 'activation x weight', got 'integers'"),
     ],
 )
 def test_quantize_errors(model, scheme, message):

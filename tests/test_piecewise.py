@@ -42,9 +42,9 @@ def compiles(monkeypatch):
         found.graphs.append(gm)
         return compile_fx(gm, example_inputs, **{"inner_compile": run_eagerly, **arguments})
 
-    def recorded(report):
+    def recorded(report, **how):
         found.reports.append(report)
-        record(report)
+        record(report, **how)
 
     monkeypatch.setattr(backend, "compile_fx", counted)
     monkeypatch.setattr(backend, "_record", recorded)

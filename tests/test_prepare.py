@@ -618,7 +618,8 @@ def test_wrappers_of_a_model_on_several_devices_stay_with_a_note():
     in_state(apply_scheme(model, "int8_dynamic"), "after_first_forward")
     model[1]._parameters.onload_device = "cuda:0"
     report = prepare_(model)
-    assert len(report.swapped) == 1 and "spread over cpu, cuda:0" in report.notes[0] and report.notes[0] in str(report)
+    assert len(report.swapped) == 1 and "spread over cpu, cuda:0" in report.notes[0]
+    assert report.notes[0] in " ".join(str(report).split())
     assert hasattr(model[1], "_original_forward_func")
 
 
@@ -1077,7 +1078,7 @@ def test_a_model_without_quantized_modules_has_an_empty_report():
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(1, 1, 1))
     report = prepare_(model)
     assert report == PrepareReport() and needs_prepare(model) is None
-    assert str(report) == (
+    assert " ".join(str(report).split()) == (
         "fx_quant: nothing to prepare: no quantized module of compressed-tensors, optimum-quanto or torch.ao found"
     )
 

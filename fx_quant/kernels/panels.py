@@ -19,15 +19,22 @@ _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def to_panels(weight: Tensor, group: int) -> Tensor:
     """``[n, k]`` -> contiguous ``[ceil(n/64), ceil(k/group), 64, group]``, zeros where there is no weight."""
     n, k = weight.shape
-    padded = weight.contiguous() if n % PANEL == k % group == 0 else F.pad(weight, (0, -k % group, 0, -n % PANEL))
+    padded = weight if n % PANEL == k % group == 0 else F.pad(weight, (0, -k % group, 0, -n % PANEL))
     panels, groups, word = -(-n // PANEL), -(-k // group), _WORDS.get(group * weight.element_size())
     if word is None or not padded.numel():
         return padded.reshape(panels, PANEL, groups, group).permute(0, 2, 1, 3).clone(memory_format=_CONTIGUOUS)
-    columns = padded.view(word).reshape(panels, PANEL, groups)
+    columns = _as_words(padded, word).reshape(panels, PANEL, groups)
     packed = columns.new_empty(panels, groups, PANEL)
     for panel in range(panels):
         packed[panel].copy_(columns[panel].t())  # of two dims: block by block
     return packed.view(weight.dtype).reshape(panels, groups, PANEL, group)
+
+
+def _as_words(x: Tensor, word: torch.dtype) -> Tensor:
+    """``x [n, k]`` with what lies side by side as one word; copied where no word begins where it should."""
+    times = word.itemsize // x.element_size()
+    is_whole = x.stride() == (x.shape[1], 1) and x.storage_offset() % times == 0
+    return (x if is_whole else x.clone(memory_format=_CONTIGUOUS).reshape(-1).reshape(x.shape)).view(word)
 
 
 def from_panels(packed: Tensor, n: int, k: int) -> Tensor:
@@ -101,11 +108,11 @@ def from_int4_words(packed: Tensor, n: int, k: int) -> Tensor:
 def to_vnni_int4(weight: Tensor) -> Tensor:
     """``[n, k / 2]`` bytes (code + 8, even k low) -> ``[ceil(n/64), ceil(k/8), 256]``; missing codes are 0."""
     bytes_missing = -weight.shape[1] % 4
-    padded = F.pad(weight, (0, bytes_missing)) if bytes_missing else weight.contiguous()
+    padded = F.pad(weight, (0, bytes_missing)) if bytes_missing else weight
     if not padded.numel():
         return to_panels(padded, 4).flatten(2)
     # k 0..3 of a column are the low nibbles of four bytes, k 4..7 the high ones.
-    words = padded.view(torch.int32)
+    words = _as_words(padded, torch.int32)
     columns = _nibbles_in_bytes(words & 0xFFFF) | _nibbles_in_bytes(words >> 16 & 0xFFFF) << 4
     return to_panels(columns.view(torch.uint8), 4).flatten(2)
 
