@@ -289,7 +289,8 @@ def test_padded_results_are_those_of_the_rows(pieces, step, dim, other):
     for m in (40, 7, 16, 3, 2, 31):
         x = rows(m, dim, other)
         actual, expected = run(x), model(x)
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+        # A BLAS sums the products of a float matmul in another order for another number of rows.
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(*(o if isinstance(o, tuple) else (o,) for o in (actual, expected)), strict=True):
             if isinstance(ours, torch.Tensor):
                 assert ours.shape == theirs.shape

@@ -111,6 +111,29 @@ CALLS: dict[Any, list[Call]] = {
     aten.addmm.default: [
         Call(lambda write, a, w, s: {"self": s, "mat1": wide(write, a), "mat2": wide(write, w)}, returned)
     ],
+    aten.mv.default: [
+        Call(
+            lambda write, a, w, s: {"self": wide(write, w), "vec": write(aten.select.int, wide(write, a), 0, 0)},
+            returned,
+        )
+    ],
+    aten.baddbmm.default: [
+        Call(
+            lambda write, a, w, s: {
+                "self": s,
+                "batch1": write(aten.unsqueeze.default, wide(write, a), 0),
+                "batch2": write(aten.unsqueeze.default, wide(write, w), 0),
+            },
+            returned,
+        )
+    ],
+    aten.select.int: [
+        Call(
+            lambda write, a, w, s: {"self": write(aten.unsqueeze.default, a, 0), "dim": 0, "index": 0},
+            as_activation,
+        )
+    ],
+    aten.clamp_min.default: [Call(lambda write, a, w, s: {"self": wide(write, a), "min": -8}, as_activation)],
     aten.bmm.default: [
         Call(
             lambda write, a, w, s: {
@@ -231,7 +254,13 @@ NOTHING_TO_REWRITE = {
     *([aten._scaled_mm_v2.default] if hasattr(aten, "_scaled_mm_v2") else []),
 }
 
-NEVER_REWRITTEN = {aten.bitwise_and.Tensor, aten.index.Tensor, aten.clamp.default, aten.clamp_max.default}
+NEVER_REWRITTEN = {
+    aten.bitwise_and.Tensor,
+    aten.index.Tensor,
+    aten.clamp.default,
+    aten.clamp_max.default,
+    aten.clamp_min.default,
+}
 
 
 def values_of(argument: Any) -> list[Any]:
