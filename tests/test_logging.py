@@ -19,6 +19,9 @@ from tests.test_explain import build_two_layers
 def torch_logs(monkeypatch):
     """PyTorch's logs as the variable ``TORCH_LOGS`` sets them."""
 
+    trace = logging.getLogger("torch.__trace")
+    before = list(trace.handlers), trace.level, trace.propagate
+
     def listen(asked):
         monkeypatch.setenv("TORCH_LOGS", asked)
         _init_logs()
@@ -26,6 +29,9 @@ def torch_logs(monkeypatch):
     yield listen
     monkeypatch.delenv("TORCH_LOGS", raising=False)
     _init_logs()
+    # Which made graphs be written out for a trace that nobody reads, in every later test of the process.
+    trace.handlers[:], level, trace.propagate = before
+    trace.setLevel(level)
 
 
 def compiled(model, *args):
