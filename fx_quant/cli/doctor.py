@@ -52,14 +52,16 @@ class Doctor(Reported):
         """How many schemes a fused kernel runs."""
         return sum(each.kernel is not None and not each.kernel.startswith(_FALLBACK) for each in self.support)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether this machine is fit to run quantized models fast: a GPU, or a CPU with a C++ compiler."""
+        return bool(self.fused) and (self.target.platform != "cpu" or COMPILER in self.target.features)
+
     def summary(self) -> str:
         """One line: whether this machine is fit, and for how much."""
-        ready = "ready" if self.fused and COMPILER in (*self.target.features, *self._gpu()) else "not ready"
+        ready = "ready" if self.is_ready else "not ready"
         lacks = f", {len(self.missing)} things could be better" if self.missing else ", nothing is missing"
         return f"{ready}: fused kernels run {self.fused} of {len(self.support)} schemes on {self.target}{lacks}"
-
-    def _gpu(self) -> tuple[str, ...]:
-        return () if self.target.platform == "cpu" else (COMPILER,)
 
     def blocks(self, *, wide: bool) -> list[Block]:
         """What is missing, then what is there."""
@@ -87,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     target = detect_target("cuda" if torch.cuda.is_available() else "cpu")
     report = Doctor(target, tuple(support_matrix(target)), _facts(target), tuple(_missing(target)), arguments.all)
     print(report.to_json() if arguments.json else report.to_text(wide=arguments.wide))
-    return 0 if report.summary().startswith("ready") else 1
+    return 0 if report.is_ready else 1
 
 
 def _facts(target: Target) -> dict[str, str]:

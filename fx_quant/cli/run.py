@@ -12,7 +12,7 @@ from types import TracebackType
 from fx_quant.cli.parser import parsed
 from fx_quant.errors import FxQuantError
 
-OK, FAILED, WRONG = 0, 1, 2
+WRONG = 2
 _INTERRUPTED, _CLOSED = 130, 141  # as shells report SIGINT and SIGPIPE
 _PACKAGE = str(pathlib.Path(__file__).parent.parent)
 

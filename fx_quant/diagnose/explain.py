@@ -53,7 +53,6 @@ def explain(
         options: as for the backend, Inductor's too; ``strict`` is ignored, as a report is the purpose. With
             ``piecewise`` the report says what the pieces are and for which numbers of rows; its matmuls are those of
             the whole graphs.
-
         time: measure here what each rewritten matmul and a call take, beside Inductor alone. For this the model is
             compiled both ways, and each kind of matmul alone.
 

@@ -17,20 +17,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 import fx_quant.ops.attention  # noqa: F401  (the op)
 from fx_quant.compat import templates_take_unbacked_sizes
 from fx_quant.kernels.cpu.native import source
-from fx_quant.lowerings.cpu_template import EpilogueTemplate, in_memory, is_number, with_contiguous_rows
+from fx_quant.lowerings.cpu_template import BEGIN, EpilogueTemplate, in_memory, is_number, with_contiguous_rows
 
 aten = torch.ops.aten
 fxq = torch.ops.fx_quant
 
-_TEMPLATE = r"""
-{{template.header().getvalue()}}
-{{native}}
-extern "C" {{export_declaration}}
-{{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
-{
-    {{kernel.maybe_codegen_profile()}}
-    using namespace {{namespace}};
-    constexpr int HEAD = {{n}};
+_TEMPLATE = (
+    BEGIN
+    + r"""    constexpr int HEAD = {{n}};
     const int64_t batch = {{kernel.size(Q, 0)}}, heads = {{kernel.size(Q, 1)}}, shared = {{kernel.size(K, 1)}};
     const int64_t count = {{kernel.size(K, 2)}}, group = heads / std::max<int64_t>(shared, 1);
     const auto q = reinterpret_cast<const {{codes}}*>(&{{kernel.index(Q, [0, 0, 0, 0])}});
@@ -85,6 +79,7 @@ extern "C" {{export_declaration}}
     }
 }
 """
+)
 _TYPES: Mapping[torch.dtype, str] = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 
 
@@ -99,7 +94,7 @@ class AttentionTemplate(EpilogueTemplate):
 
     def native(self) -> str:
         """One query at a time, in vectors of any machine."""
-        return source("attention.h")
+        return source("values.h", "attention.h")
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Types, the dims in which a mask is not repeated, and the scale."""

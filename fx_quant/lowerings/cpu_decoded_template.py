@@ -17,6 +17,7 @@ from torch._inductor import ir
 from fx_quant.kernels.cpu.decode import DECODED_LOOP, Decode, factor_kind
 from fx_quant.kernels.cpu.plans import PlanTable
 from fx_quant.lowerings.cpu_template import (
+    BEGIN,
     N_START,
     SHARE,
     STORE,
@@ -27,15 +28,8 @@ from fx_quant.lowerings.cpu_template import (
 )
 
 _TEMPLATE = (
-    r"""
-{{template.header().getvalue()}}
-{{native}}
-extern "C" {{export_declaration}}
-{{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
-{
-    {{kernel.maybe_codegen_profile()}}
-    using namespace {{namespace}};
-    using Dot = {{decode.dot.struct}};
+    BEGIN
+    + r"""    using Dot = {{decode.dot.struct}};
     using Decode = FxqDecode<{{decode.codes}}>;
     const int64_t M = {{kernel.size(acc_node, 0)}};
     constexpr int64_t N = {{n}}, K = {{k}}, panels = {{panels}};

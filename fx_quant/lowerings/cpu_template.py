@@ -58,6 +58,16 @@ def is_number(size: object) -> TypeGuard[int | sympy.Integer]:
     return isinstance(size, (int, sympy.Integer))
 
 
+# How each kernel begins.
+BEGIN = r"""
+{{template.header().getvalue()}}
+{{native}}
+extern "C" {{export_declaration}}
+{{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
+{
+    {{kernel.maybe_codegen_profile()}}
+    using namespace {{namespace}};
+"""
 # What a thread computes: its rows and panels.
 SHARE = r"""    const FxqPlan& plan = fxq_plan(FXQ_PLANS, M);
 {%- if num_threads > 1 %}
@@ -91,15 +101,8 @@ STORE = r"""{%- set acc = kernel.local_buffers["acc"] %}
 """
 
 _TEMPLATE = (
-    r"""
-{{template.header().getvalue()}}
-{{native}}
-extern "C" {{export_declaration}}
-{{kernel.def_kernel(inputs=inputs, outputs={"Y": Y}, aliases=aliases)}}
-{
-    {{kernel.maybe_codegen_profile()}}
-    using namespace {{namespace}};
-    const int64_t M = {{kernel.size(acc_node, 0)}};
+    BEGIN
+    + r"""    const int64_t M = {{kernel.size(acc_node, 0)}};
     constexpr int64_t N = {{n}}, K = {{k}};
     constexpr int64_t GROUP = {{dot.struct}}::GROUP, panels = (N + FXQ_PANEL - 1) / FXQ_PANEL;
     constexpr int64_t panel_size = (K + GROUP - 1) / GROUP * GROUP * FXQ_PANEL;
@@ -152,7 +155,7 @@ class EpilogueTemplate(CppTemplate):
 
     def native(self) -> str:
         """The native code that ``text`` calls."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of kernel has its own
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What ``text`` reads beside the names that every template has."""

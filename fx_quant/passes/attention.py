@@ -1,7 +1,7 @@
 """Attention of one query, as a token decodes, beside quantized matmuls on a CPU: by a kernel that reads a cache once.
 
-PyTorch's op has a BLAS multiply each head by one row, which on some CPUs reads a cache at a fifth of what a core can,
-and widens bfloat16 first: a third of the time of a token beside weights of 4 bits.
+PyTorch's op has a BLAS multiply each head by one row, which reads a cache slowly on some CPUs, and widens bfloat16
+first: beside weights of 4 bits that is a large part of a token.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import fx_quant.ops.attention  # noqa: F401  (the op)
 from fx_quant.kernels.select import CPU_ATTENTION, disabled_kernels
 from fx_quant.passes.emit import Emitter
 from fx_quant.passes.memory import Memory
-from fx_quant.passes.nodes import arguments, aten, dtype, is_one, is_op, same_shape, same_size, shape
+from fx_quant.passes.nodes import RESHAPES, arguments, aten, dtype, is_one, is_op, same_shape, same_size, shape
 from fx_quant.passes.rewriting import Rewriting
 from fx_quant.scheme import Numerics
 
 fxq = torch.ops.fx_quant
 _CALL = aten._scaled_dot_product_flash_attention_for_cpu.default
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def attend_single_queries(state: Rewriting) -> None:
@@ -73,7 +72,7 @@ def _is_single(call: Node) -> bool:
 
 def _before_repeat(x: Node) -> Node | None:
     """``[b, h', l, d]`` of which ``x [b, h, l, d]`` is each head, repeated for h / h' heads beside one another."""
-    if not is_op(x, *_VIEWS):
+    if not is_op(x, *RESHAPES):
         return None
     repeated = x.args[0]
     if is_op(repeated, aten.clone.default):

@@ -110,11 +110,10 @@ def padding_list(sites: Sequence[SiteReport]) -> list[Block]:
             modes.setdefault(plan.padding, []).append(mode)
         if set(modes) - {"none"}:
             widest = max(site.plans.values(), key=lambda plan: (len(plan.fills), len(plan.cut)))
-            name = without_numbers(site.module) if site.module else site.source or "?"
             planned = "; ".join(f"{', '.join(names)}: {padding}" for padding, names in modes.items())
             fills = ", ".join(f"{operand} {fill}" for operand, fill in widest.fills.items())
             cut = f"; the result is cut to {' and '.join(widest.cut)} right behind the kernel" if widest.cut else ""
-            lines[f"{name}: {planned} (filled with: {fills}{cut})"] = None
+            lines[f"{_name(site)}: {planned} (filled with: {fills}{cut})"] = None
     return [Entries("padding by mode", tuple(lines))] if lines else []
 
 
@@ -132,32 +131,28 @@ def losers_list(sites: Sequence[SiteReport]) -> list[Block]:
 
 def recognised_list(recognised: Sequence[RecognisedReport]) -> list[Block]:
     """One line a matmul that is left; those of repeated layers share one."""
-
-    def facts(row: RecognisedReport) -> tuple[str, ...]:
-        shape = "" if row.n is None else f"m={row.m} n={row.n} k={row.k}"
-        return without_numbers(row.module), row.scheme, shape, row.op, row.reason
-
     items = []
-    for (module, scheme, shape, op, reason), rows in _alike(recognised, facts).items():
-        where = (rows[0].module if len(rows) == 1 else module) or rows[0].source or op
+    for name, rows in alike_by_name(recognised, lambda row: (row.scheme, row.m, row.n, row.k, row.op, row.reason)):
+        row = rows[0]
+        shape = "" if row.n is None else f"m={row.m} n={row.n} k={row.k}"
         times = f" x {len(rows)}" if len(rows) > 1 else ""
-        matmul = f"{op}, {scheme} {shape}" if scheme else op
-        items.append(f"{where}{times}: {matmul}: {reason}")
+        matmul = f"{row.op}, {row.scheme} {shape}" if row.scheme else row.op
+        items.append(f"{name or row.source or row.op}{times}: {matmul}: {row.reason}")
     return [Entries("recognised, and left as they are", tuple(items))] if items else []
 
 
 def miss_list(misses: Sequence[MissReport]) -> list[Block]:
     """One line a miss; those of repeated layers share one."""
-    alike = _alike(misses, lambda miss: (without_numbers(miss.module), miss.source, miss.op, miss.reason))
     items = []
-    for (module, source, op, reason), rows in alike.items():
+    for name, rows in alike_by_name(misses, lambda miss: (miss.source, miss.op, miss.reason)):
         first = rows[0]
-        where = (first.module if len(rows) == 1 else module) or source or op
-        where += f" ({source})" if source and module else ""
+        where = name or first.source or first.op
+        where += f" ({first.source})" if first.source and name else ""
         times = f" x {len(rows)}" if len(rows) > 1 else ""
-        do = advice(reason)
+        do = advice(first.reason)
         items.append(
-            f"{where}{times}: {op} left as it is, at {first.node}: {reason}" + (f"; to do: {do}" if do else "")
+            f"{where}{times}: {first.op} left as it is, at {first.node}: {first.reason}"
+            + (f"; to do: {do}" if do else "")
         )
     return [Entries("missed", tuple(items))] if items else []
 
@@ -180,9 +175,9 @@ def unseen_list(unseen: Sequence[UnseenReport], nameless: int) -> list[Block]:
         if not those:
             continue
         items = []
-        for (module, kind), rows in _alike(those, lambda row: (without_numbers(row.module), row.kind)).items():
-            where = rows[0].module or "the model itself" if len(rows) == 1 else f"{module} x {len(rows)}"
-            items.append(f"{where} ({kind})")
+        for name, rows in alike_by_name(those, lambda row: (row.kind,)):
+            where = name or "the model itself" if len(rows) == 1 else f"{name} x {len(rows)}"
+            items.append(f"{where} ({rows[0].kind})")
         head = counted(len(those), "module that holds codes is", "modules that hold codes are")
         blocks.append(Entries(f"{head} {says}", tuple(items)))
     return blocks

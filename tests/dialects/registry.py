@@ -84,7 +84,7 @@ class Flow:
 
     def missing(self) -> tuple[str, ...]:
         """The distributions in ``needs`` that are not installed."""
-        return tuple(name for name in self.needs if not _installed(name))
+        return tuple(name for name in self.needs if not installed(name))
 
     def variants(self, which: str) -> tuple[Variant, ...]:
         """The variants of this flow among ``few`` or ``all``."""
@@ -138,7 +138,8 @@ def matching(patterns: Sequence[str] = (), group: str = "all") -> list[Flow]:
     return [each for each in flows if group == "all" or each.group == group]
 
 
-def _installed(distribution: str) -> bool:
+def installed(distribution: str) -> bool:
+    """Whether the package ``distribution`` is there."""
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.model_matrix.registry import Model, seeded
-from tests.model_matrix.text import NEEDS, VOCABULARY, token_ids, transformer
+from tests.model_matrix.text import NEEDS, SIZES, VOCABULARY, token_ids, transformer
 
 _VISION = {
     "hidden_size": 64,
@@ -18,17 +18,6 @@ _VISION = {
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
-}
-_TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 
 
@@ -64,14 +53,14 @@ TRANSFORMERS = (
             transformer,
             "CLIPModel",
             "CLIPConfig",
-            {"text_config": _TEXT, "vision_config": _VISION, "projection_dim": 48},
+            {"text_config": SIZES, "vision_config": _VISION, "projection_dim": 48},
         ),
         images_and_texts,
         NEEDS,
     ),
     Model(
         "siglip",
-        partial(transformer, "SiglipModel", "SiglipConfig", {"text_config": _TEXT, "vision_config": _VISION}),
+        partial(transformer, "SiglipModel", "SiglipConfig", {"text_config": SIZES, "vision_config": _VISION}),
         images_and_texts,
         NEEDS,
     ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from tests.dialects.registry import installed
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Way:
 
 def missing(needs: tuple[str, ...]) -> tuple[str, ...]:
     """Those of ``needs`` that are not installed."""
-    return tuple(name for name in needs if not _installed(name))
+    return tuple(name for name in needs if not installed(name))
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -75,11 +76,3 @@ def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

@@ -14,7 +14,7 @@ from tests.model_matrix.registry import Model, seeded
 VOCABULARY = 131
 NEEDS = ("transformers",)
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -100,7 +100,7 @@ def sentence_encoder() -> nn.Module:
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
     with tempfile.TemporaryDirectory() as folder:
-        transformer("BertModel", "BertConfig", _SIZES).save_pretrained(folder)
+        transformer("BertModel", "BertConfig", SIZES).save_pretrained(folder)
         transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(folder)
         encoder = modules.Transformer(folder)
     return SentenceTransformer(modules=[encoder, modules.Pooling(64), modules.Normalize()]).eval().requires_grad_(False)
@@ -117,13 +117,13 @@ def _decoder(name: str, family: str, **fields: Any) -> Model:
 
 
 DECODERS = (
-    _decoder("llama", "Llama", **_SIZES, **_GROUPED),
-    _decoder("qwen2", "Qwen2", **_SIZES, num_key_value_heads=2),
-    _decoder("qwen3", "Qwen3", **_SIZES, **_GROUPED),
-    _decoder("gemma2", "Gemma2", **_SIZES, **_GROUPED, **_WINDOWS, query_pre_attn_scalar=16),
-    _decoder("gemma3", "Gemma3", config="Gemma3TextConfig", **_SIZES, **_GROUPED, **_WINDOWS, query_pre_attn_scalar=16),
-    _decoder("mistral", "Mistral", **_SIZES, **_GROUPED, sliding_window=4),
-    _decoder("phi3", "Phi3", **_SIZES, num_key_value_heads=2),
+    _decoder("llama", "Llama", **SIZES, **_GROUPED),
+    _decoder("qwen2", "Qwen2", **SIZES, num_key_value_heads=2),
+    _decoder("qwen3", "Qwen3", **SIZES, **_GROUPED),
+    _decoder("gemma2", "Gemma2", **SIZES, **_GROUPED, **_WINDOWS, query_pre_attn_scalar=16),
+    _decoder("gemma3", "Gemma3", config="Gemma3TextConfig", **SIZES, **_GROUPED, **_WINDOWS, query_pre_attn_scalar=16),
+    _decoder("mistral", "Mistral", **SIZES, **_GROUPED, sliding_window=4),
+    _decoder("phi3", "Phi3", **SIZES, num_key_value_heads=2),
     Model(
         "gpt2",
         partial(
@@ -135,17 +135,17 @@ DECODERS = (
         decoded,
         NEEDS,
     ),
-    _decoder("gptneox", "GPTNeoX", **_SIZES),
+    _decoder("gptneox", "GPTNeoX", **SIZES),
     _decoder("bloom", "Bloom", vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
-    _decoder("opt", "OPT", **_SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 32}),
-    _decoder("falcon", "Falcon", **_SIZES, new_decoder_architecture=True, num_kv_heads=2),
-    _decoder("deepseek-v2", "DeepseekV2", **_SIZES, **_LATENT, topk_method="greedy"),
-    _decoder("deepseek-v3", "DeepseekV3", **_SIZES, **_LATENT),
-    _decoder("mixtral", "Mixtral", **_SIZES, **_GROUPED, num_local_experts=4),
+    _decoder("opt", "OPT", **SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 32}),
+    _decoder("falcon", "Falcon", **SIZES, new_decoder_architecture=True, num_kv_heads=2),
+    _decoder("deepseek-v2", "DeepseekV2", **SIZES, **_LATENT, topk_method="greedy"),
+    _decoder("deepseek-v3", "DeepseekV3", **SIZES, **_LATENT),
+    _decoder("mixtral", "Mixtral", **SIZES, **_GROUPED, num_local_experts=4),
     _decoder(
-        "qwen3-moe", "Qwen3Moe", **_SIZES, **_GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        "qwen3-moe", "Qwen3Moe", **SIZES, **_GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
-    _decoder("gpt-oss", "GptOss", **_SIZES, **_GROUPED, **_WINDOWS, num_local_experts=4, num_experts_per_tok=2),
+    _decoder("gpt-oss", "GptOss", **SIZES, **_GROUPED, **_WINDOWS, num_local_experts=4, num_experts_per_tok=2),
     _decoder("mamba", "Mamba", vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8),
     _decoder(
         "mamba2",
@@ -162,14 +162,14 @@ DECODERS = (
 )
 
 ENCODERS = (
-    Model("bert", partial(transformer, "BertForSequenceClassification", "BertConfig", _SIZES), encoded, NEEDS),
+    Model("bert", partial(transformer, "BertForSequenceClassification", "BertConfig", SIZES), encoded, NEEDS),
     Model(
         "modernbert",
         partial(
             transformer,
             "ModernBertForMaskedLM",
             "ModernBertConfig",
-            _SIZES | {"local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
+            SIZES | {"local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
         ),
         encoded,
         NEEDS,

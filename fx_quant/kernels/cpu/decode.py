@@ -138,7 +138,7 @@ def _decode_of(dot: Dot, code_dtype: torch.dtype, int4: bool, fixed: bool) -> De
     is_bf16, in_tiles = dot.kind == BFLOAT16.kind, dot is AMX_BFLOAT16
     codes = "FxqNibbles" if int4 else _BYTES[code_dtype]
     decoder = "decode_bf16.h" if is_bf16 else "decode_float32.h"
-    files = ("codes.h", decoder, "factor.h", "factors.h", "factor_kinds.h", "rows.h", "panel.h")
+    files = ("codes.h", decoder, "values.h", "factor.h", "factors.h", "factor_kinds.h", "rows.h", "panel.h")
     many = "INT64_MAX" if fixed else _MANY_ROWS_OF_TILES if in_tiles else _MANY_ROWS
     native = f"#define FXQ_SETS {1 if fixed else 2}\n#define FXQ_MANY {many}\n{dot.source}\n{source(*files)}"
     step = 8 if int4 else 2 if is_bf16 else 1
@@ -156,7 +156,7 @@ def groups_of(dot: Dot, int4: bool) -> Decode:
 @functools.cache
 def _groups_of(dot: Dot, int4: bool) -> Decode:
     read = "factors.h" if dot.vector_bits == 512 else "factors_plain.h"
-    files = ("factor.h", read, "factor_kinds.h", "rows.h", "groups.h")
+    files = ("values.h", "factor.h", read, "factor_kinds.h", "rows.h", "groups.h")
     step = 8 if int4 else 4
     return Decode(dot, _GROUP_CODES[int4], f"{dot.source}\n{source(*files)}", step)
 

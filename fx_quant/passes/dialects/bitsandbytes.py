@@ -1,7 +1,8 @@
 """bitsandbytes: ``int8_scaled_mm(A [m, k], B [n, k], row_stats [m], col_stats [n], bias, dtype)``.
 
 ``cast(float32(A @ B.t()) * (row_stats * col_stats) * c + bias)`` with the largest magnitudes of rows, so that ``c`` is
-``1 / 127 ** 2``; but for CUDA it is written as 6.200124e-5. Source: ``backends/default/ops.py``, csrc/kernels.cu
+to be ``1 / 127 ** 2``, which is 6.200012e-5 and what CUDA has; other backends have 6.200124e-5. Source:
+``backends/default/ops.py``, csrc/kernels.cu
 """
 
 from __future__ import annotations

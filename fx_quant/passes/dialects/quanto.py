@@ -6,14 +6,13 @@ too. Some devices scale the sum, some the weight before it. Source: ``optimum/qu
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
 from fx_quant.passes.axes import Piece, Segment
 from fx_quant.passes.nodes import args_of, dtype, same_shape, shape
 from fx_quant.passes.rules.scaled_matmuls import scaled_product
-from fx_quant.passes.values import Codes, Environment, Product, Rule, Stage, Tile, Unknown, Value
-from fx_quant.scheme import FLOAT_DTYPES, Numerics
+from fx_quant.passes.values import Codes, Environment, Rule, Tile, Unknown, Value
+from fx_quant.scheme import FLOAT_DTYPES
 
 
 def _qbytes_mm(env: Environment, node: Node) -> Value | None:
@@ -25,22 +24,11 @@ def _qbytes_mm(env: Environment, node: Node) -> Value | None:
     if isinstance(a, Node) and dtype(a) != dtype(node):
         return Unknown(node, f"qbytes_mm of a {dtype(a)} activation has no rule")
     b = Codes(codes.node, codes.dims[::-1], bounds=codes.bounds)
-    n, to = shape(weight)[0], dtype(node)
-    if not isinstance(n, int) or not same_shape(shape(scale), (n, 1)) or to is None:
+    n = shape(weight)[0]
+    if not isinstance(n, int) or not same_shape(shape(scale), (n, 1)):
         return scaled_product(node, a, b, scale)
-    return Product(
-        gemm=node,
-        a=a,
-        b=b,
-        rows=(),
-        # One a row of the weight as it is stored, and so one a column of the result.
-        columns=(Tile(scale, (Segment(n, Piece(0, n)),)),),
-        bias=None,
-        dtype=to,
-        stage=Stage.B_SCALE if to is torch.float32 else Stage.CAST,
-        numerics=Numerics.REASSOCIATED,
-        offset=a.offset if isinstance(a, Codes) else 0,
-    )
+    # One a row of the weight as it is stored, and so one a column of the result.
+    return scaled_product(node, a, b, scale, Tile(scale, (Segment(n, Piece(0, n)),)))
 
 
 MATMUL_RULES: dict[str, Rule] = {"quanto.qbytes_mm.default": _qbytes_mm}

@@ -137,17 +137,23 @@ def _int8pack_mm(env: Environment, node: Node) -> Value | None:
     return scaled_product(node, x, b, scales)
 
 
-def scaled_product(node: Node, a: Codes | Node, b: Codes, scale: Node) -> Product | Unknown:
-    """The product of a library's op ``a [..., k], b [k, n], scale [n]`` that multiplies by the scale."""
+def scaled_product(node: Node, a: Codes | Node, b: Codes, scale: Node, column: Tile | None = None) -> Product | Unknown:
+    """The product of a library's op ``a [..., k], b [k, n], scale [n]`` that multiplies by the scale.
+
+    Args:
+        column: the scale as one for each column, where its shape does not say so, such as ``[n, 1]``.
+    """
     to, axis = dtype(node), axis_of(scale, node)
-    if to is None or axis not in (Axis.SCALAR, Axis.COLUMN):
+    if column is None and axis in (Axis.SCALAR, Axis.COLUMN):
+        column = tile_along(axis, scale, node)
+    if to is None or column is None:
         return Unknown(node, "a matmul whose scale is neither a scalar nor one for each column")
     return Product(
         gemm=node,
         a=a,
         b=b,
         rows=(),
-        columns=(tile_along(axis, scale, node),),
+        columns=(column,),
         bias=None,
         dtype=to,
         stage=Stage.B_SCALE if to is torch.float32 else Stage.CAST,

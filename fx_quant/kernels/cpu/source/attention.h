@@ -35,15 +35,6 @@ __attribute__((always_inline)) inline FxqFloats fxq_floats(const uint16_t* p) {
   std::memcpy(&x, &words, sizeof(x));
   return x;
 }
-inline float fxq_float(float x) {
-  return x;
-}
-inline float fxq_float(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 __attribute__((always_inline)) inline float fxq_sum(FxqFloats x) {
   typedef float Eight __attribute__((vector_size(32)));

@@ -7,10 +7,7 @@ FXQ_TARGET __attribute__((always_inline)) inline float fxq_value(T x) {
   return static_cast<float>(x);
 }
 FXQ_TARGET __attribute__((always_inline)) inline float fxq_value(FxqBfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+  return fxq_float(x.bits);
 }
 FXQ_TARGET __attribute__((always_inline)) inline float fxq_value(FxqFloat16 x) {
   // The exponent is moved by 112; infinities and NaN have all of its bits.

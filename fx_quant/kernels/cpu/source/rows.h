@@ -49,16 +49,6 @@ struct FxqSpread {
   std::vector<A> copy_;
 };
 
-inline float fxq_float(float value) {
-  return value;
-}
-inline float fxq_float(uint16_t bfloat16) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 // Rows of an activation. What a zero point is multiplied by, their sums over the groups along k, is known beforehand.
 template <typename A>
 class FxqRows {
