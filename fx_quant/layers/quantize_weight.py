@@ -27,8 +27,8 @@ class QuantizedWeight:
 
     Args:
         codes: ``[n, k]``; for ``torch.int4`` and ``torch.uint4`` int8 and uint8, not yet packed: see ``pack_int4``.
-        scale: of the spec's ``scale_dtype``; ``[]`` per_tensor, ``[n, 1]`` per_channel, ``[n, ceil(k / g)]`` per_group(g),
-            ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
+        scale: of the spec's ``scale_dtype``; ``[]`` per_tensor, ``[n, 1]`` per_channel, ``[n, ceil(k / g)]``
+            per_group(g), ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
         zero_point: int32 of the shape of ``scale``, in the range of the codes; None if symmetric.
         spec: how the weight is quantized.
     """
@@ -60,9 +60,9 @@ def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
         codes = clamp(round(w / scale) + zero_point, qmin, qmax)
 
     over the whole range of the dtype. Where all weights that share a scale are 0, it is 1; otherwise it is at least
-    2**-126, the smallest normal float32. Scales of bfloat16 or float16 are rounded up to one, and are at least its smallest
-    normal. So ``|w - dequantize()| <= scale / 2`` for integer codes, up to float32
-    rounding. Groups and blocks at the end of a row or column may be cut short. An empty weight gives empty codes.
+    2**-126, the smallest normal float32. Scales of bfloat16 or float16 are rounded up to one, at least the smallest
+    normal one. So ``|w - dequantize()| <= scale / 2`` for integer codes, up to float32 rounding. Groups and blocks at
+    the end of a row or column may be cut short. An empty weight gives empty codes.
 
     Args:
         weight: ``[n, k]``; float32, bfloat16 or float16.
@@ -70,8 +70,9 @@ def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
             per_group, per_block) and symmetry; ``dynamic`` is for activations.
 
     Raises:
-        WeightError: a NaN or an infinity in ``weight``, or a scale that is infinite in the spec's dtype of it; a spec that no weight can have (float8 asymmetric, unsigned
-            symmetric, a granularity of activations or without its size).
+        WeightError: a NaN or an infinity in ``weight``, or a scale that is infinite in the spec's dtype of it; a spec
+            that no weight can have (float8 asymmetric, unsigned symmetric, a granularity of activations or without its
+            size).
     """
     _check_spec(spec)
     _check_weight(weight)

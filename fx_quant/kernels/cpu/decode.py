@@ -126,8 +126,10 @@ def is_int4(b: Tensor) -> bool:
 
 
 def scales_in_place(dtype: torch.dtype, dims: int) -> torch.dtype:
-    """What native code is made for, where scales have ``dtype``: that of 16 bits in panels, which are of three dims;
-    float32 for any others, which it reads too."""
+    """What native code is made for, where scales have ``dtype``: 16 bits in panels, which are of three dims, stay.
+
+    Any others are float32, which native code made for that reads of any kind.
+    """
     return dtype if dtype in _SCALES and dims == 3 else torch.float32
 
 
