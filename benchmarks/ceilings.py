@@ -10,7 +10,10 @@ import argparse
 import ctypes
 import functools
 import mmap
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -317,6 +320,36 @@ def measured(threads: int, size: int = 512 * MIB) -> dict[str, Any]:
     return found | {name: ceiling.rate() for name, ceiling in peaks(threads).items()}
 
 
+_HELD = r"""
+import sys
+from cpu_process import memory
+import torch
+held = [memory("VmRSS")]
+import torch._dynamo, torch._inductor.compile_fx
+held.append(memory("VmRSS"))
+torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+held.append(memory("VmRSS"))
+print(*held)
+"""
+
+
+def held_by_torch() -> str:
+    """What a process holds that compiles anything at all, in MiB: PyTorch, its compiler's modules, one tiny graph."""
+    folder = str(Path(__file__).resolve().parent)
+    told = subprocess.run(
+        [sys.executable, "-c", _HELD],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": folder},
+    )
+    torch, compiler, graph = map(float, told.stdout.split())
+    return (
+        f"memory of a process: {torch:.0f} MiB with torch, {compiler - torch:.0f} more with the modules of "
+        f"torch.compile, {graph - compiler:.0f} more with a graph of one line"
+    )
+
+
 def table(found: list[Mapping[str, Any]]) -> str:
     """What ``measured`` gave, one column for each number of threads."""
     names = [name for name in found[0] if name != "threads"]
@@ -336,6 +369,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="numbers of threads (default: 1)")
     options = parser.parse_args()
     print(table([measured(threads) for threads in options.threads]))
+    print(held_by_torch())
 
 
 if __name__ == "__main__":

@@ -95,9 +95,9 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def packed(model: nn.Module, dtype: torch.dtype, scheme: str) -> nn.Module:
-    """Every linear a ``QuantizedLinear``."""
-    quantize_(model, KINDS[scheme].scheme.format(str(dtype).removeprefix("torch.")))
+def packed(model: nn.Module, dtype: torch.dtype, scheme: str, scales: str = "") -> nn.Module:
+    """Every linear a ``QuantizedLinear``, with ``scales`` of another dtype than float32 where it says so."""
+    quantize_(model, KINDS[scheme].scheme.format(str(dtype).removeprefix("torch.")) + scales)
     return model.to(dtype)
 
 
@@ -160,7 +160,9 @@ _AO = partial(torchao, config="Int8DynamicActivationInt8WeightConfig")
 _AO_WEIGHT = partial(torchao, config="Int8WeightOnlyConfig")
 _AO_4 = partial(torchao, config="Int8DynamicActivationIntxWeightConfig")
 _W8A8, _W8A16 = partial(by_hand, scheme="w8a8"), partial(by_hand, scheme="w8a16")
-_W4A16, _W4A8 = partial(packed, scheme="w4a16-g128"), partial(packed, scheme="w4a8-g32")
+# Scales are float16 as in llama.cpp's Q4_0.
+_PACKED_4 = partial(packed, scales=" float16 scales")
+_W4A16, _W4A8 = partial(_PACKED_4, scheme="w4a16-g128"), partial(_PACKED_4, scheme="w4a8-g32")
 _FLOAT, _BY_8, _BY_4, _4_BY_8 = ("float",), ("w8a16",), ("w4a16",), ("w4a8",)
 F32, BF16 = torch.float32, torch.bfloat16
 VARIANTS: Mapping[str, Variant] = {

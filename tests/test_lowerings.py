@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
 from fx_quant.kernels.registry import kernel
 
-pytestmark = pytest.mark.usefixtures("uncached")
+pytestmark = pytest.mark.usefixtures("uncached", "as_shipped")
 
 fxq = torch.ops.fx_quant
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -85,6 +85,24 @@ def test_int8_accumulator_is_exact(sizes, rows):
             dynamic_rows(*given)
         for out, a, w in zip(run(given), given, weights, strict=True):
             assert torch.equal(out, (a.long() @ w.t().long()).int()), (m, w.shape)
+
+
+@needs_vnni
+def test_what_nothing_is_fused_into_is_compiled_once_for_all_sizes():
+    weights = [codes(70, 64), codes(64, 96), codes(130, 200)]
+    linears = [linear("cpu_int8_vnni", w) for w in weights]
+
+    def run(given):
+        return [each(a, None, None, None, torch.int32) for each, a in zip(linears, given, strict=True)]
+
+    # The last one's rows are further apart than they are long.
+    given = [codes(5, 64), codes(5, 96), codes(5, 260)[:, :200]]
+    outs, (source,) = run_and_get_code(torch.compile(run), given)
+    for out, a, w in zip(outs, given, weights, strict=True):
+        assert torch.equal(out, (a.long() @ w.t().long()).int())
+    written = re.findall(r"cpp_pybinding\(.*?(?:'{3}|\"{3})(.*?)(?:'{3}|\"{3})", source, re.DOTALL)
+    assert len([text for text in written if "fxq_tile" in text]) == 2
+    assert len(kernels_of([source])) == 3
 
 
 @needs_vnni

@@ -21,6 +21,7 @@ from fx_quant.kernels.registry import empty_product
 from fx_quant.kernels.select import DISABLED_VARIABLE, Selection, select
 from fx_quant.problem import Problem
 from fx_quant.reasons import without_compiler
+from fx_quant.scheme import scale_dtype_of
 from fx_quant.target import Target
 
 
@@ -128,7 +129,7 @@ def run_kernel(
         a: codes ``[m, k]``, or ``[m, padding.k]`` with 0 behind; or a float activation for a weight-only kernel.
         weight: codes ``[n, k]`` (or packed int4 ``[n, k / 2]``), any strides.
         a_scale: one element or ``[m, 1]``; where the scheme's weight has a ``block = (r, c)`` ``[m, ceil(k / c)]``.
-        b_scale: one element or ``[n]``; with a ``block`` ``[ceil(n / r), ceil(k / c)]``.
+        b_scale: one element or ``[n]``; with a ``block`` ``[ceil(n / r), ceil(k / c)]``. Of 16 bits or more.
         bias: ``[n]``.
         a_zero_point: int32 of the shape of ``a_scale``; beside integer codes only.
         b_zero_point: integers of the shape of ``b_scale``; for a weight-only kernel only.
@@ -144,6 +145,8 @@ def run_kernel(
     b = weight if held is not None else weight.t()
     operands = Operands(a, b, a_scale, b_scale, bias, problem.out_dtype, a_zero_point, b_zero_point, block, b_offset)
     parts = kept_parts(selection, operands, constant)
+    if b_scale is not None and "b_scale" not in parts:
+        operands = replace(operands, b_scale=b_scale.to(scale_dtype_of(b_scale.dtype)))
     kept: dict[str, Tensor] = {}
     if held is not None:
         if parts.get("b", ("", CODES))[1] == held.layout:

@@ -24,6 +24,7 @@ from fx_quant.layers.linear_operands import (
     check_scheme,
     describe,
     linear_problem,
+    weight_scale_dtype,
     wrong_input_zero_point,
     zero_point_dtype,
 )
@@ -31,7 +32,7 @@ from fx_quant.layers.packed_weight import PackedWeight
 from fx_quant.layers.quantize_weight import quantize_weight
 from fx_quant.layers.traced import OF_ITS_OWN, SAID, buffer_of, registered, traced_codes
 from fx_quant.problem import Problem
-from fx_quant.scheme import FLOAT_DTYPES, Scheme
+from fx_quant.scheme import FLOAT_DTYPES, Scheme, scale_dtype_of
 from fx_quant.weights import UINT4, pack_int4
 
 
@@ -80,7 +81,9 @@ def apply_linear(
         weight_zero_point = weight_zero_point - 8
         constant.remove("b_zero_point")  # a new tensor in each call
     selection = None
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        weight_scale = weight_scale.to(scale_dtype_of(weight_scale.dtype))
+    else:
         problem = linear_problem(scheme, (n, k), x.dtype, out_dtype, bias)
         selection = eager_selection(problem, target_of(x.device), force_kernel, context)
     held = None
@@ -139,8 +142,9 @@ class QuantizedLinear(PackedWeight):
     Args:
         scheme: how weight and activation are quantized.
         weight: codes ``[n, k]``; for ``int4`` uint8 ``[n, k / 2]``, see ``fx_quant.weights.pack_int4``.
-        weight_scale: float32: one element per_tensor, ``[n, 1]`` or ``[n]`` per_channel, ``[n, ceil(k / g)]``
-            per_group(g), ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
+        weight_scale: one element per_tensor, ``[n, 1]`` or ``[n]`` per_channel, ``[n, ceil(k / g)]`` per_group(g),
+            ``[ceil(n / r), ceil(k / c)]`` per_block(r, c); kept in the ``scale_dtype`` of the scheme, or where that is
+            float32 and scales vary along k in the 16 bits that they are given in.
         weight_zero_point: integers of the shape of ``weight_scale``, for an asymmetric weight; kept in int32, those of
             4-bit codes in int8 where that holds them, those that int32 does not hold in int64.
         bias: ``[n]``, float.
@@ -202,7 +206,8 @@ class QuantizedLinear(PackedWeight):
         self.out_features, self.in_features = weight.shape[0], weight.shape[1] * scheme.weight.codes_per_element
         shape = scheme.weight.scale_shape(self.out_features, self.in_features)
         self.hold(weight.detach())
-        self.register_buffer("weight_scale", weight_scale.detach().to(scheme.weight.scale_dtype).reshape(shape))
+        weight_scale = weight_scale.detach().to(weight_scale_dtype(weight_scale, scheme.weight))
+        self.register_buffer("weight_scale", weight_scale.reshape(shape))
         if weight_zero_point is not None:
             weight_zero_point = weight_zero_point.to(zero_point_dtype(weight_zero_point, scheme.weight)).reshape(shape)
         self.register_buffer("weight_zero_point", weight_zero_point)
@@ -272,6 +277,9 @@ class QuantizedLinear(PackedWeight):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any, **named: Any) -> None:
         # What is loaded is copied into the buffer, whose dtype must hold it.
+        scale = state_dict.get(f"{prefix}weight_scale")
+        if isinstance(scale, Tensor) and self.weight_scale is not None:
+            self.weight_scale = self.weight_scale.to(weight_scale_dtype(scale, self.scheme.weight))
         given = state_dict.get(f"{prefix}weight_zero_point")
         if isinstance(given, Tensor) and self.weight_zero_point is not None:
             self.weight_zero_point = self.weight_zero_point.to(zero_point_dtype(given, self.scheme.weight))

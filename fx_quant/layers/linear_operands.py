@@ -14,10 +14,12 @@ from fx_quant.scheme import (
     CODE_DTYPES,
     FLOAT8_DTYPES,
     FLOAT_DTYPES,
+    HALF_DTYPES,
     INT4_DTYPES,
     OperandSpec,
     Scheme,
     dtype_name,
+    scale_dtype_of,
 )
 
 _ANY_ROWS = SizeRange(0, None)
@@ -27,8 +29,11 @@ def linear_problem(
     scheme: Scheme, shape: tuple[int, int], x_dtype: torch.dtype, out_dtype: torch.dtype, bias: Tensor | None
 ) -> Problem:
     """The GEMM of a linear with a weight of ``shape`` ``(n, k)`` for any number of rows of ``x_dtype``."""
+    scale_dtype = scale_dtype_of(scheme.weight.scale_dtype)
     if scheme.weight_only:
         scheme = replace(scheme, activation=OperandSpec(x_dtype))
+    if scheme.weight.scale_dtype is not scale_dtype:
+        scheme = replace(scheme, weight=replace(scheme.weight, scale_dtype=scale_dtype))
     bias_dtype = None if bias is None else bias.dtype
     return Problem(scheme, _ANY_ROWS, *shape, out_dtype, bias_dtype, constant_weight=True)
 
@@ -115,6 +120,16 @@ def check_operands(
     )
     check_bias(bias, n)
     _check_input(scheme, input_scale, input_zero_point)
+
+
+def weight_scale_dtype(scale: Tensor, spec: OperandSpec) -> torch.dtype:
+    """What scales of a weight of ``spec`` are kept in: 16 bits that are given stay, where scales vary along k.
+
+    Kernels read those beside the codes, in groups of 32 a byte of scales for each 8 of int4 codes at 16 bits, and widen
+    them exactly; scales of whole rows are few.
+    """
+    stays = spec.scale_dtype is torch.float32 and spec.group is not None and scale.dtype in HALF_DTYPES
+    return scale.dtype if stays else spec.scale_dtype
 
 
 def zero_point_dtype(zero_point: Tensor, spec: OperandSpec) -> torch.dtype:

@@ -19,8 +19,6 @@ _INTEGERS: dict[torch.dtype, tuple[torch.dtype, int, int]] = {
     INT4: (torch.int8, -8, 7),
     UINT4: (torch.uint8, 0, 15),
 }
-# Below it a float32 loses precision, and with it the promise that no code is further than half a step away.
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +27,8 @@ class QuantizedWeight:
 
     Args:
         codes: ``[n, k]``; for ``torch.int4`` and ``torch.uint4`` int8 and uint8, not yet packed: see ``pack_int4``.
-        scale: float32; ``[]`` per_tensor, ``[n, 1]`` per_channel, ``[n, ceil(k / g)]`` per_group(g),
-            ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
+        scale: of the spec's ``scale_dtype``; ``[]`` per_tensor, ``[n, 1]`` per_channel, ``[n, ceil(k / g)]``
+            per_group(g), ``[ceil(n / r), ceil(k / c)]`` per_block(r, c).
         zero_point: int32 of the shape of ``scale``, in the range of the codes; None if symmetric.
         spec: how the weight is quantized.
     """
@@ -62,8 +60,9 @@ def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
         codes = clamp(round(w / scale) + zero_point, qmin, qmax)
 
     over the whole range of the dtype. Where all weights that share a scale are 0, it is 1; otherwise it is at least
-    2**-126, the smallest normal float32. So ``|w - dequantize()| <= scale / 2`` for integer codes, up to float32
-    rounding. Groups and blocks at the end of a row or column may be cut short. An empty weight gives empty codes.
+    2**-126, the smallest normal float32. Scales of bfloat16 or float16 are rounded up to one, at least the smallest
+    normal one. So ``|w - dequantize()| <= scale / 2`` for integer codes, up to float32 rounding. Groups and blocks at
+    the end of a row or column may be cut short. An empty weight gives empty codes.
 
     Args:
         weight: ``[n, k]``; float32, bfloat16 or float16.
@@ -71,8 +70,9 @@ def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
             per_group, per_block) and symmetry; ``dynamic`` is for activations.
 
     Raises:
-        WeightError: a NaN or an infinity in ``weight``; a spec that no weight can have (float8 asymmetric, unsigned
-            symmetric, a granularity of activations or without its size).
+        WeightError: a NaN or an infinity in ``weight``, or a scale that is infinite in the spec's dtype of it; a spec
+            that no weight can have (float8 asymmetric, unsigned symmetric, a granularity of activations or without its
+            size).
     """
     _check_spec(spec)
     _check_weight(weight)
@@ -80,15 +80,34 @@ def quantize_weight(weight: Tensor, spec: OperandSpec) -> QuantizedWeight:
     low, high = _extremes(weight, spec)
     if spec.symmetric:
         amax = torch.maximum(high, -low)
-        scale = torch.where(amax == 0, 1.0, (amax / _largest(spec.dtype)).clamp(min=_SMALLEST_SCALE))
+        scale = torch.where(amax == 0, 1.0, _held_scale(amax / _largest(spec.dtype), spec))
         zero_point = None
     else:
         _, qmin, qmax = _INTEGERS[spec.dtype]
         # Divided before subtracted: hi - lo may overflow.
         step = high / (qmax - qmin) - low / (qmax - qmin)
-        scale = torch.where(high == low, 1.0, step.clamp(min=_SMALLEST_SCALE))
+        scale = torch.where(high == low, 1.0, _held_scale(step, spec))
         zero_point = (qmin - low / scale).round().clamp(qmin, qmax).to(torch.int32)
-    return QuantizedWeight(_codes(weight, scale, zero_point, spec), scale, zero_point, spec)
+    return QuantizedWeight(_codes(weight, scale, zero_point, spec), scale.to(spec.scale_dtype), zero_point, spec)
+
+
+def _held_scale(scale: Tensor, spec: OperandSpec) -> Tensor:
+    """``scale``, at least the smallest normal one, in float32: of 16 bits the next that is not smaller.
+
+    With a smaller one the largest weight would be beyond the largest code.
+    """
+    to = spec.scale_dtype
+    # Below it a scale loses precision, and with it the promise that no code is further than half a step away.
+    scale = scale.clamp(min=torch.finfo(to).tiny)
+    if to is torch.float32:
+        return scale
+    held = scale.to(to)
+    held = (held.view(torch.int16) + (held.float() < scale)).view(to).float()
+    must(
+        bool(held.isfinite().all()),
+        f"scales must be finite in {dtype_name(to)}, got {float(scale.max()):g}; say bfloat16 scales or none",
+    )
+    return held
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -145,7 +164,10 @@ def _check_spec(spec: OperandSpec) -> None:
     must(
         dtype in _INTEGERS or dtype in FLOAT8_DTYPES, f"spec.dtype must be {', '.join(known)}, got {dtype_name(dtype)}"
     )
-    must(spec.scale_dtype is torch.float32, f"spec.scale_dtype must be float32, got {spec}; quantize to float32 scales")
+    must(
+        spec.scale_dtype in FLOAT_DTYPES,
+        f"spec.scale_dtype must be float32, bfloat16 or float16, got {spec}; quantize to scales of one of these",
+    )
     must(
         not spec.offset, f"a weight is quantized with zero points and without offsets, got {spec}; say symmetric=False"
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fx_quant.layers.linear import QuantizedLinear
+from fx_quant.layers.linear_operands import weight_scale_dtype
 from fx_quant.loading.checkpoint_values import must
 from fx_quant.ops import unpack_nibbles
 from fx_quant.scheme import OperandSpec, Scheme, dtype_name
@@ -75,7 +76,7 @@ def decode_linear(linear: nn.Linear, scheme: Scheme, tensors: Mapping[str, Tenso
             x is None or x.is_floating_point(),
             f"{what} must be float, got {dtype_name(torch.int8 if x is None else x.dtype)}; save the model again",
         )
-    scale = scale.to(scheme.weight.scale_dtype)
+    scale = scale.to(weight_scale_dtype(scale, scheme.weight))
     zero_point = _zero_point(scheme.weight, tensors.get("weight_zero_point"), n)
     bias, input_scale = tensors.get("bias"), tensors.get("input_scale")
     return QuantizedLinear(

@@ -32,18 +32,19 @@ _TEMPLATE = (
     + r"""    using Dot = {{decode.dot.struct}};
     using Decode = FxqDecode<{{decode.codes}}>;
     const int64_t M = {{kernel.size(acc_node, 0)}};
-    constexpr int64_t N = {{n}}, K = {{k}}, panels = {{panels}};
-    const int64_t lda = {{kernel.stride(A, 0)}};
+    const int64_t N = {{size("n", n)}}, K = {{size("k", k)}}, lda = {{size("lda", A.get_stride()[0])}};
+    const int64_t panels = (N + FXQ_PANEL - 1) / FXQ_PANEL;
     const auto a = reinterpret_cast<const Dot::A*>(&{{kernel.index(A, [0, 0])}});
     FxqWeight weight{};
     weight.codes = reinterpret_cast<const uint8_t*>(&{{kernel.index(B, [0] * B.get_size()|length)}});
     weight.n = N;
     weight.k = K;
-    weight.group = {{group}};
+    weight.group = {{size("group", group)}};
 {%- for field, node, added, kind, rows, row_stride, group_stride, panel_stride in factors %}
     weight.{{field}} = {
         FxqKind({{kind}}), &{{kernel.index(node, [0] * node.get_size()|length)}},
-        {{rows}}, {{row_stride}}, {{group_stride}}, {{panel_stride}}, {{added}}};
+        {{rows}}, {{size("row_stride", row_stride)}}, {{group_stride}},
+        {{size("panel_stride", panel_stride)}}, {{added}}};
 {%- endfor %}
 {%- if R is defined %}
     weight.row_scale = &{{kernel.index(R, [0, 0])}};

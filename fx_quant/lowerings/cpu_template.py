@@ -23,6 +23,7 @@ from torch._inductor.codegen.cpp import get_export_declaration
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.lowering import lowerings, to_dtype
 from torch._inductor.ops_handler import WrapperHandler
@@ -35,7 +36,6 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from fx_quant.compat import templates_take_unbacked_sizes
 from fx_quant.kernels.cpu.native import PLAN, TILE_LOOP, Dot
 from fx_quant.kernels.cpu.plans import PlanTable, table
-from fx_quant.kernels.panels import PANEL
 
 aten = torch.ops.aten
 
@@ -84,12 +84,16 @@ SHARE = r"""    const FxqPlan& plan = fxq_plan(FXQ_PLANS, M);
 """
 # The columns of a panel; the last one may be narrower.
 N_START = r"""                const int64_t n_start = panel * FXQ_PANEL;
-{%- if n % 64 %}
+{%- if n % 64 and epilogue_nodes %}
                 const int64_t n_end = std::min(N, n_start + FXQ_PANEL);
 {%- endif %}
 """
 # The tile ``acc`` of rows ``m_start`` to ``m_end``, through the epilogue to where it belongs.
-STORE = r"""{%- set acc = kernel.local_buffers["acc"] %}
+STORE = r"""{%- if not epilogue_nodes %}
+                    fxq_store(
+                        acc, m_end - m_start, std::min(FXQ_PANEL, N - n_start), Y + m_start * N + n_start, N);
+{%- else %}
+{%- set acc = kernel.local_buffers["acc"] %}
 {%- set n_end = "n_end" if n % 64 else "n_start + 64" %}
 {%- set width = "n_end - n_start" if n % 64 else "64" %}
 {%- set tile_acc = kernel.slice_nd(acc, [("0", "m_end - m_start"), ("0", width)]) %}
@@ -98,15 +102,15 @@ STORE = r"""{%- set acc = kernel.local_buffers["acc"] %}
                         tile_Y, tile_acc, acc_node, epilogue_nodes,
                         offsets=("m_start", "n_start"), reindexers=reindexers
                     )|indent(20)}}
+{%- endif %}
 """
 
 _TEMPLATE = (
     BEGIN
     + r"""    const int64_t M = {{kernel.size(acc_node, 0)}};
-    constexpr int64_t N = {{n}}, K = {{k}};
-    constexpr int64_t GROUP = {{dot.struct}}::GROUP, panels = (N + FXQ_PANEL - 1) / FXQ_PANEL;
-    constexpr int64_t panel_size = (K + GROUP - 1) / GROUP * GROUP * FXQ_PANEL;
-    const int64_t lda = {{kernel.stride(A, 0)}};
+    const int64_t N = {{size("n", n)}}, K = {{size("k", k)}}, lda = {{size("lda", A.get_stride()[0])}};
+    const int64_t GROUP = {{dot.struct}}::GROUP, panels = (N + FXQ_PANEL - 1) / FXQ_PANEL;
+    const int64_t panel_size = (K + GROUP - 1) / GROUP * GROUP * FXQ_PANEL;
     const auto a = reinterpret_cast<const {{dot.struct}}::A*>(&{{kernel.index(A, [0, 0])}});
     const auto b = reinterpret_cast<const {{dot.struct}}::B*>(&{{kernel.index(B, [0] * B.get_size()|length)}});
 """
@@ -206,6 +210,7 @@ class EpilogueTemplate(CppTemplate):
                 Y_2d=Y_2d,
                 acc_node=acc_node,
                 aliases={alias: Y.get_name() for alias in aliases},
+                size=functools.partial(self._size, kernel, lifted=not nodes),
                 epilogue_nodes=[_reading_in_tile(node, template_buffer.get_size()[0], self.n) for node in nodes],
                 reindexers=reindexers,
                 n=self.n,
@@ -217,6 +222,16 @@ class EpilogueTemplate(CppTemplate):
                 **inputs,
                 **self.arguments(inputs),
             )
+
+    @staticmethod
+    def _size(kernel: CppTemplateKernel, name: str, size: int | sympy.Expr, *, lifted: bool) -> str:
+        """``size`` in C++: where it is known and ``lifted`` the kernel's argument, as Inductor lifts offsets of seeds.
+
+        A kernel that nothing was fused into is then one for all sizes, and compiled once.
+        """
+        if lifted and is_number(size):
+            return kernel.args.seed_offset(f"size_{name}", int(size))
+        return cexpr_index(kernel.rename_indexing(sympy.sympify(size)))
 
     def columns(self, kernel: CppTemplateKernel, nodes: list[ir.Buffer]) -> list[tuple[str, int]]:
         """Name in the kernel and bytes of an element of what the epilogue reads once for each column."""
@@ -253,8 +268,8 @@ class TileTemplate(EpilogueTemplate):
         return f"{few}{PLAN}\n{plans}\n{self.source}"
 
     def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The matmul's sizes."""
-        return {"dot": self.dot, "k": self.k, "panels": -(-self.n // PANEL)}
+        """The matmul's dot and depth."""
+        return {"dot": self.dot, "k": self.k}
 
 
 def in_own_namespace(code: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.virtualized import V
 
 import fx_quant.kernels.cpu.tiled_kernels  # noqa: F401
-from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of, groups_of
+from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of, groups_of, scales_in_place
 from fx_quant.kernels.cpu.decoded_kernels import DECODED_OPS, fixed_name
 from fx_quant.kernels.cpu.groups_kernels import GROUP_LEVELS
 from fx_quant.kernels.cpu.int8_kernels import LEVELS
@@ -97,6 +97,11 @@ def cpu_float8_bf16(a, b, a_scale, b_scale, bias, n, out_dtype) -> TensorBox:
     return _dequantize(tile_matmul(BFLOAT16, a, b, n), a_scale, b_scale, bias, out_dtype)
 
 
+def _scales_of(b_scale: TensorBox | None) -> torch.dtype:
+    """What native code is made for, of ``b_scale``."""
+    return torch.float32 if b_scale is None else scales_in_place(b_scale.get_dtype(), len(b_scale.get_size()))
+
+
 def _decoded(op: torch._ops.OpOverload, *, fixed: bool) -> Callable:
     """The lowering of a kernel that decodes its weight: scales along k inside, the rest as the epilogue.
 
@@ -107,7 +112,8 @@ def _decoded(op: torch._ops.OpOverload, *, fixed: bool) -> Callable:
     def lowering(
         a, b, a_scale, b_scale, bias, n, out_dtype, *, b_zero_point=None, block=None, b_offset=None, **_
     ) -> TensorBox:
-        decode = decode_of(a.get_dtype(), b.get_dtype(), b.get_size()[-1] == INT4_BYTES, fixed)
+        is_int4 = b.get_size()[-1] == INT4_BYTES
+        decode = decode_of(a.get_dtype(), b.get_dtype(), is_int4, fixed, _scales_of(b_scale))
         has_both = b_zero_point is not None and b_offset is not None
         if has_both or not (can_render(decode.dot, a, n) and decode.takes(block)):
             extras = {"b_zero_point": b_zero_point, "block": block, "b_offset": b_offset}
@@ -130,7 +136,7 @@ def _groups(op: torch._ops.OpOverload, dot: Dot) -> Callable:
     def lowering(
         a, b, a_scale, b_scale, bias, n, out_dtype, *, a_zero_point=None, b_sum=None, b_zero_point=None, block=None
     ) -> TensorBox:
-        decode = groups_of(dot, len(b.get_size()) == 3)
+        decode = groups_of(dot, len(b.get_size()) == 3, _scales_of(b_scale))
         if not (can_render(dot, a, n) and decode.takes(block)):
             extras = {"a_zero_point": a_zero_point, "b_sum": b_sum, "b_zero_point": b_zero_point, "block": block}
             return _extern(op)(a, b, a_scale, b_scale, bias, n, out_dtype, **extras)

@@ -19,10 +19,11 @@ from fx_quant.passes.emit import Emitter
 from fx_quant.passes.failures import Failure, attempt
 from fx_quant.passes.matrices import matrix_base
 from fx_quant.passes.memory import Memory
-from fx_quant.passes.nodes import args_of, aten, is_op, same_size, shape, through
+from fx_quant.passes.nodes import args_of, aten, dtype, is_op, prims, same_size, shape, through
 from fx_quant.passes.packed import unpacked_from
 from fx_quant.passes.size_bounds import least
 from fx_quant.problem import Size
+from fx_quant.scheme import HALF_DTYPES
 
 _TO_SIZES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
@@ -195,6 +196,8 @@ def _keep(
             constant.add("b")
         for part, (name, layout) in kept_parts(selection, operands, constant).items():
             operand = getattr(operands, name)
+            if name == "b_scale":
+                operand = _as_stored(emitter, operand, node)
             matrix = matrix_base(operand)
             unpacked = None if matrix is None or name != "b" or not matrix[1] else unpacked_from(matrix[0])
             if unpacked is not None:
@@ -213,6 +216,26 @@ def _keep(
     for node, parts in _pack_stored(emitter, stored).items():
         kept.setdefault(node, {}).update(parts)
     return kept
+
+
+def _as_stored(emitter: Emitter, scale: Node, like: Node) -> Node:
+    """A widened ``scale`` in the 16 bits that it was widened from; any other as it is.
+
+    The kernels whose scales are packed widen them as they read them, and half as much is read.
+    """
+    views, source = [], scale
+    while is_op(source, *_TO_SIZES, aten.permute.default, aten.expand.default):
+        views.append(source)
+        source = args_of(source)[0]
+    if not is_op(source, prims.convert_element_type.default, aten._to_copy.default):
+        return scale
+    stored = args_of(source)[0]
+    if dtype(source) is not torch.float32 or dtype(stored) not in HALF_DTYPES:
+        return scale
+    with emitter.graph.inserting_before(like):
+        for view in reversed(views):
+            stored = emitter.call(view.target, stored, *args_of(view)[1:], like=like)
+    return stored
 
 
 def _pack_computed(emitter: Emitter, node: Node, operand: Node, layout: str, *, is_weight: bool) -> Node:

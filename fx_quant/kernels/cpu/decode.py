@@ -58,6 +58,8 @@ AMX_GROUPS = replace(
 )
 _GROUP_CODES = {False: "FxqPackedBytes", True: "FxqPackedNibbles"}
 _BYTES = {torch.int8: "FxqSigned", torch.uint8: "FxqUnsigned", **dict.fromkeys(FLOAT8_DTYPES, "FxqFloat8")}
+# Scales of 16 bits that are read where they are, by the type that native code has for them.
+_SCALES = {torch.bfloat16: "FxqBfloat16", torch.float16: "FxqFloat16"}
 _KINDS = {
     "FxqSigned": "decoded_int8",
     "FxqUnsigned": "decoded_int8",
@@ -123,18 +125,33 @@ def is_int4(b: Tensor) -> bool:
     return b.shape[-1] == INT4_BYTES
 
 
-def decode_of(a_dtype: torch.dtype, code_dtype: torch.dtype, int4: bool, fixed: bool = False) -> Decode:
+def scales_in_place(dtype: torch.dtype, dims: int) -> torch.dtype:
+    """What native code is made for, where scales have ``dtype``: 16 bits in panels, which are of three dims, stay.
+
+    Any others are float32, which native code made for that reads of any kind.
+    """
+    return dtype if dtype in _SCALES and dims == 3 else torch.float32
+
+
+def decode_of(
+    a_dtype: torch.dtype,
+    code_dtype: torch.dtype,
+    int4: bool,
+    fixed: bool = False,
+    scales: torch.dtype = torch.float32,
+) -> Decode:
     """How codes of ``code_dtype`` (``int4``: two to a byte) meet an activation of ``a_dtype``, bfloat16 or float32.
 
     Args:
         fixed: sum each row in one order, however many rows there are.
+        scales: what ``scales_in_place`` gives.
     """
     in_tiles = a_dtype is torch.bfloat16 and not fixed and AMX_BFLOAT16.exists_here()
-    return _decode_of(AMX_BFLOAT16 if in_tiles else _DOTS[a_dtype], code_dtype, int4, fixed)
+    return _decode_of(AMX_BFLOAT16 if in_tiles else _DOTS[a_dtype], code_dtype, int4, fixed, scales)
 
 
 @functools.cache
-def _decode_of(dot: Dot, code_dtype: torch.dtype, int4: bool, fixed: bool) -> Decode:
+def _decode_of(dot: Dot, code_dtype: torch.dtype, int4: bool, fixed: bool, scales: torch.dtype) -> Decode:
     is_bf16, in_tiles = dot.kind == BFLOAT16.kind, dot is AMX_BFLOAT16
     codes = "FxqNibbles" if int4 else _BYTES[code_dtype]
     decoder = "decode_bf16.h" if is_bf16 else "decode_float32.h"
@@ -142,23 +159,32 @@ def _decode_of(dot: Dot, code_dtype: torch.dtype, int4: bool, fixed: bool) -> De
     many = "INT64_MAX" if fixed else _MANY_ROWS_OF_TILES if in_tiles else _MANY_ROWS
     native = f"#define FXQ_SETS {1 if fixed else 2}\n#define FXQ_MANY {many}\n{dot.source}\n{source(*files)}"
     step = 8 if int4 else 2 if is_bf16 else 1
-    return Decode(dot, codes, f"{_table(code_dtype)}{native}", step, fixed)
+    return Decode(dot, codes, f"{_table(code_dtype)}{_of_scales(scales)}{native}", step, fixed)
 
 
-def groups_of(dot: Dot, int4: bool) -> Decode:
+def groups_of(dot: Dot, int4: bool, scales: torch.dtype = torch.float32) -> Decode:
     """How packed int8 codes (``int4``: two codes to a byte) meet int8 codes of an activation, by ``dot``.
 
     Neither a plan nor the tiles of AMX, which take over for many rows from ``vpdpbusd``, change what is computed.
+
+    Args:
+        scales: what ``scales_in_place`` gives.
     """
-    return _groups_of(AMX_GROUPS if dot is INT8_VNNI and AMX_GROUPS.exists_here() else dot, int4)
+    in_tiles = dot is INT8_VNNI and AMX_GROUPS.exists_here()
+    return _groups_of(AMX_GROUPS if in_tiles else dot, int4, scales)
 
 
 @functools.cache
-def _groups_of(dot: Dot, int4: bool) -> Decode:
+def _groups_of(dot: Dot, int4: bool, scales: torch.dtype) -> Decode:
     read = "factors.h" if dot.vector_bits == 512 else "factors_plain.h"
     files = ("values.h", "factor.h", read, "factor_kinds.h", "rows.h", "groups.h")
     step = 8 if int4 else 4
-    return Decode(dot, _GROUP_CODES[int4], f"{dot.source}\n{source(*files)}", step)
+    return Decode(dot, _GROUP_CODES[int4], f"{_of_scales(scales)}{dot.source}\n{source(*files)}", step)
+
+
+def _of_scales(scales: torch.dtype) -> str:
+    """What ``factor_kinds.h`` must know of scales that are not float32."""
+    return f"#define FXQ_SCALE {_SCALES[scales]}\n" if scales in _SCALES else ""
 
 
 def _table(dtype: torch.dtype) -> str:

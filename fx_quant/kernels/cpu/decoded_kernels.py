@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of, decoded_matmul, is_int4
+from fx_quant.kernels.cpu.decode import INT4_BYTES, decode_of, decoded_matmul, is_int4, scales_in_place
 from fx_quant.kernels.layouts import packed_layout
 from fx_quant.kernels.registry import (
     BLOCK_SCALES,
@@ -44,7 +44,7 @@ def _decoded(
     Args:
         fixed: each row is summed in one order, however many there are.
     """
-    how = decode_of(a.dtype, b.dtype, is_int4(b), fixed)
+    how = decode_of(a.dtype, b.dtype, is_int4(b), fixed, scales_of(b_scale))
     b_zero_point, b_offset = as_one_shift(b_scale, b_zero_point, b_offset)
     out = decoded_matmul(how, a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block, b_offset=b_offset)
     if out is not None:
@@ -68,6 +68,11 @@ def as_one_shift(
     if b_zero_point is None or b_offset is None:
         return b_zero_point, b_offset
     return None, b_offset - (b_zero_point.float() if b_scale is None else b_scale * b_zero_point)
+
+
+def scales_of(b_scale: Tensor | None) -> torch.dtype:
+    """What native code is made for, of ``b_scale``."""
+    return torch.float32 if b_scale is None else scales_in_place(b_scale.dtype, b_scale.dim())
 
 
 def rows_of_panels(factor: Tensor | None, n: int) -> Tensor | None:

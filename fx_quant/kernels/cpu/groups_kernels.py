@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fx_quant.kernels.cpu.decode import decoded_matmul, groups_of
-from fx_quant.kernels.cpu.decoded_kernels import fake_of_panels, rows_of_panels
+from fx_quant.kernels.cpu.decoded_kernels import fake_of_panels, rows_of_panels, scales_of
 from fx_quant.kernels.cpu.int8_kernels import Level
 from fx_quant.kernels.cpu.native import INT8_AVX2, INT8_AVX512, INT8_AVX_VNNI, INT8_VNNI, Dot
 from fx_quant.kernels.layouts import packed_layout
@@ -63,7 +63,7 @@ def _groups(
     block=None,
 ) -> Tensor:
     """The native matmul, or the canonical op of the unpacked weight where it cannot run."""
-    decode = groups_of(dot, is_packed(b))
+    decode = groups_of(dot, is_packed(b), scales_of(b_scale))
     extras = {"a_zero_point": a_zero_point, "b_sum": b_sum}
     out = decoded_matmul(decode, a, b, n, a_scale, b_scale, b_zero_point, bias, out_dtype, block, **extras)
     if out is not None:

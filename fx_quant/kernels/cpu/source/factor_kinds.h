@@ -1,5 +1,7 @@
 // Factors of any kind, read by ``fxq_read<T>`` of factors.h or factors_plain.h.
 
+#include <type_traits>
+
 namespace {
 
 inline void fxq_read(
@@ -17,23 +19,36 @@ inline void fxq_read(
   }
 }
 
-// Factors of some groups of a panel: floats where they are, if they are in panels. Copied first, they would come in
+// What scales of groups are in memory where they are read in place. Those of 16 bits are half as much to read.
+#ifndef FXQ_SCALE
+#define FXQ_SCALE float
+#endif
+using FxqScale = FXQ_SCALE;
+
+// Factors of some groups of a panel: of type T where they are, if they are in panels. Copied first, they would come in
 // bursts, for which a core waits that reads one stream of codes as fast as memory gives it.
+template <typename T>
 struct FxqGroupFactors {
-  const float* data;
+  static constexpr FxqKind KIND = std::is_same_v<T, FxqFloat16> ? FXQ_FLOAT16
+      : std::is_same_v<T, FxqBfloat16>                          ? FXQ_BFLOAT16
+                                                                : FXQ_FLOAT;
+  static constexpr bool COPIES = KIND == FXQ_FLOAT; // others are asked for only where they are in panels
+  const T* data;
   bool in_place;
-  alignas(64) float copied[FXQ_GROUPS][FXQ_PANEL];
+  alignas(64) float copied[COPIES ? FXQ_GROUPS : 1][FXQ_PANEL];
 
   void find(const FxqFactor& f, int64_t panel, int64_t n, int64_t first, int64_t count) {
-    in_place = f.kind == FXQ_NONE || (f.kind == FXQ_FLOAT && f.panel_stride && f.group_stride == FXQ_PANEL);
-    if (f.kind != FXQ_NONE && in_place) {
-      data = static_cast<const float*>(f.data) + panel * f.panel_stride + first * FXQ_PANEL;
-    } else {
-      data = copied[0];
-      fxq_read(f, panel * FXQ_PANEL, n, first, count, copied);
+    in_place = !COPIES || f.kind == FXQ_NONE || (f.kind == KIND && f.panel_stride && f.group_stride == FXQ_PANEL);
+    if constexpr (COPIES) {
+      if (!in_place || f.kind == FXQ_NONE) {
+        data = copied[0];
+        fxq_read(f, panel * FXQ_PANEL, n, first, count, copied);
+        return;
+      }
     }
+    data = static_cast<const T*>(f.data) + panel * f.panel_stride + first * FXQ_PANEL;
   }
-  const float* operator[](int64_t group) const {
+  const T* operator[](int64_t group) const {
     return data + group * FXQ_PANEL;
   }
   // What find() will want next, little by little.

@@ -32,6 +32,17 @@ FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const int64_t* 
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
+FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const FxqBfloat16* p) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+FXQ_TARGET __attribute__((always_inline)) inline __m512 fxq_load(const FxqFloat16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
 FXQ_TARGET __attribute__((always_inline)) inline void fxq_transpose(__m512 (&r)[16]) {
   __m512 t[16];
 #pragma GCC unroll 8

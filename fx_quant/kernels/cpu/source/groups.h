@@ -160,13 +160,27 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_nibble_products(
 struct FxqPieces {
   int64_t first, count, group;
   const uint8_t* codes; // of the first piece: packed, or widened to bytes
-  FxqGroupFactors scales, zero_points, code_sums;
+  FxqGroupFactors<FxqScale> scales;
+  FxqGroupFactors<float> zero_points, code_sums;
 };
 
 // Those of one group, from one column on.
 struct FxqPieceFactors {
-  const float *scale, *zero_point, *code_sum;
+  const FxqScale* scale;
+  const float *zero_point, *code_sum;
 };
+
+// The scales of some columns.
+template <typename DOT, typename T>
+FXQ_TARGET __attribute__((always_inline)) inline typename DOT::Float fxq_scales(const T* p) {
+  if constexpr (std::is_same_v<T, float>) {
+    typename DOT::Float scales;
+    std::memcpy(&scales, p, sizeof(scales));
+    return scales;
+  } else {
+    return fxq_load(p);
+  }
+}
 
 // What is done to a sum beside multiplying it by the scale of the weight.
 enum class FxqShift { NONE, ROWS, ANY };
@@ -215,7 +229,7 @@ FXQ_TARGET __attribute__((always_inline)) inline void fxq_add_scaled(
       }
       factor = DOT::all(1.0f);
       if (!ANY || w.scale.kind != FXQ_NONE) {
-        std::memcpy(&factor, factors.scale + c, sizeof(factor));
+        factor = fxq_scales<DOT>(factors.scale + c);
       }
       std::memcpy(&out, acc + r * FXQ_PANEL + c, sizeof(out));
       out = DOT::plus(out, value, factor);
@@ -345,7 +359,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_kept_rows(
       }
     }
     fxq_products<DOT, ROWS, COLUMNS, true>(sum, lanes, b, count / DOT::GROUP, count % DOT::GROUP, ahead);
-    const float* const scale = chunk.scales[group];
+    const FxqScale* const scale = chunk.scales[group];
     const float* const code_sum = chunk.code_sums[group];
     const bool shifts = SHIFT == FxqShift::ROWS && piece.from == piece.group * per_group;
 #pragma GCC unroll 3
@@ -357,8 +371,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_kept_rows(
           std::memcpy(&factor, code_sum + j * DOT::LANES, sizeof(factor));
           value = DOT::less(value, DOT::all(points[r]), factor);
         }
-        std::memcpy(&factor, scale + j * DOT::LANES, sizeof(factor));
-        kept[r][j] = DOT::plus(kept[r][j], value, factor);
+        kept[r][j] = DOT::plus(kept[r][j], value, fxq_scales<DOT>(scale + j * DOT::LANES));
       }
     }
   }
@@ -520,7 +533,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_pieces_of_tile(
       }
       continue;
     }
-    const Float scale = _mm512_loadu_ps(factors.scale);
+    const Float scale = fxq_scales<DOT>(factors.scale);
     [[maybe_unused]] const Float code_sum = _mm512_loadu_ps(factors.code_sum);
     const bool shifts = SHIFT == FxqShift::ROWS && pieces[i].from == pieces[i].group * rows.weight.group;
 #pragma GCC unroll 16

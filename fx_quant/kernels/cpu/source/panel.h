@@ -74,7 +74,8 @@ inline FxqRows<typename DOT::A> fxq_rows(
 struct FxqChunk {
   int64_t begin, end, group;
   const uint8_t* codes;
-  FxqGroupFactors scales, zero_points;
+  FxqGroupFactors<FxqScale> scales;
+  FxqGroupFactors<float> zero_points;
 };
 
 // What is taken off the codes of group ``i`` of a chunk, where codes are; null where nothing is.
@@ -99,7 +100,7 @@ struct FxqShift {
 // out[16] += sum, less ``all`` times the zero point, by the scales of its row and its group, and ``all`` times the
 // offset, both at ``column``; null is none.
 FXQ_INLINE void fxq_add(
-    __m512 sum, const FxqShift& shift, int64_t column, float all, const float* row_scale, const float* scale, float* out) {
+    __m512 sum, const FxqShift& shift, int64_t column, float all, const float* row_scale, const FxqScale* scale, float* out) {
   if (shift.zero_point != nullptr) {
     sum = _mm512_fnmadd_ps(_mm512_set1_ps(all), _mm512_loadu_ps(shift.zero_point + column), sum);
   }
@@ -107,7 +108,7 @@ FXQ_INLINE void fxq_add(
     sum = _mm512_mul_ps(sum, _mm512_set1_ps(*row_scale));
   }
   const __m512 before = _mm512_load_ps(out);
-  sum = scale ? _mm512_fmadd_ps(sum, _mm512_loadu_ps(scale + column), before) : _mm512_add_ps(sum, before);
+  sum = scale ? _mm512_fmadd_ps(sum, fxq_load(scale + column), before) : _mm512_add_ps(sum, before);
   if (shift.offset != nullptr) {
     sum = _mm512_fmadd_ps(_mm512_set1_ps(all), _mm512_loadu_ps(shift.offset + column), sum);
   }
@@ -133,7 +134,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_rows(
   for (int64_t i = 0; k < chunk.end; i++, group++) {
     const int64_t end = std::min(chunk.end, (group + 1) * w.group);
     const float* zero_point = fxq_zero_point(w, chunk, i);
-    const float* scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i];
+    const FxqScale* scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i];
     const FxqShift shift(w, chunk.zero_points[i], DECODE::CORRECTS, k == group * w.group);
     typename DOT::Vec sum[SETS][ROWS][4];
 #pragma GCC unroll 2
@@ -226,7 +227,8 @@ FXQ_TARGET __attribute__((noinline)) void fxq_kept_rows(
       codes += WIDE::STEP * WIDE::BYTES;
       k = end;
     }
-    const float *scale = chunk.scales[i], *shift = chunk.zero_points[i];
+    const FxqScale* scale = chunk.scales[i];
+    const float* shift = chunk.zero_points[i];
 #pragma GCC unroll 3
     for (int r = 0; r < ROWS; r++) {
       const __m512 all = _mm512_set1_ps(shifts ? rows.sum(row + r, group) : 0.0f);
@@ -236,7 +238,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_kept_rows(
         if (KIND == FxqShift::ZERO_POINT && shifts) {
           value = _mm512_fnmadd_ps(all, _mm512_loadu_ps(shift + j * 16), value);
         }
-        kept[r][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(scale + j * 16), kept[r][j]);
+        kept[r][j] = _mm512_fmadd_ps(value, fxq_load(scale + j * 16), kept[r][j]);
         if (KIND == FxqShift::OFFSET && shifts) {
           kept[r][j] = _mm512_fmadd_ps(all, _mm512_loadu_ps(shift + j * 16), kept[r][j]);
         }
@@ -305,13 +307,13 @@ template <FxqShift::Kind KIND>
 FXQ_TARGET __attribute__((noinline)) void fxq_add_tile(
     const float* sums,
     int64_t height,
-    const float* scale,
+    const FxqScale* scale,
     const float* shift,
     const FxqRows<uint16_t>& rows,
     int64_t row,
     int64_t group,
     float* out) {
-  const __m512 scales[] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
+  const __m512 scales[] = {fxq_load(scale), fxq_load(scale + 16)};
   const __m512 shifts[] = {_mm512_loadu_ps(shift), _mm512_loadu_ps(shift + 16)};
 #pragma GCC unroll 4
   for (int64_t r = 0; r < height; r++) {
@@ -359,7 +361,7 @@ FXQ_TARGET __attribute__((noinline)) void fxq_chunk_tiles(
         const uint8_t* const b = wide + (k - chunk.begin) * 128 + column * 4;
         const auto multiply = height > 16 ? fxq_bf16_tiles<true> : fxq_bf16_tiles<false>;
         multiply(a + k, rows.stride * sizeof(*a), rest, b, end - k, sums);
-        const float* const scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i];
+        const FxqScale* const scale = w.scale.kind == FXQ_NONE ? nullptr : chunk.scales[i];
         float* const out = acc + row * FXQ_PANEL + column;
         if (w.row_scale == nullptr && scale != nullptr) {
           const auto add = shift.is_none()  ? fxq_add_tile<FxqShift::NONE>

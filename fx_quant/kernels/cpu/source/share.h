@@ -114,6 +114,14 @@ inline void fxq_expect(const void* p, int64_t bytes) {
   }
 }
 
+// Rows of a panel to where they belong in ``out``, whose rows are ``stride`` apart.
+template <typename T>
+inline void fxq_store(const T* acc, int64_t rows, int64_t columns, T* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++, acc += FXQ_PANEL, out += stride) {
+    std::memcpy(out, acc, columns == FXQ_PANEL ? FXQ_PANEL * sizeof(T) : columns * sizeof(T));
+  }
+}
+
 // One thread's part of the output: rows x panels.
 struct FxqShare {
   int64_t row_begin, row_end, panel_begin, panel_end;
