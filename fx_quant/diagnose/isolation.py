@@ -192,11 +192,11 @@ def graph_breaks() -> tuple[BreakReport, ...]:
     for reason, count in counters["graph_break"].items():
         # A frame of which nothing could be traced has no place.
         counts["", reason] += max(0, count - located[reason])
-    return tuple(
-        BreakReport(source, (reason.strip().splitlines() or ["no reason given"])[0], count)
-        for (source, reason), count in counts.items()
-        if count
-    )
+    # Behind its first line a reason tells of values, which differ from call to call.
+    places: Counter[tuple[str, str]] = Counter()
+    for (source, reason), count in counts.items():
+        places[source, (reason.strip().splitlines() or ["no reason given"])[0]] += count
+    return tuple(BreakReport(source, reason, count) for (source, reason), count in places.items() if count)
 
 
 def why_nothing_was_captured(model: Callable[..., Any]) -> str:
