@@ -28,7 +28,7 @@ import torch._inductor.config
 from fx_quant.kernels.packed_weights import clear_packed_weights
 from tests.fresh_process import torch_alone
 from tests.graphs import running_op_by_op
-from tests.quick_compiles import compile_quickly
+from tests.quick_compiles import compile_as_shipped, compile_quickly
 from tests.triton_interpreter import interpreting
 
 compile_quickly()
@@ -106,6 +106,13 @@ def uncached():
     ):
         yield
     clear_packed_weights()
+
+
+@pytest.fixture
+def as_shipped():
+    """What Inductor makes of a graph is optimised as it is for users: the claim is that its C++ is right at that level too."""
+    with compile_as_shipped():
+        yield
 
 
 @pytest.fixture

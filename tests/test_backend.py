@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -53,14 +51,15 @@ def test_compiled_module_equals_eager_and_counts_its_rewrites():
     assert counters["fx_quant"] == {"rewritten": 1, "recognised": 0, "missed": 0}
 
 
-def test_backend_is_found_by_name_with_nothing_imported():
-    script = (
-        "import torch\n"
+def test_backend_is_found_by_name_with_nothing_imported(printed):
+    printed(
+        "import os, sys, torch\n"
+        "os.chdir('/')\n"
+        "assert not any(name.startswith('fx_quant') for name in sys.modules)\n"
         "assert 'fx_quant' in torch._dynamo.list_backends()\n"
         "f = torch.compile(lambda x: x @ x, backend='fx_quant')\n"  # no C++ to compile
         "assert f(torch.ones(3, 3)).sum() == 27\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_a_place_that_breaks_for_a_reason_is_one_whatever_values_the_reason_tell
     reasons = [SimpleNamespace(user_stack=[at], reason=f"Data pointer comparison\n  value {i}") for i in range(3)]
     monkeypatch.setattr(isolation, "graph_break_reasons", reasons)
     monkeypatch.setattr(isolation, "counters", {"graph_break": {reason.reason: 1 for reason in reasons}})
-    assert isolation.graph_breaks() == (BreakReport("model.py:7", "Data pointer comparison", 3),)
+    assert isolation.graph_breaks() == (BreakReport("model.py:7", "Data pointer comparison", 3, ("model.py:7",)),)
 
 
 def test_explain_counts_graph_breaks():

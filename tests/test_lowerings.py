@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 import fx_quant.lowerings  # noqa: F401  (registers the lowerings)
 from fx_quant.kernels.registry import kernel
 
-pytestmark = pytest.mark.usefixtures("uncached")
+pytestmark = pytest.mark.usefixtures("uncached", "as_shipped")
 
 fxq = torch.ops.fx_quant
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -163,6 +162,7 @@ def test_a_working_folder_that_is_gone_is_no_reason_to_warn(tmp_path, monkeypatc
 AS_NOBODY = """
 import json, os, resource, sys, warnings
 from pathlib import Path
+os.environ["FX_QUANT_CACHE_DIR"] = f"{sys.argv[1]}/before"
 import torch, fx_quant
 from fx_quant.kernels.cpu import plans as tuning
 from fx_quant.backend import RewritePass
@@ -219,11 +219,11 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs a root user, to become another")
-def test_a_user_without_a_home_or_rights_has_the_defaults_and_at_most_one_warning():
+def test_a_user_without_a_home_or_rights_has_the_defaults_and_at_most_one_warning(printed):
     # Not below pytest's own folder, which is nobody else's.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        found = as_nobody(folder)
+        found = json.loads(printed(AS_NOBODY, folder, "54321"))
     assert all(is_default and is_same for is_default, is_same, _, _ in found.values())
     said = {name: row[2] for name, row in found.items()}
     saved = {name: row[3] for name, row in found.items()}
@@ -237,14 +237,6 @@ def test_a_user_without_a_home_or_rights_has_the_defaults_and_at_most_one_warnin
     # Nothing was to be read there, so nothing is lost by not being let write.
     assert said["not writable"] == said["full"] == said["good"] == []
     assert "File too large" in saved["full"] and saved["good"] == "saved to good"
-
-
-def as_nobody(folder: str) -> dict[str, list]:
-    environment = {**os.environ, "FX_QUANT_CACHE_DIR": f"{folder}/before"}
-    command = [sys.executable, "-c", AS_NOBODY, folder, "54321"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --- the file -----------------------------------------------------------------------------------------------------

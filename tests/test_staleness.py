@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -471,9 +469,8 @@ if rank == 0:
 
 
 @pytest.mark.slow
-def test_a_broadcast_is_seen(tmp_path):
-    command = [sys.executable, "-c", RECEIVES_A_BROADCAST, str(tmp_path / "store")]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240, cwd=ROOT).stdout
+def test_a_broadcast_is_seen(tmp_path, printed):
+    said = printed(RECEIVES_A_BROADCAST, str(tmp_path / "store"))
     (_, before, sent), (_, other, received) = sorted(line.split() for line in said.splitlines())
     assert before == sent == received != other
 
