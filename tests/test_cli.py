@@ -48,13 +48,34 @@ def build_a_string():
     return "llama", torch.zeros(2, 4)
 
 
+def build_for_a_string():
+    return torch.nn.Linear(4, 5), "hello"
+
+
+def build_quantized_for_a_string():
+    layer = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    fx_quant.quantize_(layer, "w8a8")
+    return layer, "hello"
+
+
+def build_from(path):
+    return path
+
+
+def build_ending():
+    sys.exit("no GPU")
+
+
 def build_raising():
     raise LookupError("no such weights")
 
 
 @pytest.fixture(autouse=True)
-def importable(monkeypatch):
+def importable(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "here", sys.modules[__name__])
+    (tmp_path / "no_python.py").write_text("def build(:\n")
+    (tmp_path / "one_function.py").write_text("def build(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
 
 
 @pytest.mark.parametrize("builder", ["build_two_layers", "build_named_inputs"])
@@ -100,7 +121,17 @@ def test_check_ends_with_one_when_a_site_is_worse(capsys):
 WRONG = [
     (["explain", "here"], "must be given as module.path:callable"),
     (["explain", "no_such_module:build"], "cannot import 'no_such_module'"),
-    (["explain", "here:nothing"], "must have a callable 'nothing'"),
+    (["explain", "one_function:bild"], "unknown function of one_function 'bild'. Did you mean 'build'"),
+    (["explain", "./here.py:build_float"], "not by its file: here:build_float"),
+    (["explain", "here:build_from"], "must be called with nothing"),
+    (["explain", "here:build_ending"], "here:build_ending ended the process: no GPU"),
+    (["explain", "no_python:build"], "cannot import 'no_python': invalid syntax"),
+    *(
+        ([command, f"here:{build}"], "the model fails on these inputs")
+        for build in ("build_for_a_string", "build_quantized_for_a_string")
+        for command in ("explain", "check")
+    ),
+    (["check", "here:build_float", "--max-rel-err", "nan"], "argument --max-rel-err: must be a number, got nan"),
     (["explain", "here:TwoLayers"], "must return (model, args) or (model, kwargs), got TwoLayers"),
     (["explain", "here:build_a_string"], "got a model that cannot be called: str"),
     (["explain", "here:build_without_inputs"], "missing a required argument: 'input'"),
@@ -125,6 +156,9 @@ EARLY = [
     (["--option", "strict=maybe"], "option 'strict' must be True or False"),
     (["--compare", "nowhere.json"], "--compare needs a file that `explain --json` wrote"),
     (["--html", "no/such/folder/x.html"], "--html needs a file in a folder that exists"),
+    (["--html", "."], "--html needs a file in a folder that exists"),
+    (["--html", ""], "--html needs a file in a folder that exists"),
+    (["--expect", "-1"], "argument --expect: must be 0 or more, got -1"),
     (["--expect", "many"], "invalid int value: 'many'"),
 ]
 

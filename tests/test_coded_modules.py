@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import fx_quant
+from fx_quant.errors import MissError
 from fx_quant.loading.coded_modules import holds_codes
 from fx_quant.loading.library_notes import library_notes
+from fx_quant.loading.prepare import hidden
 
 K = 16
 X = torch.randn(3, K)
@@ -67,7 +69,7 @@ def test_modules_in_no_graph_are_counted_and_named_with_the_place_that_broke():
         (f"layers.{i}", "Coded", False) for i in range(3)
     ]
     text = " ".join(str(report).split())
-    assert "fx_quant: no quantized matmul found (1 graph, 3 graph breaks), though 3 modules hold codes" in text
+    assert "fx_quant: no quantized matmul found (1 graph, 3 graph breaks), though 3 modules are quantized" in text
     assert "so nothing is done there: layers.* x 3 (Coded)" in text
     assert "tests/test_coded_modules.py:" in text
     assert "torch.compiler.disable" in text
@@ -83,7 +85,7 @@ def test_a_frame_that_breaks_in_a_loop_is_said_not_to_be_captured():
     assert report.graphs == 0
     assert "nothing was captured: the graph broke at " in text
     assert "torch.compiler.disable" in text
-    assert "2 modules that hold codes are in no graph" in text
+    assert "2 quantized modules are in no graph" in text
 
 
 def test_a_hook_that_breaks_the_graph_is_where_it_says():
@@ -106,7 +108,7 @@ def test_a_hook_that_breaks_the_graph_is_where_it_says():
 def test_modules_that_are_seen_are_not_listed():
     report = fx_quant.explain(Hidden(lambda layer: None), X)
     assert report.unseen == ()
-    assert "hold codes" not in str(report)
+    assert "quantized module" not in str(report)
 
 
 def test_a_module_that_is_not_called_is_in_no_graph():
@@ -130,16 +132,14 @@ def test_codes_in_a_graph_and_in_no_matmul_are_said_to_be():
     report = fx_quant.explain(nn.Sequential(Gathered()), X)
     assert [(row.module, row.in_graph) for row in report.unseen] == [("0", True)]
     text = " ".join(str(report).split())
-    assert (
-        "1 module that holds codes is in a graph, but in no quantized matmul that fx_quant knows: 0 (Gathered)" in text
-    )
+    assert "1 quantized module is in a graph, but in no quantized matmul that fx_quant knows: 0 (Gathered)" in text
 
 
 def test_nothing_captured_counts_the_modules_too():
     with torch.compiler.set_stance("force_eager"):
         text = text_of(Hidden(lambda layer: None), X)
     assert "nothing was captured: torch.compiler.set_stance('force_eager')" in text
-    assert "3 modules that hold codes are in no graph" in text
+    assert "3 quantized modules are in no graph" in text
 
 
 def packed(name, dtype=torch.int32):
@@ -217,6 +217,85 @@ def test_libraries_out_of_reach_get_the_note_what_to_do(package, says):
     text = text_of(model, X)
     assert says in text
     assert "quantize the float model with fx_quant.quantize_ or torchao instead" in text
+
+
+class Rounding(nn.Linear):
+    """A linear as libraries simulate it, in float; it breaks the graph between rounding and multiplying."""
+
+    def __init__(self):
+        super().__init__(K, K)
+        self.weight_quantizer = nn.Identity()
+        self.weight_quantizer.is_enabled = True
+        self.weight_quantizer.register_buffer("amax", self.weight.abs().amax(1, keepdim=True))
+
+    def forward(self, x):
+        rounded = (self.weight * 64).round() / 64
+        torch._dynamo.graph_break()
+        return self.multiplied(x, rounded)
+
+    @torch.compiler.disable
+    def multiplied(self, x, weight):
+        return x @ weight.t()
+
+
+BREAKS = f"the graph breaks at tests/test_coded_modules.py:{Rounding.forward.__code__.co_firstlineno + 2}"
+
+
+def test_a_module_that_simulates_quantization_and_is_not_reached_has_a_row_with_the_break_and_what_to_do():
+    simulating = of_package(Rounding, "modelopt.torch.quantization.nn.modules.quant_linear")
+    report = fx_quant.explain(nn.Sequential(simulating(), nn.ReLU(), nn.Linear(K, K)), X)
+    (row,) = report.unseen
+    assert (row.module, row.kind) == ("0", "Rounding")
+    assert row.reason.startswith(BREAKS), row.reason
+    assert row.reason.endswith("quantize the float model with fx_quant.quantize_ or torchao instead")
+    assert [each.module for each in report.floats] == ["2"]
+    assert "though 1 module is quantized" in report.summary() and "unchanged" not in str(report)
+    assert "1 module of modelopt round" in report.note  # its quantizer, which holds a matrix too, is not another
+    assert fx_quant.Report.from_json(report.to_json()) == report
+    with pytest.raises(MissError):
+        report.raise_if()
+
+
+def test_linears_that_a_library_left_in_float_are_float():
+    simulating = of_package(Rounding, "modelopt.torch.quantization.nn.modules.quant_linear")
+    model = nn.Sequential(simulating())
+    model[0].weight_quantizer.is_enabled = False
+    assert hidden(model) == {} and library_notes(model) == []
+    report = fx_quant.explain(model, X)
+    assert report.unseen == () and [row.module for row in report.floats] == ["0"]
+
+
+def test_tables_that_a_library_quantizes_multiply_nothing():
+    assert hidden(nn.Sequential(of_package(nn.Embedding, "brevitas.nn.quant_embedding")(K, K))) == {}
+
+
+class Breaking(Coded):
+    """Codes of a library that nobody knows, which leaves the graph in its own forward."""
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.multiplied(x)
+
+    @torch.compiler.disable
+    def multiplied(self, x):
+        return super().forward(x)
+
+
+def test_a_break_is_said_of_the_class_that_breaks_and_of_no_other():
+    model = nn.ModuleDict({"breaking": Breaking(), "unused": Coded()})
+    rows = {row.module: row.reason for row in fx_quant.explain(lambda x: model["breaking"](x) * 1, X).unseen}
+    assert rows["breaking"].startswith("the graph breaks at tests/test_coded_modules.py:")
+    assert rows["unused"] == ""
+
+
+def test_modules_that_prepare_leaves_say_why_in_their_rows():
+    ready, hooked = dynamic_linear(), dynamic_linear()
+    hooked.register_forward_hook(lambda *_: None)
+    report = fx_quant.explain(nn.Sequential(ready, hooked), X)
+    assert [row.reason.partition(";")[0] for row in report.unseen] == [
+        "fx_quant.prepare_(model) swaps it for QuantizedLinear",
+        "it must have no hooks, which a swap would lose, got forward_hooks",
+    ]
 
 
 def test_static_modules_of_torch_ao_get_a_note_and_dynamic_linears_their_own():

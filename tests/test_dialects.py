@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +90,38 @@ def test_hand_written_flow_is_its_float_linear_up_to_quantization(each, variant)
     assert actual.dtype is variant.dtype
     assert actual.shape == exact.shape
     assert (actual.double() - exact).norm() / exact.norm() < NOISE[each.build.__module__.rpartition(".")[2]]
+
+
+# Configurations of torchao's that no flow has, and why. ``naive_intNwo`` raises whatever it is given.
+NO_FLOW = {
+    **dict.fromkeys(("SmoothQuantConfig", "AWQConfig", "GPTQConfig"), "scales a base configuration that has a flow"),
+    **dict.fromkeys(("FqnToConfig", "WorkflowFooConfig"), "names a configuration for each module"),
+    **dict.fromkeys(("NF4WeightOnlyConfig", "IntNWeightOnlyConfig"), "that of a flow by another name, or raises"),
+    **dict.fromkeys(
+        ("Int8MixedPrecisionTrainingConfig", "Float8BlockwiseLinearConfig"), "of training: weights are float"
+    ),
+    **dict.fromkeys(("TrainingOpBaseConfig", "NVFP4TrainingConfig"), "of training: weights are float"),
+    **dict.fromkeys(("IntXQuantizationAwareTrainingConfig", "FromIntXQuantizationAwareTrainingConfig"), "is QATConfig"),
+}
+
+
+def test_every_configuration_of_torchao_has_a_flow():
+    pytest.importorskip("torchao")
+    root = Path(importlib.util.find_spec("torchao").origin).parent
+    sources = "".join(path.read_text() for path in sorted(root.rglob("*.py")))
+    names = set(re.findall(r"^ *class (\w+)\(AOBaseConfig\)", sources, re.MULTILINE))
+    said = {word for each in load().values() for word in re.findall(r"\w+", each.what)}
+    assert len(names) > 30
+    assert names - said == NO_FLOW.keys() & names
+    assert NO_FLOW.keys() <= names
+
+
+def test_every_packing_of_torchao_has_a_flow():
+    workflows = pytest.importorskip("torchao.quantization.quantize_.workflows")
+    said = {word for each in load().values() for word in re.findall(r"\w+", each.what)}
+    defaults = {"PLAIN", "UNPACKED_TO_INT8", "TILE_PACKED_TO_4D"}
+    for formats in (workflows.Int4PackingFormat, workflows.IntxPackingFormat, workflows.Float8PackingFormat):
+        assert set(formats.__members__) - said <= defaults
 
 
 # --- what the table says ----------------------------------------------------------------------------------------

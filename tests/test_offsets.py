@@ -275,3 +275,83 @@ def test_a_compiled_linear_of_records_follows_its_bytes():
             model.blocks[:, 16:] ^= 0x5A  # other codes in place
     report = fx_quant.explain(model, a, target="x86_vnni")
     assert [site.scheme for site in report.sites] == ["float32 x int4 per_group(32) with offset"]
+
+
+# --- beside codes of the activation ---------------------------------------------------------------------------------
+
+
+def rows() -> Tensor:
+    return torch.randint(-128, 128, (3, K), dtype=torch.int8)
+
+
+def beside(graph: Graph, offset: Tensor, *, a: Tensor | None = None) -> str:
+    """As ``said``, of int8 codes of an activation, its scales and zero points, and a weight's codes, scale and offset."""
+    a = rows() if a is None else a
+    zero = torch.tensor([[-3], [100], [7]], dtype=torch.int32)
+    inputs = a, floats(3, 1), zero, codes(), floats(N, 1), offset
+    return said(graph, *inputs, static=range(3, 6))
+
+
+PER_ROW = "int8 per_token (dynamic) x uint8 per_channel with offset -> reassociated"
+POINT = torch.tensor(1.0)
+OF_CODES: dict[str, tuple[Graph, str]] = {
+    "a zero point of floats": (lambda a, r, z, w, s, o: (a * r) @ ((w.float() - o) * s).t(), PER_ROW),
+    "added": (lambda a, r, z, w, s, o: (a * r) @ (w.float() * s + o).t(), PER_ROW),
+    "scaled after the sum": (lambda a, r, z, w, s, o: (a.float() @ (w.float() - o).t()) * r * s.t(), PER_ROW),
+    "scaled by both at once": (lambda a, r, z, w, s, o: (a.float() @ (w.float() - o).t()) * (r * s.t()), PER_ROW),
+    "by an outer product": (lambda a, r, z, w, s, o: (a.float() @ (w.float() - o).t()) * (r @ s.t()), PER_ROW),
+    "with a bias": (lambda a, r, z, w, s, o: F.linear(a * r, (w.float() - o) * s, s[:, 0]), PER_ROW),
+    "beside an integer": (
+        lambda a, r, z, w, s, o: (a * r) @ ((w.float() - 9) * s + o).t(),
+        PER_ROW,
+    ),
+    "of four bits": (
+        lambda a, r, z, w, s, o: (a * r) @ (((w & 15).float() - o) * s).t(),
+        PER_ROW.replace("uint8", "int4"),
+    ),
+    "beside a zero point that may lie anywhere": (
+        lambda a, r, z, w, s, o: ((a.float() - z) * r) @ ((w.float() - o) * s).t(),
+        PER_ROW.replace("per_token", "per_token asymmetric"),
+    ),
+    "beside a zero point of a byte": (
+        lambda a, r, z, w, s, o: ((a.float() - z.to(torch.int8)) * r) @ ((w.float() - o) * s).t(),
+        PER_ROW.replace("per_token", "per_token asymmetric"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("graph", "found"), OF_CODES.values(), ids=OF_CODES)
+@pytest.mark.parametrize("offset", [POINT, floats(N, 1) * 9], ids=["of all", "of channels"])
+def test_an_offset_beside_codes_is_multiplied_with_their_sum(graph, found, offset):
+    assert beside(graph, offset) == found
+
+
+BESIDE_FLOATS: dict[str, Graph] = {
+    "an offset of groups": lambda a, r, z, w, s, o: (a * r) @ by_group(w.float(), s.expand(N, 4) * o, torch.sub).t(),
+    "a scale of groups": lambda a, r, z, w, s, o: (
+        (a * r) @ by_group(w.float() - o, torch.cat([s, 2 * s, s, s], 1), torch.mul).t()
+    ),
+}
+
+
+@pytest.mark.parametrize("graph", BESIDE_FLOATS.values(), ids=BESIDE_FLOATS)
+def test_an_offset_beside_groups_is_multiplied_with_floats(graph):
+    assert beside(graph, POINT).startswith("float32 (decoded from int8 per_token (dynamic)) x uint8 per_group(16)")
+
+
+def test_an_offset_of_float8_codes_is_multiplied_with_floats():
+    float8 = torch.randn(3, K).to(torch.float8_e4m3fn)
+
+    def graph(a, r, z, w, s, o):
+        return (a.float() * r) @ (w.view(torch.float8_e4m3fn).float() * s + o).t()
+
+    assert said(
+        graph,
+        float8,
+        floats(3, 1),
+        POINT,
+        torch.randn(N, K).to(torch.float8_e4m3fn).view(torch.uint8),
+        floats(N, 1),
+        POINT,
+        static=range(3, 6),
+    ).startswith("float32 (decoded from")

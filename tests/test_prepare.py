@@ -1079,7 +1079,8 @@ def test_a_model_without_quantized_modules_has_an_empty_report():
     report = prepare_(model)
     assert report == PrepareReport() and needs_prepare(model) is None
     assert " ".join(str(report).split()) == (
-        "fx_quant: nothing to prepare: no quantized module of compressed-tensors, optimum-quanto or torch.ao found"
+        "fx_quant: nothing to prepare: no quantized module of compressed-tensors, neural-compressor, optimum-quanto, "
+        "torch.ao or transformers found"
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from fx_quant.cli.targets import target_of
-from fx_quant.errors import FxQuantError, MissError, ToleranceError
+from fx_quant.errors import FxQuantError, MissError, ToleranceError, unknown_name
 from fx_quant.report import Report, Reported
 
 
@@ -32,7 +35,10 @@ def explain(arguments: argparse.Namespace, *, time: bool = False) -> int:
     model, args, kwargs = _load(arguments.model)
     report = explain(model, *args, target=target, dynamic=arguments.dynamic, options=options, time=time, **kwargs)
     if arguments.html:
-        report.to_html(arguments.html)
+        try:
+            report.to_html(arguments.html)
+        except OSError as error:
+            raise FxQuantError(f"--html: {error}") from error
     _print(report if before is None else before.compare(report), arguments)
     try:
         report.raise_if(missed=arguments.strict, fewer_than=arguments.expect)
@@ -86,8 +92,11 @@ def _saved(path: str | None) -> Report | None:
 
 
 def _check_writable(path: str | None) -> None:
-    if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
-        raise FxQuantError(f"--html needs a file in a folder that exists, got {path!r}")
+    if path is None:
+        return
+    file = pathlib.Path(path).absolute()
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise FxQuantError(f"--html needs a file in a folder that exists and may be written to, got {path!r}")
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -126,16 +135,22 @@ def _load(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     module_name, sign, name = path.partition(":")
     if not sign or not module_name or not name:
         raise FxQuantError(f"the model must be given as module.path:callable, got {path!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise FxQuantError(f"cannot import {module_name!r}: {error}. Run from the folder that holds it.") from error
+    if "/" in module_name or module_name.endswith(".py"):
+        meant = module_name.removesuffix(".py").removeprefix("./").replace("/", ".")
+        raise FxQuantError(f"a module goes by its name, not by its file: {meant}:{name}, got {path!r}")
+    module = _imported(module_name)
     build = getattr(module, name, None)
     if not callable(build):
-        raise FxQuantError(
-            f"{module_name!r} must have a callable {name!r} that returns (model, inputs), found {build!r}"
-        )
-    built = build()
+        functions = [each for each, value in vars(module).items() if inspect.isroutine(value)]
+        raise unknown_name(f"function of {module_name}", name, functions)
+    try:
+        inspect.signature(build).bind()
+    except TypeError as error:
+        raise FxQuantError(f"{path} must be called with nothing, and return (model, inputs): {error}") from None
+    try:
+        built = build()
+    except SystemExit as error:
+        raise FxQuantError(f"{path} ended the process: {error}") from None
     if not isinstance(built, tuple) or len(built) != 2 or not callable(built[0]):
         got = f"a tuple of {len(built)}" if isinstance(built, tuple) and len(built) != 2 else type(built).__name__
         if isinstance(built, tuple) and len(built) == 2:
@@ -145,3 +160,19 @@ def _load(path: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return model, (), dict(inputs)
     return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+
+
+def _imported(name: str) -> ModuleType:
+    """The module of this name.
+
+    Raises:
+        FxQuantError: there is none, or it is no Python.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise FxQuantError(f"cannot import {name!r}: {error}. Run from the folder that holds it.") from error
+    except SyntaxError as error:
+        raise FxQuantError(f"cannot import {name!r}: {error}") from error
+    except SystemExit as error:
+        raise FxQuantError(f"importing {name!r} ended the process: {error}") from None

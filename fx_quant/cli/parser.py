@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -106,8 +107,8 @@ def _of_bench(parser: argparse.ArgumentParser) -> None:
 
 def _of_check(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--max-rel-err", type=float, help="end with status 1 when a site is worse")
-    parser.add_argument("--min-sqnr-db", type=float, help="end with status 1 when a site is worse")
+    parser.add_argument("--max-rel-err", type=_bound, help="end with status 1 when a site is worse")
+    parser.add_argument("--min-sqnr-db", type=_bound, help="end with status 1 when a site is worse")
     _add_expectations(parser)
 
 
@@ -162,4 +163,24 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 def _add_expectations(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="end with status 1 on a miss, or where nothing is found")
-    parser.add_argument("--expect", type=int, metavar="N", help="end with status 1 where fewer matmuls are rewritten")
+    parser.add_argument(
+        "--expect", type=_count, metavar="N", help="end with status 1 where fewer matmuls are rewritten"
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
+    return value
+
+
+def _bound(text: str) -> float:
+    value = float(text)
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError("must be a number, got nan")
+    return value
+
+
+# What argparse calls a type where a text is none of it.
+_count.__name__, _bound.__name__ = "int", "float"

@@ -17,7 +17,7 @@ from fx_quant.compat import copy_graph, replace_contents, row_scales_on_cpu, sec
 from fx_quant.config import Options
 from fx_quant.diagnose.capture import run_captured, run_eagerly
 from fx_quant.diagnose.cuts import Keeper, cut_out
-from fx_quant.diagnose.inputs import check_inputs
+from fx_quant.diagnose.inputs import check_inputs, failures_in_a_line
 from fx_quant.diagnose.isolation import innermost, preserve_rng_state, uncompiled
 from fx_quant.errors import MissError, ToleranceError
 from fx_quant.kernels.machine import detect_target
@@ -322,7 +322,8 @@ def check(
     check_inputs(model, args, kwargs)
     recorder = _Recorder(parsed)
     original = innermost(model)
-    with preserve_rng_state(), uncompiled(named_modules_of(original).values()), torch.no_grad(), row_scales_on_cpu():
+    modules = named_modules_of(original).values()
+    with preserve_rng_state(), uncompiled(modules), torch.no_grad(), row_scales_on_cpu(), failures_in_a_line():
         reference = original(*args, **kwargs)
     with counting("compiling and comparing", "graph") as done:
 

@@ -21,7 +21,7 @@ from fx_quant.errors import FxQuantError, must
 from fx_quant.kernels.machine import resolve_target
 from fx_quant.loading.coded_modules import float_linears, unseen_modules
 from fx_quant.loading.module_names import renamed, roots_of
-from fx_quant.loading.prepare import first_steps, swappable
+from fx_quant.loading.prepare import first_steps, hidden, swappable
 from fx_quant.loading.release import held_twice
 from fx_quant.passes.pipeline import run_passes
 from fx_quant.passes.reporting import report_on
@@ -86,6 +86,7 @@ def explain(
             cuts.append(pieces_of(gm, parsed.splitting_ops, asked, parsed.splitting_modules))
 
     roots = roots_of(innermost(model)).values()
+    hiding = {module: why for root in roots for module, why in hidden(root).items()}
     with counting("explaining", "graph") as done:
         capture = run_captured(
             model,
@@ -121,7 +122,7 @@ def explain(
         report = replace(report, graphs=report.graphs + of_graph.graphs)
         for renaming in called_for:
             report = report.merged(replace(of_graph.renamed(lambda name, to=renaming: renamed(name, to)), graphs=0))
-    report = replace(report, unseen=unseen_modules(capture.modules, capture.seen, report))
+    report = replace(report, unseen=unseen_modules(capture.modules, capture.seen, report, hiding))
     report = replace(report, floats=float_linears(capture.modules, report))
     return _with_memory(report, capture.modules, roots) if resolved.platform == "cpu" else report
 

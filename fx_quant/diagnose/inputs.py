@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from torch._dynamo.exc import TorchRuntimeError
+from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 
-from fx_quant.errors import ModelError
+import fx_quant.errors
+from fx_quant.errors import FxQuantError, ModelError
+
+_TORCH, _OURS = (str(Path(file).parent) + os.sep for file in (torch.__file__, fx_quant.errors.__file__))
+# Modules of ours that a model is made of.
+_LAYERS = f"{_OURS}layers{os.sep}"
 
 
 def check_inputs(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -41,7 +50,9 @@ def check_inputs(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
 
 @contextlib.contextmanager
 def failures_in_a_line() -> Iterator[None]:
-    """Within, what Dynamo says of an op that fails on its inputs becomes a line.
+    """Within, what PyTorch says of an op that fails on its inputs becomes a line.
+
+    What the model's own code raises is left as it is.
 
     Raises:
         ModelError: an op of the model fails.
@@ -49,8 +60,25 @@ def failures_in_a_line() -> Iterator[None]:
     try:
         yield
     except TorchRuntimeError as error:
-        cause = error.__cause__ or error
-        said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         stack = getattr(error, "real_stack", None)
         where = f" at {stack[-1].filename}:{stack[-1].lineno}" if stack else ""
-        raise ModelError(f"the model fails on these inputs{where}: {said}") from error
+        raise _in_a_line(error.__cause__ or error, where) from error
+    except (FxQuantError, TorchDynamoException):
+        raise
+    except Exception as error:
+        if not _of_modules_alone(error):
+            raise
+        raise _in_a_line(error) from error
+
+
+def _in_a_line(error: BaseException, where: str = "") -> ModelError:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(f"the model fails on these inputs{where}: {said}")
+
+
+def _of_modules_alone(error: Exception) -> bool:
+    """Whether, behind us who called the model, only modules of PyTorch's and layers of ours were running."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    while files and files[0].startswith(_OURS) and not files[0].startswith(_LAYERS):
+        del files[0]
+    return bool(files) and all(file.startswith((_TORCH, _LAYERS)) for file in files)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 import types
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -181,22 +182,31 @@ def graph_breaks() -> tuple[BreakReport, ...]:
     """Where Dynamo ended a graph since isolation began."""
     counts: Counter[tuple[str, str]] = Counter()
     located: Counter[str] = Counter()
+    traced: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for broken in graph_break_reasons:
         # Where PyTorch calls a module tells less than who called it.
         frames = broken.user_stack
         stack = [frame for frame in frames if not frame.filename.startswith(_CALLS_MODULES)] or frames
         at = stack[-1] if stack else None
         reason = str(broken.reason)
-        counts[f"{at.filename}:{at.lineno}" if at else "", reason] += 1
+        place = (_line(at) if at else "", reason)
+        counts[place] += 1
+        traced[place].update(dict.fromkeys(map(_line, frames)))
         located[reason] += 1
     for reason, count in counters["graph_break"].items():
         # A frame of which nothing could be traced has no place.
         counts["", reason] += max(0, count - located[reason])
     return tuple(
-        BreakReport(source, (reason.strip().splitlines() or ["no reason given"])[0], count)
+        BreakReport(
+            source, (reason.strip().splitlines() or ["no reason given"])[0], count, tuple(traced[source, reason])
+        )
         for (source, reason), count in counts.items()
         if count
     )
+
+
+def _line(frame: traceback.FrameSummary) -> str:
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def why_nothing_was_captured(model: Callable[..., Any]) -> str:

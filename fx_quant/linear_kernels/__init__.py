@@ -6,6 +6,8 @@ lists them), and everything it answers is read off their requirements; a class o
 
 Beside them stand vLLM's functions of codes that are given: ``dispatch_w8a8_scaled_mm`` and the five that it returns
 (``cutlass_``, ``rocm_per_tensor_``, ``torch_per_tensor_``, ``torch_per_token_``, ``torch_channelwise_w8a8_scaled_mm``),
+the constants of how an operand is quantized (``kFp8DynamicTokenSym``, ...; ``keys`` has them all), vLLM's names of the
+classes for blocks (``CutlassFp8BlockScaledMMKernel``, ...), ``register_linear_kernel``,
 the probes ``cutlass_fp8_supported``, ``cutlass_block_fp8_supported``, ``cutlass_group_gemm_supported`` and
 ``sparse_cutlass_supported``, and ``maybe_create_device_identity``. Transforms of weights are in ``fx_quant.weights``.
 
@@ -23,7 +25,7 @@ from fx_quant.linear_kernels.choose import (
     init_int8_linear_kernel,
     is_supported_and_can_implement_kernel,
 )
-from fx_quant.linear_kernels.classes import derived_classes, possible_kernels
+from fx_quant.linear_kernels.classes import BLOCK_NAMES, derived_classes, possible_kernels, register_linear_kernel
 from fx_quant.linear_kernels.configs import (
     FP8ScaledMMLinearLayerConfig,
     GroupShape,
@@ -35,6 +37,7 @@ from fx_quant.linear_kernels.configs import (
     ScaledMMLinearLayerConfig,
 )
 from fx_quant.linear_kernels.interface import MMLinearKernel
+from fx_quant.linear_kernels.keys import QUANT_KEYS
 from fx_quant.linear_kernels.params import FP8Params, Int8Params, LayerError, MPParams, Params, replace_parameter
 from fx_quant.linear_kernels.registry import (
     FP8ScaledMMLinearKernel,
@@ -89,6 +92,7 @@ __all__ = [
     "is_supported_and_can_implement_kernel",
     "maybe_create_device_identity",
     "possible_kernels",
+    "register_linear_kernel",
     "replace_parameter",
     "rocm_per_tensor_w8a8_scaled_mm",
     "sparse_cutlass_supported",
@@ -99,12 +103,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The class of that name which stands for kernels, such as ``CutlassFP8ScaledMMLinearKernel``."""
-    derived = None if name.startswith("_") else derived_classes().get(name)
+    """A constant (``kFp8DynamicTokenSym``), or the class of that name that stands for kernels."""
+    if name in QUANT_KEYS:
+        return QUANT_KEYS[name]
+    derived = None if name.startswith("_") else derived_classes().get(BLOCK_NAMES.get(name, name))
     if derived is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__dir__())}")
     return derived
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *derived_classes()})
+    return sorted({*__all__, *derived_classes(), *BLOCK_NAMES, *QUANT_KEYS})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, overload
 
 import torch
 
@@ -70,24 +70,30 @@ def choose_scaled_mm_linear_kernel(
     possible_kernels: Mapping[str, Sequence[type[KernelT]]],
     compute_capability: Capability = None,
     force_kernel: type[KernelT] | None = None,
+    *,
+    quantization: str | None = None,
 ) -> type[KernelT]:
     """The first class for the machine's platform that can run ``config``.
+
+    A forced class that cannot is an error, where vLLM goes on to the others.
 
     Args:
         possible_kernels: classes by platform (``cpu``, ``cuda``, ``rocm``), best first. Where those that name kernels
             stand as the function of that name lists them, the one whose kernel ``select`` takes is the best of them.
         compute_capability: ``90`` for an H100, a ``Target`` or its name; None is this machine.
         force_kernel: this class, or an error.
+        quantization: vLLM's name of the scheme, such as ``fp8_w8a8``: a part of the error.
 
     Raises:
         NoKernelError: (a ``ValueError``) none can, or the forced one cannot; the message holds every reason.
     """
-    target = resolve_capability(compute_capability)
+    target, scheme = resolve_capability(compute_capability), f" ({quantization})" if quantization else ""
     if force_kernel is not None:
         ok, reason = is_supported_and_can_implement_kernel(force_kernel, config, target)
         if not ok:
             raise NoKernelError(
-                f"forced kernel cannot run {config} on {target}: {reason}. Remove force_kernel to let fx_quant choose."
+                f"forced kernel cannot run {config}{scheme} on {target}: {reason}. "
+                "Remove force_kernel to let fx_quant choose."
             )
         return force_kernel
     reasons = []
@@ -97,7 +103,7 @@ def choose_scaled_mm_linear_kernel(
             return candidate
         reasons.append(reason)
     why = "\n".join(reasons) or f"no kernel is listed for {target.platform}"
-    raise NoKernelError(f"no kernel can run {config} on {target}. Reasons:\n{why}")
+    raise NoKernelError(f"no kernel can run {config}{scheme} on {target}. Reasons:\n{why}")
 
 
 def _as_selected(candidates: Sequence[type[KernelT]], config: Any, target: Target) -> Sequence[type[KernelT]]:
@@ -134,6 +140,7 @@ def choose_mp_linear_kernel(
     return choose_scaled_mm_linear_kernel(config, possible_kernels(MPLinearKernel), compute_capability)
 
 
+@overload
 def init_fp8_linear_kernel(
     activation_quant_key: OperandSpec | QuantKey,
     weight_quant_key: OperandSpec | QuantKey,
@@ -143,19 +150,78 @@ def init_fp8_linear_kernel(
     *,
     weight_shape: tuple[int, int] | None = None,
     compute_capability: Capability = None,
+) -> RegistryLinearKernel: ...
+@overload
+def init_fp8_linear_kernel(
+    activation_quant_key: OperandSpec | QuantKey,
+    weight_quant_key: OperandSpec | QuantKey,
+    input_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    weight_shape: tuple[int, int],
+    force_kernel: type[FP8ScaledMMLinearKernel] | None = None,
+    module_name: str | None = None,
+    *,
+    compute_capability: Capability = None,
+) -> RegistryLinearKernel: ...
+def init_fp8_linear_kernel(
+    activation_quant_key: OperandSpec | QuantKey,
+    weight_quant_key: OperandSpec | QuantKey,
+    *given: Any,
+    **named: Any,
 ) -> RegistryLinearKernel:
     """The kernel object for a float8 layer, chosen for this machine.
 
+    vLLM has had two orders: ``(out_dtype, force_kernel, module_name)`` after the keys, and ``(input_dtype, out_dtype,
+    weight_shape, force_kernel, module_name)``, which is meant where two dtypes follow, or ``input_dtype`` is named.
+
     Args:
         activation_quant_key, weight_quant_key: how each operand is quantized: an ``OperandSpec``, or a ``QuantKey``.
-        module_name: named in the error.
+        given, named: ``out_dtype`` of the result, ``input_dtype`` of the activation, ``weight_shape`` ``(n, k)``,
+            ``force_kernel``, ``module_name`` for the error, and ``compute_capability``.
 
     Raises:
         NoKernelError: none can; the message holds every reason.
+        TypeError: an argument that neither order has.
     """
-    _check_out_dtype(out_dtype)
-    config = FP8ScaledMMLinearLayerConfig(weight_quant_key, activation_quant_key, out_dtype, weight_shape)
-    return _init(FP8ScaledMMLinearKernel, config, force_kernel, module_name, compute_capability)
+    of_today = "input_dtype" in named or sum(isinstance(each, torch.dtype) for each in given) > 1
+    asked = (_of_today if of_today else _of_before)(*given, **named)
+    _check_out_dtype(asked.out_dtype)
+    config = FP8ScaledMMLinearLayerConfig(
+        weight_quant_key, activation_quant_key, asked.out_dtype, asked.weight_shape, asked.input_dtype
+    )
+    return _init(FP8ScaledMMLinearKernel, config, asked.force_kernel, asked.module_name, asked.compute_capability)
+
+
+class _Asked(NamedTuple):
+    out_dtype: torch.dtype
+    input_dtype: torch.dtype | None
+    weight_shape: tuple[int, int] | None
+    force_kernel: type[FP8ScaledMMLinearKernel] | None
+    module_name: str | None
+    compute_capability: Capability
+
+
+def _of_before(
+    out_dtype: torch.dtype,
+    force_kernel: type[FP8ScaledMMLinearKernel] | None = None,
+    module_name: str | None = None,
+    *,
+    weight_shape: tuple[int, int] | None = None,
+    compute_capability: Capability = None,
+) -> _Asked:
+    return _Asked(out_dtype, None, weight_shape, force_kernel, module_name, compute_capability)
+
+
+def _of_today(
+    input_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    weight_shape: tuple[int, int] | None = None,
+    force_kernel: type[FP8ScaledMMLinearKernel] | None = None,
+    module_name: str | None = None,
+    *,
+    compute_capability: Capability = None,
+) -> _Asked:
+    return _Asked(out_dtype, input_dtype, weight_shape, force_kernel, module_name, compute_capability)
 
 
 def init_int8_linear_kernel(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from fx_quant.errors import must
 from fx_quant.kernels.registry import Kernel, kernels
 from fx_quant.linear_kernels.interface import MMLinearKernel
 from fx_quant.linear_kernels.registry import (
@@ -61,11 +62,47 @@ def derived_classes() -> dict[str, Family]:
     return {cls.__name__: cls for cls in derived}
 
 
-def possible_kernels(family: Family) -> dict[str, list[Family]]:
+# vLLM's names of classes for blocks of scales, where they differ from what ours are called.
+BLOCK_NAMES = {
+    "CutlassFp8BlockScaledMMKernel": "CutlassFP8BlockScaledMMLinearKernel",
+    "TritonFp8BlockScaledMMKernel": "TritonFP8BlockScaledMMLinearKernel",
+    "AiterFp8BlockScaledMMKernel": "AiterFP8BlockScaledMMLinearKernel",
+    "FlashInferFp8DeepGEMMDynamicBlockScaledKernel": "FlashInferFP8BlockScaledMMLinearKernel",
+    "CPUFp8BlockScaledMMKernel": "CPUFP8ScaledMMLinearKernel",
+}
+_KINDS = dict(zip(("fp8", "int8", "mp"), FAMILIES, strict=True))
+# Those of somebody else, which were registered, by family and platform.
+_REGISTERED: dict[tuple[Family, str], list[type[MMLinearKernel]]] = {}
+
+
+def register_linear_kernel(kernel_class: type[MMLinearKernel], platform: Any, kernel_type: str = "mp") -> None:
+    """Have ``possible_kernels`` list ``kernel_class``, after those that are there.
+
+    Args:
+        kernel_class: implements ``MMLinearKernel``.
+        platform: ``"cpu"``, ``"cuda"`` or ``"rocm"``, or vLLM's own enum of them.
+        kernel_type: ``"fp8"``, ``"int8"`` or ``"mp"`` (weight-only).
+
+    Raises:
+        ValueError: no such platform or type, or no class of kernels.
+    """
+    name = str(getattr(platform, "name", platform)).lower()
+    must(name in PLATFORMS, lambda: f"platform must be one of {', '.join(PLATFORMS)}, got {platform!r}")
+    must(kernel_type in _KINDS, lambda: f"kernel_type must be one of {', '.join(_KINDS)}, got {kernel_type!r}")
+    must(
+        isinstance(kernel_class, type) and issubclass(kernel_class, MMLinearKernel),
+        lambda: f"a registered kernel must be a subclass of MMLinearKernel, got {kernel_class!r}",
+    )
+    known = _REGISTERED.setdefault((_KINDS[kernel_type], name), [])
+    if kernel_class not in known:
+        known.append(kernel_class)
+
+
+def possible_kernels(family: Family) -> dict[str, list[Any]]:
     """The classes of ``family`` by platform, in the order in which ``select`` asks their kernels.
 
     Beside those that are derived, each class of somebody else that names kernels: it stands for a kernel that says no
-    class itself.
+    class itself. Those of ``register_linear_kernel`` come last.
     """
     order = {kernel.name: i for i, kernel in enumerate(kernels())}
     theirs = [cls for known in FAMILIES for cls in _descendants(known) if cls.KERNELS and not _is_derived(cls)]
@@ -77,7 +114,14 @@ def possible_kernels(family: Family) -> dict[str, list[Family]]:
     ]
     classes += [cls for cls in theirs if issubclass(cls, family) and order.keys() >= set(cls.KERNELS)]
     classes = sorted(dict.fromkeys(classes), key=lambda cls: min(order[name] for name in cls.KERNELS))
-    return {platform: [cls for cls in classes if _runs_on(cls, platform)] for platform in PLATFORMS}
+    return {
+        platform: list(
+            dict.fromkeys(
+                [*(cls for cls in classes if _runs_on(cls, platform)), *_REGISTERED.get((family, platform), ())]
+            )
+        )
+        for platform in PLATFORMS
+    }
 
 
 def _runs_on(cls: Family, platform: str) -> bool:

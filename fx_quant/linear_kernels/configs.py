@@ -34,6 +34,22 @@ class GroupShape(_Sizes):
     PER_TOKEN: ClassVar[GroupShape]
     PER_CHANNEL: ClassVar[GroupShape]
 
+    def is_per_tensor(self) -> bool:
+        """All of it shares one."""
+        return self == GroupShape.PER_TENSOR
+
+    def is_per_token(self) -> bool:
+        """Each row has one."""
+        return self == GroupShape.PER_TOKEN
+
+    def is_per_channel(self) -> bool:
+        """Each column of ``[k, n]`` has one."""
+        return self == GroupShape.PER_CHANNEL
+
+    def is_per_group(self) -> bool:
+        """Neighbours in a row share one."""
+        return self.row == 1 and self.col >= 1
+
 
 GroupShape.PER_TENSOR = GroupShape(WHOLE, WHOLE)
 GroupShape.PER_TOKEN = GroupShape(1, WHOLE)
@@ -148,19 +164,36 @@ class FP8ScaledMMLinearLayerConfig(ScaledMMLinearLayerConfig):
         weight_quant_key, activation_quant_key: how each operand is quantized: an ``OperandSpec``, or a ``QuantKey``.
         out_dtype: dtype of the result.
         weight_shape: ``(n, k)``; None when it is not known yet, and alignment is asked of the layer later.
+        input_dtype: dtype of the activation before it is quantized; ``out_dtype`` when None.
+
+    vLLM's own has ``weight_shape`` and ``input_dtype`` before ``out_dtype``: name the fields.
+
+    Raises:
+        ValueError: an ``out_dtype`` that is none, as where vLLM's order was meant.
     """
 
     weight_quant_key: OperandSpec | QuantKey
     activation_quant_key: OperandSpec | QuantKey
     out_dtype: torch.dtype
     weight_shape: tuple[int, int] | None = None
+    input_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Check what another order of fields would mix up."""
+        must(
+            isinstance(self.out_dtype, torch.dtype),
+            lambda: (
+                f"out_dtype must be a dtype, got {self.out_dtype!r}; name the fields, as vLLM has them in another order"
+            ),
+        )
 
     def problem(self) -> Problem:
         """The GEMM as data."""
         scheme = Scheme(
             operand_spec(self.activation_quant_key, weight=False), operand_spec(self.weight_quant_key, weight=True)
         )
-        return linear_problem(scheme, self.weight_shape or _ALIGNED_SHAPE, self.out_dtype, self.out_dtype, None)
+        x_dtype = self.input_dtype or self.out_dtype
+        return linear_problem(scheme, self.weight_shape or _ALIGNED_SHAPE, x_dtype, self.out_dtype, None)
 
     def shape(self) -> tuple[int, int] | None:
         """``weight_shape``."""
@@ -176,6 +209,8 @@ class Int8ScaledMMLinearLayerConfig(ScaledMMLinearLayerConfig):
         is_static_input_scheme: the activation's scale is given, one in all; dynamic has one for each token.
         input_symmetric: the activation has no zero point.
         out_dtype, weight_shape: as for float8.
+
+    vLLM's own has ``is_static_input_scheme`` first: name the fields.
     """
 
     is_channelwise: bool

@@ -42,6 +42,8 @@ class Fp8LinearOp:
             ``fx_quant.mode`` says otherwise, not in compiled ones. True pads for every kernel, compiled too, but on
             ROCm, which never gains by it. False never pads.
         force_kernel: the kernel of eager calls, or raise; compiled ones have the backend's option of that name.
+        cutlass_fp8_supported: as vLLM's calls have it, by name. Which kernels there are is asked of the machine, so it
+            is kept and changes nothing; ``disabled_kernels`` and ``FX_QUANT_DISABLED_KERNELS`` leave ``cutlass`` out.
     """
 
     def __init__(
@@ -49,7 +51,10 @@ class Fp8LinearOp:
         use_per_token_if_dynamic: bool = False,
         pad_output: bool | None = None,
         force_kernel: str | None = None,
+        *,
+        cutlass_fp8_supported: bool | None = None,
     ) -> None:
+        self.cutlass_fp8_supported = cutlass_fp8_supported
         self.use_per_token_if_dynamic = use_per_token_if_dynamic
         self.pad_output = pad_output
         self.force_kernel = force_kernel

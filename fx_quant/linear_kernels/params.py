@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fx_quant.errors import FxQuantError
+from fx_quant.errors import FxQuantError, must
 
 
 class LayerError(FxQuantError, AttributeError):
@@ -39,6 +40,21 @@ class Params:
     WEIGHT: ClassVar[str] = "weight"
     WEIGHT_SCALE: ClassVar[str] = "weight_scale"
     INPUT_SCALE: ClassVar[str] = "input_scale"
+
+    @classmethod
+    def called(cls, names: Sequence[str]) -> type[Self]:
+        """These parameters of layers that call their tensors ``names``, in the order of the fields.
+
+        Raises:
+            ValueError: not one name for each field.
+        """
+        fields = [field.name for field in dataclasses.fields(cls)]
+        must(
+            len(names) == len(fields) and all(isinstance(name, str) for name in names),
+            lambda: f"layer_param_names must be one name for each of {', '.join(fields)}, got {list(names)}",
+        )
+        attributes = {field.upper(): name for field, name in zip(fields, names, strict=True)}
+        return type(cls.__name__, (cls,), {"__module__": cls.__module__, **attributes})
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> Self:

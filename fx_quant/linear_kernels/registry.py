@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -67,9 +68,21 @@ class RegistryLinearKernel(MMLinearKernel[ConfigT, ParamsT]):
     KERNELS: ClassVar[tuple[str, ...]] = ()
     PARAMS: ClassVar[type[Params]] = Params
 
-    def __init__(self, config: ConfigT) -> None:
+    def __init__(self, config: ConfigT, layer_param_names: Sequence[str] | None = None) -> None:
+        """A kernel for ``config``.
+
+        Args:
+            layer_param_names: what layers call the tensors of ``PARAMS``, in its order; its own names when None.
+        """
         super().__init__(config)
         self.target: Target | None = None
+        if layer_param_names is not None:
+            self.PARAMS = self.PARAMS.called(layer_param_names)  # type: ignore[misc]
+
+    @property
+    def layer_param_names(self) -> list[str]:
+        """What layers call their tensors, in the order of ``PARAMS``."""
+        return [getattr(self.PARAMS, field.name.upper(), field.name) for field in dataclasses.fields(self.PARAMS)]
 
     @classmethod
     def kernels(cls) -> list[Kernel]:

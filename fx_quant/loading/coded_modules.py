@@ -1,8 +1,9 @@
-"""Modules that hold codes, whatever library made them: what a report on graphs alone would not know of."""
+"""Quantized modules, whatever library made them: what a report on graphs alone would not know of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from types import CodeType, FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fx_quant.loading.adapters.base import adapter_of
 from fx_quant.loading.module_names import tensors_of
-from fx_quant.report import FloatReport, Report, UnseenReport
+from fx_quant.report import BreakReport, FloatReport, Report, UnseenReport
 
 # Several codes to an integer, as GPTQ, AWQ and compressed-tensors store them; other integers are indices.
 _PACKED = ("qweight", "packed")
@@ -35,21 +36,68 @@ def _is_codes(name: str, value: Tensor) -> bool:
     return value.dtype.itemsize == 1 and value.dtype is not torch.bool
 
 
-def unseen_modules(modules: Mapping[str, nn.Module], seen: Set[str], report: Report) -> tuple[UnseenReport, ...]:
-    """The ``modules`` that hold codes and of which ``report`` tells nothing.
+def unseen_modules(
+    modules: Mapping[str, nn.Module],
+    seen: Set[str],
+    report: Report,
+    hiding: Mapping[nn.Module, tuple[str, str]],
+) -> tuple[UnseenReport, ...]:
+    """The ``modules`` that hold codes, or whose library hides them, and of which ``report`` tells nothing.
 
     Args:
         seen: names of the modules of which a graph took a tensor.
+        hiding: modules into which a compiler cannot see, each with its library's package, and with what to do.
     """
     told = {row.module for row in (*report.sites, *report.misses, *report.recognised)}
     names: dict[nn.Module, list[str]] = {}
     for name, module in modules.items():
         names.setdefault(module, []).append(name)
     return tuple(
-        UnseenReport(each[0], type(module).__name__, not seen.isdisjoint(each))
+        UnseenReport(
+            each[0],
+            type(module).__name__,
+            not seen.isdisjoint(each),
+            _reason(module, report.breaks, hiding.get(module)),
+        )
         for module, each in names.items()
-        if holds_codes(module) and not any(_tells_of(path, name, name in seen) for path in told for name in each)
+        if module in hiding or holds_codes(module)
+        if not any(_tells_of(path, name, name in seen) for path in told for name in each)
     )
+
+
+def _reason(module: nn.Module, breaks: Sequence[BreakReport], library: tuple[str, str] | None) -> str:
+    """Where the graph broke in the code of ``module``, and what is said of its library."""
+    package, says = library or ("", "")
+    inside = [broken for broken in breaks if _is_code_of(module, package, broken.frames)]
+    if not inside:
+        return says
+    first = max(inside, key=lambda broken: broken.count)
+    where = "/".join(first.source.split("/")[-2:])
+    more = len({broken.source for broken in inside}) - 1
+    others = f" and {more} more" if more else ""
+    return "; ".join(filter(None, (f"the graph breaks at {where}{others}: {first.reason.rstrip('.')}", says)))
+
+
+def _is_code_of(module: nn.Module, package: str, frames: Sequence[str]) -> bool:
+    """Whether one of ``frames`` is in a function of the class of ``module``, or in the ``package`` of its library."""
+    folder = f"/{package.partition('.')[0]}/" if package else None
+    for frame in frames:
+        file, _, line = frame.rpartition(":")
+        if folder is not None and folder in file:
+            return True
+        if any(code.co_filename == file and _has_line(code, int(line)) for code in _code_of(type(module))):
+            return True
+    return False
+
+
+def _code_of(kind: type) -> Iterator[CodeType]:
+    for cls in kind.__mro__:
+        if not cls.__module__.startswith("torch."):
+            yield from (each.__code__ for each in vars(cls).values() if isinstance(each, FunctionType))
+
+
+def _has_line(code: CodeType, line: int) -> bool:
+    return any(each == line for _, _, each in code.co_lines())
 
 
 def float_linears(modules: Mapping[str, nn.Module], report: Report) -> tuple[FloatReport, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterator, Set
 
 import torch
 from torch import nn
@@ -37,11 +37,7 @@ def library_notes(model: nn.Module, known: Set[nn.Module] = frozenset()) -> list
     Args:
         known: modules of which is said already what to do.
     """
-    counts: Counter[str] = Counter()
-    for module in model.modules():
-        package = _package(module)
-        if package is not None and module not in known and _multiplies(module):
-            counts[package] += 1
+    counts = Counter(package for module, package in _out_of_reach(model) if module not in known)
     notes = [f"{_count(count, 'module')} of {package} {_LIBRARIES[package]}." for package, count in counts.items()]
     if layers := sum(map(_may_skip_its_linears, model.modules())):
         notes.append(
@@ -49,6 +45,43 @@ def library_notes(model: nn.Module, known: Set[nn.Module] = frozenset()) -> list
             "linears without calling them: switch it off, torch.backends.mha.set_fastpath_enabled(False)."
         )
     return notes
+
+
+def hiding_modules(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
+    """The linears within ``model`` that a library's class quantizes where no rewrite can reach them.
+
+    Each with the library's package, and with why and what to do.
+    """
+    return {
+        module: (package.partition(" ")[0], f"modules of {package} {_LIBRARIES[package]}")
+        for module, package in _out_of_reach(model)
+    }
+
+
+def _out_of_reach(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules with their keys in ``_LIBRARIES``, but for what a library's own modules are made of."""
+    waiting, seen = [model], {model}
+    while waiting:
+        module = waiting.pop()
+        package = _package(module)
+        if package is not None and _multiplies(module):
+            if not _is_off(module):
+                yield module, package
+            continue
+        children = [child for child in module.children() if child not in seen]
+        seen.update(children)
+        waiting += reversed(children)
+
+
+def _is_off(module: nn.Module) -> bool:
+    """Whether the library left ``module`` in float: it has quantizers of weight or input, and none is enabled."""
+    flags = [
+        getattr(child, enabled)
+        for name, child in module.named_children()
+        for enabled in ("is_enabled", "is_quant_enabled")
+        if name.startswith(("weight_quant", "input_quant")) and hasattr(child, enabled)
+    ]
+    return bool(flags) and not any(flags)
 
 
 def _package(module: nn.Module) -> str | None:
@@ -65,8 +98,8 @@ def _count(count: int, what: str) -> str:
 
 def _multiplies(module: nn.Module) -> bool:
     """Whether ``module`` has a weight to multiply with, or holds one where it cannot be seen."""
-    if "PackedParam" in type(module).__name__:
-        return False  # what a module of torch.ao holds its weight in
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or "PackedParam" in type(module).__name__:
+        return False  # a module of torch.ao holds its weight in the latter
     return hasattr(module, "_packed_params") or any(value.dim() > 1 for _, value in tensors_of(module))
 
 

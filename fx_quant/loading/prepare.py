@@ -19,7 +19,7 @@ from fx_quant.kernels.subclasses import inner_tensors
 from fx_quant.layers.linear import QuantizedLinear
 from fx_quant.layers.quantize_model import disable_fast_paths
 from fx_quant.loading.adapters.base import Adapter, adapter_of, adapters, difference
-from fx_quant.loading.library_notes import library_notes
+from fx_quant.loading.library_notes import hiding_modules, library_notes
 from fx_quant.loading.release import Ledger, Memory
 from fx_quant.report import Block, Entries, Paragraph, Reported, Table, alike_by_name, folded, mebibytes
 from fx_quant.report.progress import counting
@@ -270,6 +270,20 @@ def first_steps(model: nn.Module) -> str:
     needed = needs_prepare(model)
     notes = library_notes(model, swappable(model).keys())
     return " ".join([f"{needed}.", *notes] if needed and notes else [needed] if needed else notes)
+
+
+def hidden(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
+    """The quantized modules within ``model`` that a compiler cannot see into.
+
+    Each with the package whose code it runs, empty where that is not told apart, and with what to do, or why nothing.
+    """
+    found = _found(model)
+    owners = _weight_owners(model) if found else {}
+    known = {
+        module: ("", _objection(module, adapter, owners) or "fx_quant.prepare_(model) swaps it for QuantizedLinear")
+        for module, (adapter, _) in found.items()
+    }
+    return hiding_modules(model) | known
 
 
 def swappable(model: nn.Module, *, release: bool = False) -> dict[nn.Module, Adapter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -175,6 +176,8 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
 
         sum_k (a' - rest_a) (b' - rest_b) = sum_k a' b' - rest_a[m] (sum_k b' - k rest_b[n]) - rest_b[n] sum_k a'
         sum_k a' b' = acc - near_b[n] * sum_k a'
+
+    An offset of the weight is multiplied with the other's sum, ``sum_k (a' - rest_a)``.
     """
     assert isinstance(product.a, Codes)
     root, k = site.root, site.problem.k
@@ -189,10 +192,11 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
     extras = {} if of_a.near is None else {"a_zero_point": of_a.near}
     out = result = call(SCALED_MM, a, b, None, None, None, INT32, **extras)
     rows = None
-    if of_b.near is not None:
+    if of_b.near is not None or product.b_offsets:
         rows = call(aten.sum.dim_IntList, a, [1], True, dtype=INT32)
         if of_a.near is not None:
             rows = call(aten.sub.Tensor, rows, call(aten.mul.Tensor, of_a.near, k))
+    if rows is not None and of_b.near is not None:
         result = call(aten.sub.Tensor, out, call(aten.mul.Tensor, rows, of_b.near))
     if product.dtype is INT32:
         return out, result
@@ -205,18 +209,34 @@ def _corrected(emitter: Emitter, site: Site, product: Product) -> tuple[Node, No
         if of_b.rest is not None:
             columns = call(aten.sub.Tensor, columns, call(aten.mul.Tensor, of_b.rest, k))
         result = call(aten.sub.Tensor, result, call(aten.mul.Tensor, of_a.rest, columns))
+    rows = None if rows is None else emitter.cast(rows, FLOAT32, like=root)
     if of_b.rest is not None and rows is not None:
-        rows = emitter.cast(rows, FLOAT32, like=root)
         result = call(aten.sub.Tensor, result, call(aten.mul.Tensor, rows, of_b.rest))
-    for scale in (
-        *vectors(emitter, product.rows, root, FLOAT32, [-1, 1]),
-        *vectors(emitter, product.columns, root, FLOAT32, [-1]),
-    ):
-        result = call(aten.mul.Tensor, result, scale)
+    of_rows = vectors(emitter, product.rows, root, FLOAT32, [-1, 1])
+    of_columns = vectors(emitter, product.columns, root, FLOAT32, [-1])
+    if product.b_offsets and rows is not None:
+        if of_a.rest is not None:
+            rows = call(aten.sub.Tensor, rows, call(aten.mul.Tensor, of_a.rest, k))
+        # The offset is added to the scaled codes, so the activation's scales come last.
+        shift = call(aten.mul.Tensor, rows, _offset(emitter, product, root))
+        result, of_columns = call(aten.add.Tensor, _times(emitter, result, of_columns, root), shift), []
+    result = _times(emitter, result, [*of_rows, *of_columns], root)
     bias = _bias(emitter, product, site)
     if bias is not None:
         result = call(aten.add.Tensor, result, bias)
     return out, emitter.cast(result, product.dtype, like=root)
+
+
+def _times(emitter: Emitter, node: Node, factors: Sequence[Node], like: Node) -> Node:
+    return functools.reduce(lambda out, factor: emitter.call(aten.mul.Tensor, out, factor, like=like), factors, node)
+
+
+def _offset(emitter: Emitter, product: Product, like: Node) -> Node:
+    """What is added to the scaled codes of the weight, ``[n]`` or ``[]``, in float32."""
+    offsets = [combined(emitter, vectors(emitter, each, like, FLOAT32, [-1]), like) for each in product.b_offsets]
+    total = combined(emitter, [offset for offset in offsets if offset is not None], like, ADD)
+    assert total is not None
+    return total
 
 
 def _weight_only(emitter: Emitter, site: Site, product: Product) -> Node:

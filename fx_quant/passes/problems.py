@@ -18,13 +18,17 @@ from fx_quant.weights import INT4
 
 
 def corrects_outside(product: Product, *, packed: bool = False, constant: bool = False) -> bool:
-    """Whether zero points are corrected by arithmetic around the raw sum: the weight's, and those that may be far off.
+    """Whether the raw sum is corrected by arithmetic around it: offsets, zero points of the weight, and far ones.
 
-    Kernels take one of the weight beside codes of the activation where they scale the sums of groups, and where its
-    codes are ``packed``. A zero point that is not proven to lie where its codes do can make an int32 sum wrap around
-    that the source takes in floating point or 64 bits.
+    Beside codes of the activation kernels take no offset, and a zero point of the weight where they scale the sums of
+    groups and where its codes are ``packed``. A zero point that is not proven to lie where its codes do can make an
+    int32 sum wrap around that the source takes in floating point or 64 bits.
     """
-    if not isinstance(product.a, Codes) or product.block is not None or packed:
+    if not isinstance(product.a, Codes):
+        return False
+    if product.b_offsets:
+        return True
+    if product.block is not None or packed:
         return False
     shifted = bool(product.b_zero_points) or code_shift(product, packed=False, constant=constant) != 0
     return shifted or bool(not product.wraps and far_points(product))
@@ -35,7 +39,7 @@ def can_pack(product: Product, k: int) -> bool:
 
     They add in float32 what are exact sums of pieces, so the source may not return the sum, nor let it wrap around.
     """
-    if _code_dtype(product.b) is not INT4 or k % 2 or product.dtype is torch.int32:
+    if _code_dtype(product.b) is not INT4 or k % 2 or product.dtype is torch.int32 or product.b_offsets:
         return False
     return product.block is not None or (not far_points(product) and _fits_int32(product, k))
 

@@ -139,8 +139,8 @@ class Stage(Enum):
 class Product:
     """``value == cast(sum_k (a + offset - a_zero_points) (b - b_zero_points) * product(rows, columns) + bias)``.
 
-    Beside a float activation, of which there are no ``rows``, it may be
-    ``cast(sum_k a ((b - b_zero_points) * product(columns) + sum(b_offsets)) + bias)``.
+    With offsets ``(b - b_zero_points) * product(columns) + sum(b_offsets)`` is the weight. A float activation has no
+    ``rows``.
 
     Args:
         gemm: the matmul node.

@@ -51,7 +51,7 @@ class Report(Reported):
         recognised: left as they were, because nothing on the target runs them faster.
         graphs, graph_breaks: how the model was captured.
         note: what to do first, where the model hides its matmuls from every compiler.
-        unseen: modules that hold codes and are in none of the above.
+        unseen: quantized modules that are in none of the above.
         breaks: where the graph broke.
         uncaptured: why there is no graph; empty where there is one.
         pieces: the artefacts of a graph that was compiled in pieces; its matmuls are reported for every piece.
@@ -109,7 +109,7 @@ class Report(Reported):
         """Raise when a matmul was missed, or fewer were rewritten than expected; returns self otherwise.
 
         Args:
-            missed: raise for a miss, for a module that holds codes and is in no row, and where nothing was analysed.
+            missed: raise for a miss, for a quantized module that is in no row, and where nothing was analysed.
             fewer_than: raise when fewer are rewritten.
 
         Raises:
@@ -154,11 +154,11 @@ class Report(Reported):
         if not total:
             nothing = f"no quantized matmul found ({self._graphs()})"
             if self.unseen:
-                return f"{nothing}, though {counted(len(self.unseen), 'module holds', 'modules hold')} codes"
+                return f"{nothing}, though {counted(len(self.unseen), 'module is', 'modules are')} quantized"
             return f"{nothing}; the model compiles unchanged"
         kept = f"{len(self.recognised)} recognised and left, " if self.recognised else ""
         counts = f"{len(self.sites)} of {total} quantized matmuls rewritten on {self.target}"
-        outside = counted(len(self.unseen), "module that holds codes", "modules that hold codes") if self.unseen else ""
+        outside = counted(len(self.unseen), "quantized module", "quantized modules") if self.unseen else ""
         return f"{counts}, {kept}{len(self.misses)} missed" + (f", {outside} not among them" if outside else "")
 
     def how_cut(self) -> str:

@@ -180,18 +180,21 @@ class RecognisedReport:
 
 @dataclass(frozen=True)
 class UnseenReport:
-    """One module that holds codes and of which no quantized matmul was found.
+    """One module that is quantized and of which no quantized matmul was found.
 
     Args:
         module: its name in ``named_modules()``.
         kind: its class.
-        in_graph: whether a graph took its codes, and what it does with them is no matmul that fx_quant knows; otherwise
-            it runs outside all graphs.
+        in_graph: whether a graph took its tensors, and what it does with them is no matmul that fx_quant knows;
+            otherwise it runs outside all graphs.
+        reason: where the graph broke in its code, and what is known of its library and to be done; empty where neither
+            is known.
     """
 
     module: str
     kind: str
     in_graph: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,11 +220,13 @@ class BreakReport:
         source: ``file:line``, ``""`` when unknown.
         reason: in Dynamo's words, their first line.
         count: how many times.
+        frames: ``file:line`` of all code that was being traced there.
     """
 
     source: str
     reason: str
     count: int
+    frames: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

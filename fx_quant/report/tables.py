@@ -175,10 +175,10 @@ def unseen_list(unseen: Sequence[UnseenReport], nameless: int) -> list[Block]:
         if not those:
             continue
         items = []
-        for name, rows in alike_by_name(those, lambda row: (row.kind,)):
+        for name, rows in alike_by_name(those, lambda row: (row.kind, row.reason)):
             where = name or "the model itself" if len(rows) == 1 else f"{name} x {len(rows)}"
-            items.append(f"{where} ({rows[0].kind})")
-        head = counted(len(those), "module that holds codes is", "modules that hold codes are")
+            items.append(f"{where} ({rows[0].kind})" + (f": {rows[0].reason}" if rows[0].reason else ""))
+        head = counted(len(those), "quantized module is", "quantized modules are")
         blocks.append(Entries(f"{head} {says}", tuple(items)))
     return blocks
 

@@ -33,7 +33,7 @@ class Model(Matmuls, Protocol):
 
     @property
     def unseen(self) -> tuple[UnseenReport, ...]:
-        """Modules that hold codes, of which nothing was found."""
+        """Quantized modules of which nothing was found."""
 
     @property
     def floats(self) -> tuple[FloatReport, ...]:
@@ -121,7 +121,7 @@ def report_page(report: Model) -> str:
 _OUTCOMES = {
     "rewritten": ("✓", "runs a fused kernel"),
     "missed": ("✗", "quantized, and left as it was"),
-    "unseen": ("?", "holds codes, and is in no matmul of a graph"),
+    "unseen": ("?", "quantized, and in no matmul of a graph"),
     "recognised": ("=", "understood, and left: nothing here is faster"),
     "float": ("·", "a linear that is not quantized"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.dialects.registry import flow
 from tests.dialects.variants import Activation, Variant
-from tests.dialects.weights import K, N
+from tests.dialects.weights import E4M3, HandLinear, K, N, float8_rows, float8_tensor
 
 NEEDS = ("torchao",)
 MakeQuantizer = Callable[[], Any]
@@ -104,3 +105,37 @@ for _name, (_group, _make, _what) in _QUANTIZERS.items():
 def x86_static_autocast(dtype: torch.dtype, bias: bool) -> nn.Module:
     """X86InductorQuantizer, static, under bfloat16 autocast"""
     return Autocast(ByRank(torch.float32, bias, x86))
+
+
+class Float8Decoded(HandLinear):
+    """torchao's float8 quantize and dequantize ops around a float linear, as its X86 passes look for them
+
+    A static activation for the tensor.
+    """
+
+    by_row = False
+
+    def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
+        importlib.import_module("torchao.quantization")  # which registers the ops
+        codes, scale = (float8_rows if self.by_row else float8_tensor)(weight)
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scale.reshape(-1, 1))
+        self.register_buffer("x_scale", torch.tensor([0.01]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., n]``."""
+        ops = torch.ops.torchao
+        codes = ops.quantize_affine_float8_non_decomposed(x, self.x_scale, E4M3)
+        x = ops.dequantize_affine_float8_non_decomposed(codes, self.x_scale, x.dtype)
+        weight = ops.dequantize_affine_float8_non_decomposed(self.weight, self.weight_scale, x.dtype)
+        return self.plus_bias(nn.functional.linear(x, weight))
+
+
+class Float8DecodedRows(Float8Decoded):
+    """torchao's float8 quantize and dequantize ops around a float linear, weight scales for each row"""
+
+    by_row = True
+
+
+flow("pt2e_f8_static", needs=NEEDS)(Float8Decoded)
+flow("pt2e_f8_static_row", needs=NEEDS)(Float8DecodedRows)

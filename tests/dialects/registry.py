@@ -28,6 +28,7 @@ MODULES = (
     "hqq",
     "microscaling",
     "torchao_flows",
+    "torchao_catalogue",
     "pt2e",
     "torch_ao",
     "compressed_tensors_flows",

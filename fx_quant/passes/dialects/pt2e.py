@@ -1,7 +1,8 @@
-"""PT2E: ``quantized_decomposed`` quantizes and dequantizes around float matmuls.
+"""PT2E: ``quantized_decomposed`` quantizes and dequantizes around float matmuls, and torchao's float8 likewise.
 
-``dequantize``: ``(float32(q) - zero_point) * scale``, cast to ``out_dtype`` (float32 when not given). The quantize ops
-return plain codes, which need no rule. Source: ``torch/ao/quantization/fx/_decomposed.py``.
+``dequantize``: ``(float32(q) - zero_point) * scale``, cast to ``out_dtype`` (float32 when not given); float8 has no
+zero point. The quantize ops return plain codes, which need no rule. Sources:
+``torch/ao/quantization/fx/_decomposed.py``, ``torchao/quantization/quant_primitives.py``.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ def _per_channel(env: Environment, node: Node) -> Value | None:
         node,
         codes,
         lambda coded: along_dim(coded, axis, scales),
-        lambda coded: None if zero_points is None else along_dim(coded, axis, zero_points),
-        symmetric=zero_points is None,
+        None if zero_points is None else lambda coded: along_dim(coded, axis, zero_points),
     )
 
 
@@ -46,10 +46,16 @@ def _per_token(env: Environment, node: Node) -> Value | None:
     )
 
 
-def _affine(env: Environment, node: Node, source: Node, scale, zero_point, *, symmetric: bool = False) -> Value | None:
+def _float8(env: Environment, node: Node) -> Value | None:
+    codes, scale = args_of(node)[:2]
+    return _affine(env, node, codes, lambda coded: scale_of(coded, node, scale), None)
+
+
+def _affine(env: Environment, node: Node, source: Node, scale, zero_point) -> Value | None:
     codes = env.value(source)
     if not isinstance(codes, Codes):
         return None
+    symmetric = zero_point is None
     of_scale, of_zero_point = scale(codes), None if symmetric else zero_point(codes)
     if of_scale is None or (of_zero_point is None and not symmetric):
         return Unknown(node, "the scale or zero point does not follow the tensor, a row or a channel of the codes")
@@ -78,4 +84,5 @@ RULES: dict[str, Rule] = {
     f"{_NAMESPACE}dequantize_per_tensor.tensor2": _per_tensor,
     f"{_NAMESPACE}dequantize_per_channel.default": _per_channel,
     f"{_NAMESPACE}dequantize_per_token.default": _per_token,
+    "torchao.dequantize_affine_float8_non_decomposed.default": _float8,
 }

@@ -165,7 +165,7 @@ def _scale_product(product: Product, node: Node, other: object, axis: Axis | Non
     tile = tile_along(axis, other, node, inverse=divides)
     changes: dict[str, Any] = {side: (*factors, tile)}
     if side == "columns":
-        changes["b_offsets"] = tuple((*offset, tile) for offset in product.b_offsets)
+        changes["b_offsets"] = _scaled(product, tile)
     if product.block is not None and side == "columns" and axis is Axis.COLUMN:
         # A scale for each column parts the rows of a block, which must be whole for that.
         (high, group), n = product.block, shape(product.gemm)[-1]
@@ -196,10 +196,16 @@ def _scale_product_by_both(product: Product, node: Node, other: object, divides:
         factors[axis] = tile_along(axis, operand, other, inverse=divides)
     if len(factors) != 2:
         return None
-    rows, columns = (*product.rows, factors[Axis.ROW]), (*product.columns, factors[Axis.COLUMN])
+    rows, of_columns = (*product.rows, factors[Axis.ROW]), factors[Axis.COLUMN]
+    changes = {"rows": rows, "columns": (*product.columns, of_columns), "b_offsets": _scaled(product, of_columns)}
     to = dtype(node)
     assert to is not None
-    return stepped(product, to, Stage.B_SCALE, exact=False, rows=rows, columns=columns)
+    return stepped(product, to, Stage.B_SCALE, exact=False, **changes)
+
+
+def _scaled(product: Product, factor: Tile) -> tuple[tuple[Tile, ...], ...]:
+    """The weight's offsets times ``factor``."""
+    return tuple((*offset, factor) for offset in product.b_offsets)
 
 
 def _scaled_and_shifted(env: Environment, node: Node) -> Value | None:

@@ -163,9 +163,10 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
             return side
     assert isinstance(of_a, Operand)
     assert isinstance(of_b, Operand)
-    if of_b.offsets:
-        return Unknown(node, "the weight has an offset, which only a float activation is multiplied with")
-    groups = {of_a.group, of_b.group} - {None}
+    groups, integer = {of_a.group, of_b.group} - {None}, dtype(a.codes.node) not in FLOAT8_DTYPES
+    if of_b.offsets and (groups or not integer):
+        beside = "groups along k" if groups else "float8 codes"
+        return Unknown(node, f"the weight has an offset beside {beside}, which only floats are multiplied with")
     if len(groups) > 1:
         return Unknown(node, "the scales of a and b have groups of different sizes along k")
     to = dtype(node)
@@ -177,7 +178,6 @@ def _both(node: Node, a: Affine, b: Affine) -> Product | Unknown:
             return Unknown(node, "a zero point of a that may lie far out, beside scales that vary along k")
         if to is torch.int32:
             return Unknown(node, "an int32 sum of codes whose zero points vary along k has no rule")
-    integer = dtype(a.codes.node) not in FLOAT8_DTYPES
     if to is torch.int32 and integer:
         numerics = Numerics.EXACT
     elif to in FLOAT_DTYPES:
