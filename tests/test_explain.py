@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fx_quant
-from fx_quant.diagnose import timing
+from fx_quant.diagnose import isolation, timing
 from fx_quant.diagnose.capture import run_eagerly
 from fx_quant.diagnose.check import CheckReport, Error, SiteCheck, error_of
 from fx_quant.errors import FxQuantError, NoKernelError, ToleranceError, UnknownNameError
-from fx_quant.report import CallReport, MissReport, Report
+from fx_quant.report import BreakReport, CallReport, MissReport, Report
 from fx_quant.target import named_target
 from tests import models
 
@@ -115,6 +116,14 @@ def test_explain_leaves_the_model_as_it_was():
 def test_explain_sees_through_a_compiled_model():
     model, x = _model_and_input()
     assert len(fx_quant.explain(torch.compile(model), x).sites) == 1
+
+
+def test_a_place_that_breaks_for_a_reason_is_one_whatever_values_the_reason_tells_of(monkeypatch):
+    at = SimpleNamespace(filename="model.py", lineno=7)
+    reasons = [SimpleNamespace(user_stack=[at], reason=f"Data pointer comparison\n  value {i}") for i in range(3)]
+    monkeypatch.setattr(isolation, "graph_break_reasons", reasons)
+    monkeypatch.setattr(isolation, "counters", {"graph_break": {reason.reason: 1 for reason in reasons}})
+    assert isolation.graph_breaks() == (BreakReport("model.py:7", "Data pointer comparison", 3, ("model.py:7",)),)
 
 
 def test_explain_counts_graph_breaks():

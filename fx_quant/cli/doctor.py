@@ -60,7 +60,8 @@ class Doctor(Reported):
     def summary(self) -> str:
         """One line: whether this machine is fit, and for how much."""
         ready = "ready" if self.is_ready else "not ready"
-        lacks = f", {len(self.missing)} things could be better" if self.missing else ", nothing is missing"
+        missing = len(self.missing)
+        lacks = f", {missing} thing{'s' * (missing > 1)} could be better" if missing else ", nothing is missing"
         return f"{ready}: fused kernels run {self.fused} of {len(self.support)} schemes on {self.target}{lacks}"
 
     def blocks(self, *, wide: bool) -> list[Block]:

@@ -189,20 +189,23 @@ def graph_breaks() -> tuple[BreakReport, ...]:
         stack = [frame for frame in frames if not frame.filename.startswith(_CALLS_MODULES)] or frames
         at = stack[-1] if stack else None
         reason = str(broken.reason)
-        place = (_line(at) if at else "", reason)
+        place = (_line(at) if at else "", _first_line(reason))
         counts[place] += 1
         traced[place].update(dict.fromkeys(map(_line, frames)))
         located[reason] += 1
     for reason, count in counters["graph_break"].items():
         # A frame of which nothing could be traced has no place.
-        counts["", reason] += max(0, count - located[reason])
+        counts["", _first_line(reason)] += max(0, count - located[reason])
     return tuple(
-        BreakReport(
-            source, (reason.strip().splitlines() or ["no reason given"])[0], count, tuple(traced[source, reason])
-        )
+        BreakReport(source, reason, count, tuple(traced[source, reason]))
         for (source, reason), count in counts.items()
         if count
     )
+
+
+def _first_line(reason: str) -> str:
+    """What Dynamo says; behind it are values, which differ from call to call."""
+    return (reason.strip().splitlines() or ["no reason given"])[0]
 
 
 def _line(frame: traceback.FrameSummary) -> str:
