@@ -41,7 +41,16 @@ HAND = [
 ]
 
 # How far quantization itself is from the float linear, as a fraction of its norm: what was measured and a little more.
-NOISE = {"hand": 0.013, "hand_float8": 0.04, "vllm": 0.04, "gptq": 0.09, "gguf": 0.1, "hqq": 0.1, "microscaling": 0.15}
+NOISE = {
+    "hand": 0.013,
+    "hand_float8": 0.04,
+    "pt2e": 0.04,
+    "vllm": 0.04,
+    "gptq": 0.09,
+    "gguf": 0.1,
+    "hqq": 0.1,
+    "microscaling": 0.15,
+}
 
 
 def case_id(value):

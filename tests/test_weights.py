@@ -621,7 +621,7 @@ def spec(dtype=torch.int8, granularity=PER_CHANNEL, **more):
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.PER_TOKEN)), r"got per_token"),
         (
             lambda: quantize_weight(torch.ones(2, 2), spec(scale_dtype=torch.float8_e8m0fnu)),
-            r"spec.scale_dtype must be float32, got int8 per_channel float8_e8m0fnu scales",
+            r"spec.scale_dtype must be float32, bfloat16 or float16, got int8 per_channel float8_e8m0fnu scales",
         ),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.UNSCALED)), r"got unscaled"),
         (lambda: quantize_weight(torch.ones(2, 2), spec(granularity=Granularity.ANY_GROUP)), r"got per_group"),
