@@ -321,7 +321,6 @@ def measured(threads: int, size: int = 512 * MIB) -> dict[str, Any]:
 
 
 _HELD = r"""
-import sys
 from cpu_process import memory
 import torch
 held = [memory("VmRSS")]

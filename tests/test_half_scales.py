@@ -37,6 +37,20 @@ def scales(dtype: torch.dtype, groups: int) -> Tensor:
     return made
 
 
+def assert_bits_of_wide_scales(
+    op: str, a: Tensor, weight: Tensor, a_scale: Tensor | None, half: Tensor, more: dict[str, Tensor]
+) -> Tensor:
+    """That kernel ``op`` gives of scales ``half [N, groups]`` what it gives of them in float32; the result."""
+    got, expected = (
+        getattr(torch.ops.fx_quant, op)(
+            a, weight, a_scale, pack_weight(scale, FACTOR_PANELS), None, N, torch.float32, block=[1, GROUP], **more
+        )
+        for scale in (half, half.float())
+    )
+    assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+    return got
+
+
 # Each is compiled: scales are read alike by 512 bits and by 256, of two codes to a byte and of one.
 PRODUCTS = (
     *(("vnni", True, dtype) for dtype in HALVES),
@@ -54,30 +68,17 @@ def test_int8_products_have_the_bits_of_wide_scales(level, packed, rows, dtype) 
     torch.manual_seed(rows)
     k = 200  # of six groups and a part of one
     codes = torch.randint(-8, 8, (N, k), dtype=torch.int8)
-    weight = pack_int4(codes) if packed else codes
+    unpacked = pack_int4(codes) if packed else codes
+    weight, a_scale = pack_weight(unpacked, "vnni_int4" if packed else "vnni"), torch.rand(rows, 1)
     a = torch.randint(-128, 128, (rows, k), dtype=torch.int8)
     half = scales(dtype, -(-k // GROUP))
     points = torch.randint(-8, 8, half.shape, dtype=torch.int8)
     shifted = {
         "a_zero_point": torch.randint(-5, 5, (rows, 1), dtype=torch.int32),
-        "b_sum": pack_weight(weight, group_sums(GROUP, packed)),
+        "b_sum": pack_weight(unpacked, group_sums(GROUP, packed)),
     }
     for more in ({}, shifted, {"b_zero_point": pack_weight(points, FACTOR_PANELS)}):
-        got, expected = (
-            getattr(torch.ops.fx_quant, op)(
-                a,
-                pack_weight(weight, "vnni_int4" if packed else "vnni"),
-                torch.rand(rows, 1, generator=torch.Generator().manual_seed(0)),
-                pack_weight(scale, FACTOR_PANELS),
-                None,
-                N,
-                torch.float32,
-                block=[1, GROUP],
-                **more,
-            )
-            for scale in (half, half.float())
-        )
-        assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+        got = assert_bits_of_wide_scales(op, a, weight, a_scale, half, more)
         assert got[:, 7:].isfinite().all() and not got[:, 5].isfinite().any()
 
 
@@ -91,27 +92,13 @@ def test_decoded_weights_have_the_bits_of_wide_scales(op, rows, dtype) -> None:
         pytest.skip(f"this CPU does not run {op}")
     torch.manual_seed(rows)
     k = 200
-    weight = pack_int4(torch.randint(-8, 8, (N, k), dtype=torch.int8))
+    weight = pack_weight(pack_int4(torch.randint(-8, 8, (N, k), dtype=torch.int8)), "int4_words")
     x = torch.randn(rows, k, dtype=torch.float32 if op.endswith("float32") else torch.bfloat16)
     half = scales(dtype, -(-k // GROUP))
     points = pack_weight(torch.randint(-8, 8, half.shape, dtype=torch.int8), FACTOR_PANELS)
     offsets = pack_weight(torch.randn(half.shape), FACTOR_PANELS)
     for more in ({}, {"b_zero_point": points}, {"b_offset": offsets}):
-        got, expected = (
-            getattr(torch.ops.fx_quant, op)(
-                x,
-                pack_weight(weight, "int4_words"),
-                None,
-                pack_weight(scale, FACTOR_PANELS),
-                None,
-                N,
-                torch.float32,
-                block=[1, GROUP],
-                **more,
-            )
-            for scale in (half, half.float())
-        )
-        assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert_bits_of_wide_scales(op, x, weight, None, half, more)
 
 
 # --- quantized to --------------------------------------------------------------------------------------------------
